@@ -1,0 +1,47 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo dev test lint clean constraints
+
+# Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
+export DAGSTER_HOME := $(CURDIR)/.dagster_home
+export MLFLOW_DISABLE_TELEMETRY := true
+# Settings of other Python and Spark installations do not apply to the one in .venv.
+unexport PYTHONHOME PYTHONPATH SPARK_HOME
+
+BIN := .venv/bin
+WITH_JAVA := JAVA_HOME="$$(sh scripts/java.sh)" && export JAVA_HOME &&
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@echo '  Variables: PYTHON=interpreter, USE_UV=0 (install with pip alone), PORT and MLFLOW_PORT (make dev)'
+
+setup: ## create or update .venv (every other target does it, too)
+	@sh scripts/setup.sh
+
+.dagster_home/dagster.yaml: dagster.yaml
+	@mkdir -p .dagster_home && cp dagster.yaml .dagster_home/dagster.yaml
+
+demo: setup .dagster_home/dagster.yaml ## from simulated raw files to a promoted model
+	@$(WITH_JAVA) \
+	  $(BIN)/ml-platform simulate && \
+	  $(BIN)/ml-platform process-new-files && \
+	  $(BIN)/ml-platform summary
+	@echo 'Open the UI with: make dev'
+
+dev: setup .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's UI on port 5000
+	@$(WITH_JAVA) exec bash scripts/dev.sh
+
+test: setup ## run all tests
+	@$(WITH_JAVA) $(BIN)/python -m pytest
+
+lint: setup ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove .venv, data, Dagster's state and caches
+	rm -rf .venv data .dagster_home build *.egg-info spark-warehouse metastore_db derby.log mlruns mlartifacts
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+constraints: setup ## renew constraints.txt for changed dependencies (UV_ARGS=--upgrade: all of them)
+	@sh scripts/constraints.sh

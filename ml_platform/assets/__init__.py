@@ -1,0 +1,1 @@
+"""The assets, one module per asset, all partitioned by raw file."""

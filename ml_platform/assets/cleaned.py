@@ -1,0 +1,118 @@
+"""Asset ``cleaned_transactions``: typed, mended, deduplicated transactions; the rest is quarantined with reasons."""
+
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from ml_platform.assets.common import OWNERS, conclude, split_verdicts, table_schema
+from ml_platform.assets.raw import raw_file_observation
+from ml_platform.partitions import raw_files
+from ml_platform.resources.lake import CLEANED, REJECTED, LakeResource, RawFile
+from ml_platform.resources.spark import SparkEngine
+from spark_jobs.schema import CLEANED_COLUMNS, SCHEMA_VERSION
+
+
+class CleaningConfig(dg.Config):
+    """Options of one materialization."""
+
+    rebuild: bool = Field(False, description="Clean again even what is up to date.")
+
+
+def is_cleaned(report: dict[str, Any] | None, raw: RawFile, epoch: str) -> bool:
+    """Whether a report is that of the raw file as it is now, cleaned by today's rules."""
+    return (
+        report is not None
+        and report["schema_version"] == SCHEMA_VERSION
+        and report.get("epoch") == epoch
+        and report.get("raw", {}).get("fingerprint") == raw.fingerprint
+    )
+
+
+@dg.asset(
+    partitions_def=raw_files,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    deps=["raw_transactions"],
+    group_name="transactions",
+    kinds={"pyspark", "parquet"},
+    owners=OWNERS,
+    code_version=str(SCHEMA_VERSION),
+    metadata={
+        "dagster/column_schema": table_schema(
+            CLEANED_COLUMNS,
+            never_null=[name for name, *_ in CLEANED_COLUMNS if name not in ("customer_id", "terminal_id")],
+        )
+    },
+    description="""Transactions of one raw file: typed, times in UTC, duplicates dropped, known faults mended.
+
+Rows that a rule rejects are in `rejected_transactions` with their reasons; nothing is lost:
+raw rows = clean rows + duplicate rows + rejected rows. A file that is already clean is neither read nor rewritten.""",
+)
+def cleaned_transactions(
+    context: dg.AssetExecutionContext, config: CleaningConfig, lake: LakeResource, spark: SparkEngine
+) -> dg.MaterializeResult:
+    """Clean the new or changed files among the run's partitions in one Spark job."""
+    files, _ = lake.list_raw_files()
+    epoch = lake.epoch
+    reports = lake.reports(CLEANED)
+    failed = {key: f"there is no such file in {lake.raw_uri}" for key in context.partition_keys if key not in files}
+    current = {
+        key: reports[key]
+        for key in context.partition_keys
+        if key in files and not config.rebuild and is_cleaned(reports.get(key), files[key], epoch)
+    }
+    wanted = [key for key in context.partition_keys if key in files and key not in current]
+    for key in wanted:
+        context.log_event(raw_file_observation(files[key]))
+    context.log.info(f"{len(wanted)} files to clean, {len(current)} already clean, {len(failed)} not found")
+    cleaned: dict[str, Any] = {}
+    if wanted:
+        report = spark.run_job(
+            context,
+            lake,
+            "clean_transactions",
+            {
+                "epoch": epoch,
+                "partitions": [
+                    {
+                        "partition": key,
+                        "raw": files[key].as_request(),
+                        "output_uri": lake.store.spark_uri(lake.partition_path(CLEANED, key)),
+                        "rejected_uri": lake.store.spark_uri(lake.partition_path(REJECTED, key)),
+                    }
+                    for key in wanted
+                ],
+            },
+        )
+        cleaned, errors = split_verdicts(report["partitions"])
+        failed |= errors
+    metadata = {key: _metadata(lake, report, key in cleaned) for key, report in (current | cleaned).items()}
+    return conclude(context, succeeded=metadata, failed=failed)
+
+
+def _metadata(lake: LakeResource, report: dict[str, Any], was_cleaned: bool) -> dict[str, Any]:
+    counts, key = report["counts"], report["partition"]
+    metadata = {
+        "outcome": ("cleaned" if counts["raw_rows"] else "empty file") if was_cleaned else "already clean",
+        "dagster/row_count": counts["clean_rows"],
+        "path": dg.MetadataValue.path(lake.store.spark_uri(lake.partition_path(CLEANED, key))),
+        "counts": dg.MetadataValue.table(
+            [dg.TableRecord({"rule": rule, "rows": rows}) for rule, rows in counts.items()],
+            schema=dg.TableSchema([dg.TableColumn("rule", "string"), dg.TableColumn("rows", "int")]),
+        ),
+        "raw_rows": counts["raw_rows"],
+        "rejected_rows": counts["rejected_rows"],
+        "duplicate_rows": counts["duplicate_rows"],
+        "fraud_rows": counts["fraud_rows"],
+        "raw_size_bytes": report["raw"]["size"],
+        "fingerprint": report["raw"]["fingerprint"],
+        "cleaned_by_run": dg.MetadataValue.dagster_run(report["run_id"]),
+        "spark_version": report["spark_version"],
+        "seconds": report["seconds"],
+    }
+    if counts["rejected_rows"]:
+        metadata["rejected_path"] = dg.MetadataValue.path(lake.store.spark_uri(lake.partition_path(REJECTED, key)))
+    if report["tx_datetime"]["min"]:
+        metadata["first_transaction"] = report["tx_datetime"]["min"]
+        metadata["last_transaction"] = report["tx_datetime"]["max"]
+    return metadata

@@ -1,0 +1,154 @@
+"""Asset ``transaction_features``: the inputs of the model, with history from earlier partitions."""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from ml_platform.assets.cleaned import cleaned_transactions
+from ml_platform.assets.common import OWNERS, conclude, some_of, split_verdicts, table_schema
+from ml_platform.partitions import raw_files
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
+from ml_platform.resources.spark import SparkEngine
+from spark_jobs import build_features
+from spark_jobs.schema import CLEANED_COLUMNS
+
+Reports = dict[str, dict[str, Any]]
+
+
+class FeaturesConfig(dg.Config):
+    """Options of one materialization."""
+
+    rebuild: bool = Field(False, description="Build again even what is up to date.")
+
+
+def instant(text: str) -> datetime:
+    """An instant of a report's ``tx_datetime``."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+
+
+def in_order_of_time(cleaned: Reports) -> list[str]:
+    """Keys of the partitions that have rows, by their first transaction, then by key."""
+    filled = {key: report["tx_datetime"]["min"] for key, report in cleaned.items() if report["tx_datetime"]["min"]}
+    return sorted(filled, key=lambda key: (filled[key], key))
+
+
+def history_of(cleaned: Reports) -> dict[str, list[str]]:
+    """For each partition, the earlier ones that reach into its history, in order of time.
+
+    Earlier means an earlier first transaction; names mean nothing. An empty partition has no history.
+    """
+    ordered = in_order_of_time(cleaned)
+    history: dict[str, list[str]] = {key: [] for key in cleaned}
+    for index, key in enumerate(ordered):
+        since = instant(cleaned[key]["tx_datetime"]["min"]) - timedelta(days=build_features.HISTORY_DAYS)
+        history[key] = [
+            earlier for earlier in ordered[:index] if instant(cleaned[earlier]["tx_datetime"]["max"]) > since
+        ]
+    return history
+
+
+def expected_inputs(cleaned: Reports) -> dict[str, dict[str, Any]]:
+    """What the features of each partition are to be built from; features with other inputs are stale."""
+    version = {
+        key: f"{report['schema_version']}/{report['epoch']}/{report['raw']['fingerprint']}"
+        for key, report in cleaned.items()
+    }
+    return {
+        key: {"cleaned": version[key], "history": {earlier: version[earlier] for earlier in history}}
+        for key, history in history_of(cleaned).items()
+    }
+
+
+def stale_features(features: Reports, inputs: dict[str, dict[str, Any]]) -> list[str]:
+    """Keys of feature partitions that were built from something else than they would be now."""
+    return [
+        key
+        for key, report in features.items()
+        if key in inputs
+        and (report.get("inputs") != inputs[key] or report.get("features") != list(build_features.FEATURES))
+    ]
+
+
+@dg.asset(
+    partitions_def=raw_files,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    deps=[cleaned_transactions],
+    group_name="transactions",
+    kinds={"pyspark", "parquet"},
+    owners=OWNERS,
+    metadata={
+        "dagster/column_schema": table_schema(
+            [*CLEANED_COLUMNS, *build_features.FEATURE_COLUMNS], never_null=build_features.FEATURES
+        )
+    },
+    description=f"""Cleaned transactions with the {len(build_features.FEATURES)} inputs of the model.
+
+History comes from earlier partitions alone, and no label younger than {build_features.LABEL_DELAY_DAYS} days is
+used. Features whose history changed (a late file, a file cleaned again) are built again in the next run.""",
+)
+def transaction_features(
+    context: dg.AssetExecutionContext, config: FeaturesConfig, lake: LakeResource, spark: SparkEngine
+) -> dg.MaterializeResult:
+    """Build what is missing or stale among the run's partitions, and what is stale beyond them, in one Spark job."""
+    cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
+    inputs, history = expected_inputs(cleaned), history_of(cleaned)
+    failed = {
+        key: "it has no cleaned data; materialize cleaned_transactions first"
+        for key in context.partition_keys
+        if key not in cleaned
+    }
+    stale = stale_features(features, inputs)
+    beyond = [key for key in stale if key not in context.partition_keys]
+    if beyond:
+        context.log.info(f"the history of {some_of(beyond)} changed: their features are built again")
+    current = [
+        key
+        for key in context.partition_keys
+        if key in features and key in cleaned and key not in stale and not config.rebuild
+    ]
+    wanted = [key for key in [*context.partition_keys, *beyond] if key in cleaned and key not in current]
+    # Oldest first: progress is easier to follow.
+    wanted.sort(key=lambda key: (cleaned[key]["tx_datetime"]["min"] or "", key))
+    built: Reports = {}
+    if wanted:
+        report = spark.run_job(
+            context,
+            lake,
+            "build_features",
+            {
+                "partitions": [
+                    {
+                        "partition": key,
+                        "cleaned_uri": lake.store.spark_uri(lake.partition_path(CLEANED, key)),
+                        "tx_datetime_min": cleaned[key]["tx_datetime"]["min"],
+                        "history": [
+                            lake.store.spark_uri(lake.partition_path(CLEANED, earlier)) for earlier in history[key]
+                        ],
+                        "cleaned_bytes": sum(cleaned[part]["raw"]["size"] for part in [key, *history[key]]),
+                        "inputs": inputs[key],
+                        "output_uri": lake.store.spark_uri(lake.partition_path(FEATURES, key)),
+                    }
+                    for key in wanted
+                ]
+            },
+        )
+        built, errors = split_verdicts(report["partitions"])
+        failed |= errors
+    done = {key: features[key] for key in current} | built
+    metadata = {key: _metadata(lake, report, key in built) for key, report in done.items()}
+    return conclude(context, succeeded=metadata, failed=failed)
+
+
+def _metadata(lake: LakeResource, report: dict[str, Any], was_built: bool) -> dict[str, Any]:
+    return {
+        "outcome": "built" if was_built else "already up to date",
+        "dagster/row_count": report["counts"]["rows"],
+        "path": dg.MetadataValue.path(lake.store.spark_uri(lake.partition_path(FEATURES, report["partition"]))),
+        "fraud_rows": report["counts"]["fraud_rows"],
+        "history_partitions": dg.MetadataValue.json(sorted(report["inputs"]["history"])),
+        "built_by_run": dg.MetadataValue.dagster_run(report["run_id"]),
+        "spark_version": report["spark_version"],
+        "seconds": report["seconds"],
+    }

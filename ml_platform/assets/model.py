@@ -1,0 +1,240 @@
+"""Asset ``fraud_model``: a trained, evaluated and registered model per run."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from ml_platform.assets.common import OWNERS, some_of
+from ml_platform.assets.features import (
+    Reports,
+    expected_inputs,
+    in_order_of_time,
+    instant,
+    stale_features,
+    transaction_features,
+)
+from ml_platform.partitions import raw_files
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
+from ml_platform.resources.mlflow import MlflowResource, register_spark_model
+from ml_platform.resources.spark import SparkEngine
+from spark_jobs import build_features
+from spark_jobs.schema import REPORT_NAME
+
+
+class FraudModelConfig(dg.Config):
+    """How a model is trained and judged. Days are whole days."""
+
+    train_each: bool = Field(False, description="Train a model per partition, oldest first (a walk-forward test).")
+    test_days: int = Field(7, ge=1, description="Held-out days at the end of the data.")
+    delay_days: int = Field(7, ge=0, description="Days until a label is known.")
+    train_days: int = Field(60, ge=1, description="Longest training window.")
+    validation_days: int = Field(7, ge=1, description="Last days of the training window, where parameters are chosen.")
+    min_train_days: int = Field(7, ge=1, description="Fewest days to fit on while parameters are chosen.")
+    min_frauds: int = Field(10, ge=1, description="Fewest frauds in each of these windows.")
+    alerts_per_day: int = Field(100, ge=1, description="Transactions that can be investigated a day.")
+    reg_param: list[float] = Field([0.0, 0.1, 0.5], description="Grid of the logistic regression: regularization.")
+    max_iter: list[int] = Field([100, 500, 1000], description="Grid of the logistic regression: iterations.")
+    seed: int = Field(0, description="Seed of whatever is drawn.")
+
+    def as_request(self) -> dict[str, Any]:
+        """The settings as the training job takes them."""
+        settings = self.model_dump(exclude={"train_each", "reg_param", "max_iter"})
+        return {**settings, "grid": {"regParam": self.reg_param, "maxIter": self.max_iter}}
+
+    @property
+    def window_days(self) -> int:
+        """Days of data, back from the last, that training looks at."""
+        return self.test_days + self.delay_days + self.train_days
+
+
+@dg.asset(
+    partitions_def=raw_files,
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    deps=[transaction_features],
+    group_name="model",
+    kinds={"pyspark", "mlflow"},
+    owners=OWNERS,
+    description="""A classifier of frauds, trained up to the cut-off that the partition names.
+
+A run over several partitions trains one model, at the last of them in time; with `train_each` one per partition.
+Parameters are chosen on later days than were fitted on, and the model is judged on the last week of the data, after
+a week of delay. It is logged and registered in MLflow; the alias `champion` goes to the first.""",
+)
+def fraud_model(
+    context: dg.AssetExecutionContext,
+    config: FraudModelConfig,
+    lake: LakeResource,
+    spark: SparkEngine,
+    mlflow: MlflowResource,
+) -> dg.MaterializeResult:
+    """Train, log and register; then name the outcome in each partition's metadata."""
+    cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
+    missing = [key for key in context.partition_keys if key not in features or key not in cleaned]
+    stale = [key for key in stale_features(features, expected_inputs(cleaned)) if key in context.partition_keys]
+    if missing or stale:
+        raise dg.Failure(
+            f"features are missing or stale for {some_of([*missing, *stale])}; materialize transaction_features first",
+            allow_retries=False,
+        )
+    ordered = [key for key in in_order_of_time(cleaned) if key in context.partition_keys]
+    if not ordered:
+        return _describe_all(context, {}, "no partition of this run has any rows")
+    cutoffs = ordered if config.train_each else ordered[-1:]
+    outcomes: dict[str, dict[str, Any]] = {}
+    tags = {"dagster.run_id": context.run_id, "partitions": _partitions_tag(context.partition_keys)}
+    with mlflow.run(tags) as run:
+        for cutoff in cutoffs:
+            if config.train_each:
+                with run.start_run(run_name=cutoff, nested=True):
+                    run.set_tags(tags)
+                    outcomes[cutoff] = _train(context, config, lake, spark, mlflow, run, cutoff, cleaned, features)
+            else:
+                outcomes[cutoff] = _train(context, config, lake, spark, mlflow, run, cutoff, cleaned, features)
+    return _describe_all(context, outcomes, f"the model of this run is that of partition {cutoffs[-1]}")
+
+
+def training_partitions(cleaned: Reports, features: Reports, cutoff: str, days: int) -> tuple[list[str], list[str]]:
+    """Partitions within `days` before the end of `cutoff`: those with features, and those without."""
+    ordered = in_order_of_time(cleaned)
+    since = instant(cleaned[cutoff]["tx_datetime"]["max"]) - timedelta(days=days + 1)
+    window = [
+        key for key in ordered[: ordered.index(cutoff) + 1] if instant(cleaned[key]["tx_datetime"]["max"]) >= since
+    ]
+    return [key for key in window if key in features], [key for key in window if key not in features]
+
+
+def _train(
+    context: dg.AssetExecutionContext,
+    config: FraudModelConfig,
+    lake: LakeResource,
+    spark: SparkEngine,
+    mlflow: MlflowResource,
+    run: Any,
+    cutoff: str,
+    cleaned: Reports,
+    features: Reports,
+) -> dict[str, Any]:
+    """Train at one cut-off within the active MLflow run; returns the partition's metadata."""
+    used, without = training_partitions(cleaned, features, cutoff, config.window_days)
+    if without:
+        context.log.warning(f"no features, so not trained on: {some_of(without)}")
+    champion = mlflow.champion()
+    directory = f"models/{cutoff}/{context.run_id}"
+    report = spark.run_job(
+        context,
+        lake,
+        "train_model",
+        {
+            **config.as_request(),
+            "cutoff": cutoff,
+            "cutoff_uri": lake.store.spark_uri(lake.partition_path(FEATURES, cutoff)),
+            "feature_uris": [lake.store.spark_uri(lake.partition_path(FEATURES, key)) for key in used],
+            "features": list(build_features.FEATURES),
+            "output_uri": lake.store.spark_uri(directory),
+            "champion": _champion_request(champion),
+        },
+        label=cutoff,
+    )
+    active = run.active_run()
+    data_set = {
+        key: {"fingerprint": cleaned[key]["raw"]["fingerprint"], "rows": features[key]["counts"]["rows"]}
+        for key in used
+    }
+    run.log_dict({"cutoff": cutoff, "partitions": data_set}, "data_set.json")
+    run.log_dict(report, "report.json")
+    run.log_params(
+        config.as_request()
+        | {"grid": json.dumps(config.as_request()["grid"]), "cutoff": cutoff}
+        | {"data_set_partitions": len(used), "data_set_rows": sum(part["rows"] for part in data_set.values())}
+    )
+    run.set_tag("outcome", report["outcome"])
+    metadata: dict[str, Any] = {
+        "outcome": report["outcome"],
+        "cutoff": cutoff,
+        "mlflow_run_id": active.info.run_id,
+        "trained_on": dg.MetadataValue.json(data_set),
+        "windows": dg.MetadataValue.json(report["windows"]),
+    }
+    if url := mlflow.ui_url(active):
+        metadata["mlflow_run"] = dg.MetadataValue.url(url)
+    if report["outcome"] != "trained":
+        context.log.warning(f"no model for {cutoff}: {report['reason']}")
+        run.set_tag("reason", report["reason"])
+        return metadata | {"reason": report["reason"]}
+
+    lake.write_json(f"{directory}/{REPORT_NAME}", report)
+    _log_training(run, report)
+    version = register_spark_model(
+        mlflow,
+        run=run,
+        spark_version=report["spark_version"],
+        features=report["features"],
+        tags={
+            "cutoff": cutoff,
+            "dagster.run_id": context.run_id,
+            "model_uri": report["model_uri"],
+            "spark_version": report["spark_version"],
+            "features": json.dumps(report["features"]),
+        },
+        download_model=lambda target: lake.store.download(f"{directory}/model", target),
+    )
+    promoted = champion is None
+    if promoted:
+        mlflow.set_champion(version.version)
+    context.log.info(f"model version {version.version} is registered" + (" and is the champion" if promoted else ""))
+    return metadata | {
+        "model_version": int(version.version),
+        "is_champion": promoted,
+        "champion_version": int(version.version if champion is None else champion.version),
+        "best_parameters": dg.MetadataValue.json(report["best"]["params"]),
+        "path": dg.MetadataValue.path(lake.store.spark_uri(directory)),
+        **{name: value for name, value in report["metrics"].items() if value is not None},
+        "coefficients": dg.MetadataValue.json(report["coefficients"]),
+        "spark_version": report["spark_version"],
+        "seconds": report["seconds"]["total"],
+    }
+
+
+def _log_training(run: Any, report: dict[str, Any]) -> None:
+    """Log the winner, its metrics, and every grid point: a parameter names it, a metric scores it."""
+    run.log_params({f"best.{name}": value for name, value in report["best"]["params"].items()})
+    run.log_params({f"grid.{number}": json.dumps(point["params"]) for number, point in enumerate(report["grid"])})
+    scores = {
+        f"grid.{number}.validation_average_precision": point["validation_average_precision"]
+        for number, point in enumerate(report["grid"])
+    }
+    metrics = {**report["metrics"], **scores}
+    metrics["validation_average_precision"] = report["best"]["validation_average_precision"]
+    run.log_metrics({name: value for name, value in metrics.items() if value is not None})
+
+
+def _champion_request(champion: Any) -> dict[str, Any] | None:
+    if champion is None or "model_uri" not in champion.tags:
+        return None
+    return {
+        "version": champion.version,
+        "model_uri": champion.tags["model_uri"],
+        "features": json.loads(champion.tags["features"]),
+        "spark_version": champion.tags["spark_version"],
+    }
+
+
+def _partitions_tag(keys: list[str] | Any) -> str:
+    """The run's partitions as a tag, which MLflow limits to 5,000 characters."""
+    text = ",".join(keys)
+    return text if len(text) <= 4000 else f"{keys[0]}...{keys[-1]} ({len(keys)} partitions)"
+
+
+def _describe_all(
+    context: dg.AssetExecutionContext, outcomes: dict[str, dict[str, Any]], otherwise: str
+) -> dg.MaterializeResult:
+    for key in context.partition_keys:
+        metadata = outcomes.get(key, {"outcome": "no model of its own", "reason": otherwise})
+        if key not in outcomes and outcomes:
+            last = list(outcomes.values())[-1]
+            metadata |= {name: last[name] for name in ("mlflow_run_id", "model_version") if name in last}
+        context.add_asset_metadata(metadata=metadata, partition_key=key)
+    return dg.MaterializeResult()

@@ -1,0 +1,306 @@
+"""The command ``ml-platform``: what people do beside Dagster's own commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ml_platform.settings import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    import dagster as dg
+    from rich.status import Status
+
+    from ml_platform.resources.lake import LakeResource
+
+app = typer.Typer(
+    help="Keep a fraud model fresh as raw transaction files arrive.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class CommandError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
+) -> None:
+    context.obj = {"traceback": traceback}
+    # As Dagster's own commands do; what is set in the environment wins.
+    from dotenv import load_dotenv
+
+    load_dotenv(Path.cwd() / ".env")
+
+
+def main() -> None:
+    """Run a command; an error is one line that says what to do, unless ``--traceback`` asks for more."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        errors.print("interrupted", style="red")
+        sys.exit(130)
+    except Exception as error:
+        if "--traceback" in sys.argv:
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        known = isinstance(error, (CommandError, SettingsError))
+        prefix = "" if known else f"{type(error).__name__}: "
+        errors.print(f"error: {prefix}{lines[0]}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if not known:
+            errors.print("(ml-platform --traceback … shows where it happened)", style="dim", soft_wrap=True)
+        sys.exit(1)
+
+
+def _lake(settings: Settings) -> LakeResource:
+    from ml_platform.resources.lake import LakeResource
+
+    return LakeResource(raw_uri=settings.raw_uri, lake_uri=settings.lake_uri, epoch=settings.epoch.isoformat())
+
+
+@contextmanager
+def _instance(settings: Settings) -> Generator[dg.DagsterInstance]:
+    """Dagster's storage, which must outlive this command."""
+    import dagster as dg
+
+    if settings.dagster_home is None:
+        raise CommandError(
+            "DAGSTER_HOME is not set: name a directory for Dagster's storage, e.g. "
+            "export DAGSTER_HOME=$PWD/.dagster_home (make does it by itself)"
+        )
+    if not settings.dagster_home.is_absolute():
+        raise CommandError("DAGSTER_HOME takes an absolute path")
+    settings.dagster_home.mkdir(parents=True, exist_ok=True)
+    with dg.DagsterInstance.get() as instance:
+        yield instance
+
+
+@app.command()
+def simulate(
+    files: Annotated[int, typer.Option(min=1, help="Number of raw files.")] = 3,
+    first_file: Annotated[int, typer.Option(min=0, help="Number of the first one; earlier files are not made.")] = 0,
+    days_per_file: Annotated[int, typer.Option(min=1, help="Days that a file covers.")] = 30,
+    customers: Annotated[int, typer.Option(min=1, help="Number of customers.")] = 2_500,
+    terminals: Annotated[int, typer.Option(min=1, help="Number of terminals.")] = 5_000,
+    fault_rate: Annotated[
+        float, typer.Option(min=0, help="How many times more faults than in real files; 0 for none.")
+    ] = 50.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same files.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Make a file again that is there.")] = False,
+) -> None:
+    """Make raw files by a public simulation method, faults included, in ML_PLATFORM_RAW_URI."""
+    from ml_platform.resources.lake import open_store
+    from ml_platform.simulator import Simulation
+
+    settings = load_settings()
+    try:
+        simulation = Simulation(
+            start=settings.epoch,
+            days_per_file=days_per_file,
+            customers=customers,
+            terminals=terminals,
+            fault_rate=fault_rate,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    store = open_store(settings.raw_uri)
+    existing = {file.name for file in store.list_directory()}
+    table = Table("file", "rows", "frauds", "faulty or rejected", "MB", title=f"Raw files in {settings.raw_uri}")
+    for index in range(first_file, first_file + files):
+        name = simulation.file_name(index)
+        if name in existing and not overwrite:
+            table.add_row(name, "kept as it is", "", "", "")
+            continue
+        with console.status(f"simulating {name} …") as status, store.open_new(name) as out:
+
+            def show(rows: int, name: str = name, status: Status = status) -> None:
+                status.update(f"simulating {name}: {rows:,} rows")
+
+            truth = simulation.write_file(index, out, progress=show)
+        counts = truth.counts
+        faulty = counts["rejected_rows"] + counts["duplicate_rows"]
+        faulty += sum(counts[rule] for rule in ("hour_24", "wrong_seconds", "unknown_terminal", "unknown_customer"))
+        size = f"{truth.size_bytes / 1e6:.1f}"
+        table.add_row(name, f"{counts['raw_rows']:,}", f"{counts['fraud_rows']:,}", f"{faulty:,}", size)
+    console.print(table)
+
+
+@app.command()
+def sync() -> None:
+    """Register the raw files as partitions, so that Dagster's commands and UI know them."""
+    from ml_platform.partitions import raw_files
+
+    settings = load_settings()
+    files, ignored = _lake(settings).list_raw_files()
+    for name, reason in ignored.items():
+        errors.print(f"ignored {name!r}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    with _instance(settings) as instance:
+        registered = set(instance.get_dynamic_partitions(str(raw_files.name)))
+        new = [key for key in files if key not in registered]
+        instance.add_dynamic_partitions(str(raw_files.name), new)
+    console.print(f"{len(files)} raw files in {settings.raw_uri}, {len(new)} newly registered", soft_wrap=True)
+
+
+@app.command("process-new-files")
+def process_new_files() -> None:
+    """Do now, in this process, what the sensor new_raw_files would start: one run per range of new files."""
+
+    settings = load_settings()
+    with _instance(settings) as instance:
+        from ml_platform.definitions import defs
+        from ml_platform.partitions import range_tags, raw_files
+        from ml_platform.sensors import plan_runs
+
+        plan = plan_runs(instance, _lake(settings))
+        for name, reason in plan.ignored.items():
+            errors.print(f"ignored {name!r}: {reason}", style="yellow", markup=False, soft_wrap=True)
+        instance.add_dynamic_partitions(str(raw_files.name), plan.new_partitions)
+        console.print(plan.reason, soft_wrap=True)
+        failed = []
+        for start, end in plan.ranges:
+            console.print(f"processing {start} to {end}", style="bold")
+            result = defs.resolve_job_def("process_new_files").execute_in_process(
+                instance=instance, tags=range_tags(start, end), raise_on_error=False
+            )
+            if not result.success:
+                failed.append(result.run_id)
+    if failed:
+        raise CommandError(
+            f"{len(failed)} of {len(plan.ranges)} runs failed: {', '.join(failed)}; the log above says why"
+        )
+
+
+@app.command()
+def summary() -> None:
+    """Show what is in the lake, and the champion."""
+    from ml_platform.resources.lake import CLEANED, FEATURES
+
+    settings = load_settings()
+    lake = _lake(settings)
+    files, _ = lake.list_raw_files()
+    cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
+    table = Table("raw file", "raw rows", "clean", "duplicate", "rejected", "frauds", "features", title="Lake")
+    for key in sorted(files.keys() | cleaned.keys()):
+        if key not in cleaned:
+            table.add_row(key, "not cleaned yet")
+            continue
+        counts = cleaned[key]["counts"]
+        shown = [counts[name] for name in ("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows", "fraud_rows")]
+        table.add_row(key, *[f"{count:,}" for count in shown], "yes" if key in features else "no")
+    console.print(table)
+    _show_champion(settings)
+
+
+def _show_champion(settings: Settings) -> None:
+    from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
+
+    resource = MlflowResource(tracking_uri=settings.tracking_uri)
+    champion = resource.champion()
+    if champion is None:
+        console.print(f"No model of {MODEL_NAME} is the champion yet.")
+        return
+    run = resource.client().get_run(champion.run_id)
+    table = Table("metric", "value", title=f"Champion: {MODEL_NAME} version {champion.version}")
+    for name, value in sorted(run.data.metrics.items()):
+        if name.startswith("test_"):
+            table.add_row(name, f"{value:,.4f}".rstrip("0").rstrip("."))
+    console.print(table)
+    best = {name.removeprefix("best."): value for name, value in run.data.params.items() if name.startswith("best.")}
+    console.print(f"trained up to partition {champion.tags.get('cutoff')} with {best}", soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Check settings, Java, storage and MLflow, and say what is wrong and what to do."""
+    checks: list[tuple[str, Callable[[], str]]] = []
+    settings = load_settings()
+    checks.append(("settings", lambda: f"deployment {settings.deployment}, Spark on {settings.spark_master}"))
+    checks.append(("Java", _check_java))
+    checks.append(("raw files", lambda: _check_raw_files(settings)))
+    checks.append(("lake", lambda: _check_lake(settings)))
+    checks.append(("MLflow", lambda: _check_mlflow(settings)))
+    checks.append(("Dagster", lambda: _check_dagster(settings)))
+    table = Table("what", "", "found", show_lines=False)
+    failures = 0
+    for name, check in checks:
+        try:
+            found, verdict = check(), "[green]ok[/green]"
+        except Exception as error:
+            failures += 1
+            found, verdict = (
+                (str(error).strip().splitlines() or [type(error).__name__])[0],
+                "[red]wrong[/red]",
+            )
+        table.add_row(name, verdict, found)
+    console.print(table)
+    if failures:
+        raise CommandError(f"{failures} of {len(checks)} checks failed")
+
+
+def _check_java() -> str:
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which("java", path=str(Path(home) / "bin")) if home else shutil.which("java")
+    if java is None:
+        where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java in PATH"
+        raise CommandError(f"{where}; Spark needs Java 17 or 21, e.g. apt-get install openjdk-17-jre-headless")
+    version = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=30, check=False).stderr
+    first = (version.splitlines() or ["no version"])[0]
+    if not any(f'"{major}' in first for major in (17, 21)):
+        raise CommandError(f"{java} is {first}; Spark needs Java 17 or 21: set JAVA_HOME to one")
+    return f"{first} ({java})"
+
+
+def _check_raw_files(settings: Settings) -> str:
+    files, ignored = _lake(settings).list_raw_files()
+    if not files:
+        raise CommandError(
+            f"no raw file (*.txt) in {settings.raw_uri}: put some there, run ml-platform simulate, "
+            "or set ML_PLATFORM_RAW_URI"
+        )
+    size = sum(file.size for file in files.values()) / 1e6
+    return f"{len(files)} files, {size:,.1f} MB in {settings.raw_uri}, {len(ignored)} with unusable names"
+
+
+def _check_lake(settings: Settings) -> str:
+    from ml_platform.resources.lake import CLEANED
+
+    lake = _lake(settings)
+    lake.write_json("_runs/doctor.json", {"written_by": "ml-platform doctor"})
+    if lake.read_json("_runs/doctor.json")["written_by"] != "ml-platform doctor":
+        raise CommandError(f"what was written to {settings.lake_uri} could not be read back")
+    return f"writable, {len(lake.reports(CLEANED))} cleaned partitions in {settings.lake_uri}"
+
+
+def _check_mlflow(settings: Settings) -> str:
+    from ml_platform.resources.mlflow import MlflowResource
+
+    champion = MlflowResource(tracking_uri=settings.tracking_uri).champion()
+    return "no champion yet" if champion is None else f"champion is version {champion.version}"
+
+
+def _check_dagster(settings: Settings) -> str:
+    from ml_platform.partitions import raw_files
+
+    with _instance(settings) as instance:
+        return f"{len(instance.get_dynamic_partitions(str(raw_files.name)))} partitions in {settings.dagster_home}"
+
+
+if __name__ == "__main__":
+    main()

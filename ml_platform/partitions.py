@@ -1,0 +1,64 @@
+"""The partitions ``raw_files``: one per raw file, its key the file name without ``.txt``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import dagster as dg
+
+PARTITION_TAG = "dagster/partition"
+RANGE_START_TAG = "dagster/asset_partition_range_start"
+RANGE_END_TAG = "dagster/asset_partition_range_end"
+
+RAW_SUFFIX = ".txt"
+MAX_KEY_LENGTH = 100
+
+raw_files = dg.DynamicPartitionsDefinition(name="raw_files")
+
+_SAFE = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def partition_key(object_name: str) -> str:
+    """Key of a raw file's partition.
+
+    Raises:
+        ValueError: the name is no safe key; the message says why.
+    """
+    key = object_name.removesuffix(RAW_SUFFIX)
+    if not _SAFE.fullmatch(key):
+        raise ValueError("only letters, digits, '.', '_' and '-' are allowed")
+    if key[0] in "._":
+        raise ValueError("it starts with a dot or underscore, which Spark takes for a hidden file")
+    if len(key) > MAX_KEY_LENGTH:
+        raise ValueError(f"it is longer than {MAX_KEY_LENGTH} characters")
+    if "..." in key:
+        raise ValueError("'...' is Dagster's sign for a range of partitions")
+    return key
+
+
+def range_tags(start: str, end: str) -> dict[str, str]:
+    """Run tags of a run over the partitions from `start` to `end`, both included, in order of registration."""
+    return {RANGE_START_TAG: start, RANGE_END_TAG: end}
+
+
+def keys_of_run(tags: Mapping[str, str], registered: Sequence[str]) -> list[str]:
+    """Partitions that a run with these tags covers, given all registered partitions in their order."""
+    if PARTITION_TAG in tags:
+        return [tags[PARTITION_TAG]]
+    start, end = tags.get(RANGE_START_TAG), tags.get(RANGE_END_TAG)
+    if start not in registered or end not in registered:
+        return []
+    return list(registered[registered.index(start) : registered.index(end) + 1])
+
+
+def contiguous_ranges(keys: Iterable[str], registered: Sequence[str]) -> list[tuple[str, str]]:
+    """`keys` as (first, last) of the longest runs of neighbours among all registered partitions."""
+    wanted = set(keys)
+    ranges: list[tuple[str, str]] = []
+    previous_wanted = False
+    for key in registered:
+        if key in wanted:
+            ranges = [*ranges[:-1], (ranges[-1][0], key)] if previous_wanted else [*ranges, (key, key)]
+        previous_wanted = key in wanted
+    return ranges

@@ -1,0 +1,288 @@
+"""The lake: raw files and the platform's own data, in a directory or an S3 bucket."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+import dagster as dg
+from pydantic import Field
+
+from ml_platform.partitions import RAW_SUFFIX, partition_key
+from spark_jobs.schema import REPORT_NAME
+
+CLEANED = "cleaned_transactions"
+REJECTED = "rejected_transactions"
+FEATURES = "transaction_features"
+
+#: Reports read at a time; each is one small request.
+READERS = 32
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file or object: name below the root, size in bytes, and what tells this content from another."""
+
+    name: str
+    size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A raw file: partition key, URI for Spark, size in bytes, fingerprint of its present content."""
+
+    key: str
+    uri: str
+    size: int
+    fingerprint: str
+
+    def as_request(self) -> dict[str, Any]:
+        """The file as the cleaning job and its report know it."""
+        return {"uri": self.uri, "size": self.size, "fingerprint": self.fingerprint}
+
+
+class Store(Protocol):
+    """A tree of files. Names are relative to its root and separated by ``/``."""
+
+    def spark_uri(self, name: str = "") -> str:
+        """URI of `name` as Spark takes it."""
+
+    def list_directory(self, name: str = "") -> Iterator[StoredFile]:
+        """Files right below a directory, in no order; none if it does not exist."""
+
+    def list_reports(self, name: str) -> Iterator[str]:
+        """Names of the reports that stand one directory below `name`, by one listing."""
+
+    def read(self, name: str) -> bytes:
+        """Content of a small file. Raises FileNotFoundError."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file, whole or not at all."""
+
+    def open_new(self, name: str) -> BinaryIO:
+        """A context manager for writing a large file, which appears when it is closed without an error."""
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy the directory `name` with all below it to `target`."""
+
+
+class LocalStore:
+    """A directory."""
+
+    def __init__(self, root: str) -> None:
+        self._root = Path(root)
+
+    def spark_uri(self, name: str = "") -> str:
+        return f"file://{self._root / name}".rstrip("/")
+
+    def list_directory(self, name: str = "") -> Iterator[StoredFile]:
+        try:
+            entries = os.scandir(self._root / name)
+        except FileNotFoundError:
+            return
+        with entries:
+            for entry in entries:
+                try:
+                    if entry.is_file():
+                        stat = entry.stat()
+                        yield StoredFile(entry.name, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+                except FileNotFoundError:  # it vanished while we listed
+                    continue
+
+    def list_reports(self, name: str) -> Iterator[str]:
+        try:
+            entries = os.scandir(self._root / name)
+        except FileNotFoundError:
+            return
+        with entries:
+            for entry in entries:
+                report = f"{name}/{entry.name}/{REPORT_NAME}"
+                if (self._root / report).is_file():
+                    yield report
+
+    def read(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        with self.open_new(name) as file:
+            file.write(content)
+
+    def open_new(self, name: str) -> BinaryIO:
+        return _Draft(self._root / name)  # type: ignore[return-value]
+
+    def download(self, name: str, target: Path) -> None:
+        import shutil
+
+        shutil.copytree(self._root / name, target, dirs_exist_ok=True)
+
+
+class _Draft:
+    """A file that takes its name only once it is written without an error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+    def __enter__(self) -> BinaryIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._draft.open("wb")
+        return self._file
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        self._file.close()
+        if error_type is None:
+            self._draft.replace(self._path)
+        else:
+            self._draft.unlink()
+
+
+class S3Store:
+    """A prefix of an S3 bucket, through dagster-aws. Credentials, region and endpoint are those of boto3."""
+
+    def __init__(self, uri: str) -> None:
+        self._bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+
+    @cached_property
+    def _client(self) -> Any:
+        from dagster_aws.s3 import S3Resource
+
+        return S3Resource().get_client()
+
+    def spark_uri(self, name: str = "") -> str:
+        return f"s3a://{self._bucket}/{self._prefix}{name}".rstrip("/")
+
+    def _objects(self, prefix: str, delimiter: str = "") -> Iterator[Mapping[str, Any]]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + prefix, Delimiter=delimiter
+        )
+        for page in pages:
+            yield from page.get("Contents", [])
+
+    def list_directory(self, name: str = "") -> Iterator[StoredFile]:
+        prefix = f"{name}/" if name else ""
+        for item in self._objects(prefix, "/"):
+            base_name = item["Key"][len(self._prefix + prefix) :]
+            if base_name:  # an object named like the directory is a console's placeholder
+                etag = item["ETag"].strip('"')
+                yield StoredFile(base_name, item["Size"], f"{item['Size']}-{etag}")
+
+    def list_reports(self, name: str) -> Iterator[str]:
+        for item in self._objects(f"{name}/"):
+            below = item["Key"][len(self._prefix) :]
+            if below.endswith(f"/{REPORT_NAME}") and below.count("/") == name.count("/") + 2:
+                yield below
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
+        except self._client.exceptions.NoSuchKey:
+            raise FileNotFoundError(f"s3://{self._bucket}/{self._prefix}{name}") from None
+
+    def write(self, name: str, content: bytes) -> None:
+        self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
+
+    def open_new(self, name: str) -> BinaryIO:
+        return _Upload(self._client, self._bucket, self._prefix + name)  # type: ignore[return-value]
+
+    def download(self, name: str, target: Path) -> None:
+        prefix = f"{name}/"
+        for item in self._objects(prefix):
+            path = target / item["Key"][len(self._prefix + prefix) :]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._client.download_file(self._bucket, item["Key"], str(path))
+
+
+class _Upload:
+    """A temporary file that is uploaded once it is written without an error."""
+
+    def __init__(self, client: Any, bucket: str, key: str) -> None:
+        self._client, self._bucket, self._key = client, bucket, key
+
+    def __enter__(self) -> BinaryIO:
+        import tempfile
+
+        self._file = tempfile.NamedTemporaryFile()
+        return cast("BinaryIO", self._file)
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        with self._file:
+            if error_type is None:
+                self._file.flush()
+                self._client.upload_file(self._file.name, self._bucket, self._key)
+
+
+def open_store(uri: str) -> Store:
+    """The store behind a directory or ``s3://bucket/prefix``."""
+    return S3Store(uri) if uri.startswith("s3://") else LocalStore(uri)
+
+
+class LakeResource(dg.ConfigurableResource):
+    """Raw files and the lake. A partition of the lake exists if and only if its report does."""
+
+    raw_uri: str = Field(description="Directory or s3://bucket/prefix of the raw files.")
+    lake_uri: str = Field(description="Directory or s3://bucket/prefix of the lake.")
+    epoch: str = Field(description="First day of the data set, YYYY-MM-DD; tx_time_seconds counts from it.")
+
+    @cached_property
+    def raw(self) -> Store:
+        """Store of the raw files."""
+        return open_store(self.raw_uri)
+
+    @cached_property
+    def store(self) -> Store:
+        """Store of the lake."""
+        return open_store(self.lake_uri)
+
+    def list_raw_files(self) -> tuple[dict[str, RawFile], dict[str, str]]:
+        """Raw files by key, in order of their keys; and names that are no safe key, each with the reason."""
+        files, ignored = {}, {}
+        for stored in self.raw.list_directory():
+            if not stored.name.endswith(RAW_SUFFIX):
+                continue
+            try:
+                key = partition_key(stored.name)
+            except ValueError as error:
+                ignored[stored.name] = str(error)
+            else:
+                files[key] = RawFile(key, self.raw.spark_uri(stored.name), stored.size, stored.fingerprint)
+        return dict(sorted(files.items())), ignored
+
+    def partition_path(self, table: str, key: str) -> str:
+        """Name of a partition's directory in the lake."""
+        return f"{table}/raw_file={key}"
+
+    def reports(self, table: str) -> dict[str, dict[str, Any]]:
+        """Reports of all complete partitions of a table, by key. An unreadable report marks nothing as complete."""
+        names = list(self.store.list_reports(table))
+        with ThreadPoolExecutor(READERS) as pool:
+            reports = pool.map(self._read_report, names)
+            prefix = f"{table}/raw_file="
+            return {
+                name.removeprefix(prefix).removesuffix(f"/{REPORT_NAME}"): report
+                for name, report in zip(names, reports, strict=True)
+                if report is not None and name.startswith(prefix)
+            }
+
+    def _read_report(self, name: str) -> dict[str, Any] | None:
+        try:
+            report = self.read_json(name)
+        except (FileNotFoundError, ValueError):
+            return None
+        return report if isinstance(report, dict) and "schema_version" in report else None
+
+    def read_json(self, name: str) -> Any:
+        """A small JSON file of the lake. Raises FileNotFoundError, or ValueError if it is no JSON."""
+        return json.loads(self.store.read(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small JSON file to the lake, whole or not at all."""
+        self.store.write(name, json.dumps(value, indent=1, sort_keys=True).encode())

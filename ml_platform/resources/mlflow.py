@@ -1,0 +1,177 @@
+"""MLflow: one MLflow run per Dagster run, models registered as versions, the alias ``champion``."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+
+if TYPE_CHECKING:
+    from dagster_mlflow.resources import MlFlow
+    from mlflow.entities.model_registry import ModelVersion
+
+EXPERIMENT = "fraud_model"
+MODEL_NAME = "fraud_model"
+CHAMPION = "champion"
+
+
+class MlflowResource(dg.ConfigurableResource):
+    """dagster-mlflow's tracking resource, set up only when a step uses it: importing MLflow takes seconds."""
+
+    tracking_uri: str = Field(description="Tracking server or database; the model registry is the same.")
+    artifact_root: str | None = Field(
+        default=None, description="Artifacts of a new experiment; default: the server's choice."
+    )
+
+    _init_context: dg.InitResourceContext | None = PrivateAttr(default=None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        self._init_context = context
+
+    def client(self) -> Any:
+        """An MlflowClient of the tracking store and its registry."""
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
+
+    @contextmanager
+    def run(self, tags: Mapping[str, str]) -> Generator[MlFlow]:
+        """The MLflow run of this Dagster run, active inside the block; failed if the block raises.
+
+        What it yields has all of ``mlflow``'s functions. MLflow's logged parameters are final, so a step that is
+        executed again in the same Dagster run gets the same MLflow run.
+        """
+        import dagster_mlflow
+        import mlflow
+
+        if self._init_context is None:
+            raise RuntimeError("the resource is used outside a Dagster run")
+        mlflow.set_tracking_uri(self.tracking_uri)
+        mlflow.set_registry_uri(self.tracking_uri)
+        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            mlflow.create_experiment(EXPERIMENT, artifact_location=self.artifact_root)
+        config = {
+            "experiment_name": EXPERIMENT,
+            "mlflow_tracking_uri": self.tracking_uri,
+            "parent_run_id": None,
+            "mlflow_run_id": None,
+            "env": {},
+            "env_to_tag": None,
+            "extra_tags": dict(tags),
+        }
+        tracking = contextmanager(dagster_mlflow.mlflow_tracking.resource_fn)
+        with tracking(self._init_context.replace_config(config)) as run:
+            try:
+                yield run
+            except BaseException:
+                run.end_run(status="FAILED")
+                raise
+            run.end_run(status="FINISHED")
+
+    def champion(self) -> ModelVersion | None:
+        """The version that has the alias ``champion``; None if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client().get_model_version_by_alias(MODEL_NAME, CHAMPION)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def set_champion(self, version: str) -> None:
+        """Give a version the alias ``champion``."""
+        self.client().set_registered_model_alias(MODEL_NAME, CHAMPION, version)
+
+    def ui_url(self, mlflow_run: Any) -> str | None:
+        """Address of an MLflow run in the tracking server's UI; None if the store has no server."""
+        if not re.match(r"https?://", self.tracking_uri):
+            return None
+        base = re.sub(r"//[^/@]*@", "//", self.tracking_uri).rstrip("/")  # never a password in metadata
+        return f"{base}/#/experiments/{mlflow_run.info.experiment_id}/runs/{mlflow_run.info.run_id}"
+
+
+def write_spark_flavor(
+    target: Path, *, run_id: str, spark_version: str, features: list[str], download_model: Any
+) -> None:
+    """Make `target` an MLflow model of the Spark flavour out of a PipelineModel that a job has saved.
+
+    ``mlflow.spark.save_model`` would need a Spark session beside the model, which the orchestrator of a cluster run
+    has not; the format is MLflow's own (an ``MLmodel`` file, the folder ``sparkml``, environment files).
+
+    Args:
+        target: directory to fill.
+        run_id: MLflow run that the model belongs to.
+        spark_version: version of the Spark that saved the model, which becomes its requirement.
+        features: names of the input columns, all doubles.
+        download_model: called with the directory that is to hold the saved PipelineModel.
+    """
+    import mlflow
+    import yaml  # type: ignore[import-untyped]
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema
+    from mlflow.utils import PYTHON_VERSION
+
+    requirements = [f"mlflow=={mlflow.__version__}", f"pyspark=={spark_version}"]
+    target.mkdir(parents=True, exist_ok=True)
+    download_model(target / "sparkml")
+    conda = {
+        "name": "mlflow-env",
+        "channels": ["conda-forge"],
+        "dependencies": [f"python={PYTHON_VERSION}", "pip", {"pip": requirements}],
+    }
+    python_env = {
+        "python": PYTHON_VERSION,
+        "build_dependencies": ["pip"],
+        "dependencies": ["-r requirements.txt"],
+    }
+    (target / "requirements.txt").write_text("\n".join(requirements) + "\n")
+    (target / "conda.yaml").write_text(yaml.safe_dump(conda, sort_keys=False))
+    (target / "python_env.yaml").write_text(yaml.safe_dump(python_env, sort_keys=False))
+    model = Model(
+        artifact_path="model",
+        run_id=run_id,
+        signature=ModelSignature(
+            inputs=Schema([ColSpec("double", name) for name in features]),
+            outputs=Schema([ColSpec("double", "prediction")]),
+        ),
+    )
+    model.add_flavor(
+        "spark",
+        pyspark_version=spark_version,
+        model_data="sparkml",
+        code=None,
+        model_class="pyspark.ml.pipeline.PipelineModel",
+    )
+    environment = {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}
+    mlflow.pyfunc.add_to_model(model, loader_module="mlflow.spark", data="sparkml", env=environment)
+    model.save(str(target / "MLmodel"))
+
+
+def register_spark_model(
+    mlflow_resource: MlflowResource,
+    *,
+    run: Any,
+    spark_version: str,
+    features: list[str],
+    tags: Mapping[str, str],
+    download_model: Any,
+) -> ModelVersion:
+    """Log a saved PipelineModel as the artifact ``model`` of an MLflow run and register it as a version."""
+    run_id = run.active_run().info.run_id
+    with tempfile.TemporaryDirectory(prefix="ml-platform-") as directory:
+        write_spark_flavor(
+            Path(directory),
+            run_id=run_id,
+            spark_version=spark_version,
+            features=features,
+            download_model=download_model,
+        )
+        run.log_artifacts(directory, "model")
+    return run.register_model(f"runs:/{run_id}/model", MODEL_NAME, tags=dict(tags))

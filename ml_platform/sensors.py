@@ -1,0 +1,137 @@
+"""What starts runs: the sensor ``new_raw_files`` and its twin on a fixed hour, ``process_new_files_daily``.
+
+The lake decides what is cleaned, not Dagster's memory: a file needs a run when the lake has no report of it as it is
+now. Dagster's memory only adds what a failed run left unfinished, and keeps two runs off the same file.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from logging import Logger
+
+import dagster as dg
+
+from ml_platform.assets.cleaned import is_cleaned
+from ml_platform.assets.common import some_of
+from ml_platform.jobs import process_new_files
+from ml_platform.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
+from ml_platform.resources.lake import CLEANED, LakeResource
+
+DAY_S = 24 * 60 * 60
+
+#: Runs of the past that are looked at for unfinished work.
+REMEMBERED_RUNS = 200
+
+#: A run that has shown no end for so long is not waited for: its process died unseen.
+LONGEST_RUN = timedelta(days=1)
+
+_ACTIVE = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+_ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do: partitions to register, ranges to run, and the reason in one sentence."""
+
+    new_partitions: list[str]
+    ranges: list[tuple[str, str]]
+    ignored: dict[str, str]
+    reason: str
+
+
+def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
+    """Compare the raw files with the lake.
+
+    A run is wanted per contiguous range of files without a cleaned counterpart, and per range of cleaned files
+    whose last run failed afterwards; never for a file that a queued or running run already covers. The two are
+    apart, so that a file that cannot be cleaned does not hold up others for ever.
+    """
+    files, ignored = lake.list_raw_files()
+    reports = lake.reports(CLEANED)
+    registered = list(instance.get_dynamic_partitions(str(raw_files.name)))
+    new = [key for key in files if key not in set(registered)]
+    order = registered + new
+
+    uncleaned = {key for key, file in files.items() if not is_cleaned(reports.get(key), file, lake.epoch)}
+    unfinished = set(_partitions_of_failed_runs(instance, order)) & set(files) - uncleaned
+    active = set(_partitions_of_active_runs(instance, order))
+    ranges = contiguous_ranges(uncleaned - active, order) + contiguous_ranges(unfinished - active, order)
+
+    parts = [f"{len(files)} raw files"]
+    if ranges:
+        parts.append(f"{len(uncleaned - active)} without a cleaned counterpart")
+        if unfinished - active:
+            parts.append(f"{len(unfinished - active)} left unfinished by a failed run")
+    elif not uncleaned | unfinished:
+        parts.append("every one has a cleaned counterpart")
+    if active & (uncleaned | unfinished):
+        parts.append(f"{len(active & (uncleaned | unfinished))} are in a queued or running run")
+    if ignored:
+        parts.append(f"{len(ignored)} ignored for their names: {some_of(sorted(ignored))}")
+    return Plan(new, ranges, ignored, ", ".join(parts))
+
+
+def _partitions_of_active_runs(instance: dg.DagsterInstance, order: list[str]) -> Iterable[str]:
+    oldest = datetime.now(timezone.utc) - LONGEST_RUN
+    for record in instance.get_run_records(dg.RunsFilter(statuses=_ACTIVE, updated_after=oldest)):
+        yield from keys_of_run(record.dagster_run.tags, order)
+
+
+def _partitions_of_failed_runs(instance: dg.DagsterInstance, order: list[str]) -> Iterable[str]:
+    """Partitions whose last ended run of `process_new_files` did not succeed."""
+    settled: set[str] = set()
+    runs = dg.RunsFilter(job_name=process_new_files.name, statuses=_ENDED)
+    for record in instance.get_run_records(runs, limit=REMEMBERED_RUNS):  # newest first
+        keys = set(keys_of_run(record.dagster_run.tags, order)) - settled
+        if record.dagster_run.status != dg.DagsterRunStatus.SUCCESS:
+            yield from keys
+        settled |= keys
+
+
+def run_requests(plan: Plan) -> list[dg.RunRequest]:
+    """One run per range of the plan."""
+    return [dg.RunRequest(tags=range_tags(start, end)) for start, end in plan.ranges]
+
+
+def warn_of_ignored(log: Logger, plan: Plan) -> None:
+    """Name the raw files that no partition can stand for."""
+    for name, reason in plan.ignored.items():
+        log.warning(f"ignored raw file {name!r}: {reason}")
+
+
+@dg.sensor(
+    job=process_new_files,
+    minimum_interval_seconds=DAY_S,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Once a day: registers new raw files and starts a run for those without a cleaned counterpart.",
+)
+def new_raw_files(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SensorResult:
+    plan = plan_runs(context.instance, lake)
+    warn_of_ignored(context.log, plan)
+    requests = run_requests(plan)
+    return dg.SensorResult(
+        run_requests=requests,
+        skip_reason=None if requests else plan.reason,
+        dynamic_partitions_requests=[raw_files.build_add_request(plan.new_partitions)] if plan.new_partitions else [],
+    )
+
+
+@dg.schedule(
+    job=process_new_files,
+    cron_schedule="0 6 * * *",
+    execution_timezone="UTC",
+    description="What the sensor new_raw_files does, at a fixed hour. Turn one of the two on.",
+)
+def process_new_files_daily(
+    context: dg.ScheduleEvaluationContext, lake: LakeResource
+) -> list[dg.RunRequest] | dg.SkipReason:
+    plan = plan_runs(context.instance, lake)
+    warn_of_ignored(context.log, plan)
+    context.instance.add_dynamic_partitions(str(raw_files.name), plan.new_partitions)
+    return run_requests(plan) or dg.SkipReason(plan.reason)

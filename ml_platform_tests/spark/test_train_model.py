@@ -1,0 +1,434 @@
+"""Training on small feature partitions whose fraud follows two features: windows, leaks, cards, champions."""
+
+from __future__ import annotations
+
+import json
+import random
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from spark_jobs import evaluation, train_model
+
+pytestmark = pytest.mark.spark
+
+EPOCH = datetime(2020, 1, 1, tzinfo=timezone.utc)
+SCHEMA = (
+    "transaction_id bigint, tx_datetime timestamp, customer_id bigint, terminal_id bigint, tx_amount double, "
+    "tx_time_seconds bigint, tx_time_days int, tx_fraud int, tx_fraud_scenario int, risk double, noise double"
+)
+COLUMN = {name.split()[0]: index for index, name in enumerate(SCHEMA.split(", "))}
+FILE_DAYS = 14
+FILES = 2
+#: Last full day of the second file.
+LAST_DAY = FILES * FILE_DAYS - 1
+SHORT_WINDOWS = {
+    "test_days": 3,
+    "delay_days": 2,
+    "validation_days": 3,
+    "train_days": 12,
+    "min_train_days": 4,
+    "compromised_lookback_days": 3,
+    "alerts_per_day": 10,
+}
+
+
+def make_rows(seed=7, rows_per_day=120):
+    """Two files of rows and their features; in each file one row stands at 24:00:00 of its last day."""
+    draw = random.Random(seed)
+    rows = []
+    for file in range(FILES):
+        first, after = file * FILE_DAYS * 86_400, (file + 1) * FILE_DAYS * 86_400
+        times = [draw.randrange(first, after) for _ in range(rows_per_day * FILE_DAYS - 1)] + [after]
+        for seconds in times:
+            fraud = int(draw.random() < 0.12)
+            rows.append(
+                [
+                    len(rows),
+                    EPOCH + timedelta(seconds=seconds),
+                    draw.choice([None, *range(1, 400)]),
+                    draw.randrange(50),
+                    abs(draw.gauss(30 + 40 * fraud, 20)),
+                    seconds,
+                    seconds // 86_400,
+                    fraud,
+                    fraud,
+                    draw.gauss(1.5 * fraud, 1),
+                    draw.gauss(0, 1),
+                ]
+            )
+    return rows
+
+
+def write(spark, rows, directory):
+    """Feature partitions as the lake has them; their URIs."""
+    uris = []
+    size = len(rows) // FILES
+    for file in range(FILES):
+        uri = str(directory / "transaction_features" / f"raw_file=file{file}")
+        part = [tuple(row) for row in rows[file * size : (file + 1) * size]]
+        spark.createDataFrame(part, SCHEMA).coalesce(1).write.parquet(uri)
+        uris.append(uri)
+    return uris
+
+
+def request(uris, output, **changes):
+    return {
+        "run_id": "run-1",
+        "cutoff": "file1",
+        "feature_uris": uris,
+        "cutoff_uri": uris[-1],
+        "features": ["tx_amount", "risk", "noise"],
+        "output_uri": str(output),
+        "grid": {"regParam": [0.5, 0], "maxIter": [3, 100, 200]},
+        **SHORT_WINDOWS,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows()
+
+
+@pytest.fixture(scope="module")
+def uris(spark, rows, tmp_path_factory):
+    return write(spark, rows, tmp_path_factory.mktemp("a lake"))
+
+
+@pytest.fixture(scope="module")
+def trained(spark, uris, tmp_path_factory):
+    output = tmp_path_factory.mktemp("models") / "run 1"
+    return train_model.run(spark, request(uris, output))
+
+
+def expected_test_rows(rows):
+    """The held-out rows, from the definition: day by day without the cards known by then."""
+    start = LAST_DAY - 2
+    kept = []
+    for row in rows:
+        day = row[COLUMN["tx_time_days"]]
+        if not start <= day <= LAST_DAY:
+            continue
+        known = {
+            other[COLUMN["customer_id"]]
+            for other in rows
+            if other[COLUMN["tx_fraud"]] and start - 2 - 3 <= other[COLUMN["tx_time_days"]] <= day - 2 - 1
+        } - {None}
+        if row[COLUMN["customer_id"]] not in known:
+            kept.append(row)
+    return kept
+
+
+class TestWindows:
+    def test_handbook_geometry(self):
+        assert train_model.time_windows(0, 119, train_model.DEFAULTS) == {
+            "train": (46, 105),
+            "validation_train": (46, 91),
+            "validation": (99, 105),
+            "test": (113, 119),
+        }
+
+    def test_train_starts_where_the_data_do(self):
+        windows = train_model.time_windows(80, 119, train_model.DEFAULTS)
+        assert (windows["train"], windows["validation_train"]) == ((80, 105), (80, 91))
+
+    def test_rows_at_24_00_00_do_not_move_the_end(self, trained, rows):
+        assert max(row[COLUMN["tx_time_days"]] for row in rows) == LAST_DAY + 1
+        windows = trained["windows"]
+        assert {name: (window["first_day"], window["last_day"]) for name, window in windows.items()} == {
+            "train": (11, 22),
+            "validation_train": (11, 17),
+            "validation": (20, 22),
+            "test": (25, 27),
+        }
+        assert (windows["test"]["first_date"], windows["test"]["last_date"]) == ("2020-01-26", "2020-01-28")
+
+    def test_counts(self, trained, rows):
+        for name in ("train", "validation_train", "validation"):
+            window = trained["windows"][name]
+            inside = [
+                row[COLUMN["tx_fraud"]]
+                for row in rows
+                if window["first_day"] <= row[COLUMN["tx_time_days"]] <= window["last_day"]
+            ]
+            assert (window["rows"], window["frauds"]) == (len(inside), sum(inside))
+            assert window["days"] == window["last_day"] - window["first_day"] + 1
+
+
+class TestReport:
+    def test_is_json_and_complete(self, trained):
+        assert json.loads(json.dumps(trained)) == trained
+        assert trained["outcome"] == "trained"
+        assert trained["schema_version"] == 1
+        assert trained["champion"] is None
+        assert not [name for name in trained["metrics"] if name.startswith("champion")]
+        assert set(trained["seconds"]) == {"windows", "search", "fit", "score", "evaluate", "total"}
+
+    def test_best_is_the_first_of_the_highest(self, trained):
+        grid = trained["grid"]
+        assert [tuple(entry["params"].values()) for entry in grid] == [
+            (0.5, 3), (0.5, 100), (0.5, 200), (0, 3), (0, 100), (0, 200),
+        ]  # fmt: skip
+        highest = max(entry["validation_average_precision"] for entry in grid)
+        first = next(entry for entry in grid if entry["validation_average_precision"] == highest)
+        assert trained["best"]["params"] == first["params"]
+
+    def test_the_signal_is_found(self, trained):
+        assert trained["metrics"]["test_roc_auc"] > 0.85
+        assert trained["coefficients"]["risk"] > 4 * abs(trained["coefficients"]["noise"])
+
+    def test_scores_are_the_held_out_rows_and_give_the_metrics(self, spark, trained, rows):
+        from sklearn.metrics import average_precision_score, roc_auc_score
+
+        scores = spark.read.parquet(trained["scores_uri"])
+        assert scores.dtypes == [
+            ("transaction_id", "bigint"),
+            ("tx_datetime", "timestamp"),
+            ("customer_id", "bigint"),
+            ("tx_amount", "double"),
+            ("tx_fraud", "int"),
+            ("score", "double"),
+            ("champion_score", "double"),
+        ]
+        written = scores.collect()
+        expected = expected_test_rows(rows)
+        assert sorted(row["transaction_id"] for row in written) == sorted(row[0] for row in expected)
+        removed = trained["windows"]["test"]["removed_rows"]
+        in_window = sum(25 <= row[COLUMN["tx_time_days"]] <= 27 for row in rows)
+        assert removed == in_window - len(expected) > 0
+        assert {row["champion_score"] for row in written} == {None}
+
+        labels, values = [row["tx_fraud"] for row in written], [row["score"] for row in written]
+        metrics = trained["metrics"]
+        assert metrics["test_average_precision"] == pytest.approx(average_precision_score(labels, values))
+        assert metrics["test_roc_auc"] == pytest.approx(roc_auc_score(labels, values))
+        assert (metrics["test_rows"], metrics["test_frauds"]) == (len(labels), sum(labels))
+        assert metrics["test_card_precision_at_100"] == evaluation.card_precision(scores)
+        assert metrics["test_recall_at_budget"] == evaluation.budget_metrics(scores, "score", 10)["recall"]
+
+    def test_saved_model_gives_the_same_scores(self, spark, trained, uris):
+        from pyspark.ml import PipelineModel
+
+        model = PipelineModel.load(trained["model_uri"])
+        again = model.transform(spark.read.parquet(*uris)).select(
+            "transaction_id", train_model._probability().alias("again")
+        )
+        compared = spark.read.parquet(trained["scores_uri"]).join(again, "transaction_id")
+        assert compared.count() == trained["metrics"]["test_rows"]
+        assert compared.where("score <> again").count() == 0
+
+
+def test_rows_after_the_train_window_choose_nothing(spark, trained, rows, tmp_path):
+    """Other labels and features in the delay, the test window and after D: only the test's figures move."""
+    changed = []
+    for row in rows:
+        other = list(row)
+        if row[COLUMN["tx_time_days"]] > trained["windows"]["train"]["last_day"]:
+            other[COLUMN["tx_fraud"]] = 1 - row[COLUMN["tx_fraud"]]
+            other[COLUMN["risk"]] = 2 * row[COLUMN["risk"]]
+            other[COLUMN["tx_amount"]] = 1000.0
+        changed.append(other)
+    uris = write(spark, changed, tmp_path)
+    report = train_model.run(spark, request(uris, tmp_path / "model"))
+    assert report["best"]["params"] == trained["best"]["params"]
+    assert [entry["validation_average_precision"] for entry in report["grid"]] == pytest.approx(
+        [entry["validation_average_precision"] for entry in trained["grid"]], rel=1e-9
+    )
+    assert report["coefficients"] == pytest.approx(trained["coefficients"], rel=1e-6)
+    assert report["intercept"] == pytest.approx(trained["intercept"], rel=1e-6)
+    assert report["metrics"]["test_roc_auc"] < trained["metrics"]["test_roc_auc"] - 0.1
+
+
+def test_cards_are_removed_from_the_day_they_are_known(spark):
+    """Delay 2, lookback 3, test window 20 to 22: known are frauds of day 15 on, until three days before."""
+    rows = [
+        ("unknown customer, fraud", None, 15, 1),
+        ("unknown customer", None, 22, 0),
+        ("fraud before the lookback", 1, 14, 1),
+        ("forgotten", 1, 20, 0),
+        ("first day of the lookback", 2, 15, 1),
+        ("known", 2, 20, 0),
+        ("fraud known on the second day", 3, 18, 1),
+        ("not yet known", 3, 20, 0),
+        ("known by now", 3, 21, 1),
+        ("fraud in the delay of the last day", 4, 20, 1),
+        ("never known in the window", 4, 22, 0),
+        ("genuine before", 5, 16, 0),
+        ("never compromised", 5, 22, 0),
+    ]
+    frame = spark.createDataFrame(rows, "what string, customer_id bigint, tx_time_days int, tx_fraud int")
+    kept = train_model.without_compromised_cards(frame, (20, 22), SHORT_WINDOWS)
+    assert {row["what"] for row in kept.where("tx_time_days >= 20").collect()} == {
+        "unknown customer",
+        "forgotten",
+        "not yet known",
+        "fraud in the delay of the last day",
+        "never known in the window",
+        "never compromised",
+    }
+
+
+class TestTooLittleData:
+    def refused(self, spark, tmp_path, uris, **changes):
+        report = train_model.run(spark, request(uris, tmp_path / "model", **changes))
+        assert report["outcome"] == "too_little_data"
+        assert json.loads(json.dumps(report)) == report
+        assert not (tmp_path / "model").exists()
+        return report["reason"]
+
+    def test_days(self, spark, tmp_path, uris):
+        reason = self.refused(spark, tmp_path, uris[:1], cutoff="file0", cutoff_uri=uris[0], min_train_days=5)
+        assert reason.startswith(
+            "There are 14 days of data up to 2020-01-14, and at least 15 are needed: 5 to fit"
+        )
+
+    def test_enough_days_to_the_day(self, spark, tmp_path, uris):
+        # 4 to fit on + 2 + 3 to choose on + 2 + 3 to test on = 14, but no window has so many frauds.
+        reason = self.refused(
+            spark, tmp_path, uris[:1], cutoff="file0", cutoff_uri=uris[0], min_frauds=10_000
+        )
+        assert "2020-01-01 to 2020-01-09 (train) has " in reason
+        assert "and at least 10000 frauds are needed" in reason
+        assert all(name in reason for name in ("(validation)", "(test)"))
+
+    def test_no_genuine_rows(self, spark, tmp_path, rows):
+        changed = [list(row) for row in rows]
+        for row in changed:
+            if 20 <= row[COLUMN["tx_time_days"]] <= 22:
+                row[COLUMN["tx_fraud"]] = 1
+        reason = self.refused(spark, tmp_path, write(spark, changed, tmp_path))
+        assert "2020-01-21 to 2020-01-23 (validation)" in reason
+        assert "no genuine row" in reason
+
+    def test_empty_cutoff(self, spark, tmp_path, uris):
+        empty = str(tmp_path / "raw_file=empty")
+        spark.createDataFrame([], SCHEMA).write.parquet(empty)
+        reason = self.refused(spark, tmp_path, [*uris, empty], cutoff="empty", cutoff_uri=empty)
+        assert "empty has no rows" in reason
+
+
+def test_parameters_are_chosen_on_the_validation_windows(spark, uris, trained, tmp_path, monkeypatch):
+    seen = []
+
+    def search(fitted_on, validated_on, grid):
+        seen.extend([fitted_on.count(), validated_on.count(), grid])
+        raise InterruptedError
+
+    monkeypatch.setattr(train_model, "search", search)
+    with pytest.raises(InterruptedError):
+        train_model.run(spark, request(uris, tmp_path, grid={"regParam": [7]}))
+    windows = trained["windows"]
+    assert seen == [windows["validation_train"]["rows"], windows["validation"]["rows"], {"regParam": [7]}]
+
+
+class TestChampion:
+    def test_scores_the_same_rows(self, spark, uris, trained, tmp_path):
+        """The base run's model as champion of a run with fewer features."""
+        champion = {
+            "model_uri": trained["model_uri"],
+            "features": trained["features"],
+            "version": "1",
+            "spark_version": trained["spark_version"],
+        }
+        changes = {"features": ["tx_amount", "noise"], "grid": {"regParam": [0], "maxIter": [100]}}
+        report = train_model.run(spark, request(uris, tmp_path / "model", champion=champion, **changes))
+        assert report["champion"] == {**champion, "status": "scored"}
+        before = spark.read.parquet(trained["scores_uri"]).collect()
+        after = spark.read.parquet(report["scores_uri"]).collect()
+        assert {row["transaction_id"]: row["champion_score"] for row in after} == {
+            row["transaction_id"]: row["score"] for row in before
+        }
+        for name in ("average_precision", "roc_auc", "card_precision_at_100", "recall_at_budget"):
+            assert report["metrics"]["champion_test_" + name] == trained["metrics"]["test_" + name]
+        assert report["metrics"]["test_roc_auc"] < report["metrics"]["champion_test_roc_auc"]
+
+    @pytest.fixture
+    def score_beside(self, spark, uris, trained, tmp_path):
+        """Score some rows with the base run's model and a champion; the verdict and the rows written."""
+        from pyspark.ml import PipelineModel
+
+        test = spark.read.parquet(*uris).where("tx_time_days = 25")
+        model = PipelineModel.load(trained["model_uri"])
+        output = str(tmp_path / "test_scores")
+
+        def score(champion):
+            verdict = train_model.write_scores(spark, test, model, champion, output)
+            return verdict, spark.read.parquet(output)
+
+        return score
+
+    @pytest.mark.parametrize(
+        ("champion", "told"),
+        [
+            ({"model_uri": "/nowhere/model", "features": ["risk"], "version": "1"}, "/nowhere/model"),
+            ({"model_uri": "/nowhere/model", "features": ["risk", "age"], "version": "1"}, "not have: age"),
+        ],
+        ids=["no model there", "other features"],
+    )
+    def test_unreadable_is_reported(self, score_beside, champion, told):
+        verdict, scores = score_beside(champion)
+        assert verdict["status"] == "unreadable"
+        assert told in verdict["error"]
+        assert "\n" not in verdict["error"]
+        assert scores.where("champion_score IS NOT NULL").count() == 0
+        assert scores.where("score IS NOT NULL").count() > 50
+
+    @pytest.mark.parametrize(
+        ("on_null", "told"), [("error", ""), ("keep", "gives no number for")], ids=["fails on a row", "NaN"]
+    )
+    def test_failing_on_some_rows_is_unreadable_too(self, score_beside, trained, tmp_path, on_null, told):
+        """Customers are NULL on some rows only, so the champion loads, applies, and fails while it scores."""
+        from pyspark.ml import PipelineModel
+        from pyspark.ml.feature import VectorAssembler
+
+        _, logistic = PipelineModel.load(trained["model_uri"]).stages
+        features = ["tx_amount", "risk", "customer_id"]
+        assembler = VectorAssembler(inputCols=features, outputCol=train_model.VECTOR, handleInvalid=on_null)
+        uri = str(tmp_path / "champion")
+        PipelineModel(stages=[assembler, logistic]).save(uri)
+        verdict, scores = score_beside({"model_uri": uri, "features": features, "version": "2"})
+        assert verdict["status"] == "unreadable"
+        assert told in verdict["error"]
+        assert scores.where("champion_score IS NOT NULL").count() == 0
+        assert scores.where("score IS NOT NULL").count() > 50
+
+
+class TestSearch:
+    def test_a_converged_fit_is_every_longer_fit(self, spark, trained, uris):
+        entries = {tuple(entry["params"].values()): entry for entry in trained["grid"]}
+        assert entries[0, 3]["iterations"] == 3
+        assert not entries[0, 3]["reused_fit"]
+        # Stopped by its maxIter, so the longer one was fitted; that converged, so the longest was not.
+        assert 3 < entries[0, 100]["iterations"] < 100
+        assert not entries[0, 100]["reused_fit"]
+        assert entries[0, 200]["reused_fit"]
+
+        from pyspark.ml.feature import VectorAssembler
+
+        assembler = VectorAssembler(inputCols=trained["features"], outputCol=train_model.VECTOR)
+        frame = assembler.transform(spark.read.parquet(*uris)).where("tx_time_days <= 20").coalesce(1)
+        short, long = (
+            train_model._learner({"regParam": 0, "maxIter": iterations}).fit(frame)
+            for iterations in (100, 200)
+        )
+        assert train_model._iterations(short) == train_model._iterations(long) < 100
+        assert list(short.coefficients) == list(long.coefficients)
+
+    def test_an_error_of_a_fit_is_raised(self, spark):
+        frame = spark.createDataFrame([(1,)], "tx_fraud int")
+        with pytest.raises(Exception, match=train_model.VECTOR):
+            train_model.search(frame, frame, {"regParam": [0]})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"features": []}, "lacks features"),
+        ({"cutoff_uri": "/elsewhere"}, "one of feature_uris"),
+        ({"features": ["risk", "age_of_card"]}, "no column age_of_card"),
+    ],
+)
+def test_wrong_requests_say_what_is_wrong(spark, uris, tmp_path, change, told):
+    with pytest.raises(ValueError, match=told):
+        train_model.run(spark, request(uris, tmp_path, **change))

@@ -1,0 +1,404 @@
+"""The simulator writes the raw format, follows the handbook's rules, and its truth is exact."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter, defaultdict
+from datetime import date, datetime, timedelta
+from decimal import Decimal, InvalidOperation
+
+import numpy as np
+import pytest
+
+from ml_platform.simulator import FileTruth, Simulation, _within_radius
+
+HEADER = (
+    "# tranaction_id | tx_datetime | customer_id | terminal_id | tx_amount | tx_time_seconds | tx_time_days"
+    " | tx_fraud | tx_fraud_scenario"
+)
+# 300 customers x 60 terminals need a larger radius than the handbook's to reach a few terminals each.
+SMALL = {"customers": 300, "terminals": 60, "radius": 20.0, "days_per_file": 10}
+# Settings under which every scenario is frequent enough to be seen in a few thousand rows.
+FRAUDULENT = SMALL | {
+    "fault_rate": 0,
+    "large_amount": 150.0,
+    "compromised_terminal_days": 3,
+    "compromised_customers_per_day": 20,
+    "compromised_customer_days": 4,
+}
+
+
+def write(simulation: Simulation, index: int = 0) -> tuple[bytes, FileTruth]:
+    out = io.BytesIO()
+    truth = simulation.write_file(index, out)
+    return out.getvalue(), truth
+
+
+def clean_rows(simulation: Simulation, index: int = 0) -> list[list[str]]:
+    """Fields of a file without faults."""
+    assert simulation.fault_rate == 0
+    return [line.split(",") for line in write(simulation, index)[0].decode().splitlines()[1:]]
+
+
+def read_under_contract(content: bytes, epoch: date) -> Counter[str]:
+    """Count what the cleaning rules find, one line after the other in plain Python."""
+    counts: Counter[str] = Counter()
+    lines = content.decode().split("\n")[1:]
+    by_id: dict[int, list[list[str]]] = defaultdict(list)
+    for line in filter(None, lines):
+        counts["raw_rows"] += 1
+        fields = line.split(",")
+        try:
+            if len(fields) != 9 or not Decimal(fields[4]).is_finite():
+                raise ValueError(line)
+            by_id[int(fields[0])].append(fields)
+            int(fields[7]), int(fields[8])
+        except (ValueError, InvalidOperation):
+            counts["malformed_row"] += 1
+            counts["rejected_rows"] += 1
+    for same_id in by_id.values():
+        distinct = [list(fields) for fields in {tuple(fields) for fields in same_id}]
+        if len(distinct) > 1:
+            counts["conflicting_duplicate"] += len(same_id)
+            counts["rejected_rows"] += len(same_id)
+            continue
+        counts["duplicate"] += len(same_id) - 1
+        counts["duplicate_rows"] += len(same_id) - 1
+        _, written, customer, terminal, amount, seconds, days, fraud, _ = same_id[0]
+        hour_24 = written.endswith(" 24:00:00")
+        reasons = []
+        try:
+            instant = datetime.strptime(
+                written.replace(" 24:", " 00:") if hour_24 else written, "%Y-%m-%d %H:%M:%S"
+            )
+        except ValueError:
+            reasons.append("invalid_datetime")
+        if Decimal(amount) < 0:
+            reasons.append("invalid_amount")
+        if fraud not in ("0", "1"):
+            reasons.append("invalid_label")
+        counts.update(reasons)
+        if reasons:
+            counts["rejected_rows"] += 1
+            continue
+        since = instant + timedelta(days=hour_24) - datetime(epoch.year, epoch.month, epoch.day)
+        counts["clean_rows"] += 1
+        counts["fraud_rows"] += int(fraud)
+        counts["hour_24"] += hour_24
+        counts["wrong_seconds"] += int(seconds) != since.total_seconds()
+        counts["wrong_days"] += int(days) != since.days
+        counts["unknown_terminal"] += not terminal.isdigit()
+        counts["unknown_customer"] += not customer.isdigit()
+    return counts
+
+
+def test_lines_have_the_raw_format() -> None:
+    content, truth = write(Simulation(**SMALL, fault_rate=0), 1)
+    header, *lines, last = content.decode("ascii").split("\n")
+    assert (header, last) == (HEADER, "")
+    assert truth.name == "2019-09-01.txt"
+    assert truth.size_bytes == len(content)
+    assert len(lines) == truth.counts["raw_rows"] > 3_000
+    form = re.compile(
+        r"\d+,\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,(0|[1-9]\d*),(0|[1-9]\d*),(0|[1-9]\d*)\.\d\d,\d+,\d+,[01],[0-3]"
+    )
+    for line in lines:
+        assert form.fullmatch(line), line
+        _, written, customer, terminal, _, seconds, days, fraud, scenario = line.split(",")
+        since = datetime.strptime(written, "%Y-%m-%d %H:%M:%S") - datetime(2019, 8, 22)
+        assert (int(seconds), int(days)) == (since.total_seconds(), since.days)
+        assert 0 < int(seconds) - int(days) * 86_400 < 86_400
+        assert int(customer) < 300
+        assert int(terminal) < 60
+        assert (fraud == "1") == (scenario != "0")
+    rows = [line.split(",") for line in lines]
+    assert {int(row[6]) for row in rows} == set(range(10, 20))
+    order = [(int(row[6]), int(row[2])) for row in rows]
+    assert order == sorted(order)
+
+
+def test_ids_go_on_from_file_to_file() -> None:
+    simulation = Simulation(**SMALL, fault_rate=0)
+    ids = [int(row[0]) for index in range(3) for row in clean_rows(simulation, index)]
+    assert ids == list(range(len(ids)))
+
+
+def test_a_file_made_alone_is_the_same() -> None:
+    in_sequence = Simulation(**SMALL)
+    files = [write(in_sequence, index) for index in range(3)]
+    assert write(Simulation(**SMALL), 2) == files[2]
+    assert files[2] == write(in_sequence, 2)
+
+
+def test_seeds_differ() -> None:
+    assert write(Simulation(**SMALL, seed=1))[0] != write(Simulation(**SMALL, seed=2))[0]
+
+
+def test_progress_counts_the_rows_day_by_day() -> None:
+    seen: list[int] = []
+    out = io.BytesIO()
+    truth = Simulation(**SMALL, fault_rate=1000).write_file(0, out, progress=seen.append)
+    assert len(seen) == 10
+    assert seen == sorted(seen)
+    assert seen[-1] == truth.counts["raw_rows"] == out.getvalue().count(b"\n") - 1
+
+
+def test_fault_rate_0_gives_a_clean_file() -> None:
+    content, truth = write(Simulation(**SMALL, fault_rate=0))
+    found = read_under_contract(content, date(2019, 8, 22))
+    assert found["clean_rows"] == found["raw_rows"] == content.count(b"\n") - 1
+    assert set(+found) <= {"raw_rows", "clean_rows", "fraud_rows"}
+    assert truth.counts == {name: found[name] for name in truth.counts}
+
+
+@pytest.mark.parametrize(
+    ("index", "settings"),
+    [
+        (0, {}),  # the first weeks, where an earlier base would give negative seconds
+        (9, {}),
+        (4, {"seed": 5, "start": date(2024, 1, 20)}),  # 2024 is a leap year: 02-29 exists, 02-30 does not
+        (0, {"fault_rate": 50}),
+    ],
+)
+def test_truth_is_what_the_contract_finds(index: int, settings: dict[str, object]) -> None:
+    simulation = Simulation(**{**SMALL, "customers": 2_000, "fault_rate": 1000, **settings})
+    content, truth = write(simulation, index)
+    found = read_under_contract(content, simulation.start)
+    assert truth.counts == {name: found[name] for name in truth.counts}
+    assert set(found) <= set(truth.counts)
+    assert truth.size_bytes == len(content)
+    assert found["raw_rows"] == found["clean_rows"] + found["duplicate_rows"] + found["rejected_rows"]
+    if simulation.fault_rate == 1000:
+        assert all(truth.counts.values())
+
+
+def test_each_faulty_row_differs_from_the_clean_one_by_one_fault() -> None:
+    settings = {**SMALL, "customers": 2_000}
+    clean = {row[0]: row for row in clean_rows(Simulation(**settings, fault_rate=0), 3)}
+    content, _ = write(Simulation(**settings, fault_rate=1000), 3)
+    columns = ("id", "datetime", "customer", "terminal", "amount", "seconds", "days", "fraud", "scenario")
+    changes: Counter[tuple[str, ...]] = Counter()
+    copies: Counter[str] = Counter()
+    for line in content.decode().splitlines()[1:]:
+        fields = line.split(",")
+        copies[fields[0]] += 1
+        expected = clean[fields[0]]
+        if len(fields) != len(expected):
+            changes[f"{len(fields)} fields",] += 1
+        else:
+            changed = (name for name, a, b in zip(columns, fields, expected, strict=True) if a != b)
+            changes[tuple(changed)] += 1
+    assert set(copies) == set(clean)
+    assert max(copies.values()) == 2
+    assert set(changes) == {
+        (),
+        ("7 fields",),
+        ("10 fields",),
+        ("datetime",),
+        ("datetime", "seconds"),  # hour 24, at the end of the row's own day
+        ("customer",),
+        ("terminal",),
+        ("amount",),
+        ("seconds",),
+        ("fraud",),
+    }
+
+
+def test_default_rate_shows_every_fault_in_300_000_rows() -> None:
+    content, truth = write(Simulation())
+    assert 250_000 < truth.counts["raw_rows"] < 330_000
+    assert all(truth.counts.values())
+    assert truth.counts["rejected_rows"] < truth.counts["raw_rows"] * 0.001
+    lines = content.decode().splitlines()[1:]
+    terminals = Counter(line.split(",")[3] for line in lines)
+    assert terminals[""] > 0
+    assert terminals["Err"] > 0
+    assert terminals["89518096"] > 0
+    amounts = Counter(line.split(",")[4] for line in lines if line.count(",") == 8)
+    assert all(amounts[amount] for amount in ("0.00", "abc", "NaN"))
+    assert {line.count(",") for line in lines} == {6, 8, 9}
+
+
+def test_scenarios_follow_the_rules() -> None:
+    rows = clean_rows(Simulation(**FRAUDULENT), 1)
+    plain = clean_rows(
+        Simulation(**{**FRAUDULENT, "compromised_terminals_per_day": 0, "compromised_customers_per_day": 0}),
+        1,
+    )
+    assert {row[8] for row in rows} == {"0", "1", "2", "3"}
+    # Without compromised terminals and customers the label says just whether the amount is large.
+    assert all((Decimal(row[4]) > 150) == (row[8] == "1") for row in plain)
+
+    terminals_of_day: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row[8] == "2":
+            terminals_of_day[row[6]].add(row[3])
+    for row, before in zip(rows, plain, strict=True):
+        assert row[:4] == before[:4]
+        if row[8] == "3":
+            assert Decimal(row[4]) == 5 * Decimal(before[4]) or Decimal(row[4]) == 25 * Decimal(before[4])
+        else:
+            assert row[4] == before[4]
+            compromised = row[3] in terminals_of_day[row[6]]
+            large = Decimal(row[4]) > 150
+            assert row[8] == ("2" if compromised else "1" if large else "0")
+    # 2 new terminals a day for 3 days: at most 6 at once, and each stays for its 3 days.
+    assert all(2 < len(terminals) <= 6 for terminals in terminals_of_day.values())
+
+
+def test_a_third_of_a_compromised_customers_transactions_is_fraud() -> None:
+    # Every customer is compromised on every day, for one day.
+    settings = {**FRAUDULENT, "compromised_customers_per_day": 300, "compromised_customer_days": 1}
+    scenarios = Counter(row[8] for row in clean_rows(Simulation(**settings)))
+    assert scenarios["3"] / scenarios.total() == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_no_window_opens_before_the_first_day() -> None:
+    settings = {**FRAUDULENT, "terminals": 400, "compromised_terminal_days": 6}
+    terminals: dict[int, set[str]] = defaultdict(set)
+    for row in clean_rows(Simulation(**{**settings, "customers": 3_000})):
+        if row[8] == "2":
+            terminals[int(row[6])].add(row[3])
+    assert [len(terminals[day]) for day in range(3)] == [2, 4, 6]
+    assert 9 <= len(terminals[9]) <= 12
+
+
+def test_amounts_stay_exact_when_multiplied_again_and_again() -> None:
+    rows = clean_rows(
+        Simulation(
+            customers=20,
+            terminals=5,
+            radius=200,
+            days_per_file=20,
+            fault_rate=0,
+            compromised_customers_per_day=20,
+            compromised_share=1,
+            compromised_factor=1000,
+        )
+    )
+    assert {row[8] for row in rows} == {"3"}
+    assert max(Decimal(row[4]) for row in rows) == Decimal(10) ** 12
+
+
+def test_size_and_fraud_are_those_of_the_handbook() -> None:
+    simulation = Simulation(fault_rate=0)
+    content, first = write(simulation)
+    # The handbook's own draw: 9,585 transactions a day; the spread of the customers' rates alone is 0.85 %.
+    assert first.counts["raw_rows"] / 30 == pytest.approx(9_585, rel=0.04)
+    # Handbook: about 1,700 frauds in the first 30 days, when windows are still opening, and 2,500 later.
+    assert 0.004 < first.counts["fraud_rows"] / first.counts["raw_rows"] < 0.008
+    _, third = write(simulation, 2)
+    assert 0.007 < third.counts["fraud_rows"] / third.counts["raw_rows"] < 0.0105
+
+    rows = np.array([line.split(",")[4:] for line in content.decode().splitlines()[1:]], dtype=float)
+    amounts, seconds = rows[:, 0], rows[:, 1] % 86_400
+    # Mean and quartiles of the handbook's data set.
+    assert amounts.mean() == pytest.approx(53.6, abs=1.5)
+    assert np.quantile(amounts, [0.25, 0.5, 0.75]) == pytest.approx([21.0, 44.6, 76.9], abs=2)
+    assert seconds.mean() == pytest.approx(43_200, abs=200)
+    # The sd of a normal distribution with sd 20,000 that is cut 2.16 sd from its mean on both sides.
+    assert seconds.std() == pytest.approx(18_193, abs=100)
+
+
+def test_counts_of_customers_are_poisson() -> None:
+    """Each customer's daily counts have a variance equal to their mean; the mean of the rates is 2 a day."""
+    rows = clean_rows(Simulation(customers=200, terminals=50, radius=200, days_per_file=300, fault_rate=0))
+    counts = np.zeros((200, 300))
+    np.add.at(counts, (np.array([int(row[2]) for row in rows]), np.array([int(row[6]) for row in rows])), 1)
+    mean = counts.mean(axis=1)
+    assert mean.max() < 4.6  # rates are below 4
+    assert mean.mean() == pytest.approx(2 * 0.969, rel=0.1)
+    assert (counts.var(axis=1) / mean).mean() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("customers", "terminals", "radius"),
+    [(500, 700, 5.0), (700, 20, 12.5), (300, 400, 0.3), (50, 60, 47.0), (40, 30, 500.0), (5, 1, 30.0)],
+)
+def test_reachable_terminals_are_those_nearer_than_the_radius(
+    customers: int, terminals: int, radius: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ml_platform.simulator._CHUNK_PAIRS", 2_000)
+    random = np.random.default_rng(terminals)
+    at, of = random.uniform(0, 100, (2, customers)), random.uniform(0, 100, (2, terminals))
+    numbers, ids = _within_radius(at, of, radius)
+    near = np.hypot(at[0][:, None] - of[0], at[1][:, None] - of[1]) < radius
+    assert numbers.tolist() == near.sum(axis=1).tolist()
+    found = np.split(ids, np.cumsum(numbers)[:-1])
+    assert [sorted(each.tolist()) for each in found] == [np.flatnonzero(row).tolist() for row in near]
+
+
+def test_customers_use_only_terminals_within_reach_and_others_make_no_transactions() -> None:
+    simulation = Simulation(customers=200, terminals=20, radius=10, days_per_file=60, fault_rate=0)
+    people = simulation._population
+    assert 0 < people.customer_id.size < 200
+    reachable = {
+        int(customer): set(people.terminal_id[first : first + number].tolist())
+        for customer, first, number in zip(
+            people.customer_id, people.first_terminal, people.number_of_terminals, strict=True
+        )
+    }
+    used: dict[int, set[int]] = defaultdict(set)
+    for row in clean_rows(simulation):
+        used[int(row[2])].add(int(row[3]))
+    assert all(used[customer] <= reachable[customer] for customer in used)
+    # In 60 days nearly all customers use all of their few terminals.
+    assert sum(used[customer] == reachable[customer] for customer in reachable) > 0.9 * len(reachable)
+
+
+def test_nobody_in_reach_gives_an_empty_file() -> None:
+    content, truth = write(Simulation(customers=3, terminals=2, radius=1e-9))
+    assert content.decode() == HEADER + "\n"
+    assert set(truth.counts.values()) == {0}
+
+
+def test_files_are_named_by_their_first_day() -> None:
+    simulation = Simulation()
+    assert [simulation.file_name(index) for index in (0, 1, 39)] == [
+        "2019-08-22.txt",
+        "2019-09-21.txt",
+        "2022-11-04.txt",
+    ]
+    assert Simulation(start=date(2024, 2, 28), days_per_file=2).file_name(1) == "2024-03-01.txt"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"days_per_file": 0}, "days_per_file is 0: give 1 or more"),
+        ({"customers": 0}, "customers is 0: give 1 or more"),
+        ({"terminals": -1}, "terminals is -1: give 1 or more"),
+        ({"customers": 2**31}, "give fewer"),
+        ({"radius": 0.0}, "radius is 0.0: give a number above 0"),
+        ({"radius": float("nan")}, "radius is nan"),
+        ({"seed": -1}, "seed is -1: give a whole number"),
+        ({"fault_rate": -0.1}, "fault_rate is -0.1: give a number from 0"),
+        ({"fault_rate": 1001}, "fault_rate is 1001: give a number from 0"),
+        ({"fault_rate": float("nan")}, "fault_rate is nan"),
+        ({"large_amount": -1.0}, "large_amount is -1.0: give 0 or more"),
+        ({"compromised_terminal_days": -1}, "compromised_terminal_days is -1: give 0"),
+        ({"compromised_customer_days": -1}, "compromised_customer_days is -1: give 0"),
+        ({"terminals": 1}, "compromised_terminals_per_day is 2: give 0"),
+        ({"customers": 2}, "compromised_customers_per_day is 3: give 0"),
+        ({"compromised_share": 1.5}, "compromised_share is 1.5: give a number from 0 to 1"),
+        ({"compromised_factor": 0.0}, "compromised_factor is 0.0: give a number above 0"),
+    ],
+)
+def test_bad_settings_say_what_to_do(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Simulation(**settings)
+
+
+@pytest.mark.parametrize(
+    ("simulation", "index", "message"),
+    [
+        (Simulation(), -1, "files count from 0"),
+        (Simulation(start=date(9999, 12, 20)), 0, "choose an earlier start"),
+    ],
+)
+def test_files_that_cannot_be_are_refused(simulation: Simulation, index: int, message: str) -> None:
+    out = io.BytesIO()
+    with pytest.raises(ValueError, match=message):
+        simulation.write_file(index, out)
+    assert out.getvalue() == b""

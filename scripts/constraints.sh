@@ -1,0 +1,21 @@
+#!/bin/sh
+# Writes constraints.txt: the versions of all direct and indirect dependencies and of the tools that install
+# them, for every supported Python. UV_ARGS holds further options of `uv pip compile`.
+set -eu
+cd "$(dirname "$0")/.."
+
+new=$(mktemp)
+trap 'rm -f "$new"' EXIT
+cp constraints.txt "$new"
+# shellcheck disable=SC2086 # UV_ARGS is a list of options
+printf '%s\n' setuptools wheel uv |
+    UV_SYSTEM_CERTS=1 .venv/bin/uv pip compile --quiet --universal --python-version 3.10 --all-extras \
+        --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+        ${UV_ARGS:-} --output-file "$new" pyproject.toml -
+{
+    echo '# Every version that the project is tested with, on Python 3.10 to 3.13.'
+    # shellcheck disable=SC2016 # the backquotes are quotation marks
+    echo '# Written by `make constraints`, which keeps what still fits; `make constraints UV_ARGS=--upgrade`'
+    echo '# takes the newest versions of all.'
+    cat "$new"
+} >constraints.txt

@@ -1,0 +1,97 @@
+#!/bin/sh
+# Makes .venv what pyproject.toml, setup.cfg and constraints.txt say; does nothing when it already is.
+# PYTHON names the interpreter to use; USE_UV=0 installs with pip alone.
+set -eu
+cd "$(dirname "$0")/.."
+
+stamp=.venv/ml-platform-installed
+python=.venv/bin/python
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+# Prints the version of the interpreter $1 when the project supports it and it can create virtual environments.
+supported_version() {
+    "$1" -c '
+import sys
+if not (3, 10) <= sys.version_info[:2] < (3, 14):
+    sys.exit(1)
+import ensurepip, venv
+print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null
+}
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        if supported_version "$PYTHON" >/dev/null; then
+            command -v "$PYTHON"
+            return
+        fi
+        say "PYTHON=$PYTHON is no working Python 3.10 to 3.13 with the modules venv and ensurepip"
+        return 1
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if supported_version "$candidate" >/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    say "no working Python 3.10 to 3.13 with the modules venv and ensurepip found (Debian, Ubuntu:" \
+        "sudo apt-get install python3-venv): install one, or name it: make PYTHON=/path/to/python"
+    return 1
+}
+
+# The directory is part of the state because a virtual environment does not survive being moved or copied.
+wanted_state() {
+    pwd
+    cksum pyproject.toml setup.cfg constraints.txt
+}
+
+# Succeeds when .venv works, was made in this directory, and has the Python that was asked for.
+environment_usable() {
+    "$python" -c 'import pip' >/dev/null 2>&1 || return 1
+    if [ -f "$stamp" ] && [ "$(sed -n 1p "$stamp")" != "$(pwd)" ]; then
+        return 1
+    fi
+    if [ -n "${PYTHON:-}" ]; then
+        [ "$(supported_version "$PYTHON")" = "$(supported_version "$python")" ]
+    fi
+}
+
+install_with_uv() {
+    [ "${USE_UV:-1}" != 0 ] || return 1
+    if ! "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; then
+        say "uv cannot be installed: using pip, which takes longer"
+        return 1
+    fi
+    quiet=""
+    [ -t 2 ] || quiet=--quiet
+    # uv trusts its own list of authorities unless told to use the system's, as pip does.
+    if ! UV_SYSTEM_CERTS=1 .venv/bin/uv pip install ${quiet:+"$quiet"} --python "$python" -c constraints.txt \
+        --no-build-isolation --compile-bytecode -e '.[dev]'; then
+        say "uv failed: using pip, which takes longer"
+        return 1
+    fi
+}
+
+install_with_pip() {
+    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+        --no-build-isolation -e '.[dev]'
+}
+
+if environment_usable; then
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted_state)" ]; then
+        exit 0
+    fi
+    rm -f "$stamp"
+    say "updating .venv"
+else
+    interpreter=$(find_python)
+    say "creating .venv with Python $(supported_version "$interpreter") ($interpreter)"
+    rm -rf .venv
+    "$interpreter" -m venv .venv
+fi
+say "installing packages (2 GB; a few minutes the first time)"
+# The build backend is installed first, in its pinned version, so that nothing is built with an unpinned one.
+"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+install_with_uv || install_with_pip
+wanted_state >"$stamp"
+say "done"

@@ -1,0 +1,233 @@
+"""What every job needs around its Spark code: session settings, small files, counts on the fly, ``main()``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, Callable, Dict, Tuple
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+    Observed = Tuple[DataFrame, Callable[[], Dict[str, Any]]]
+
+log = logging.getLogger("spark_jobs")
+
+#: How long the counts of a finished write may take to arrive from the JVM.
+OBSERVATION_TIMEOUT_S = 60
+
+#: The jobs rely on these, whatever the cluster's defaults are.
+SESSION_SETTINGS = {
+    # A value that is no number must become NULL and be counted, not fail the job (Spark 4 raises by default).
+    "spark.sql.ansi.enabled": "false",
+    "spark.sql.session.timeZone": "UTC",
+    # A damaged or vanished input is an error of its partition, never fewer rows.
+    "spark.sql.files.ignoreCorruptFiles": "false",
+    "spark.sql.files.ignoreMissingFiles": "false",
+    # INT96, the default, has no statistics that readers can use.
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    # Years before 1582 are rows like any other; the default is to fail on them. First name: Spark 3.0.
+    "spark.sql.legacy.parquet.datetimeRebaseModeInWrite": "CORRECTED",
+    "spark.sql.legacy.parquet.datetimeRebaseModeInRead": "CORRECTED",
+    "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
+    "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
+    # Spark 4 raises on bytes that are no UTF-8; the rejects keep such lines (see clean_transactions).
+    "spark.sql.legacy.codingErrorAction": "true",
+}
+
+
+def configure(spark: SparkSession) -> None:
+    """Apply the settings that the jobs rely on to a session, in place."""
+    settings = dict(SESSION_SETTINGS)
+    # zstd needs no native library from Spark 3.2 on.
+    settings["spark.sql.parquet.compression.codec"] = "zstd" if spark_version(spark) >= (3, 2) else "snappy"
+    for name, value in settings.items():
+        spark.conf.set(name, value)
+
+
+def session(frame: DataFrame) -> SparkSession:
+    """The session of a data frame."""
+    # DataFrame.sparkSession is public from Spark 3.3 on.
+    found: Any = frame.sparkSession if hasattr(frame, "sparkSession") else frame.sql_ctx.sparkSession
+    return found
+
+
+def spark_version(spark: SparkSession) -> tuple[int, int]:
+    """(major, minor) of a session's Spark."""
+    major, minor = spark.version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def set_shuffle_partitions(spark: SparkSession, input_bytes: int) -> None:
+    """Let the next shuffles of a session fit `input_bytes` of raw text.
+
+    About 128 MB of text (25 MB of Parquet) a partition where there is much, as many partitions as cores where there
+    is little, and one core's work where there is next to nothing.
+    """
+    by_size = -(-input_bytes // (128 << 20))
+    by_cores = min(spark.sparkContext.defaultParallelism, -(-input_bytes // (8 << 20)))
+    spark.conf.set("spark.sql.shuffle.partitions", str(max(1, by_size, by_cores)))
+
+
+def literal_path(uri: str) -> str:
+    """`uri` as Spark's readers take it: they expand glob characters, which here are part of a name."""
+    return re.sub(r"([\[\]{}*?\\])", r"\\\1", uri)
+
+
+class Files:
+    """Small files through Hadoop's FileSystem, so that local paths and S3 are alike."""
+
+    def __init__(self, spark: SparkSession) -> None:
+        self._jvm: Any = spark._jvm
+        self._conf = spark._jsc.hadoopConfiguration()
+
+    def _open(self, uri: str) -> tuple[Any, Any]:
+        path = self._jvm.org.apache.hadoop.fs.Path(uri)
+        return path.getFileSystem(self._conf), path
+
+    def size(self, uri: str) -> int:
+        """Bytes of a file. Raises Py4JJavaError if there is none."""
+        fs, path = self._open(uri)
+        return fs.getFileStatus(path).getLen()
+
+    def read(self, uri: str, limit: int | None = None) -> bytes:
+        """The bytes of a file, at most the first `limit`."""
+        fs, path = self._open(uri)
+        stream = fs.open(path)
+        try:
+            io = self._jvm.org.apache.commons.io
+            source = stream if limit is None else io.input.BoundedInputStream(stream, limit)
+            return bytes(io.IOUtils.toByteArray(source))
+        finally:
+            stream.close()
+
+    def delete(self, uri: str) -> None:
+        """Delete a file or directory; fine if there is none."""
+        fs, path = self._open(uri)
+        fs.delete(path, True)
+
+    def write_json(self, uri: str, value: Any) -> None:
+        """Write `value` as JSON. Readers find the whole file or none: it is renamed into its place."""
+        fs, path = self._open(uri)
+        draft = self._jvm.org.apache.hadoop.fs.Path(path.getParent(), f"_{uuid.uuid4().hex}.tmp")
+        stream = fs.create(draft, True)
+        try:
+            stream.write(bytearray(json.dumps(value, indent=1, sort_keys=True).encode("utf-8")))
+        finally:
+            stream.close()
+        fs.delete(path, False)
+        if not fs.rename(draft, path):
+            raise OSError(f"cannot rename {draft} to {path}")
+
+
+def observed(frame: DataFrame, name: str, *aggregates: Column) -> Observed:
+    """(frame, get): `get()` gives the aggregates as a dict once an action on the returned frame has finished.
+
+    The counts are taken while the rows stream by, so that counting costs no second scan.
+    """
+    name = f"{name}_{uuid.uuid4().hex}"
+    if spark_version(session(frame)) >= (3, 3):
+        from pyspark.sql import Observation
+
+        observation = Observation(name)
+        return frame.observe(observation, *aggregates), lambda: dict(observation.get)
+    return _observed_by_listener(frame, name, aggregates)
+
+
+def _observed_by_listener(frame: DataFrame, name: str, aggregates: tuple[Column, ...]) -> Observed:
+    """`observed` where PySpark has no Observation (before 3.3): the JVM has observe(), told by a query listener."""
+    from pyspark.java_gateway import ensure_callback_server_started
+    from pyspark.sql import DataFrame
+
+    spark = session(frame)
+    gateway = spark.sparkContext._gateway
+    ensure_callback_server_started(gateway)
+    manager = spark._jsparkSession.listenerManager()
+    arrived = threading.Event()
+    values: dict[str, Any] = {}
+
+    class Listener:
+        def onSuccess(self, function_name: str, execution: Any, duration_ns: int) -> None:
+            metrics = execution.observedMetrics()
+            if metrics.contains(name):
+                row = metrics.apply(name)
+                for index, field in enumerate(row.schema().fieldNames()):
+                    values[field] = row.get(index)
+                arrived.set()
+
+        def onFailure(self, function_name: str, execution: Any, error: Any) -> None:
+            pass
+
+        class Java:
+            implements = ("org.apache.spark.sql.util.QueryExecutionListener",)
+
+    listener = Listener()
+    manager.register(listener)
+
+    def get() -> dict[str, Any]:
+        try:
+            if not arrived.wait(OBSERVATION_TIMEOUT_S):
+                raise RuntimeError(f"Spark reported no counts for {name}")
+        finally:
+            manager.unregister(listener)
+        return dict(values)
+
+    first, rest = aggregates[0]._jc, [column._jc for column in aggregates[1:]]
+    jvm: Any = spark.sparkContext._jvm
+    context: Any = frame.sql_ctx
+    return DataFrame(frame._jdf.observe(name, first, jvm.PythonUtils.toSeq(rest)), context), get
+
+
+def for_each_partition(
+    partitions: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]], *, what: str
+) -> dict[str, dict[str, Any]]:
+    """Do `work(item)` for each item of a request's `partitions`; one verdict each, whatever befalls the others.
+
+    Returns {partition: {"status": "succeeded", "report": ...} or {"status": "failed", "error": ...}}.
+    """
+    verdicts: dict[str, dict[str, Any]] = {}
+    for number, item in enumerate(partitions, start=1):
+        key, started = item["partition"], time.monotonic()
+        try:
+            report = work(item)
+        except Exception as error:
+            log.exception("%s %d/%d: %s failed", what, number, len(partitions), key)
+            verdicts[key] = {"status": "failed", "error": describe(error)}
+        else:
+            seconds = time.monotonic() - started
+            log.info("%s %d/%d: %s done in %.1f s", what, number, len(partitions), key, seconds)
+            verdicts[key] = {"status": "succeeded", "report": report}
+    return verdicts
+
+
+def describe(error: BaseException) -> str:
+    """An error in at most a few hundred characters: its own words, without the JVM's stack."""
+    java = getattr(error, "java_exception", None)
+    text = (java.toString() if java is not None else None) or str(error) or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "{}: {}".format(type(error).__name__, lines[0] if lines else "")[:500]
+
+
+def main(run: Callable[[SparkSession, dict[str, Any]], dict[str, Any]], app_name: str) -> None:
+    """Command line of a job: ``--request URI --report URI``, both read and written through Hadoop's FileSystem."""
+    from pyspark.sql import SparkSession
+
+    parser = argparse.ArgumentParser(description=sys.modules[run.__module__].__doc__)
+    parser.add_argument("--request", required=True, help="URI of the JSON request")
+    parser.add_argument("--report", required=True, help="URI to write the JSON report to")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("py4j").setLevel(logging.WARNING)
+    spark = SparkSession.builder.appName(app_name).getOrCreate()
+    try:
+        files = Files(spark)
+        request = json.loads(files.read(arguments.request).decode("utf-8"))
+        files.write_json(arguments.report, run(spark, request))
+    finally:
+        spark.stop()

@@ -1,0 +1,50 @@
+"""Columns and counts that the jobs share with everything that reads the lake."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: Version of the report and of the cleaning rules. Data cleaned under another version are cleaned again.
+SCHEMA_VERSION = 1
+
+#: Name of the report: written last, it marks its partition as complete.
+REPORT_NAME = "_report.json"
+
+#: Columns of ``cleaned_transactions``: name, Spark type, description.
+CLEANED_COLUMNS = (
+    ("transaction_id", "bigint", "Unique number of the transaction."),
+    ("tx_datetime", "timestamp", "Instant of the transaction, UTC."),
+    ("customer_id", "bigint", "Customer (card); NULL when the raw value is no customer."),
+    ("terminal_id", "bigint", "Terminal of the merchant; NULL when the raw value is no terminal."),
+    ("tx_amount", "double", "Amount, in the currency of the raw data; zero and large amounts are valid."),
+    ("tx_time_seconds", "bigint", "Seconds from the epoch of the data set to tx_datetime."),
+    ("tx_time_days", "int", "Whole days from the epoch of the data set to tx_datetime."),
+    ("tx_fraud", "int", "1 for a fraud, 0 for a genuine transaction."),
+    ("tx_fraud_scenario", "int", "Number of the simulated fraud scenario, 0 for none."),
+)
+
+#: Columns of ``rejected_transactions``.
+REJECTED_COLUMNS = (
+    ("raw_line", "string", "The line as it stands in the raw file, without its line end."),
+    ("reasons", "array<string>", "Names of the rules that rejected it."),
+)
+
+#: Rules that reject a row; each is a key of a report's ``counts`` and a value of ``reasons``.
+REJECT_RULES = (
+    "malformed_row",
+    "invalid_datetime",
+    "invalid_amount",
+    "invalid_label",
+    "conflicting_duplicate",
+)
+
+#: Rules that mend a row that is kept; each is a key of a report's ``counts``.
+FIX_RULES = ("hour_24", "wrong_seconds", "wrong_days", "unknown_terminal", "unknown_customer")
+
+
+def ddl(columns: Iterable[tuple[str, str, str]]) -> str:
+    """Spark DDL string of a table of (name, type, ...) tuples."""
+    return ", ".join(f"{column[0]} {column[1]}" for column in columns)
