@@ -10,6 +10,7 @@ mlflow_port=${MLFLOW_PORT:-5000}
 # Dagster itself gives its services 60 s to stop.
 grace_seconds=70
 groups=()
+signals=()
 
 say() { printf 'dev: %s\n' "$*" >&2; }
 
@@ -32,29 +33,30 @@ require_free_port() {
     fi
 }
 
-# Starts a command in a process group of its own: what it leaves behind can be found and stopped.
+# Starts a command as the leader of a session and process group of its own, so that what it leaves behind can be
+# found and stopped, and with SIGINT undone where it is ignored (as in jobs that a script starts). The first
+# argument is the signal that ends the command properly.
 start() {
-    set -m
-    "$@" </dev/null &
-    set +m
+    signals+=("$1")
+    shift
+    .venv/bin/python -c '
+import os, signal, sys
+os.setsid()
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])' "$@" </dev/null &
     groups+=("$!")
 }
+
+signal_group() { kill "-$1" -- "-$2" 2>/dev/null; }
 
 any_group_alive() {
     local group
     for group in "${groups[@]}"; do
-        if kill -0 -- "-$group" 2>/dev/null; then
+        if signal_group 0 "$group"; then
             return 0
         fi
     done
     return 1
-}
-
-signal_groups() {
-    local group
-    for group in "${groups[@]}"; do
-        kill "-$1" -- "-$group" 2>/dev/null || true
-    done
 }
 
 stop() {
@@ -62,39 +64,58 @@ stop() {
     trap '' INT TERM HUP
     if any_group_alive; then
         say "stopping"
-        # What a terminal's Ctrl-C does: every process of the group is interrupted, runs in progress too.
-        signal_groups INT
+        local i
+        # As Ctrl-C in a terminal does: the whole group gets the signal, runs in progress too.
+        for i in "${!groups[@]}"; do
+            signal_group "${signals[i]}" "${groups[i]}" || true
+        done
         local deadline=$((SECONDS + grace_seconds))
         while any_group_alive && ((SECONDS < deadline)); do
             sleep 0.2
         done
-        signal_groups KILL
+        for i in "${!groups[@]}"; do
+            signal_group KILL "${groups[i]}" || true
+        done
     fi
     wait 2>/dev/null || true
 }
 
 trap stop EXIT
-trap 'exit 130' INT
+trap 'exit 0' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
 
 require_free_port PORT "$port"
-tracking_uri=${MLFLOW_TRACKING_URI:-}
-if [[ -z $tracking_uri && -f .env ]]; then
-    tracking_uri=$(.venv/bin/dotenv -f .env get MLFLOW_TRACKING_URI 2>/dev/null) || tracking_uri=""
-fi
+# Dagster reads .env over the environment, too.
+tracking_uri=$(.venv/bin/python - <<'PY'
+import sys
+from pathlib import Path
+
+from dotenv import load_dotenv
+
+from ml_platform.settings import SettingsError, load_settings
+
+load_dotenv(".env", override=True)
+try:
+    settings = load_settings()
+except SettingsError as error:
+    sys.exit(f"dev: {error}")
+if not settings.mlflow_tracking_uri:
+    settings.default_mlflow_directory.mkdir(parents=True, exist_ok=True)
+print(settings.tracking_uri)
+PY
+)
 if [[ $tracking_uri == http://* || $tracking_uri == https://* ]]; then
     say "MLflow  $tracking_uri"
 else
     require_free_port MLFLOW_PORT "$mlflow_port"
-    mkdir -p data
-    start env -u MLFLOW_TRACKING_URI MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+    start TERM env -u MLFLOW_TRACKING_URI MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
         .venv/bin/mlflow ui --host 127.0.0.1 --port "$mlflow_port" --workers 1 \
-        --backend-store-uri "${tracking_uri:-sqlite:///data/mlflow.db}"
+        --uvicorn-opts '--log-level error' --backend-store-uri "$tracking_uri"
     say "MLflow  http://127.0.0.1:$mlflow_port"
 fi
 say "Dagster http://127.0.0.1:$port (Ctrl-C stops both)"
-start .venv/bin/dagster dev -w workspace.yaml -h 127.0.0.1 -p "$port"
+start INT .venv/bin/dagster dev -w workspace.yaml -h 127.0.0.1 -p "$port"
 status=0
 wait -n || status=$?
 say "a service ended with status $status"

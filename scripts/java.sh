@@ -31,7 +31,7 @@ search() {
     if [ -n "${JAVA_HOME:-}" ]; then
         home_if_suitable "$JAVA_HOME/bin/java" && return
         found=$(search_elsewhere) || found=""
-        say "JAVA_HOME=$JAVA_HOME $(describe "$JAVA_HOME"), Spark needs $wanted${found:+: using $found instead}"
+        say "JAVA_HOME=$JAVA_HOME $(describe "$JAVA_HOME"); Spark needs $wanted${found:+: using $found instead}"
         [ -n "$found" ] && printf '%s\n' "$found"
     else
         search_elsewhere
@@ -71,5 +71,5 @@ if [ "$(id -u)" = 0 ] && [ -f /etc/debian_version ] && command -v apt-get >/dev/
     install && search_elsewhere && exit
 fi
 say "Spark needs $wanted and none was found: install one (Debian, Ubuntu: sudo apt-get install" \
-    "openjdk-17-jre-headless; macOS: brew install openjdk@17), or set JAVA_HOME to one, and try again"
+    "openjdk-17-jre-headless; macOS: brew install openjdk@17), or set JAVA_HOME to one"
 exit 1

@@ -141,7 +141,7 @@ def parse(lines: DataFrame, header: bytes | None, epoch: int) -> DataFrame:
 
     is_header = F.lit(False) if header is None else F.col("line").cast("binary") == F.lit(bytearray(header))
     short_line = F.when(F.expr("octet_length(line)") <= MAX_ROW_BYTES, F.col("line"))
-    fields = lines.select("line", is_header.alias("is_header"), F.split(short_line, ",").alias("f"))
+    fields = lines.select("line", is_header.alias("is_header"), _once(F.split(short_line, ",")).alias("f"))
     fields = fields.select(
         "line",
         "is_header",
@@ -157,13 +157,14 @@ def parse(lines: DataFrame, header: bytes | None, epoch: int) -> DataFrame:
         _integer("f[8]", "int").alias("tx_fraud_scenario"),
     )
     # The cast alone takes dates without a time, time zones and more. Years 0 and 10000 are beyond most readers.
-    timed = fields.selectExpr("*", "substr(datetime, 12) = '24:00:00' AS is_hour_24").selectExpr(
-        "*",
+    is_hour_24 = "substr(datetime, 12) = '24:00:00'"
+    unix_seconds = F.expr(
         "CASE WHEN datetime RLIKE '^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}$' "
         "AND datetime >= '0001' AND datetime < '9999-12-31 24' THEN "
-        "IF(is_hour_24, CAST(CAST(substr(datetime, 1, 10) AS TIMESTAMP) AS BIGINT) + 86400, "
-        "CAST(CAST(datetime AS TIMESTAMP) AS BIGINT)) END AS tx_unix_seconds",
+        f"IF({is_hour_24}, CAST(CAST(substr(datetime, 1, 10) AS TIMESTAMP) AS BIGINT) + 86400, "
+        "CAST(CAST(datetime AS TIMESTAMP) AS BIGINT)) END"
     )
+    timed = fields.select("*", _once(unix_seconds).alias("tx_unix_seconds"))
     malformed = (
         "NOT has_nine OR transaction_id IS NULL OR tx_amount IS NULL OR tx_fraud IS NULL OR tx_fraud_scenario IS NULL"
     )
@@ -187,8 +188,9 @@ def parse(lines: DataFrame, header: bytes | None, epoch: int) -> DataFrame:
         "tx_amount",
         "tx_fraud",
         "tx_fraud_scenario",
-        "IF(is_hour_24, {hour}, 0) + IF(raw_seconds <=> {seconds}, 0, {wrong_seconds}) "
+        "IF({is_hour_24}, {hour}, 0) + IF(raw_seconds <=> {seconds}, 0, {wrong_seconds}) "
         "+ IF(raw_days <=> floor({seconds} / 86400), 0, {wrong_days}) AS fixes".format(
+            is_hour_24=is_hour_24,
             hour=_FIX_BITS["hour_24"],
             seconds=seconds,
             wrong_seconds=_FIX_BITS["wrong_seconds"],
@@ -259,6 +261,17 @@ def rejected_lines(rows: DataFrame, header: bytes | None, repeated_headers: int,
     return rejects.select(
         _text("line").alias("raw_line"), F.expr("filter(reasons, r -> r IS NOT NULL)").alias("reasons")
     )
+
+
+def _once(column: Column) -> Column:
+    """The same column, computed once per row.
+
+    The optimizer copies an expression into every expression that uses it, up to dozens of times per row (Spark 3.0.3
+    took five times as long), but never what it takes for nondeterministic.
+    """
+    from pyspark.sql import functions as F
+
+    return F.when(F.spark_partition_id() >= 0, column)
 
 
 def _integer(field: str, spark_type: str) -> Column:

@@ -320,7 +320,10 @@ def write_scores(
             verdict = {**champion, "status": "scored"}
         except Exception as error:
             # Whatever is wrong with the champion: if it is not the champion, the write below fails as well.
-            verdict = {**champion, "status": "unreadable", "error": runtime.describe(error)}
+            reason = runtime.describe(error)
+            if champion.get("spark_version") not in (None, spark.version):
+                reason += " (saved by Spark {}, read by {})".format(champion["spark_version"], spark.version)
+            verdict = {**champion, "status": "unreadable", "error": reason}
             log.warning("the champion cannot score: %s", verdict["error"])
     if verdict is None or verdict["status"] != "scored":
         written = write(scored, F.lit(None))

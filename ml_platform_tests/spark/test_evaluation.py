@@ -55,12 +55,8 @@ class TestRankingMetrics:
         draw = random.Random(digits)
         labels = [int(draw.random() < 0.1) for _ in range(600)]
         scores = [round(draw.gauss(0.5 * label, 1), digits) for label in labels]
-        result = evaluation.ranking_metrics(
-            scored(spark, labels, scores), rows_per_partition=rows_per_partition
-        )
-        assert result["average_precision"] == pytest.approx(
-            average_precision_score(labels, scores), abs=1e-11
-        )
+        result = evaluation.ranking_metrics(scored(spark, labels, scores), rows_per_partition=rows_per_partition)
+        assert result["average_precision"] == pytest.approx(average_precision_score(labels, scores), abs=1e-11)
         assert result["roc_auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-11)
         assert (result["rows"], result["frauds"]) == (600, sum(labels))
 
@@ -99,9 +95,9 @@ class TestCardPrecision:
     def test_equals_the_handbooks(self, spark, seed, k):
         rows = random_week(seed)
         expected = handbook_card_precision(rows, k)
-        assert evaluation.card_precision(
-            spark.createDataFrame(rows, SCHEMA), cards_per_day=k
-        ) == pytest.approx(expected)
+        assert evaluation.card_precision(spark.createDataFrame(rows, SCHEMA), cards_per_day=k) == pytest.approx(
+            expected
+        )
 
     def test_a_found_card_makes_room_for_the_next(self, spark):
         rows = [

@@ -1,0 +1,1 @@
+"""Tests of ml_platform and spark_jobs."""

@@ -1,0 +1,75 @@
+"""Fixtures that all tests share. No test sees the settings of the shell that starts it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import dagster as dg
+import pytest
+
+from ml_platform.resources.lake import LakeResource
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+FOREIGN = ("ML_PLATFORM_", "DAGSTER_", "MLFLOW_", "AWS_", "YC_", "DATAPROC_", "SPARK_", "PYSPARK_")
+
+# Before any test imports MLflow, which reads it once; nothing is to leave this machine.
+TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+
+
+def pytest_configure() -> None:
+    """Clear the environment before module- and session-scoped fixtures read it."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]
+    os.environ.update(TELEMETRY_OFF)
+
+
+@pytest.fixture(autouse=True)
+def isolated_environment() -> Iterator[None]:
+    """Undo what a test, or the code under test, sets in the environment."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> LakeResource:
+    """A lake on two directories, neither of which exists yet."""
+    return LakeResource(
+        raw_uri=str(tmp_path / "raw"), lake_uri=str(tmp_path / "lake"), epoch="2020-01-01"
+    )
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    """Dagster's storage in memory."""
+    with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:
+        yield instance
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
+    """One Spark session for all tests, set up as the jobs set up theirs."""
+    from pyspark.sql import SparkSession
+
+    from spark_jobs import runtime
+
+    session = (
+        SparkSession.builder.master("local[2]")
+        .appName("ml_platform_tests")
+        .config("spark.driver.memory", "2g")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.sql.warehouse.dir", str(tmp_path_factory.mktemp("warehouse")))
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("ERROR")
+    runtime.configure(session)
+    yield session
+    session.stop()

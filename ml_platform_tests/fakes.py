@@ -1,0 +1,310 @@
+"""Fabricated raw files and reports, and a Spark engine that acts without Spark.
+
+The fake engine's raw files hold JSON, which says what the file would have held::
+
+    {"start": "2020-01-01T00:00:00Z", "days": 30, "rows": 1000, "frauds": 10, "first_id": 0}
+
+An empty file is an empty partition; ``{"error": "…"}`` is a file that cannot be cleaned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from ml_platform.assets.cleaned import cleaned_transactions
+from ml_platform.assets.features import transaction_features
+from ml_platform.assets.model import fraud_model
+from ml_platform.assets.raw import raw_transactions
+from ml_platform.checks import ASSET_CHECKS, QualityLimits
+from ml_platform.jobs import process_new_files
+from ml_platform.partitions import range_tags
+from ml_platform.resources.lake import CLEANED, LakeResource
+from ml_platform.resources.mlflow import MlflowResource
+from ml_platform.resources.spark import SparkEngine
+from spark_jobs import build_features
+from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
+
+EPOCH = "2020-01-01"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+DAY_0 = datetime(2020, 1, 1)
+
+
+def local_path(uri: str) -> Path:
+    """Path of a ``file://`` URI as the lake makes them, which quotes nothing."""
+    return Path(uri.removeprefix("file://"))
+
+
+def raw_spec(number: int, **changes: Any) -> dict[str, Any]:
+    """What the raw file of the `number`-th 30 days holds: rows, frauds and ids of its own."""
+    return {
+        "start": (DAY_0 + timedelta(days=30 * number)).strftime(TIME_FORMAT),
+        "days": 30,
+        "rows": 20_000,
+        "frauds": 200,
+        "first_id": 1_000_000 * number,
+        **changes,
+    }
+
+
+def put_raw(lake: LakeResource, key: str, spec: dict[str, Any] | None) -> None:
+    """Put a raw file that the fake engine understands; None makes an empty one."""
+    lake.raw.write(f"{key}.txt", b"" if spec is None else json.dumps(spec).encode())
+
+
+def cleaned_report(
+    key: str,
+    spec: dict[str, Any] | None = None,
+    *,
+    raw: dict[str, Any] | None = None,
+    run_id: str = "fabricated",
+    epoch: str = EPOCH,
+    **counts: int,
+) -> dict[str, Any]:
+    """The report of a cleaned raw file; `counts` replace those that follow from `spec`."""
+    spec = spec or {"rows": 0, "frauds": 0}
+    rows = spec["rows"]
+    start = datetime.strptime(spec["start"], TIME_FORMAT) if rows else None
+    end = start + timedelta(days=spec["days"], seconds=-1) if start else None
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "partition": key,
+        "run_id": run_id,
+        "raw": raw or {"uri": f"file:///raw/{key}.txt", "size": 1, "fingerprint": "1-1"},
+        "epoch": epoch,
+        "header": True,
+        "counts": {
+            **dict.fromkeys((*REJECT_RULES, *FIX_RULES), 0),
+            "raw_rows": rows,
+            "clean_rows": rows,
+            "duplicate_rows": 0,
+            "duplicate": 0,
+            "rejected_rows": 0,
+            "fraud_rows": spec["frauds"],
+            "zero_amount": 0,
+            **counts,
+        },
+        "tx_datetime": {
+            "min": start.strftime(TIME_FORMAT) if start else None,
+            "max": end.strftime(TIME_FORMAT) if end else None,
+        },
+        "transaction_id": {
+            "min": spec["first_id"] if rows else None,
+            "max": spec["first_id"] + rows - 1 if rows else None,
+        },
+        "spark_version": "0.0.0",
+        "seconds": 0.1,
+    }
+
+
+def put_report(lake: LakeResource, table: str, key: str, report: Any) -> None:
+    """Put a report, which marks the partition as complete."""
+    lake.write_json(f"{lake.partition_path(table, key)}/{REPORT_NAME}", report)
+
+
+def put_cleaned(lake: LakeResource, *keys: str, **changes: Any) -> None:
+    """Mark raw files as cleaned, as they are now."""
+    files, _ = lake.list_raw_files()
+    for key in keys:
+        content = lake.raw.read(f"{key}.txt")
+        spec = json.loads(content) if content else None
+        report = cleaned_report(key, spec, raw=files[key].as_request(), epoch=lake.epoch)
+        put_report(lake, CLEANED, key, {**report, **changes})
+
+
+class FakeEngine(SparkEngine):
+    """Reads what the raw files say of themselves, and writes the reports that the real jobs would write."""
+
+    no_features: dict[str, str] = Field(default_factory=dict, description="Partition → error.")
+    too_little: dict[str, str] = Field(default_factory=dict, description="Cut-off → reason.")
+    breaks_down: str = Field("", description="Job that raises.")
+
+    def _execute(
+        self, context: dg.AssetExecutionContext, job: str, request: dict[str, Any]
+    ) -> dict[str, Any]:
+        if job == self.breaks_down:
+            raise RuntimeError(f"{job} broke down")
+        return getattr(self, f"_{job}")(request)
+
+    def _clean_transactions(self, request: dict[str, Any]) -> dict[str, Any]:
+        def clean(item: dict[str, Any]) -> dict[str, Any]:
+            content = local_path(item["raw"]["uri"]).read_text()
+            spec = json.loads(content) if content else None
+            if spec and "error" in spec:
+                raise RuntimeError(spec["error"])
+            counts = (spec or {}).get("counts", {})
+            key, run_id, epoch = item["partition"], request["run_id"], request["epoch"]
+            return cleaned_report(key, spec, raw=item["raw"], run_id=run_id, epoch=epoch, **counts)
+
+        return self._verdicts(request, clean)
+
+    def _build_features(self, request: dict[str, Any]) -> dict[str, Any]:
+        def build(item: dict[str, Any]) -> dict[str, Any]:
+            if item["partition"] in self.no_features:
+                raise RuntimeError(self.no_features[item["partition"]])
+            cleaned = json.loads((local_path(item["cleaned_uri"]) / REPORT_NAME).read_text())
+            return features_report(cleaned, item["inputs"], run_id=request["run_id"])
+
+        return self._verdicts(request, build)
+
+    @staticmethod
+    def _verdicts(request: dict[str, Any], work: Any) -> dict[str, Any]:
+        verdicts: dict[str, Any] = {}
+        for item in request["partitions"]:
+            target = local_path(item["output_uri"]) / REPORT_NAME
+            try:
+                report = work(item)
+            except RuntimeError as error:
+                target.unlink(missing_ok=True)
+                verdicts[item["partition"]] = {"status": "failed", "error": f"RuntimeError: {error}"}
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(json.dumps(report))
+                verdicts[item["partition"]] = {"status": "succeeded", "report": report}
+        return {
+            "run_id": request["run_id"],
+            "spark_version": "0.0.0",
+            "seconds": 0.1,
+            "partitions": verdicts,
+        }
+
+    def _train_model(self, request: dict[str, Any]) -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": request["run_id"],
+            "cutoff": request["cutoff"],
+            "features": request["features"],
+            "seed": request["seed"],
+            "windows": {"test": {"first_day": 23, "last_day": 29, "rows": 500, "frauds": 20}},
+            "spark_version": "4.0.0",
+            "seconds": {"total": 0.1},
+        }
+        if request["cutoff"] in self.too_little:
+            return report | {"outcome": "too_little_data", "reason": self.too_little[request["cutoff"]]}
+        output = local_path(request["output_uri"])
+        (output / "model" / "stages").mkdir(parents=True)
+        (output / "model" / "metadata").write_text(f"model of {request['cutoff']}")
+        (output / "model" / "stages" / "0").write_text("coefficients")
+        points = [
+            {"regParam": reg_param, "maxIter": max_iter}
+            for reg_param in request["grid"]["regParam"]
+            for max_iter in request["grid"]["maxIter"]
+        ]
+        grid = [
+            {"params": params, "validation_average_precision": 0.5 + number / 100}
+            for number, params in enumerate(points)
+        ]
+        return report | {
+            "outcome": "trained",
+            "grid": grid,
+            "best": grid[-1],
+            "coefficients": {name: float(number) for number, name in enumerate(request["features"])},
+            "intercept": -1.0,
+            "metrics": {
+                "test_average_precision": 0.7,
+                "test_roc_auc": 0.9,
+                "test_card_precision_at_100": None,
+                "test_rows": 500,
+                "test_frauds": 20,
+            },
+            "champion": request["champion"] and {**request["champion"], "status": "scored"},
+            "model_uri": f"{request['output_uri']}/model",
+            "scores_uri": f"{request['output_uri']}/test_scores",
+        }
+
+
+def features_report(
+    cleaned: dict[str, Any], inputs: dict[str, Any], *, run_id: str = "fabricated", **counts: int
+) -> dict[str, Any]:
+    """The report of the features of a cleaned partition."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "partition": cleaned["partition"],
+        "run_id": run_id,
+        "inputs": inputs,
+        "features": list(build_features.FEATURES),
+        "counts": {
+            "rows": cleaned["counts"]["clean_rows"],
+            "fraud_rows": cleaned["counts"]["fraud_rows"],
+            "unusable_rows": 0,
+            **counts,
+        },
+        "spark_version": "0.0.0",
+        "seconds": 0.1,
+    }
+
+
+def definitions(
+    lake: LakeResource, engine: SparkEngine | None = None, mlflow: MlflowResource | None = None
+) -> dg.Definitions:
+    """The platform's assets, checks and job around a lake and an engine of the test's own."""
+    return dg.Definitions(
+        assets=[raw_transactions, cleaned_transactions, transaction_features, fraud_model],
+        asset_checks=ASSET_CHECKS,
+        jobs=[process_new_files],
+        resources={
+            "lake": lake,
+            "spark": engine or FakeEngine(),
+            "mlflow": mlflow or MlflowResource(tracking_uri="sqlite:////nowhere/mlflow.db"),
+            "limits": QualityLimits(),
+        },
+        executor=dg.in_process_executor,
+    )
+
+
+def run_assets(
+    definitions: dg.Definitions,
+    instance: dg.DagsterInstance,
+    *assets: str,
+    keys: tuple[str, str],
+    config: dict[str, dict[str, Any]] | None = None,
+    tags: dict[str, str] | None = None,
+) -> dg.ExecuteInProcessResult:
+    """Run assets, with their checks, over the partitions from the first to the second key."""
+    ops = {asset: {"config": values} for asset, values in (config or {}).items()}
+    return definitions.resolve_job_def("process_new_files").execute_in_process(
+        run_config={"ops": ops},
+        instance=instance,
+        tags=range_tags(*keys) | (tags or {}),
+        asset_selection=[dg.AssetKey(asset) for asset in assets],
+        raise_on_error=False,
+    )
+
+
+def requests_of(lake: LakeResource, run_id: str, job: str) -> list[dict[str, Any]]:
+    """The requests that the jobs of a run got."""
+    directory = local_path(lake.store.spark_uri(f"_runs/{run_id}"))
+    return [json.loads(path.read_text()) for path in sorted(directory.glob(f"{job}*.request.json"))]
+
+
+def partitions_sent(lake: LakeResource, run_id: str, job: str) -> list[str]:
+    """Partitions of a run's request, in order; empty if the job did not run."""
+    return [item["partition"] for request in requests_of(lake, run_id, job) for item in request["partitions"]]
+
+
+def recorded(
+    instance: dg.DagsterInstance, asset: str, run_id: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Metadata of each partition's last materialization (of one run), by partition."""
+    events: Iterable[dg.EventLogRecord] = instance.fetch_materializations(
+        dg.AssetKey(asset), limit=1000
+    ).records
+    found: dict[str, dict[str, Any]] = {}
+    for event in events:  # newest first
+        materialization = event.asset_materialization
+        assert materialization is not None
+        assert materialization.partition is not None
+        if run_id in (None, event.run_id):
+            found.setdefault(
+                materialization.partition,
+                {name: value.value for name, value in materialization.metadata.items()},
+            )
+    return found
+
+

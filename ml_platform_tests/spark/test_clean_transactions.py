@@ -1,0 +1,361 @@
+"""The cleaning job: every rule, whole files, and any line of bytes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from ml_platform.simulator import HEADER, Simulation
+from spark_jobs import clean_transactions, runtime
+from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES
+
+if TYPE_CHECKING:
+    from pyspark.sql import Row, SparkSession
+
+pytestmark = pytest.mark.spark
+
+EPOCH = "2019-08-22"
+GOOD = "5,2019-08-22 06:51:03,17,711,70.91,24663,0,0,0"
+HEADER_LINE = HEADER.decode().strip()
+
+
+class Cleaner:
+    """Cleans files made of lines, in a directory of its own."""
+
+    def __init__(self, spark: SparkSession, directory: Path) -> None:
+        self.spark = spark
+        self.directory = directory
+
+    def item(self, key: str, content: bytes) -> dict[str, Any]:
+        path = self.directory / f"{key}.txt"
+        path.write_bytes(content)
+        return {
+            "partition": key,
+            "raw": {"uri": f"file://{path}", "size": len(content), "fingerprint": f"print of {key}"},
+            "output_uri": f"file://{self.directory}/cleaned/raw_file={key}",
+            "rejected_uri": f"file://{self.directory}/rejected/raw_file={key}",
+        }
+
+    def run(self, *items: dict[str, Any]) -> dict[str, Any]:
+        return clean_transactions.run(self.spark, {"run_id": "run", "epoch": EPOCH, "partitions": list(items)})
+
+    def clean(self, content: bytes, key: str = "file") -> tuple[dict[str, int], list[Row], list[Row]]:
+        """Counts of the report, clean rows in order of id, rejects in order of line."""
+        verdict = self.run(self.item(key, content))["partitions"][key]
+        assert verdict["status"] == "succeeded", verdict
+        return verdict["report"]["counts"], self.rows(key), self.rejects(key)
+
+    def clean_lines(self, *lines: str) -> tuple[dict[str, int], list[Row], list[Row]]:
+        return self.clean("".join(f"{line}\n" for line in (HEADER_LINE, *lines)).encode())
+
+    def rows(self, key: str) -> list[Row]:
+        path = runtime.literal_path(str(self.directory / f"cleaned/raw_file={key}"))
+        frame = self.spark.read.parquet(path)
+        assert [(field.name, field.dataType.simpleString()) for field in frame.schema] == [
+            (name, kind) for name, kind, _ in CLEANED_COLUMNS
+        ]
+        return frame.orderBy("transaction_id").collect()
+
+    def rejects(self, key: str) -> list[Row]:
+        path = self.directory / f"rejected/raw_file={key}"
+        if not path.exists():
+            return []
+        return self.spark.read.parquet(runtime.literal_path(str(path))).orderBy("raw_line").collect()
+
+
+@pytest.fixture
+def cleaner(spark: SparkSession, tmp_path: Path) -> Cleaner:
+    return Cleaner(spark, tmp_path)
+
+
+def good(**changes: str) -> str:
+    """A good line with some fields changed."""
+    names = [name for name, *_ in CLEANED_COLUMNS if name not in ("tx_datetime", "tx_time_seconds", "tx_time_days")]
+    fields = dict(zip(("transaction_id", "tx_datetime", *names[1:4]), GOOD.split(",")[:5], strict=True))
+    fields |= {"seconds": "24663", "days": "0", "tx_fraud": "0", "tx_fraud_scenario": "0"} | changes
+    return ",".join(fields.values())
+
+
+REJECTED = [
+    ("malformed_row", "5,2019-08-22 06:51:03,17,711,70.91,24663,0,0", "eight fields"),
+    ("malformed_row", GOOD + ",1", "ten fields"),
+    ("malformed_row", "x" * 5000, "longer than any row"),
+    ("malformed_row", "," * 5000, "longer than any row, of separators"),
+    ("malformed_row", "garbage", "no separator"),
+    ("malformed_row", "   ", "blanks are a line"),
+    ("malformed_row", good(transaction_id=""), "no id"),
+    ("malformed_row", good(transaction_id="x5"), "text in the id"),
+    ("malformed_row", good(transaction_id="5.0"), "an id with a decimal point"),
+    ("malformed_row", good(transaction_id="9223372036854775808"), "an id beyond 64 bits"),
+    ("malformed_row", good(tx_amount=""), "no amount"),
+    ("malformed_row", good(tx_amount="abc"), "text in the amount"),
+    ("malformed_row", good(tx_amount="NaN"), "not a number"),
+    ("malformed_row", good(tx_amount="nan"), "not a number in lower case"),
+    ("malformed_row", good(tx_amount="Infinity"), "infinity"),
+    ("malformed_row", good(tx_amount="-inf"), "minus infinity"),
+    ("malformed_row", good(tx_amount="1e999"), "overflows to infinity"),
+    ("malformed_row", good(tx_amount="7.5d"), "Java takes it, the format does not"),
+    ("malformed_row", good(tx_amount="7.5f"), "Java takes it, the format does not"),
+    ("malformed_row", good(tx_amount="0x1p3"), "a hexadecimal number"),
+    ("malformed_row", good(tx_amount="1 2"), "two numbers"),
+    ("malformed_row", good(tx_fraud=""), "no label"),
+    ("malformed_row", good(tx_fraud="yes"), "text in the label"),
+    ("malformed_row", good(tx_fraud_scenario="x"), "text in the scenario"),
+    ("malformed_row", good(tx_fraud_scenario="3000000000"), "a scenario beyond 32 bits"),
+    ("invalid_datetime", good(tx_datetime=""), "empty"),
+    ("invalid_datetime", good(tx_datetime="2019-13-45 10:00:00"), "no such month"),
+    ("invalid_datetime", good(tx_datetime="2019-02-30 10:00:00"), "no such day"),
+    ("invalid_datetime", good(tx_datetime="2019-08-22 24:00:01"), "past the last instant of a day"),
+    ("invalid_datetime", good(tx_datetime="2019-02-30 24:00:00"), "24:00:00 of no day"),
+    ("invalid_datetime", good(tx_datetime="2019-08-22"), "a date without a time"),
+    ("invalid_datetime", good(tx_datetime="2019-08-22 06:51:03Z"), "a time zone"),
+    ("invalid_datetime", good(tx_datetime="2019-08-22 06:60:03"), "no such minute"),
+    ("invalid_datetime", good(tx_datetime="0000-08-22 06:51:03"), "no such year"),
+    ("invalid_datetime", good(tx_datetime="9999-12-31 24:00:00"), "beyond the last year"),
+    ("invalid_amount", good(tx_amount="-0.01"), "below 0"),
+    ("invalid_label", good(tx_fraud="2"), "neither 0 nor 1"),
+    ("invalid_label", good(tx_fraud="-1"), "neither 0 nor 1"),
+]
+
+
+def test_each_rejected_line_has_its_reason_and_is_kept_as_it_stands(cleaner: Cleaner) -> None:
+    counts, rows, rejects = cleaner.clean_lines(GOOD, *[line for _, line, _ in REJECTED])
+    assert [row.transaction_id for row in rows] == [5]
+    expected = sorted((line, [rule]) for rule, line, _ in REJECTED)
+    assert [(reject.raw_line, reject.reasons) for reject in rejects] == expected
+    by_rule = Counter(rule for rule, _, _ in REJECTED)
+    assert {rule: counts[rule] for rule in REJECT_RULES} == {rule: by_rule[rule] for rule in REJECT_RULES}
+    assert (counts["raw_rows"], counts["rejected_rows"]) == (len(REJECTED) + 1, len(REJECTED))
+
+
+#: Line, expected values, rules that count it.
+KEPT = [
+    (GOOD, {"tx_amount": 70.91, "tx_time_seconds": 24663, "tx_time_days": 0}, []),
+    (good(transaction_id="0", customer_id="0", terminal_id="0"), {"customer_id": 0, "terminal_id": 0}, []),
+    (good(transaction_id="1", tx_amount="0"), {"tx_amount": 0.0}, []),
+    (good(transaction_id="2", tx_amount="1e3"), {"tx_amount": 1000.0}, []),
+    (good(transaction_id="3", tx_amount=" 7.50 "), {"tx_amount": 7.5}, []),
+    (good(transaction_id="4", tx_fraud="1", tx_fraud_scenario="2"), {"tx_fraud": 1, "tx_fraud_scenario": 2}, []),
+    (
+        good(transaction_id="10", tx_datetime="2019-08-22 24:00:00", seconds="86400"),
+        {"tx_datetime": datetime(2019, 8, 23), "tx_time_seconds": 86400, "tx_time_days": 1},
+        ["hour_24", "wrong_days"],
+    ),
+    (
+        good(transaction_id="11", tx_datetime="2019-12-31 24:00:00", seconds="11404800", days="131"),
+        {"tx_datetime": datetime(2020, 1, 1), "tx_time_seconds": 11404800, "tx_time_days": 132},
+        ["hour_24", "wrong_days"],
+    ),
+    (good(transaction_id="12", seconds="7"), {"tx_time_seconds": 24663}, ["wrong_seconds"]),
+    (good(transaction_id="13", seconds=""), {"tx_time_seconds": 24663}, ["wrong_seconds"]),
+    (good(transaction_id="14", days="1"), {"tx_time_days": 0}, ["wrong_days"]),
+    (
+        good(transaction_id="15", tx_datetime="2019-08-21 23:59:59", seconds="-1", days="-1"),
+        {"tx_time_seconds": -1, "tx_time_days": -1},
+        [],
+    ),
+    (good(transaction_id="20", terminal_id=""), {"terminal_id": None}, ["unknown_terminal"]),
+    (good(transaction_id="21", terminal_id="Err"), {"terminal_id": None}, ["unknown_terminal"]),
+    (good(transaction_id="22", terminal_id="7.0"), {"terminal_id": None}, ["unknown_terminal"]),
+    (good(transaction_id="23", terminal_id="-1"), {"terminal_id": None}, ["unknown_terminal"]),
+    (good(transaction_id="24", terminal_id="89518096"), {"terminal_id": 89518096}, []),
+    (good(transaction_id="25", customer_id="-999999"), {"customer_id": None}, ["unknown_customer"]),
+    (good(transaction_id="26", customer_id=""), {"customer_id": None}, ["unknown_customer"]),
+    (good(transaction_id="27", customer_id="c7"), {"customer_id": None}, ["unknown_customer"]),
+    (good(transaction_id="-8"), {"transaction_id": -8}, []),
+]
+
+
+def test_faults_are_mended_from_the_datetime_and_counted(cleaner: Cleaner) -> None:
+    counts, rows, rejects = cleaner.clean_lines(*[line for line, _, _ in KEPT])
+    assert rejects == []
+    found = {row.transaction_id: row for row in rows}
+    for line, expected, _ in KEPT:
+        row = found[int(line.split(",")[0])]
+        for name, value in expected.items():
+            actual = row[name]
+            if name == "tx_datetime":  # PySpark hands out local time
+                actual = actual.astimezone(timezone.utc).replace(tzinfo=None)
+            assert actual == value, line
+    by_rule = Counter(rule for *_, rules in KEPT for rule in rules)
+    assert {rule: counts[rule] for rule in FIX_RULES} == {rule: by_rule[rule] for rule in FIX_RULES}
+    assert counts["clean_rows"] == counts["raw_rows"] == len(KEPT)
+
+
+def test_a_row_with_two_faults_is_one_rejected_row_with_two_reasons(cleaner: Cleaner) -> None:
+    counts, _, rejects = cleaner.clean_lines(good(tx_amount="-1", tx_fraud="3"))
+    assert rejects[0].reasons == ["invalid_amount", "invalid_label"]
+    assert (counts["rejected_rows"], counts["invalid_amount"], counts["invalid_label"]) == (1, 1, 1)
+
+
+def test_whole_rows_again_are_kept_once_and_conflicting_rows_not_at_all(cleaner: Cleaner) -> None:
+    conflict = [good(transaction_id="7", tx_amount="1"), good(transaction_id="7", tx_amount="2")]
+    counts, rows, rejects = cleaner.clean_lines(GOOD, GOOD, GOOD, *conflict, conflict[0])
+    assert [row.transaction_id for row in rows] == [5]
+    assert (counts["duplicate_rows"], counts["conflicting_duplicate"], counts["rejected_rows"]) == (2, 3, 3)
+    assert [reject.raw_line for reject in rejects] == sorted([*conflict, conflict[0]])
+
+
+def test_a_row_rejected_by_itself_is_no_duplicate_of_another(cleaner: Cleaner) -> None:
+    counts, rows, _ = cleaner.clean_lines(GOOD, good(tx_amount="-1"), good(tx_amount="-1"))
+    assert [row.tx_amount for row in rows] == [70.91]
+    assert (counts["duplicate_rows"], counts["rejected_rows"], counts["conflicting_duplicate"]) == (0, 2, 0)
+
+
+#: Content, clean rows, rejected rows, whether it has a header, what it is.
+FILES = [
+    (b"", 0, 0, False, "0 bytes"),
+    (b"\n\r\n\n", 0, 0, False, "empty lines alone"),
+    (HEADER, 0, 0, True, "a header alone"),
+    (HEADER.rstrip(), 0, 0, True, "a header without a line end"),
+    (GOOD.encode(), 1, 0, False, "no header, no last newline"),
+    (f"\r\n{HEADER_LINE}\r\n{GOOD}\r\n\r\n".encode(), 1, 0, True, "Windows line ends and empty lines"),
+    (f"id,when\n{GOOD}".encode(), 1, 0, True, "another header"),
+    (f"#{GOOD}\n{GOOD}".encode(), 1, 0, True, "a header by its first character"),
+    (b"\xef\xbb\xbf" + HEADER + GOOD.encode(), 1, 0, True, "a byte order mark before a header"),
+    (b"\xef\xbb\xbf" + GOOD.encode(), 1, 0, False, "a byte order mark before a row"),
+    (HEADER + GOOD.encode() + b"\n" + HEADER * 2, 1, 2, True, "the header again further down"),
+    (f"1.5{GOOD}\n{GOOD}".encode(), 1, 1, False, "a broken first row is a row, not a header"),
+    (b"\x00\xff\xfe\n\x80\x81,\x00\n", 0, 1, True, "binary content"),
+    (HEADER + b"caf\xc3\xa9\ncaf\xe9\n", 0, 2, True, "text in two encodings"),
+    (HEADER + f"{GOOD[:9]}\r{GOOD[9:]}".encode(), 0, 1, True, "a carriage return ends no line"),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "clean_rows", "rejected_rows", "has_header"),
+    [case[:4] for case in FILES],
+    ids=[case[4] for case in FILES],
+)
+def test_whole_files(cleaner: Cleaner, content: bytes, clean_rows: int, rejected_rows: int, has_header: bool) -> None:
+    verdict = cleaner.run(cleaner.item("file", content))["partitions"]["file"]
+    report = verdict["report"]
+    assert (report["counts"]["clean_rows"], report["counts"]["rejected_rows"]) == (clean_rows, rejected_rows)
+    assert report["counts"]["raw_rows"] == clean_rows + rejected_rows
+    assert report["header"] is has_header
+    assert len(cleaner.rows("file")) == clean_rows
+    assert len(cleaner.rejects("file")) == rejected_rows
+    assert json.loads((cleaner.directory / "cleaned/raw_file=file/_report.json").read_text()) == report
+
+
+def test_rejects_keep_every_byte(cleaner: Cleaner) -> None:
+    _, _, rejects = cleaner.clean(HEADER + "naïve\n".encode() + b"na\xefve\n\xff\xfe\x00\n")
+    texts = {reject.raw_line for reject in rejects}
+    assert texts == {"naïve", b"na\xefve".decode("latin-1"), b"\xff\xfe\x00".decode("latin-1")}
+
+
+def test_a_line_of_40_mb_is_one_rejected_row(cleaner: Cleaner) -> None:
+    counts, rows, _ = cleaner.clean(f"{GOOD}\n".encode() + b"7," * 20_000_000)
+    assert (counts["clean_rows"], counts["malformed_row"], len(rows)) == (1, 1, 1)
+
+
+def test_simulated_faults_are_counted_as_they_were_made(cleaner: Cleaner, tmp_path: Path) -> None:
+    simulation = Simulation(customers=300, terminals=400, radius=10, days_per_file=10, fault_rate=400)
+    path = tmp_path / "simulated.txt"
+    with path.open("wb") as out:
+        truth = simulation.write_file(0, out)
+    counts, rows, _ = cleaner.clean(path.read_bytes(), "2019-08-22")
+    assert {name: counts[name] for name in truth.counts} == truth.counts
+    assert min(truth.counts.values()) > 0, "the file shows every fault"
+    assert len({row.transaction_id for row in rows}) == counts["clean_rows"]
+
+
+def test_one_broken_file_leaves_the_others_their_own_verdicts(cleaner: Cleaner) -> None:
+    items = [cleaner.item(key, HEADER + GOOD.encode()) for key in ("a", "gone", "grown", "b")]
+    (cleaner.directory / "gone.txt").unlink()
+    (cleaner.directory / "grown.txt").write_bytes(HEADER + GOOD.encode() + b"\n6")
+    verdicts = cleaner.run(*items)["partitions"]
+    assert {key: verdict["status"] for key, verdict in verdicts.items()} == {
+        "a": "succeeded",
+        "gone": "failed",
+        "grown": "failed",
+        "b": "succeeded",
+    }
+    assert "gone.txt" in verdicts["gone"]["error"]
+    assert "changing" in verdicts["grown"]["error"]
+    assert not (cleaner.directory / "cleaned/raw_file=grown/_report.json").exists()
+
+
+def test_a_file_cleaned_again_loses_its_report_first_and_its_old_rejects(
+    cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleaner.clean(HEADER + GOOD.encode() + b"\ngarbage")
+    assert cleaner.rejects("file")
+    report = cleaner.directory / "cleaned/raw_file=file/_report.json"
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the job dies while it works")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clean_transactions, "group_rows", fail)
+        verdict = cleaner.run(cleaner.item("file", HEADER + GOOD.encode()))["partitions"]["file"]
+    assert verdict["status"] == "failed"
+    assert not report.exists()
+
+    counts, _, rejects = cleaner.clean(HEADER + GOOD.encode())
+    assert (counts["rejected_rows"], rejects) == (0, [])
+    assert report.exists()
+
+
+def test_paths_are_names_not_patterns(spark: SparkSession, tmp_path: Path) -> None:
+    directory = tmp_path / "a b [1] {x} #%20 *"
+    directory.mkdir()
+    counts, _, rejects = Cleaner(spark, directory).clean(HEADER + GOOD.encode() + b"\ngarbage")
+    assert (counts["clean_rows"], len(rejects)) == (1, 1)
+    assert len(list((directory / "cleaned/raw_file=file").glob("*.parquet"))) >= 1
+
+
+def outcome(line: bytes) -> str:
+    """What the contract says of a line, in plain Python: "empty", "rejected" or "clean"."""
+    text = line.rstrip(b"\r")
+    if not text:
+        return "empty"
+    fields = [field.strip(b" ") for field in text.split(b",")]
+    return "rejected" if len(fields) != 9 else "nine fields"
+
+
+FIELD = st.one_of(
+    st.sampled_from(GOOD.split(",")),
+    st.sampled_from(["", "Err", "-999999", "-1", "2", "1e3", "NaN", "24:00:00", "2019-08-22 24:00:00", "7.5d", " 5 "]),
+    st.text(max_size=8).filter(lambda text: "\n" not in text),
+).map(str.encode)
+LINE = st.one_of(
+    st.lists(FIELD, min_size=8, max_size=10).map(b",".join),
+    st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")),
+    st.just(GOOD.encode()),
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINE, max_size=40))
+@example(lines=[b",,,,,,,,"])
+@example(lines=[HEADER.rstrip(), HEADER.rstrip()])
+def test_any_lines_of_bytes_add_up(cleaner: Cleaner, lines: list[bytes]) -> None:
+    """Below a header, every line that is not empty is clean, a duplicate or rejected, and nothing else."""
+    counts, rows, rejects = cleaner.clean(HEADER + b"\n".join(lines))
+    outcomes = Counter(outcome(line) for line in lines)
+    assert counts["raw_rows"] == outcomes["rejected"] + outcomes["nine fields"]
+    assert counts["raw_rows"] == counts["clean_rows"] + counts["duplicate_rows"] + counts["rejected_rows"]
+    assert (len(rows), len(rejects)) == (counts["clean_rows"], counts["rejected_rows"])
+    assert counts["rejected_rows"] >= outcomes["rejected"]
+    assert all(reject.reasons and set(reject.reasons) <= set(REJECT_RULES) for reject in rejects)
+    ids = [row.transaction_id for row in rows]
+    assert len(ids) == len(set(ids))
+
+
+def test_counting_costs_no_second_scan(cleaner: Cleaner, spark: SparkSession) -> None:
+    """The raw bytes that Spark reads for a file without rejects are those of one scan."""
+    content = HEADER + "".join(good(transaction_id=str(n)) + "\n" for n in range(50_000)).encode()
+    statistics = spark._jvm.org.apache.hadoop.fs.FileSystem.getGlobalStorageStatistics().get("file")
+    item = cleaner.item("file", content)
+    before = statistics.getLong("bytesRead")
+    assert cleaner.run(item)["partitions"]["file"]["report"]["counts"]["clean_rows"] == 50_000
+    read = statistics.getLong("bytesRead") - before
+    assert len(content) <= read < 1.5 * len(content)

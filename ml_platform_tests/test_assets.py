@@ -1,0 +1,794 @@
+"""The assets with a fake engine, through Dagster's own machinery: what is sent to Spark, recorded and refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.observe import observe
+
+from ml_platform.assets.features import expected_inputs, history_of, in_order_of_time, stale_features
+from ml_platform.assets.model import FraudModelConfig, training_partitions
+from ml_platform.assets.raw import raw_transactions
+from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
+from ml_platform.resources.mlflow import MlflowResource
+from ml_platform_tests.fakes import (
+    FakeEngine,
+    cleaned_report,
+    definitions,
+    features_report,
+    local_path,
+    partitions_sent,
+    put_cleaned,
+    put_raw,
+    put_report,
+    raw_spec,
+    recorded,
+    requests_of,
+    run_assets,
+)
+from spark_jobs import build_features
+from spark_jobs.schema import REPORT_NAME
+
+CLEANED_KEY, FEATURES_KEY, MODEL = "cleaned_transactions", "transaction_features", "fraud_model"
+
+
+@pytest.fixture
+def keys(lake: LakeResource, instance: dg.DagsterInstance) -> list[str]:
+    """Four raw files of 30 days each, registered in order of time."""
+    keys = [f"file-{number}" for number in range(4)]
+    for number, key in enumerate(keys):
+        put_raw(lake, key, raw_spec(number))
+    instance.add_dynamic_partitions("raw_files", keys)
+    return keys
+
+
+def failure_of(result: dg.ExecuteInProcessResult, asset: str) -> str:
+    """Message of the error that ended an asset's step."""
+    (event,) = (event for event in result.get_step_failure_events() if event.step_key == asset)
+    error = event.step_failure_data.error
+    assert error is not None
+    # Dagster wraps what an asset raises, except for its own Failure.
+    return (error.cause or error).message
+
+
+def modified(lake: LakeResource, table: str) -> dict[str, int]:
+    return {
+        key: (local_path(lake.store.spark_uri(lake.partition_path(table, key))) / REPORT_NAME).stat().st_mtime_ns
+        for key in lake.reports(table)
+    }
+
+
+class TestCleaned:
+    def test_one_job_for_all_partitions_of_the_run(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[2]))
+        assert result.success
+        (request,) = requests_of(lake, result.run_id, "clean_transactions")
+        files, _ = lake.list_raw_files()
+        assert request == {
+            "run_id": result.run_id,
+            "epoch": "2020-01-01",
+            "partitions": [
+                {
+                    "partition": key,
+                    "raw": files[key].as_request(),
+                    "output_uri": f"file://{lake.lake_uri}/{CLEANED}/raw_file={key}",
+                    "rejected_uri": f"file://{lake.lake_uri}/{REJECTED}/raw_file={key}",
+                }
+                for key in keys[:3]
+            ],
+        }
+        assert sorted(recorded(instance, CLEANED_KEY)) == keys[:3]
+        assert set(lake.reports(CLEANED)) == set(keys[:3])
+
+    def test_metadata(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
+        put_raw(
+            lake,
+            keys[0],
+            raw_spec(0, counts={"raw_rows": 20_006, "rejected_rows": 5, "duplicate_rows": 1}),
+        )
+        put_raw(lake, keys[1], None)
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[1]))
+        assert result.success
+        full, empty = (recorded(instance, CLEANED_KEY)[key] for key in keys[:2])
+        raw = lake.list_raw_files()[0][keys[0]]
+        assert {
+            "outcome": "cleaned",
+            "dagster/row_count": 20_000,
+            "raw_rows": 20_006,
+            "rejected_rows": 5,
+            "duplicate_rows": 1,
+            "fraud_rows": 200,
+            "raw_size_bytes": raw.size,
+            "fingerprint": raw.fingerprint,
+            "cleaned_by_run": result.run_id,
+            "path": f"file://{lake.lake_uri}/{CLEANED}/raw_file={keys[0]}",
+            "rejected_path": f"file://{lake.lake_uri}/{REJECTED}/raw_file={keys[0]}",
+            "first_transaction": "2020-01-01T00:00:00Z",
+            "last_transaction": "2020-01-30T23:59:59Z",
+        }.items() <= full.items()
+        assert {"outcome": "empty file", "dagster/row_count": 0}.items() <= empty.items()
+        assert not {"rejected_path", "first_transaction"} & set(empty)
+
+    def test_what_is_cleaned_is_not_sent_again(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        put_cleaned(lake, *keys)
+        before = modified(lake, CLEANED)
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+        assert result.success
+        assert requests_of(lake, result.run_id, "clean_transactions") == []
+        assert modified(lake, CLEANED) == before
+        assert {value["outcome"] for value in recorded(instance, CLEANED_KEY).values()} == {"already clean"}
+
+    def test_only_what_changed_is_sent(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        put_cleaned(lake, *keys[:3])
+        before = modified(lake, CLEANED)
+        put_raw(lake, keys[1], raw_spec(1, rows=17))
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+        assert partitions_sent(lake, result.run_id, "clean_transactions") == [keys[1], keys[3]]
+        after = modified(lake, CLEANED)
+        assert (after[keys[0]], after[keys[2]]) == (before[keys[0]], before[keys[2]])
+        assert recorded(instance, CLEANED_KEY)[keys[1]]["dagster/row_count"] == 17
+
+    def test_rebuild(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
+        put_cleaned(lake, *keys)
+        result = run_assets(
+            definitions(lake),
+            instance,
+            CLEANED_KEY,
+            keys=(keys[1], keys[2]),
+            config={CLEANED_KEY: {"rebuild": True}},
+        )
+        assert partitions_sent(lake, result.run_id, "clean_transactions") == keys[1:3]
+
+    def test_other_epoch(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
+        put_cleaned(lake, *keys)
+        other = LakeResource(raw_uri=lake.raw_uri, lake_uri=lake.lake_uri, epoch="2019-08-22")
+        result = run_assets(definitions(other), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+        assert partitions_sent(lake, result.run_id, "clean_transactions") == keys
+
+    def test_partial_failure(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
+        put_cleaned(lake, keys[0])
+        put_raw(lake, keys[1], {"error": "not a text file"})
+        (lake.raw._root / f"{keys[2]}.txt").unlink()  # type: ignore[attr-defined]
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+        assert not result.success
+        done = recorded(instance, CLEANED_KEY)
+        assert {key: value["outcome"] for key, value in done.items()} == {
+            keys[0]: "already clean",
+            keys[3]: "cleaned",
+        }
+        message = failure_of(result, CLEANED_KEY)
+        assert "2 of 4 partitions of cleaned_transactions failed (2 are done): " in message
+        assert f"{keys[1]}: RuntimeError: not a text file" in message
+        assert f"{keys[2]}: there is no such file in {lake.raw_uri}" in message
+
+    def test_dagster_shows_exactly_which_partitions_exist(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        put_raw(lake, keys[1], {"error": "not a text file"})
+        run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+        assert instance.get_materialized_partitions(dg.AssetKey(CLEANED_KEY)) == {keys[0], *keys[2:]}
+
+    def test_downstream_does_not_run_after_a_failure(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        put_raw(lake, keys[1], {"error": "not a text file"})
+        result = run_assets(
+            definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=(keys[0], keys[-1])
+        )
+        assert not result.success
+        assert requests_of(lake, result.run_id, "build_features") == []
+        assert recorded(instance, FEATURES_KEY) == {}
+
+    def test_a_failed_partition_that_is_complete_no_more_is_not_reported_as_done(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        put_cleaned(lake, *keys)
+        put_raw(lake, keys[1], {"error": "not a text file"})
+        run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+        assert set(lake.reports(CLEANED)) == {keys[0], *keys[2:]}
+
+    def test_the_raw_file_is_observed_with_its_fingerprint(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[0]))
+        (record,) = instance.fetch_observations(dg.AssetKey("raw_transactions"), limit=10).records
+        observation = record.asset_observation
+        assert observation is not None
+        raw = lake.list_raw_files()[0][keys[0]]
+        assert observation.partition == keys[0]
+        assert observation.metadata["size_bytes"].value == raw.size
+        assert observation.tags["dagster/data_version"] == raw.fingerprint
+
+    def test_the_engine_breaks_down(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        engine = FakeEngine(breaks_down="clean_transactions")
+        result = run_assets(definitions(lake, engine), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+        assert "clean_transactions broke down" in failure_of(result, CLEANED_KEY)
+        assert recorded(instance, CLEANED_KEY) == {}
+
+    def test_wrong_data_stop_the_run_before_the_features(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        put_raw(lake, keys[1], raw_spec(1, counts={"raw_rows": 1}))
+        result = run_assets(
+            definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(keys[0], keys[-1])
+        )
+        assert not result.success
+        assert requests_of(lake, result.run_id, "build_features") == []
+
+
+def test_raw_transactions_are_observed(
+    lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+):
+    put_raw(lake, "not-registered", raw_spec(9))
+    lake.raw.write("two words.txt", b"x")
+    assert observe([raw_transactions], instance=instance, resources={"lake": lake}).success
+    files, _ = lake.list_raw_files()
+    found = {
+        record.asset_observation.partition: record.asset_observation.tags["dagster/data_version"]
+        for record in instance.fetch_observations(dg.AssetKey("raw_transactions"), limit=100).records
+        if record.asset_observation
+    }
+    assert found == {key: files[key].fingerprint for key in keys}
+
+
+class TestTime:
+    """Rules about time ranges, which names say nothing about."""
+
+    @staticmethod
+    def cleaned(**numbers: int | None) -> dict[str, Any]:
+        return {
+            key: cleaned_report(key, None if number is None else raw_spec(number))
+            for key, number in numbers.items()
+        }
+
+    def test_order_is_that_of_the_first_transactions(self):
+        assert in_order_of_time(self.cleaned(a=3, b=1, empty=None, c=2, d=0)) == ["d", "b", "c", "a"]
+
+    def test_history_is_what_reaches_into_the_window(self):
+        assert build_features.HISTORY_DAYS == 37
+        assert history_of(self.cleaned(a=3, b=1, empty=None, c=2, d=0)) == {
+            "d": [],
+            "b": ["d"],
+            # 37 days before day 60 is day 23: the file of days 0 to 29 reaches into it.
+            "c": ["d", "b"],
+            "a": ["b", "c"],
+            "empty": [],
+        }
+
+    def test_history_ends_exactly_at_its_window(self):
+        cleaned = self.cleaned(late=2)
+        start = "2020-03-01T00:00:00Z"
+        for key, last in {"in": "2020-01-24T00:00:01Z", "out": "2020-01-24T00:00:00Z"}.items():
+            cleaned[key] = {**cleaned_report(key, raw_spec(0))}
+            cleaned[key]["tx_datetime"] = {"min": "2020-01-01T00:00:00Z", "max": last}
+        assert cleaned["late"]["tx_datetime"]["min"] == start
+        assert history_of(cleaned)["late"] == ["in"]
+
+    def test_inputs_name_what_the_features_depend_on(self):
+        cleaned = self.cleaned(a=0, b=1)
+        inputs = expected_inputs(cleaned)
+        assert list(inputs["b"]["history"]) == ["a"]
+        assert inputs["a"]["history"] == {}
+        for name, value in (("schema_version", 99), ("epoch", "2018-04-01"), ("raw", {"fingerprint": "2"})):
+            changed = expected_inputs({**cleaned, "a": {**cleaned["a"], name: value}})
+            assert changed["a"] != inputs["a"]
+            assert changed["b"] != inputs["b"]
+        assert expected_inputs(self.cleaned(a=0, b=1, far=9))["b"] == inputs["b"]
+
+    def test_stale(self):
+        cleaned = self.cleaned(a=0, b=1, c=2)
+        inputs = expected_inputs(cleaned)
+        features = {key: features_report(cleaned[key], inputs[key]) for key in cleaned}
+        assert stale_features(features, inputs) == []
+        assert stale_features({**features, "b": {**features["b"], "features": ["tx_amount"]}}, inputs) == ["b"]
+        assert stale_features({**features, "b": {"counts": {}}}, inputs) == ["b"]
+        late = expected_inputs(cleaned | self.cleaned(late=1))
+        assert stale_features(features, late) == ["c"]
+        assert stale_features({**features, "gone": features["a"]}, inputs) == []
+
+    def test_training_partitions(self):
+        cleaned = self.cleaned(d=0, b=1, c=2, a=3, empty=None)
+        features = {key: {} for key in cleaned}
+        # 74 days back from the end of day 119, and one more: from day 44 on.
+        assert training_partitions(cleaned, features, "a", 74) == (["b", "c", "a"], [])
+        assert training_partitions(cleaned, features, "c", 74) == (["d", "b", "c"], [])
+        assert training_partitions(cleaned, features, "d", 74) == (["d"], [])
+        del features["b"]
+        assert training_partitions(cleaned, features, "a", 74) == (["c", "a"], ["b"])
+
+    def test_a_day_of_training_data_is_never_left_out(self):
+        """The window's first day belongs to it whole: the request's days are whole days up to the cut-off's."""
+        cleaned = self.cleaned(first=0, second=1)
+        features = {key: {} for key in cleaned}
+        for days in range(1, 60):
+            used, _ = training_partitions(cleaned, features, "second", days)
+            # Days 60 - days to 59 are in the window; "first" has days 0 to 29.
+            if 60 - days <= 29:
+                assert "first" in used
+
+
+class TestFeatures:
+    def test_one_job_oldest_first(
+        self, lake: LakeResource, instance: dg.DagsterInstance
+    ):
+        """Names and registration run against time: history and order follow the reports' times."""
+        order = {"w": 3, "x": 1, "y": 2, "z": 0, "empty": None}
+        for key, number in order.items():
+            put_raw(lake, key, None if number is None else raw_spec(number))
+        instance.add_dynamic_partitions("raw_files", list(order))
+        put_cleaned(lake, *order)
+        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=("w", "empty"))
+        assert result.success
+        (request,) = requests_of(lake, result.run_id, "build_features")
+        assert [item["partition"] for item in request["partitions"]] == ["empty", "z", "x", "y", "w"]
+        uri = f"file://{lake.lake_uri}/{CLEANED}/raw_file="
+        items = {item["partition"]: item for item in request["partitions"]}
+        assert {key: item["history"] for key, item in items.items()} == {
+            "empty": [],
+            "z": [],
+            "x": [f"{uri}z"],
+            "y": [f"{uri}z", f"{uri}x"],
+            "w": [f"{uri}x", f"{uri}y"],
+        }
+        assert {key: item["tx_datetime_min"] for key, item in items.items()} == {
+            "empty": None,
+            "z": "2020-01-01T00:00:00Z",
+            "x": "2020-01-31T00:00:00Z",
+            "y": "2020-03-01T00:00:00Z",
+            "w": "2020-03-31T00:00:00Z",
+        }
+        files, _ = lake.list_raw_files()
+        assert items["w"] == {
+            "partition": "w",
+            "cleaned_uri": f"{uri}w",
+            "tx_datetime_min": "2020-03-31T00:00:00Z",
+            "history": [f"{uri}x", f"{uri}y"],
+            "cleaned_bytes": sum(files[key].size for key in "wxy"),
+            "inputs": expected_inputs(lake.reports(CLEANED))["w"],
+            "output_uri": f"file://{lake.lake_uri}/{FEATURES}/raw_file=w",
+        }
+        metadata = recorded(instance, FEATURES_KEY)
+        assert {
+            "outcome": "built",
+            "dagster/row_count": 20_000,
+            "fraud_rows": 200,
+            "history_partitions": ["x", "y"],
+            "built_by_run": result.run_id,
+        }.items() <= metadata["w"].items()
+        assert metadata["empty"]["dagster/row_count"] == 0
+
+    @pytest.fixture
+    def built(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]) -> list[str]:
+        put_cleaned(lake, *keys)
+        assert run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1])).success
+        return keys
+
+    def test_what_is_up_to_date_is_not_sent_again(
+        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
+    ):
+        before = modified(lake, FEATURES)
+        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[0], built[-1]))
+        assert result.success
+        assert requests_of(lake, result.run_id, "build_features") == []
+        assert modified(lake, FEATURES) == before
+        assert {value["outcome"] for value in recorded(instance, FEATURES_KEY).values()} == {"already up to date"}
+
+    def test_rebuild(self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]):
+        result = run_assets(
+            definitions(lake),
+            instance,
+            FEATURES_KEY,
+            keys=(built[1], built[2]),
+            config={FEATURES_KEY: {"rebuild": True}},
+        )
+        assert partitions_sent(lake, result.run_id, "build_features") == built[1:3]
+
+    def test_a_late_file_makes_later_features_beyond_the_range_stale(
+        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
+    ):
+        put_raw(lake, "late", raw_spec(1, start="2020-02-05T00:00:00Z", days=1, first_id=90_000_000, rows=500))
+        instance.add_dynamic_partitions("raw_files", ["late"])
+        before = modified(lake, FEATURES)
+        result = run_assets(
+            definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=("late", "late")
+        )
+        assert result.success
+        assert partitions_sent(lake, result.run_id, "clean_transactions") == ["late"]
+        # Later files within its 37 days; the earlier ones and its own month's file, which began before it, are not.
+        assert partitions_sent(lake, result.run_id, "build_features") == ["late", built[2]]
+        assert sorted(recorded(instance, FEATURES_KEY, result.run_id)) == sorted(["late", built[2]])
+        after = modified(lake, FEATURES)
+        assert {key for key in built if after[key] != before[key]} == {built[2]}
+
+    def test_a_replaced_file_makes_its_own_and_later_features_stale(
+        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
+    ):
+        put_raw(lake, built[0], raw_spec(0, rows=15_000))
+        result = run_assets(
+            definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0])
+        )
+        assert result.success
+        assert partitions_sent(lake, result.run_id, "clean_transactions") == [built[0]]
+        assert partitions_sent(lake, result.run_id, "build_features") == built[:3]
+
+    def test_a_failure_beyond_the_range_is_named(
+        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
+    ):
+        put_raw(lake, built[0], raw_spec(0, rows=15_000))
+        engine = FakeEngine(no_features={built[1]: "disk full"})
+        result = run_assets(
+            definitions(lake, engine), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0])
+        )
+        assert f"{built[1]}: RuntimeError: disk full" in failure_of(result, FEATURES_KEY)
+        assert sorted(recorded(instance, FEATURES_KEY, result.run_id)) == [built[0], built[2]]
+
+    def test_partitions_without_cleaned_data_are_named(
+        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
+    ):
+        put_cleaned(lake, keys[0], keys[2])
+        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1]))
+        message = failure_of(result, FEATURES_KEY)
+        for key in (keys[1], keys[3]):
+            assert f"{key}: it has no cleaned data; materialize cleaned_transactions first" in message
+        assert instance.get_materialized_partitions(dg.AssetKey(FEATURES_KEY)) == {keys[0], keys[2]}
+
+    def test_partial_failure(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
+        put_cleaned(lake, *keys)
+        engine = FakeEngine(no_features={keys[1]: "disk full"})
+        result = run_assets(definitions(lake, engine), instance, FEATURES_KEY, keys=(keys[0], keys[-1]))
+        assert f"{keys[1]}: RuntimeError: disk full" in failure_of(result, FEATURES_KEY)
+        assert instance.get_materialized_partitions(dg.AssetKey(FEATURES_KEY)) == {keys[0], *keys[2:]}
+        healed = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1]))
+        assert partitions_sent(lake, healed.run_id, "build_features") == [keys[1]]
+
+
+@pytest.fixture(scope="module")
+def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An SQLite store of MLflow with its tables, which take seconds to create."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def do_not_wait_for_the_disk(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", do_not_wait_for_the_disk)
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowResource(tracking_uri=f"sqlite:///{path}").champion()
+    yield path
+    event.remove(Engine, "connect", do_not_wait_for_the_disk)
+
+
+@pytest.fixture
+def mlflow(empty_mlflow_store: Path, tmp_path: Path) -> Iterator[MlflowResource]:
+    """MLflow on a store of the test's own."""
+    import mlflow as module
+
+    directory = tmp_path / "ml flow"
+    directory.mkdir()
+    shutil.copy(empty_mlflow_store, directory / "mlflow.db")
+    yield MlflowResource(
+        tracking_uri=f"sqlite:///{directory}/mlflow.db", artifact_root=(directory / "artifacts").as_uri()
+    )
+    while module.active_run():
+        module.end_run()
+
+
+class TestModel:
+    @pytest.fixture
+    def ready(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]) -> list[str]:
+        """Cleaned data and features of all partitions."""
+        put_cleaned(lake, *keys)
+        assert run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1])).success
+        return keys
+
+    def test_one_model_per_run(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        result = run_assets(
+            definitions(lake, mlflow=mlflow),
+            instance,
+            MODEL,
+            keys=(ready[0], ready[2]),
+            config={MODEL: {"reg_param": [0.5], "max_iter": [10, 20], "seed": 7}},
+        )
+        assert result.success
+        (request,) = requests_of(lake, result.run_id, "train_model")
+        uri = f"file://{lake.lake_uri}"
+        output = f"{uri}/models/{ready[2]}/{result.run_id}"
+        assert request == {
+            "run_id": result.run_id,
+            "cutoff": ready[2],
+            "cutoff_uri": f"{uri}/{FEATURES}/raw_file={ready[2]}",
+            "feature_uris": [f"{uri}/{FEATURES}/raw_file={key}" for key in ready[:3]],
+            "features": list(build_features.FEATURES),
+            "output_uri": output,
+            "champion": None,
+            "test_days": 7,
+            "delay_days": 7,
+            "train_days": 60,
+            "validation_days": 7,
+            "min_train_days": 7,
+            "min_frauds": 10,
+            "alerts_per_day": 100,
+            "seed": 7,
+            "grid": {"regParam": [0.5], "maxIter": [10, 20]},
+        }
+
+        metadata = recorded(instance, MODEL)
+        assert sorted(metadata) == ready[:3]
+        trained = metadata[ready[2]]
+        assert {
+            "outcome": "trained",
+            "cutoff": ready[2],
+            "model_version": 1,
+            "is_champion": True,
+            "champion_version": 1,
+            "best_parameters": {"regParam": 0.5, "maxIter": 20},
+            "test_average_precision": 0.7,
+            "test_rows": 500,
+            "path": output,
+        }.items() <= trained.items()
+        files, _ = lake.list_raw_files()
+        data_set = {key: {"fingerprint": files[key].fingerprint, "rows": 20_000} for key in ready[:3]}
+        assert trained["trained_on"] == data_set
+        assert "mlflow_run" not in trained  # a file has no address to open
+        for key in ready[:2]:
+            assert {
+                "outcome": "no model of its own",
+                "reason": f"the model of this run is that of partition {ready[2]}",
+                "model_version": 1,
+                "mlflow_run_id": trained["mlflow_run_id"],
+            } == metadata[key]
+
+        client = mlflow.client()
+        (run,) = client.search_runs([client.get_experiment_by_name("fraud_model").experiment_id])
+        assert run.info.run_id == trained["mlflow_run_id"]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["dagster.run_id"] == result.run_id
+        assert run.data.tags["partitions"] == ",".join(ready[:3])
+        assert run.data.tags["outcome"] == "trained"
+        assert {
+            "cutoff": ready[2],
+            "seed": "7",
+            "best.maxIter": "20",
+            "data_set_partitions": "3",
+            "data_set_rows": "60000",
+        }.items() <= run.data.params.items()
+        assert [json.loads(run.data.params[f"grid.{point}"]) for point in range(2)] == [
+            {"regParam": 0.5, "maxIter": 10},
+            {"regParam": 0.5, "maxIter": 20},
+        ]
+        assert run.data.metrics == {
+            "test_average_precision": 0.7,
+            "test_roc_auc": 0.9,
+            "test_rows": 500,
+            "test_frauds": 20,
+            "grid.0.validation_average_precision": 0.5,
+            "grid.1.validation_average_precision": 0.51,
+            "validation_average_precision": 0.51,
+        }
+
+        champion = mlflow.champion()
+        assert champion is not None
+        assert (str(champion.version), champion.run_id) == ("1", run.info.run_id)
+        assert champion.tags["model_uri"] == f"{output}/model"
+        assert json.loads(champion.tags["features"]) == list(build_features.FEATURES)
+
+        artifacts = Path(client.download_artifacts(run.info.run_id, ""))
+        assert json.loads((artifacts / "data_set.json").read_text()) == {
+            "cutoff": ready[2],
+            "partitions": data_set,
+        }
+        assert json.loads((artifacts / "report.json").read_text())["outcome"] == "trained"
+        found = {str(path.relative_to(artifacts / "model")) for path in (artifacts / "model").rglob("*") if path.is_file()}
+        assert found == {
+            "MLmodel",
+            "conda.yaml",
+            "python_env.yaml",
+            "requirements.txt",
+            "sparkml/metadata",
+            "sparkml/stages/0",
+        }
+        assert "pyspark==4.0.0" in (artifacts / "model" / "requirements.txt").read_text()
+        assert lake.read_json(f"models/{ready[2]}/{result.run_id}/{REPORT_NAME}")["outcome"] == "trained"
+
+    def test_the_cut_off_is_the_last_in_time_not_by_name(
+        self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource
+    ):
+        order = {"a": 2, "b": 0, "empty": None, "c": 1}
+        for key, number in order.items():
+            put_raw(lake, key, None if number is None else raw_spec(number))
+        instance.add_dynamic_partitions("raw_files", list(order))
+        result = run_assets(
+            definitions(lake, mlflow=mlflow), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=("a", "c")
+        )
+        assert result.success
+        (request,) = requests_of(lake, result.run_id, "train_model")
+        assert request["cutoff"] == "a"
+        assert [uri.rpartition("=")[2] for uri in request["feature_uris"]] == ["b", "c", "a"]
+        assert {key: value["outcome"] for key, value in recorded(instance, MODEL).items()} == {
+            "a": "trained",
+            **dict.fromkeys(["b", "c", "empty"], "no model of its own"),
+        }
+
+    def test_data_of_the_future_are_not_trained_on(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[1], ready[1]))
+        (request,) = requests_of(lake, result.run_id, "train_model")
+        assert [uri.rpartition("=")[2] for uri in request["feature_uris"]] == ready[:2]
+
+    def test_train_each_oldest_first_then_a_challenger(
+        self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource
+    ):
+        order = {"c": 1, "b": 0, "a": 2}
+        for key, number in order.items():
+            put_raw(lake, key, raw_spec(number))
+        instance.add_dynamic_partitions("raw_files", list(order))
+        platform = definitions(lake, mlflow=mlflow)
+        assets = (CLEANED_KEY, FEATURES_KEY, MODEL)
+        result = run_assets(
+            platform, instance, *assets, keys=("c", "a"), config={MODEL: {"train_each": True, "max_iter": [5]}}
+        )
+        assert result.success
+        metadata = recorded(instance, MODEL)
+        assert {key: value["model_version"] for key, value in metadata.items()} == {"b": 1, "c": 2, "a": 3}
+        assert {key: value["is_champion"] for key, value in metadata.items()} == {
+            "b": True,
+            "c": False,
+            "a": False,
+        }
+        champions = {
+            request["cutoff"]: request["champion"] and request["champion"]["model_uri"]
+            for request in requests_of(lake, result.run_id, "train_model")
+        }
+        first = f"file://{lake.lake_uri}/models/b/{result.run_id}/model"
+        assert champions == {"b": None, "c": first, "a": first}
+
+        client = mlflow.client()
+        runs = client.search_runs([client.get_experiment_by_name("fraud_model").experiment_id])
+        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        assert len(runs) == 4
+        assert len(parents) == 1
+        nested = {run.data.params["cutoff"]: run for run in runs if run is not parents[0]}
+        assert set(nested) == {"a", "b", "c"}
+        for cutoff, run in nested.items():
+            assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+            assert run.data.tags["dagster.run_id"] == result.run_id
+            assert run.info.status == "FINISHED"
+            assert metadata[cutoff]["mlflow_run_id"] == run.info.run_id
+        assert parents[0].info.status == "FINISHED"
+
+        later = run_assets(platform, instance, MODEL, keys=("a", "a"))
+        assert later.success
+        (request,) = requests_of(lake, later.run_id, "train_model")
+        assert request["champion"] == {
+            "version": request["champion"]["version"],
+            "model_uri": first,
+            "features": list(build_features.FEATURES),
+            "spark_version": "4.0.0",
+        }
+        assert str(request["champion"]["version"]) == "1"
+        trained = recorded(instance, MODEL, later.run_id)["a"]
+        assert (trained["model_version"], trained["is_champion"], trained["champion_version"]) == (4, False, 1)
+
+    def test_too_little_data_is_an_outcome(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        engine = FakeEngine(too_little={ready[0]: "The test window has 4 frauds, fewer than 10."})
+        result = run_assets(
+            definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[0], ready[0])
+        )
+        assert result.success
+        metadata = recorded(instance, MODEL)[ready[0]]
+        assert metadata["outcome"] == "too_little_data"
+        assert metadata["reason"] == "The test window has 4 frauds, fewer than 10."
+        assert "model_version" not in metadata
+        assert mlflow.champion() is None
+        run = mlflow.client().get_run(metadata["mlflow_run_id"])
+        assert run.info.status == "FINISHED"
+        assert (run.data.tags["outcome"], run.data.tags["reason"]) == (
+            "too_little_data",
+            metadata["reason"],
+        )
+        evaluations = {item.check_name: item for item in result.get_asset_check_evaluations()}
+        assert not evaluations["enough_data"].passed
+        assert metadata["reason"] in (evaluations["enough_data"].description or "")
+
+    def test_missing_features_are_named(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        shutil.rmtree(local_path(lake.store.spark_uri(lake.partition_path(FEATURES, ready[1]))))
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[0], ready[3]))
+        message = failure_of(result, MODEL)
+        assert f"features are missing or stale for {ready[1]}; materialize transaction_features first" in message
+        assert requests_of(lake, result.run_id, "train_model") == []
+
+    def test_stale_features_are_named(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        changed = cleaned_report(ready[2], raw_spec(2), raw={"fingerprint": "other", "size": 1, "uri": ""})
+        put_report(lake, CLEANED, ready[2], changed)
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[1], ready[3]))
+        message = failure_of(result, MODEL)
+        assert "features are missing or stale for " in message
+        assert all((key in message) == (key in ready[2:]) for key in ready)
+
+    def test_stale_features_before_the_range_are_not_trained_on_unseen(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        """The training window reaches back beyond the run's own partitions."""
+        changed = cleaned_report(ready[1], raw_spec(1), raw={"fingerprint": "other", "size": 1, "uri": ""})
+        put_report(lake, CLEANED, ready[1], changed)
+        inputs = expected_inputs(lake.reports(CLEANED))
+        for key in ready[2:]:
+            put_report(
+                lake, FEATURES, key, features_report(lake.reports(CLEANED)[key], inputs[key])
+            )
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[3], ready[3]))
+        told = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.level >= logging.WARNING]
+        assert any(ready[1] in message for message in told)
+
+    def test_nothing_but_empty_files(
+        self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource
+    ):
+        for key in ("a", "b"):
+            put_raw(lake, key, None)
+        instance.add_dynamic_partitions("raw_files", ["a", "b"])
+        result = run_assets(
+            definitions(lake, mlflow=mlflow), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=("a", "b")
+        )
+        assert result.success
+        assert {
+            (value["outcome"], value["reason"]) for value in recorded(instance, MODEL).values()
+        } == {("no model of its own", "no partition of this run has any rows")}
+        assert requests_of(lake, result.run_id, "train_model") == []
+
+    def test_an_error_fails_the_mlflow_run(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        import mlflow as module
+
+        engine = FakeEngine(breaks_down="train_model")
+        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[0], ready[0]))
+        assert "train_model broke down" in failure_of(result, MODEL)
+        client = mlflow.client()
+        (run,) = client.search_runs([client.get_experiment_by_name("fraud_model").experiment_id])
+        assert run.info.status == "FAILED"
+        assert module.active_run() is None
+        assert mlflow.champion() is None
+
+    @pytest.mark.parametrize(
+        "config", [{"test_days": 0}, {"min_frauds": 0}, {"alerts_per_day": 0}, {"delay_days": -1}]
+    )
+    def test_impossible_windows_are_refused(self, config: dict[str, int]):
+        with pytest.raises(ValueError, match=next(iter(config))):
+            FraudModelConfig(**config)
+
+
+def test_addresses_of_mlflow_runs_hold_no_password():
+    class Run:
+        class info:
+            experiment_id, run_id = "7", "abc"
+
+    def url(tracking_uri: str) -> str | None:
+        return MlflowResource(tracking_uri=tracking_uri).ui_url(Run)
+
+    assert url("http://host:5000/") == "http://host:5000/#/experiments/7/runs/abc"
+    assert url("https://user:secret@host/mlflow") == "https://host/mlflow/#/experiments/7/runs/abc"
+    assert url("sqlite:////tmp/mlflow.db") is None

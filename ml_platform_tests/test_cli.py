@@ -1,0 +1,389 @@
+"""The command `ml-platform`: what it prints, leaves behind, and says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from ml_platform import cli
+from ml_platform.resources.lake import FEATURES
+from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("simulate", "sync", "process-new-files", "summary", "doctor")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process, in an empty directory; its exit code, output and errors."""
+    directory = tmp_path / "a project"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster home"))
+    for console in (cli.console, cli.errors):
+        monkeypatch.setattr(console, "width", 300)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ml-platform", *arguments])
+        capfd.readouterr()
+        code: int | str | None = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        output = capfd.readouterr()
+        return int(code or 0), output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def mlflow_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MLflow that answers at once; the real one is test_assets.py's."""
+    from ml_platform.resources.mlflow import MlflowResource
+
+    monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
+
+
+def only_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def simulate(run: Run, *arguments: str) -> str:
+    small = ("--days-per-file", "2", "--customers", "20", "--terminals", "30")
+    code, out, err = run("simulate", *small, *arguments)
+    assert code == 0, err
+    return out
+
+
+class TestHelp:
+    def test_all_commands(self, run: Run):
+        code, out, _ = run("--help")
+        assert code == 0
+        for command in COMMANDS:
+            assert command in out
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_command(self, run: Run, command: str):
+        code, out, err = run(command, "--help")
+        assert (code, err) == (0, "")
+        assert f"ml-platform {command}" in out
+
+    def test_no_command(self, run: Run):
+        code, out, err = run()
+        assert code != 0
+        assert "simulate" in out + err
+
+    def test_unknown_command_and_option(self, run: Run):
+        for arguments in (("fly",), ("simulate", "--files", "none"), ("simulate", "--files", "0")):
+            code, _, err = run(*arguments)
+            assert code == 2
+            assert "Traceback" not in err
+
+
+class TestSimulateAndSync:
+    def test_simulate_then_sync(self, run: Run, tmp_path: Path):
+        out = simulate(run, "--files", "2")
+        raw = tmp_path / "a project" / "data" / "raw"
+        names = ["2019-08-22.txt", "2019-08-24.txt"]
+        assert sorted(path.name for path in raw.iterdir()) == names
+        assert all(name in out for name in names)
+        header, first = (raw / names[0]).read_text().splitlines()[:2]
+        assert header.startswith("#")
+        assert len(first.split(",")) == 9
+
+        code, out, _ = run("sync")
+        assert (code, only_line(out)) == (0, f"2 raw files in {raw}, 2 newly registered")
+        with dg.DagsterInstance.get() as instance:
+            assert list(instance.get_dynamic_partitions("raw_files")) == ["2019-08-22", "2019-08-24"]
+        code, out, _ = run("sync")
+        assert (code, only_line(out)) == (0, f"2 raw files in {raw}, 0 newly registered")
+
+    def test_the_table_counts_rows(self, run: Run, tmp_path: Path):
+        out = simulate(run, "--files", "1", "--fault-rate", "0")
+        (file,) = (tmp_path / "a project" / "data" / "raw").iterdir()
+        rows = len(file.read_text().splitlines()) - 1
+        assert re.search(rf"2019-08-22\.txt\W+{rows}\W", out)
+
+    def test_existing_files_are_kept_unless_told_otherwise(self, run: Run, tmp_path: Path):
+        simulate(run, "--files", "1")
+        file = tmp_path / "a project" / "data" / "raw" / "2019-08-22.txt"
+        simulated = file.read_bytes()
+        file.write_text("mine")
+        assert "kept as it is" in simulate(run, "--files", "2")
+        assert file.read_text() == "mine"
+        simulate(run, "--files", "1", "--overwrite")
+        assert file.read_bytes() == simulated
+
+    def test_later_files_and_epoch(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("ML_PLATFORM_EPOCH", "2018-04-01")
+        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "other place"))
+        simulate(run, "--files", "1", "--first-file", "3")
+        assert [path.name for path in (tmp_path / "other place").iterdir()] == ["2018-04-07.txt"]
+
+    def test_sync_names_what_it_ignores(self, run: Run, tmp_path: Path):
+        raw = tmp_path / "a project" / "data" / "raw"
+        raw.mkdir(parents=True)
+        for name in ("good.txt", "two [bold]words.txt", "other.csv"):
+            (raw / name).write_text("x")
+        code, out, err = run("sync")
+        assert code == 0
+        assert "1 raw files" in out
+        assert only_line(err).startswith("ignored 'two [bold]words.txt': only letters")
+
+
+class TestDotenv:
+    def test_is_read_but_the_environment_wins(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        Path(".env").write_text(f'ML_PLATFORM_RAW_URI="{tmp_path}/from dotenv"\nML_PLATFORM_EPOCH=2020-02-02\n')
+        monkeypatch.setenv("ML_PLATFORM_EPOCH", "2018-04-01")
+        simulate(run, "--files", "1")
+        assert [path.name for path in (tmp_path / "from dotenv").iterdir()] == ["2018-04-01.txt"]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("variable", "value", "arguments"),
+        [
+            ("ML_PLATFORM_EPOCH", "soon", ("simulate",)),
+            ("ML_PLATFORM_RAW_URI", "gs://bucket", ("sync",)),
+            ("ML_PLATFORM_DEPLOYMENT", "moon", ("doctor",)),
+            ("ML_PLATFORM_LAKE_URI", "s3://", ("summary",)),
+        ],
+    )
+    def test_a_wrong_setting_is_one_line(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, arguments: tuple[str, ...]
+    ):
+        monkeypatch.setenv(variable, value)
+        code, _, err = run(*arguments)
+        assert code == 1
+        assert only_line(err).startswith(f"error: {variable}: ")
+
+    @pytest.mark.parametrize("command", ["sync", "process-new-files"])
+    def test_no_dagster_home(self, run: Run, monkeypatch: pytest.MonkeyPatch, command: str):
+        monkeypatch.delenv("DAGSTER_HOME")
+        code, _, err = run(command)
+        assert code == 1
+        assert only_line(err).startswith("error: DAGSTER_HOME is not set: ")
+
+    def test_relative_dagster_home(self, run: Run, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("DAGSTER_HOME", "here")
+        code, _, err = run("sync")
+        assert (code, only_line(err)) == (1, "error: DAGSTER_HOME takes an absolute path")
+
+    def test_impossible_simulation(self, run: Run):
+        code, _, err = run("simulate", "--fault-rate", "5000")
+        assert code == 1
+        assert only_line(err).startswith("error: fault_rate is 5000")
+
+    def test_unforeseen(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        (tmp_path / "file").write_text("x")
+        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "file"))
+        code, _, err = run("simulate")
+        assert code == 1
+        assert "Traceback" not in err
+        assert err.startswith("error: ")
+        assert str(tmp_path / "file") in err
+        assert err.strip().splitlines()[1:] == ["(ml-platform --traceback … shows where it happened)"]
+
+    def test_unforeseen_with_traceback(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        (tmp_path / "file").write_text("x")
+        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "file"))
+        with pytest.raises(NotADirectoryError):
+            run("--traceback", "simulate")
+
+    def test_interrupt(self, run: Run, monkeypatch: pytest.MonkeyPatch):
+        def interrupt(_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "_lake", interrupt)
+        code, _, err = run("sync")
+        assert code == 130
+        assert "Traceback" not in err
+
+    def test_as_users_see_it(self, tmp_path: Path):
+        """In a process of its own, without and with --traceback."""
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        for arguments, traceback in ((["sync"], False), (["--traceback", "sync"], True)):
+            done = subprocess.run(
+                [sys.executable, "-m", "ml_platform.cli", *arguments],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert done.returncode == 1
+            assert ("Traceback" in done.stderr) == traceback
+            if not traceback:
+                assert only_line(done.stderr).startswith("error: DAGSTER_HOME is not set")
+
+
+class TestSummary:
+    def test_lists_the_lake(self, run: Run, tmp_path: Path, mlflow_ready: None):
+        simulate(run, "--files", "2")
+        cleaned = tmp_path / "a project/data/lake/cleaned_transactions/raw_file=2019-08-22/_report.json"
+        features = tmp_path / f"a project/data/lake/{FEATURES}/raw_file=2019-08-22/_report.json"
+        report = cleaned_report("2019-08-22", raw_spec(0), raw_rows=21_003, rejected_rows=1_001, duplicate_rows=2)
+        for path, content in ((cleaned, report), (features, features_report(report, {}))):
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(content))
+        code, out, _ = run("summary")
+        assert code == 0
+        first, second = (line for line in out.splitlines() if "2019-" in line)
+        assert re.findall(r"[\w,-]+", first) == ["2019-08-22", "21,003", "20,000", "2", "1,001", "200", "yes"]
+        assert "2019-08-24" in second
+        assert "not cleaned yet" in second
+        assert "No model of fraud_model is the champion yet." in out
+
+
+class TestDoctor:
+    """Each thing that may be wrong is named, with what to do, and the exit code tells."""
+
+    @pytest.fixture
+    def java(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+        """Install a Java that says what it is told to."""
+
+        def install(says: str) -> Path:
+            home = tmp_path / "some java"
+            (home / "bin").mkdir(parents=True, exist_ok=True)
+            program = home / "bin" / "java"
+            program.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{says}\nEND\n")
+            program.chmod(0o755)
+            monkeypatch.setenv("JAVA_HOME", str(home))
+            return program
+
+        install('openjdk version "17.0.1" 2021-10-19\nOpenJDK Runtime Environment (build 17.0.1+12)')
+        return install
+
+    @pytest.fixture
+    def healthy(self, run: Run, java: Callable[[str], Path], mlflow_ready: None) -> Iterator[None]:
+        simulate(run, "--files", "1")
+        yield
+
+    @staticmethod
+    def rows(out: str) -> dict[str, tuple[str, str]]:
+        cells = [[cell.strip() for cell in re.split("[│┃|]", line)[1:-1]] for line in out.splitlines()]
+        return {row[0]: (row[1], row[2]) for row in cells if len(row) == 3 and row[1] in ("ok", "wrong")}
+
+    def wrong(self, run: Run, *arguments: str) -> dict[str, str]:
+        """What the doctor says is wrong; the exit code must agree."""
+        code, out, err = run("doctor", *arguments)
+        rows = self.rows(out)
+        assert list(rows) == ["settings", "Java", "raw files", "lake", "MLflow", "Dagster"]
+        wrong = {name: found for name, (verdict, found) in rows.items() if verdict == "wrong"}
+        assert code == (1 if wrong else 0)
+        if wrong:
+            assert f"error: {len(wrong)} of 6 checks failed" in err
+        return wrong
+
+    def test_all_is_well(self, run: Run, healthy: None):
+        assert self.wrong(run) == {}
+
+    @pytest.mark.parametrize(
+        "says",
+        [
+            'openjdk version "21.0.2" 2024-01-16',
+            'openjdk version "21-ea" 2023-09-19',
+            'java version "17.0.9" 2023-10-17 LTS',
+            'Picked up JAVA_TOOL_OPTIONS: -Xmx1g\nopenjdk version "17.0.1" 2021-10-19',
+        ],
+    )
+    def test_suitable_java(self, run: Run, healthy: None, java: Callable[[str], Path], says: str):
+        java(says)
+        assert self.wrong(run) == {}
+
+    @pytest.mark.parametrize(
+        "says",
+        [
+            'openjdk version "11.0.2" 2019-01-15',
+            'java version "1.8.0_17"',
+            'openjdk version "25" 2025-09-16',
+            "",
+        ],
+    )
+    def test_unsuitable_java(self, run: Run, healthy: None, java: Callable[[str], Path], says: str):
+        program = java(says)
+        wrong = self.wrong(run)
+        assert list(wrong) == ["Java"]
+        assert str(program) in wrong["Java"]
+        assert "17 or 21" in wrong["Java"]
+
+    def test_java_home_without_java(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("JAVA_HOME", "/nowhere")
+        wrong = self.wrong(run)
+        assert list(wrong) == ["Java"]
+        assert "JAVA_HOME is /nowhere" in wrong["Java"]
+
+    def test_no_java_at_all(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.delenv("JAVA_HOME")
+        monkeypatch.setenv("PATH", "/nowhere")
+        wrong = self.wrong(run)
+        assert list(wrong) == ["Java"]
+        assert "apt-get install openjdk-17-jre-headless" in wrong["Java"]
+
+    def test_no_raw_files(self, run: Run, java: Callable[[str], Path], mlflow_ready: None):
+        wrong = self.wrong(run)
+        assert list(wrong) == ["raw files"]
+        assert "ml-platform simulate" in wrong["raw files"]
+
+    def test_raw_files_and_lake_that_cannot_be(
+        self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        (tmp_path / "file").write_text("x")
+        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "file"))
+        monkeypatch.setenv("ML_PLATFORM_LAKE_URI", str(tmp_path / "file" / "lake"))
+        wrong = self.wrong(run)
+        assert list(wrong) == ["raw files", "lake"]
+        assert all(str(tmp_path / "file") in found for found in wrong.values())
+
+    def test_no_dagster_home(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.delenv("DAGSTER_HOME")
+        wrong = self.wrong(run)
+        assert list(wrong) == ["Dagster"]
+        assert "DAGSTER_HOME is not set" in wrong["Dagster"]
+
+    def test_no_mlflow(self, run: Run, java: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        simulate(run, "--files", "1")
+        wrong = self.wrong(run)
+        assert list(wrong) == ["MLflow"]
+        assert "127.0.0.1" in wrong["MLflow"]
+
+    def test_everything_is_wrong_at_once(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        from ml_platform.resources.mlflow import MlflowResource
+
+        def fail(_: object) -> None:
+            raise RuntimeError("no MLflow\nwith details")
+
+        (tmp_path / "file").write_text("x")
+        for name in ("ML_PLATFORM_RAW_URI", "ML_PLATFORM_LAKE_URI"):
+            monkeypatch.setenv(name, str(tmp_path / "file"))
+        monkeypatch.setenv("JAVA_HOME", "/nowhere")
+        monkeypatch.delenv("DAGSTER_HOME")
+        monkeypatch.setattr(MlflowResource, "champion", fail)
+        wrong = self.wrong(run)
+        assert list(wrong) == ["Java", "raw files", "lake", "MLflow", "Dagster"]
+        assert wrong["MLflow"] == "no MLflow"
+
+    def test_what_is_wrong_is_shown_as_it_is(
+        self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        """Square brackets are part of a path, not markup."""
+        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "[red]x[/bold]"))
+        assert str(tmp_path / "[red]x[/bold]") in self.wrong(run)["raw files"]

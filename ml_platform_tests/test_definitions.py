@@ -1,0 +1,195 @@
+"""The code location: it loads fast, and everything in it has the names and properties of the contract."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from ml_platform.definitions import defs
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = (
+    "boto3",
+    "botocore",
+    "dagster_aws",
+    "dagster_mlflow",
+    "dagster_pyspark",
+    "matplotlib",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "pyspark",
+    "sklearn",
+    "yandexcloud",
+)
+ASSETS = ("raw_transactions", "cleaned_transactions", "transaction_features", "fraud_model")
+BUILT = ASSETS[1:]
+
+
+def assets_definition(name: str) -> dg.AssetsDefinition:
+    return defs.resolve_asset_graph().assets_def_for_key(dg.AssetKey(name))
+
+
+def spec(name: str) -> dg.AssetSpec:
+    return assets_definition(name).specs_by_key[dg.AssetKey(name)]
+
+
+def run_python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "HOME": str(cwd), "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_loadable():
+    dg.Definitions.validate_loadable(defs)
+
+
+def test_import_is_light_and_touches_nothing(tmp_path: Path):
+    code = f"""
+import sys
+import ml_platform.definitions
+print(sorted(name for name in {HEAVY!r} if name in sys.modules))
+"""
+    done = run_python(code, tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unusable_setting_is_named_when_loading(tmp_path: Path):
+    done = run_python("import ml_platform.definitions", tmp_path, ML_PLATFORM_EPOCH="soon")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith(
+        "ml_platform.settings.SettingsError: ML_PLATFORM_EPOCH: "
+    )
+
+
+def test_names():
+    graph = defs.resolve_asset_graph()
+    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ASSETS)
+    repository = defs.get_repository_def()
+    assert [job.name for job in repository.get_all_jobs() if not job.name.startswith("__")] == [
+        "process_new_files"
+    ]
+    assert [sensor.name for sensor in repository.sensor_defs] == ["new_raw_files"]
+    assert [schedule.name for schedule in repository.schedule_defs] == ["process_new_files_daily"]
+    assert {key.name for key in graph.asset_check_keys} == {
+        "rows_add_up",
+        "reject_rate",
+        "fraud_rate",
+        "unique_ids",
+        "time_range",
+        "usable_features",
+        "enough_data",
+    }
+
+
+def test_automation():
+    sensor = defs.resolve_sensor_def("new_raw_files")
+    assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
+    assert sensor.minimum_interval_seconds == 24 * 60 * 60
+    schedule = defs.resolve_schedule_def("process_new_files_daily")
+    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+    assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 6 * * *", "UTC")
+    assert sensor.job_name == schedule.job_name == "process_new_files"
+    assert sensor.description
+    assert schedule.description
+
+
+def test_job():
+    job = defs.resolve_job_def("process_new_files")
+    assert {key.to_user_string() for key in job.asset_layer.executable_asset_keys} == set(BUILT)
+    assert job.executor_def is dg.in_process_executor
+    assert job.partitions_def == dg.DynamicPartitionsDefinition(name="raw_files")
+    assert job.description
+    checks = {key.name for key in job.asset_layer.asset_graph.asset_check_keys}
+    assert checks == {key.name for key in defs.resolve_asset_graph().asset_check_keys}
+
+
+@pytest.mark.parametrize("name", ASSETS)
+def test_asset(name: str):
+    asset = spec(name)
+    assert asset.partitions_def == dg.DynamicPartitionsDefinition(name="raw_files")
+    assert asset.group_name not in (None, "default")
+    assert (asset.description or "").strip()
+    assert asset.kinds
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_built_asset(name: str):
+    assert assets_definition(name).backfill_policy == dg.BackfillPolicy.single_run()
+    assert spec(name).owners
+
+
+@pytest.mark.parametrize(("upstream", "downstream"), zip(ASSETS, BUILT, strict=False))
+def test_the_chain(upstream: str, downstream: str):
+    graph = defs.resolve_asset_graph()
+    assert {key.to_user_string() for key in graph.get(dg.AssetKey(downstream)).parent_keys} == {upstream}
+    mapping = graph.get_partition_mapping(dg.AssetKey(downstream), dg.AssetKey(upstream))
+    assert isinstance(mapping, dg.IdentityPartitionMapping)
+
+
+def test_raw_transactions_are_somebody_elses():
+    graph = defs.resolve_asset_graph()
+    assert {key.to_user_string() for key in graph.external_asset_keys} | {
+        key.to_user_string() for key in graph.observable_asset_keys
+    } == {"raw_transactions"}
+
+
+@pytest.mark.parametrize(
+    ("name", "nullable"),
+    [
+        ("cleaned_transactions", {"customer_id", "terminal_id"}),
+        ("transaction_features", None),
+    ],
+)
+def test_tables_have_described_columns(name: str, nullable: set[str] | None):
+    schema = spec(name).metadata["dagster/column_schema"]
+    assert isinstance(schema, dg.TableSchema)
+    assert all(column.description and column.type for column in schema.columns)
+    names = [column.name for column in schema.columns]
+    assert len(set(names)) == len(names)
+    if nullable is not None:
+        assert {column.name for column in schema.columns if column.constraints.nullable} == nullable
+
+
+def test_columns_of_cleaned_transactions_are_the_contracts():
+    schema = spec("cleaned_transactions").metadata["dagster/column_schema"]
+    assert [(column.name, column.type) for column in schema.columns] == [
+        ("transaction_id", "bigint"),
+        ("tx_datetime", "timestamp"),
+        ("customer_id", "bigint"),
+        ("terminal_id", "bigint"),
+        ("tx_amount", "double"),
+        ("tx_time_seconds", "bigint"),
+        ("tx_time_days", "int"),
+        ("tx_fraud", "int"),
+        ("tx_fraud_scenario", "int"),
+    ]
+
+
+def test_transaction_features_have_fifteen_inputs_that_are_never_null():
+    cleaned = spec("cleaned_transactions").metadata["dagster/column_schema"].columns
+    features = spec("transaction_features").metadata["dagster/column_schema"].columns
+    assert [column.name for column in features[: len(cleaned)]] == [column.name for column in cleaned]
+    never_null = {column.name for column in features if not column.constraints.nullable}
+    assert len(never_null) == 15
+    assert {column.name for column in features[len(cleaned) :]} < never_null
+
+
+def test_blocking_checks():
+    graph = defs.resolve_asset_graph()
+    blocking = {key.name: graph.get_check_spec(key).blocking for key in graph.asset_check_keys}
+    # Too little data for a model is an outcome, not wrong data.
+    assert [name for name, blocks in blocking.items() if not blocks] == ["enough_data"]
+    assert all(graph.get_check_spec(key).description for key in graph.asset_check_keys)

@@ -1,0 +1,379 @@
+"""The lake, over a directory and over S3: the same tests for both."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+import pytest
+
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, LocalStore, Store, open_store
+
+REPORT = {"schema_version": 1, "raw": {"fingerprint": "1-x"}}
+ODD_NAME = "a b#c%20d[e]{f,g}*?&+ü"
+
+
+class Site(Protocol):
+    """Where a store is, and what others do there without the platform."""
+
+    uri: str
+
+    def put(self, name: str, content: bytes = b"") -> None: ...
+
+    def put_many(self, names: list[str]) -> None: ...
+
+    def names(self) -> list[str]: ...
+
+
+class Directory:
+    def __init__(self, root: Path) -> None:
+        self.uri, self._root = str(root), root
+
+    def put(self, name: str, content: bytes = b"") -> None:
+        path = self._root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    def put_many(self, names: list[str]) -> None:
+        for name in names:
+            self.put(name, b"x")
+
+    def names(self) -> list[str]:
+        return sorted(
+            str(path.relative_to(self._root)) for path in self._root.rglob("*") if not path.is_dir()
+        )
+
+
+class Bucket:
+    def __init__(self, client: Any, prefix: str) -> None:
+        self._client, self._name = client, f"bucket-{secrets.token_hex(6)}"
+        self._prefix = f"{prefix}/" if prefix else ""
+        client.create_bucket(Bucket=self._name)
+        self.uri = f"s3://{self._name}/{prefix}".rstrip("/")
+
+    def put(self, name: str, content: bytes = b"") -> None:
+        self._client.put_object(Bucket=self._name, Key=self._prefix + name, Body=content)
+
+    def put_many(self, names: list[str]) -> None:
+        """Put objects of one byte into the server's memory, past its slow HTTP."""
+        from moto.core import DEFAULT_ACCOUNT_ID
+        from moto.s3.models import s3_backends
+
+        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        for name in names:
+            backend.put_object(self._name, self._prefix + name, b"x")
+
+    def names(self) -> list[str]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name)
+        keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
+        return sorted(key.removeprefix(self._prefix) for key in keys)
+
+
+@pytest.fixture(scope="module")
+def s3_settings() -> Iterator[dict[str, str]]:
+    """Environment variables for an S3 server of the test's own."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield {
+        "AWS_ENDPOINT_URL_S3": "http://{}:{}".format(*server.get_host_and_port()),
+        "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
+        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def own_client(s3_settings: dict[str, str]) -> Any:
+    """The test's own way to the server; making a client takes long."""
+    import boto3
+
+    with mock.patch.dict(os.environ, s3_settings):
+        return boto3.Session().client("s3")
+
+
+@pytest.fixture
+def s3_client(own_client: Any, s3_settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, value in s3_settings.items():
+        monkeypatch.setenv(name, value)
+    return own_client
+
+
+@pytest.fixture(params=["directory", "odd directory", "bucket", "bucket with prefix"])
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
+    if "directory" in request.param:
+        return Directory(tmp_path / (ODD_NAME if "odd" in request.param else "store"))
+    prefix = "some/odd pre%20fix#" if "prefix" in request.param else ""
+    return Bucket(request.getfixturevalue("s3_client"), prefix)
+
+
+@pytest.fixture
+def store(site: Site) -> Store:
+    return open_store(site.uri)
+
+
+@pytest.fixture
+def lake(site: Site) -> LakeResource:
+    """Raw files and lake in one place, which is allowed."""
+    return LakeResource(raw_uri=site.uri, lake_uri=site.uri, epoch="2020-01-01")
+
+
+class TestStore:
+    def test_nothing_there(self, store: Store):
+        assert list(store.list_directory()) == []
+        assert list(store.list_directory("no/such")) == []
+        assert list(store.list_reports(CLEANED)) == []
+        with pytest.raises(FileNotFoundError):
+            store.read("no/such.json")
+
+    def test_write_and_read(self, site: Site, store: Store):
+        store.write("a/b c/d.json", b"first")
+        store.write("a/b c/d.json", b"\x00second")
+        assert store.read("a/b c/d.json") == b"\x00second"
+        assert site.names() == ["a/b c/d.json"]
+
+    def test_list_directory_is_not_recursive(self, site: Site, store: Store):
+        for name in ("top.txt", "a/one.txt", "a/two.txt", "a/b/deep.txt", "ab/other.txt"):
+            site.put(name, b"x" * len(name))
+        assert {(file.name, file.size) for file in store.list_directory()} == {("top.txt", 7)}
+        assert {(file.name, file.size) for file in store.list_directory("a")} == {
+            ("one.txt", 9),
+            ("two.txt", 9),
+        }
+
+    def test_fingerprint_tells_contents_apart(self, site: Site, store: Store):
+        def fingerprint() -> str:
+            (file,) = store.list_directory()
+            return file.fingerprint
+
+        site.put("a.txt", b"one")
+        first = fingerprint()
+        assert fingerprint() == first
+        site.put("a.txt", b"two")
+        second = fingerprint()
+        assert second != first
+        site.put("a.txt", b"three")
+        assert fingerprint() not in (first, second)
+
+    def test_open_new_appears_when_it_is_closed(self, site: Site, store: Store):
+        with store.open_new("new/large.txt") as file:
+            file.write(b"one ")
+            file.flush()
+            assert "new/large.txt" not in site.names()
+            assert "large.txt" not in [file.name for file in store.list_directory("new")]
+            file.write(b"two")
+        assert site.names() == ["new/large.txt"]
+        assert store.read("new/large.txt") == b"one two"
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_failed_open_new_leaves_nothing(
+        self, site: Site, store: Store, error: type[BaseException]
+    ):
+        def fail() -> None:
+            with store.open_new("new/large.txt") as file:
+                file.write(b"one ")
+                raise error
+
+        with pytest.raises(error):
+            fail()
+        assert site.names() == []
+        site.put("new/large.txt", b"old")
+        with pytest.raises(error):
+            fail()
+        assert store.read("new/large.txt") == b"old"
+        assert site.names() == ["new/large.txt"]
+
+    def test_download(self, site: Site, store: Store, tmp_path: Path):
+        site.put("models/k/model/metadata/part-0", b"meta")
+        site.put("models/k/model/stages/0_x/data/part 0", b"\x00\xff")
+        site.put("models/k/model2/other", b"other")
+        target = tmp_path / "down load" / "sparkml"
+        store.download("models/k/model", target)
+        found = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+        assert found == {"metadata/part-0": b"meta", "stages/0_x/data/part 0": b"\x00\xff"}
+
+    def test_reports_are_one_directory_below(self, site: Site, store: Store):
+        wanted = [f"{CLEANED}/raw_file={key}/_report.json" for key in ("a", "b")]
+        for name in (
+            *wanted,
+            f"{CLEANED}/_report.json",
+            f"{CLEANED}/raw_file=c/part-0.parquet",
+            f"{CLEANED}/raw_file=d/deeper/_report.json",
+            f"{CLEANED}/raw_file=e/_report.json.bak",
+            f"{CLEANED}/raw_file=f/x_report.json",
+            f"{CLEANED}_old/raw_file=g/_report.json",
+            f"{FEATURES}/raw_file=h/_report.json",
+            "_report.json",
+        ):
+            site.put(name)
+        assert sorted(store.list_reports(CLEANED)) == wanted
+
+
+class TestSparkUri:
+    def test_directory(self, tmp_path: Path):
+        store = LocalStore(str(tmp_path / ODD_NAME))
+        # Hadoop's Path takes a name as it stands: what is quoted would be another file.
+        assert store.spark_uri("x/y") == f"file://{tmp_path}/{ODD_NAME}/x/y"
+        assert store.spark_uri() == f"file://{tmp_path}/{ODD_NAME}"
+
+    def test_bucket(self):
+        assert open_store("s3://bucket").spark_uri("x/y") == "s3a://bucket/x/y"
+        assert open_store("s3://bucket/pre/fix").spark_uri("x") == "s3a://bucket/pre/fix/x"
+        assert open_store("s3://bucket/pre/fix").spark_uri() == "s3a://bucket/pre/fix"
+        assert open_store("s3://bucket").spark_uri() == "s3a://bucket"
+
+
+class TestRawFiles:
+    def test_every_one_of_many_is_listed_in_order(self, site: Site, lake: LakeResource):
+        keys = [f"file-{number:04}" for number in range(1_005)]
+        site.put_many([f"{key}.txt" for key in reversed(keys)])
+        files, ignored = lake.list_raw_files()
+        assert list(files) == keys
+        assert ignored == {}
+        file = files["file-0007"]
+        assert file.uri == lake.raw.spark_uri("file-0007.txt")
+        assert file.as_request() == {"uri": file.uri, "size": 1, "fingerprint": file.fingerprint}
+        assert file.fingerprint.startswith("1-")
+
+    def test_only_text_files_right_there(self, site: Site, lake: LakeResource):
+        for name in ("a.txt", "b.csv", "c.TXT", "d.txt.gz", "sub/e.txt", "f.txt/inside"):
+            site.put(name, b"x")
+        assert lake.list_raw_files() == ({"a": lake.list_raw_files()[0]["a"]}, {})
+
+    def test_unusable_names_are_reported(self, site: Site, lake: LakeResource):
+        for name in ("two words.txt", "_hidden.txt", "ü.txt", "good.txt", "a...b.txt", ".txt"):
+            site.put(name, b"x")
+        files, ignored = lake.list_raw_files()
+        assert list(files) == ["good"]
+        assert set(ignored) == {"two words.txt", "_hidden.txt", "ü.txt", "a...b.txt", ".txt"}
+        assert all(ignored.values())
+
+    def test_a_draft_of_ours_is_no_raw_file(self, lake: LakeResource):
+        with lake.raw.open_new("a.txt") as file:
+            file.write(b"x")
+            assert lake.list_raw_files() == ({}, {})
+
+    def test_objects_that_look_like_directories(self, s3_client: Any):
+        for prefix in ("raw", ""):
+            bucket = Bucket(s3_client, prefix)
+            for name in ("", "sub/", "sub.txt/", "a.txt"):
+                if prefix or name:
+                    bucket.put(name)
+            lake = LakeResource(raw_uri=bucket.uri, lake_uri=bucket.uri, epoch="2020-01-01")
+            files, ignored = lake.list_raw_files()
+            assert (list(files), ignored) == (["a"], {})
+
+    def test_directories_and_broken_links_that_look_like_files(self, tmp_path: Path):
+        (tmp_path / "directory.txt").mkdir()
+        (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
+        (tmp_path / "target").write_text("x")
+        (tmp_path / "link.txt").symlink_to(tmp_path / "target")
+        lake = LakeResource(raw_uri=str(tmp_path), lake_uri=str(tmp_path), epoch="2020-01-01")
+        files, ignored = lake.list_raw_files()
+        assert ({key: file.size for key, file in files.items()}, ignored) == ({"link": 1}, {})
+
+    def test_a_file_that_vanishes_while_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / name).write_text("x")
+        scandir = os.scandir
+
+        class Listing(list[os.DirEntry[str]]):
+            """What os.scandir gives: names, whose files may be gone when they are asked for."""
+
+            def __enter__(self) -> Listing:
+                return self
+
+            def __exit__(self, *_: object) -> None: ...
+
+        def listing(path: Path) -> Listing:
+            entries = Listing(scandir(path))
+            (tmp_path / "a.txt").unlink()
+            return entries
+
+        monkeypatch.setattr(os, "scandir", listing)
+        assert [file.name for file in LocalStore(str(tmp_path)).list_directory()] == ["b.txt"]
+
+
+class TestReports:
+    def test_found_whatever_else_lies_there(self, site: Site, lake: LakeResource):
+        site.put(f"{CLEANED}/raw_file=a/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED}/raw_file=a/part-0.parquet", b"PAR1")
+        site.put(f"{CLEANED}/raw_file=a/_SUCCESS")
+        site.put(f"{CLEANED}/raw_file=incomplete/part-0.parquet", b"PAR1")
+        site.put(f"{CLEANED}/raw_file=deep/er/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED}/other=b/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED}/stray.txt", b"x")
+        site.put(f"{CLEANED}/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{FEATURES}/raw_file=c/_report.json", json.dumps(REPORT).encode())
+        assert lake.reports(CLEANED) == {"a": REPORT}
+        assert lake.reports(FEATURES) == {"c": REPORT}
+
+    def test_none(self, lake: LakeResource):
+        assert lake.reports(CLEANED) == {}
+
+    def test_a_broken_report_completes_nothing(self, site: Site, lake: LakeResource):
+        whole = json.dumps(REPORT).encode()
+        broken = {
+            "empty": b"",
+            "cut-off": whole[:-3],
+            "no-text": b"\xff\xfe\x00",
+            "null": b"null",
+            "list": b'["schema_version"]',
+            "string": b'"schema_version"',
+            "nothing-in-it": b"{}",
+        }
+        for key, content in {**broken, "whole": whole}.items():
+            site.put(f"{CLEANED}/raw_file={key}/_report.json", content)
+        assert lake.reports(CLEANED) == {"whole": REPORT}
+
+    def test_a_report_that_is_garbage_python_cannot_parse(self, tmp_path: Path):
+        site = Directory(tmp_path)
+        site.put(f"{CLEANED}/raw_file=deep/_report.json", b"[" * 100_000)
+        site.put(f"{CLEANED}/raw_file=whole/_report.json", json.dumps(REPORT).encode())
+        lake = LakeResource(raw_uri=site.uri, lake_uri=site.uri, epoch="2020-01-01")
+        assert lake.reports(CLEANED) == {"whole": REPORT}
+
+    def test_a_report_that_vanishes_meanwhile(self, site: Site, lake: LakeResource):
+        class Vanishing:
+            """A store whose listing names a report that somebody deletes before it is read."""
+
+            def list_reports(self, name: str) -> Iterator[str]:
+                yield from store.list_reports(name)
+                yield f"{name}/raw_file=gone/_report.json"
+
+            def read(self, name: str) -> bytes:
+                return store.read(name)
+
+        store = lake.store
+        site.put(f"{CLEANED}/raw_file=a/_report.json", json.dumps(REPORT).encode())
+        lake.__dict__["store"] = Vanishing()
+        assert lake.reports(CLEANED) == {"a": REPORT}
+
+    def test_written_json_is_read(self, site: Site, lake: LakeResource):
+        name = f"{lake.partition_path(CLEANED, 'k')}/_report.json"
+        lake.write_json(name, {**REPORT, "é": [1.5, None]})
+        assert site.names() == [f"{CLEANED}/raw_file=k/_report.json"]
+        assert lake.read_json(name) == {**REPORT, "é": [1.5, None]}
+        assert lake.reports(CLEANED) == {"k": {**REPORT, "é": [1.5, None]}}
+
+    def test_no_json(self, site: Site, lake: LakeResource):
+        site.put("x.json", b"{")
+        with pytest.raises(ValueError, match="Expecting"):
+            lake.read_json("x.json")
+        with pytest.raises(FileNotFoundError):
+            lake.read_json("y.json")
+
+
+def test_a_file_that_cannot_take_its_name_leaves_no_draft(tmp_path: Path):
+    site = Directory(tmp_path)
+    site.put("a.json/inside")
+    with pytest.raises(OSError, match="directory"):
+        open_store(site.uri).write("a.json", b"new")
+    assert site.names() == ["a.json/inside"]

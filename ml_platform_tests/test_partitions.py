@@ -1,0 +1,124 @@
+"""Partition keys, and contiguous ranges of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ml_platform.partitions import (
+    PARTITION_TAG,
+    contiguous_ranges,
+    keys_of_run,
+    partition_key,
+    range_tags,
+    raw_files,
+)
+
+names = st.text(st.characters() | st.sampled_from("ab09._-/ \n*"), max_size=130)
+registered_keys = st.lists(st.text("abc01", min_size=1, max_size=4), unique=True, max_size=30)
+
+
+def test_name():
+    assert raw_files.name == "raw_files"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("2019-08-22.txt", "2019-08-22"),
+        ("2019-08-22", "2019-08-22"),
+        ("A.b_c-9.txt", "A.b_c-9"),
+        ("a.txt.txt", "a.txt"),
+        ("-.txt", "-"),
+        ("a..b.txt", "a..b"),
+        ("x" * 100 + ".txt", "x" * 100),
+    ],
+)
+def test_safe_names(name: str, key: str):
+    assert partition_key(name) == key
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "only letters"),
+        (".txt", "only letters"),
+        ("two words.txt", "only letters"),
+        ("a/b.txt", "only letters"),
+        ("ä.txt", "only letters"),
+        ("٣.txt", "only letters"),
+        ("a\n.txt", "only letters"),
+        ("a\n", "only letters"),
+        ("a,b.txt", "only letters"),
+        ("a=b.txt", "only letters"),
+        (".hidden.txt", "starts with a dot"),
+        ("_hidden.txt", "underscore"),
+        ("...txt", "starts with a dot"),
+        ("a...b.txt", "range"),
+        ("a...txt", ""),
+        ("x" * 101 + ".txt", "longer than 100"),
+    ],
+)
+def test_unsafe_names(name: str, reason: str):
+    if name == "a...txt":  # the key is `a..`, which is no range
+        assert partition_key(name) == "a.."
+        return
+    with pytest.raises(ValueError, match=reason):
+        partition_key(name)
+
+
+@given(names, st.sampled_from(["", ".txt"]))
+@example("a...b", "")
+@example("a\x00", ".txt")
+def test_any_text_is_a_safe_key_or_an_error_with_a_reason(stem: str, suffix: str):
+    name = stem + suffix
+    try:
+        key = partition_key(name)
+    except ValueError as error:
+        assert str(error).strip()
+        assert "\n" not in str(error)
+    else:
+        assert re.fullmatch(r"[A-Za-z0-9-][A-Za-z0-9._-]{0,99}", key, re.ASCII)
+        assert "..." not in key
+        assert name in (key, f"{key}.txt")
+
+
+@given(st.data(), registered_keys)
+def test_contiguous_ranges_are_the_wanted_keys_maximal_and_in_order(data: st.DataObject, registered: list[str]):
+    wanted = set(data.draw(st.lists(st.sampled_from(registered)))) if registered else set()
+    ranges = contiguous_ranges(wanted, registered)
+    covered = [keys_of_run(range_tags(*ends), registered) for ends in ranges]
+    assert [key for keys in covered for key in keys] == [key for key in registered if key in wanted]
+    for keys, following in zip(covered, covered[1:], strict=False):
+        assert registered.index(following[0]) > registered.index(keys[-1]) + 1
+
+
+@given(registered_keys)
+def test_keys_that_are_not_registered_have_no_range(registered: list[str]):
+    assert contiguous_ranges(["never"], registered) == []
+    assert contiguous_ranges(registered, []) == []
+
+
+def test_keys_of_run():
+    registered = ["c", "a", "b"]
+    assert keys_of_run({PARTITION_TAG: "a"}, registered) == ["a"]
+    assert keys_of_run(range_tags("c", "a"), registered) == ["c", "a"]
+    assert keys_of_run(range_tags("a", "a"), registered) == ["a"]
+    assert keys_of_run(range_tags("b", "c"), registered) == []
+    assert keys_of_run(range_tags("a", "gone"), registered) == []
+    assert keys_of_run({"dagster/asset_partition_range_start": "a"}, registered) == []
+    assert keys_of_run({}, registered) == []
+
+
+def test_range_tags_are_dagsters_own():
+    from dagster._core.storage.tags import (
+        ASSET_PARTITION_RANGE_END_TAG,
+        ASSET_PARTITION_RANGE_START_TAG,
+        PARTITION_NAME_TAG,
+    )
+
+    assert range_tags("a", "b") == {ASSET_PARTITION_RANGE_START_TAG: "a", ASSET_PARTITION_RANGE_END_TAG: "b"}
+    assert PARTITION_TAG == PARTITION_NAME_TAG
