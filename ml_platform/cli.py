@@ -43,10 +43,10 @@ def _options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
 ) -> None:
     context.obj = {"traceback": traceback}
-    # As Dagster's own commands do; what is set in the environment wins.
+    # As Dagster's own commands do, which let the file win.
     from dotenv import load_dotenv
 
-    load_dotenv(Path.cwd() / ".env")
+    load_dotenv(Path.cwd() / ".env", override=True)
 
 
 def main() -> None:

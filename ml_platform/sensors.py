@@ -16,6 +16,7 @@ from ml_platform.assets.common import some_of
 from ml_platform.jobs import process_new_files
 from ml_platform.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
 from ml_platform.resources.lake import CLEANED, LakeResource
+from ml_platform.run_processes import fail_dead_runs
 
 DAY_S = 24 * 60 * 60
 
@@ -52,6 +53,7 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     whose last run failed afterwards; never for a file that a queued or running run already covers. The two are
     apart, so that a file that cannot be cleaned does not hold up others for ever.
     """
+    dead = fail_dead_runs(instance)
     files, ignored = lake.list_raw_files()
     reports = lake.reports(CLEANED)
     registered = list(instance.get_dynamic_partitions(str(raw_files.name)))
@@ -72,6 +74,8 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
         parts.append("every one has a cleaned counterpart")
     if active & (uncleaned | unfinished):
         parts.append(f"{len(active & (uncleaned | unfinished))} are in a queued or running run")
+    if dead:
+        parts.append(f"{len(dead)} runs reported as failed because their process died")
     if ignored:
         parts.append(f"{len(ignored)} ignored for their names: {some_of(sorted(ignored))}")
     return Plan(new, ranges, ignored, ", ".join(parts))

@@ -39,9 +39,7 @@ def isolated_environment() -> Iterator[None]:
 @pytest.fixture
 def lake(tmp_path: Path) -> LakeResource:
     """A lake on two directories, neither of which exists yet."""
-    return LakeResource(
-        raw_uri=str(tmp_path / "raw"), lake_uri=str(tmp_path / "lake"), epoch="2020-01-01"
-    )
+    return LakeResource(raw_uri=str(tmp_path / "raw"), lake_uri=str(tmp_path / "lake"), epoch="2020-01-01")
 
 
 @pytest.fixture

@@ -125,9 +125,7 @@ class FakeEngine(SparkEngine):
     too_little: dict[str, str] = Field(default_factory=dict, description="Cut-off → reason.")
     breaks_down: str = Field("", description="Job that raises.")
 
-    def _execute(
-        self, context: dg.AssetExecutionContext, job: str, request: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _execute(self, context: dg.AssetExecutionContext, job: str, request: dict[str, Any]) -> dict[str, Any]:
         if job == self.breaks_down:
             raise RuntimeError(f"{job} broke down")
         return getattr(self, f"_{job}")(request)
@@ -288,13 +286,9 @@ def partitions_sent(lake: LakeResource, run_id: str, job: str) -> list[str]:
     return [item["partition"] for request in requests_of(lake, run_id, job) for item in request["partitions"]]
 
 
-def recorded(
-    instance: dg.DagsterInstance, asset: str, run_id: str | None = None
-) -> dict[str, dict[str, Any]]:
+def recorded(instance: dg.DagsterInstance, asset: str, run_id: str | None = None) -> dict[str, dict[str, Any]]:
     """Metadata of each partition's last materialization (of one run), by partition."""
-    events: Iterable[dg.EventLogRecord] = instance.fetch_materializations(
-        dg.AssetKey(asset), limit=1000
-    ).records
+    events: Iterable[dg.EventLogRecord] = instance.fetch_materializations(dg.AssetKey(asset), limit=1000).records
     found: dict[str, dict[str, Any]] = {}
     for event in events:  # newest first
         materialization = event.asset_materialization
@@ -306,5 +300,3 @@ def recorded(
                 {name: value.value for name, value in materialization.metadata.items()},
             )
     return found
-
-

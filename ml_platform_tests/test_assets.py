@@ -118,9 +118,7 @@ class TestCleaned:
         assert {"outcome": "empty file", "dagster/row_count": 0}.items() <= empty.items()
         assert not {"rejected_path", "first_transaction"} & set(empty)
 
-    def test_what_is_cleaned_is_not_sent_again(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
+    def test_what_is_cleaned_is_not_sent_again(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
         put_cleaned(lake, *keys)
         before = modified(lake, CLEANED)
         result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
@@ -129,9 +127,7 @@ class TestCleaned:
         assert modified(lake, CLEANED) == before
         assert {value["outcome"] for value in recorded(instance, CLEANED_KEY).values()} == {"already clean"}
 
-    def test_only_what_changed_is_sent(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
+    def test_only_what_changed_is_sent(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
         put_cleaned(lake, *keys[:3])
         before = modified(lake, CLEANED)
         put_raw(lake, keys[1], raw_spec(1, rows=17))
@@ -185,9 +181,7 @@ class TestCleaned:
         self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
     ):
         put_raw(lake, keys[1], {"error": "not a text file"})
-        result = run_assets(
-            definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=(keys[0], keys[-1])
-        )
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=(keys[0], keys[-1]))
         assert not result.success
         assert requests_of(lake, result.run_id, "build_features") == []
         assert recorded(instance, FEATURES_KEY) == {}
@@ -212,9 +206,7 @@ class TestCleaned:
         assert observation.metadata["size_bytes"].value == raw.size
         assert observation.tags["dagster/data_version"] == raw.fingerprint
 
-    def test_the_engine_breaks_down(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
+    def test_the_engine_breaks_down(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
         engine = FakeEngine(breaks_down="clean_transactions")
         result = run_assets(definitions(lake, engine), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
         assert "clean_transactions broke down" in failure_of(result, CLEANED_KEY)
@@ -224,16 +216,12 @@ class TestCleaned:
         self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
     ):
         put_raw(lake, keys[1], raw_spec(1, counts={"raw_rows": 1}))
-        result = run_assets(
-            definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(keys[0], keys[-1])
-        )
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(keys[0], keys[-1]))
         assert not result.success
         assert requests_of(lake, result.run_id, "build_features") == []
 
 
-def test_raw_transactions_are_observed(
-    lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-):
+def test_raw_transactions_are_observed(lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
     put_raw(lake, "not-registered", raw_spec(9))
     lake.raw.write("two words.txt", b"x")
     assert observe([raw_transactions], instance=instance, resources={"lake": lake}).success
@@ -252,8 +240,7 @@ class TestTime:
     @staticmethod
     def cleaned(**numbers: int | None) -> dict[str, Any]:
         return {
-            key: cleaned_report(key, None if number is None else raw_spec(number))
-            for key, number in numbers.items()
+            key: cleaned_report(key, None if number is None else raw_spec(number)) for key, number in numbers.items()
         }
 
     def test_order_is_that_of_the_first_transactions(self):
@@ -323,9 +310,7 @@ class TestTime:
 
 
 class TestFeatures:
-    def test_one_job_oldest_first(
-        self, lake: LakeResource, instance: dg.DagsterInstance
-    ):
+    def test_one_job_oldest_first(self, lake: LakeResource, instance: dg.DagsterInstance):
         """Names and registration run against time: history and order follow the reports' times."""
         order = {"w": 3, "x": 1, "y": 2, "z": 0, "empty": None}
         for key, number in order.items():
@@ -404,9 +389,7 @@ class TestFeatures:
         put_raw(lake, "late", raw_spec(1, start="2020-02-05T00:00:00Z", days=1, first_id=90_000_000, rows=500))
         instance.add_dynamic_partitions("raw_files", ["late"])
         before = modified(lake, FEATURES)
-        result = run_assets(
-            definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=("late", "late")
-        )
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=("late", "late"))
         assert result.success
         assert partitions_sent(lake, result.run_id, "clean_transactions") == ["late"]
         # Later files within its 37 days; the earlier ones and its own month's file, which began before it, are not.
@@ -419,9 +402,7 @@ class TestFeatures:
         self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
     ):
         put_raw(lake, built[0], raw_spec(0, rows=15_000))
-        result = run_assets(
-            definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0])
-        )
+        result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0]))
         assert result.success
         assert partitions_sent(lake, result.run_id, "clean_transactions") == [built[0]]
         assert partitions_sent(lake, result.run_id, "build_features") == built[:3]
@@ -431,9 +412,7 @@ class TestFeatures:
     ):
         put_raw(lake, built[0], raw_spec(0, rows=15_000))
         engine = FakeEngine(no_features={built[1]: "disk full"})
-        result = run_assets(
-            definitions(lake, engine), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0])
-        )
+        result = run_assets(definitions(lake, engine), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0]))
         assert f"{built[1]}: RuntimeError: disk full" in failure_of(result, FEATURES_KEY)
         assert sorted(recorded(instance, FEATURES_KEY, result.run_id)) == [built[0], built[2]]
 
@@ -595,7 +574,9 @@ class TestModel:
             "partitions": data_set,
         }
         assert json.loads((artifacts / "report.json").read_text())["outcome"] == "trained"
-        found = {str(path.relative_to(artifacts / "model")) for path in (artifacts / "model").rglob("*") if path.is_file()}
+        found = {
+            str(path.relative_to(artifacts / "model")) for path in (artifacts / "model").rglob("*") if path.is_file()
+        }
         assert found == {
             "MLmodel",
             "conda.yaml",
@@ -691,9 +672,7 @@ class TestModel:
         self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
     ):
         engine = FakeEngine(too_little={ready[0]: "The test window has 4 frauds, fewer than 10."})
-        result = run_assets(
-            definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[0], ready[0])
-        )
+        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[0], ready[0]))
         assert result.success
         metadata = recorded(instance, MODEL)[ready[0]]
         assert metadata["outcome"] == "too_little_data"
@@ -737,16 +716,12 @@ class TestModel:
         put_report(lake, CLEANED, ready[1], changed)
         inputs = expected_inputs(lake.reports(CLEANED))
         for key in ready[2:]:
-            put_report(
-                lake, FEATURES, key, features_report(lake.reports(CLEANED)[key], inputs[key])
-            )
+            put_report(lake, FEATURES, key, features_report(lake.reports(CLEANED)[key], inputs[key]))
         result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[3], ready[3]))
         told = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.level >= logging.WARNING]
         assert any(ready[1] in message for message in told)
 
-    def test_nothing_but_empty_files(
-        self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource
-    ):
+    def test_nothing_but_empty_files(self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource):
         for key in ("a", "b"):
             put_raw(lake, key, None)
         instance.add_dynamic_partitions("raw_files", ["a", "b"])
@@ -754,9 +729,9 @@ class TestModel:
             definitions(lake, mlflow=mlflow), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=("a", "b")
         )
         assert result.success
-        assert {
-            (value["outcome"], value["reason"]) for value in recorded(instance, MODEL).values()
-        } == {("no model of its own", "no partition of this run has any rows")}
+        assert {(value["outcome"], value["reason"]) for value in recorded(instance, MODEL).values()} == {
+            ("no model of its own", "no partition of this run has any rows")
+        }
         assert requests_of(lake, result.run_id, "train_model") == []
 
     def test_an_error_fails_the_mlflow_run(
@@ -773,9 +748,7 @@ class TestModel:
         assert module.active_run() is None
         assert mlflow.champion() is None
 
-    @pytest.mark.parametrize(
-        "config", [{"test_days": 0}, {"min_frauds": 0}, {"alerts_per_day": 0}, {"delay_days": -1}]
-    )
+    @pytest.mark.parametrize("config", [{"test_days": 0}, {"min_frauds": 0}, {"alerts_per_day": 0}, {"delay_days": -1}])
     def test_impossible_windows_are_refused(self, config: dict[str, int]):
         with pytest.raises(ValueError, match=next(iter(config))):
             FraudModelConfig(**config)

@@ -83,9 +83,7 @@ class TestFraudRate:
         problem = checks.implausible_fraud_rate(report(clean_rows=clean, fraud_rows=frauds), LIMITS)
         assert (problem is None) == fine
 
-    @pytest.mark.parametrize(
-        "limits", [{"max_reject_rate": 1.1}, {"min_fraud_rate": -0.1}, {"min_rows_to_judge": 0}]
-    )
+    @pytest.mark.parametrize("limits", [{"max_reject_rate": 1.1}, {"min_fraud_rate": -0.1}, {"min_rows_to_judge": 0}])
     def test_impossible_limits_are_refused(self, limits: dict[str, Any]):
         with pytest.raises(ValueError, match=next(iter(limits))):
             QualityLimits(**limits)
@@ -110,9 +108,7 @@ class TestUniqueIds:
         def ids_only(first: int | None, last: int | None) -> dict[str, Any]:
             return {"transaction_id": {"min": first, "max": last}}
 
-        cleaned = {"it": ids_only(*ids)} | {
-            f"other-{number}": ids_only(*ends) for number, ends in enumerate(others)
-        }
+        cleaned = {"it": ids_only(*ids)} | {f"other-{number}": ids_only(*ends) for number, ends in enumerate(others)}
         problem = checks.shared_ids("it", cleaned)
         assert (problem is None) == (culprit is None)
         assert culprit is None or culprit in str(problem)
@@ -187,9 +183,7 @@ def evaluate(
         resources=definitions(lake).resources,
         executor=dg.in_process_executor,
     ).resolve_job_def("check")
-    result = job.execute_in_process(
-        instance=instance, tags=range_tags(*keys), run_id=run_id, raise_on_error=False
-    )
+    result = job.execute_in_process(instance=instance, tags=range_tags(*keys), run_id=run_id, raise_on_error=False)
     (evaluation,) = result.get_asset_check_evaluations()
     return evaluation
 
@@ -294,9 +288,7 @@ class TestThroughDagster:
         assert evaluation.blocking
         assert evaluation.metadata["problems"].value == {"file-1": problem}
 
-    def test_features_without_cleaned_data(
-        self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]
-    ):
+    def test_features_without_cleaned_data(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]):
         put_report(lake, CLEANED, "file-1", {})
         evaluation = evaluate(instance, lake, "usable_features", (three[0], three[-1]))
         assert list(evaluation.metadata["problems"].value) == ["file-1"]

@@ -7,8 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import dagster as dg
 import pytest
@@ -268,10 +269,26 @@ class TestDoctor:
         install('openjdk version "17.0.1" 2021-10-19\nOpenJDK Runtime Environment (build 17.0.1+12)')
         return install
 
+    @pytest.fixture(scope="class")
+    def dagster_home(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        """Dagster's storage, which takes a second to make; the doctor only reads it."""
+        home = str(tmp_path_factory.mktemp("dagster home"))
+        with mock.patch.dict(os.environ, DAGSTER_HOME=home), dg.DagsterInstance.get():
+            return home
+
     @pytest.fixture
-    def healthy(self, run: Run, java: Callable[[str], Path], mlflow_ready: None) -> Iterator[None]:
-        simulate(run, "--files", "1")
-        yield
+    def healthy(
+        self,
+        run: Run,
+        java: Callable[[str], Path],
+        mlflow_ready: None,
+        dagster_home: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("DAGSTER_HOME", dagster_home)
+        raw = Path("data/raw")
+        raw.mkdir(parents=True)
+        (raw / "a.txt").write_text("x")
 
     @staticmethod
     def rows(out: str) -> dict[str, tuple[str, str]]:
@@ -334,7 +351,8 @@ class TestDoctor:
         assert list(wrong) == ["Java"]
         assert "apt-get install openjdk-17-jre-headless" in wrong["Java"]
 
-    def test_no_raw_files(self, run: Run, java: Callable[[str], Path], mlflow_ready: None):
+    def test_no_raw_files(self, run: Run, healthy: None):
+        Path("data/raw/a.txt").unlink()
         wrong = self.wrong(run)
         assert list(wrong) == ["raw files"]
         assert "ml-platform simulate" in wrong["raw files"]
@@ -356,6 +374,7 @@ class TestDoctor:
         assert "DAGSTER_HOME is not set" in wrong["Dagster"]
 
     def test_no_mlflow(self, run: Run, java: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
+        """The real client, and nobody who answers."""
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         simulate(run, "--files", "1")
@@ -363,9 +382,7 @@ class TestDoctor:
         assert list(wrong) == ["MLflow"]
         assert "127.0.0.1" in wrong["MLflow"]
 
-    def test_everything_is_wrong_at_once(
-        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ):
+    def test_everything_is_wrong_at_once(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         from ml_platform.resources.mlflow import MlflowResource
 
         def fail(_: object) -> None:

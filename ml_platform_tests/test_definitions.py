@@ -69,18 +69,14 @@ print(sorted(name for name in {HEAVY!r} if name in sys.modules))
 def test_an_unusable_setting_is_named_when_loading(tmp_path: Path):
     done = run_python("import ml_platform.definitions", tmp_path, ML_PLATFORM_EPOCH="soon")
     assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith(
-        "ml_platform.settings.SettingsError: ML_PLATFORM_EPOCH: "
-    )
+    assert done.stderr.strip().splitlines()[-1].startswith("ml_platform.settings.SettingsError: ML_PLATFORM_EPOCH: ")
 
 
 def test_names():
     graph = defs.resolve_asset_graph()
     assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ASSETS)
     repository = defs.get_repository_def()
-    assert [job.name for job in repository.get_all_jobs() if not job.name.startswith("__")] == [
-        "process_new_files"
-    ]
+    assert [job.name for job in repository.get_all_jobs() if not job.name.startswith("__")] == ["process_new_files"]
     assert [sensor.name for sensor in repository.sensor_defs] == ["new_raw_files"]
     assert [schedule.name for schedule in repository.schedule_defs] == ["process_new_files_daily"]
     assert {key.name for key in graph.asset_check_keys} == {

@@ -108,7 +108,8 @@ def test_spark_jobs_are_python_3_8(path: Path):
     # Without it, `X | None` in a signature is evaluated, and fails there.
     statements = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
     uses_annotations = any(
-        isinstance(node, (ast.FunctionDef, ast.AnnAssign)) and (getattr(node, "annotation", None) or getattr(node, "returns", None))
+        isinstance(node, (ast.FunctionDef, ast.AnnAssign))
+        and (getattr(node, "annotation", None) or getattr(node, "returns", None))
         for node in ast.walk(tree)
     )
     assert statements or not uses_annotations
@@ -116,9 +117,7 @@ def test_spark_jobs_are_python_3_8(path: Path):
     assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & newer
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in modules_of("ml_platform") if path.name != "settings.py"], ids=dotted
-)
+@pytest.mark.parametrize("path", [path for path in modules_of("ml_platform") if path.name != "settings.py"], ids=dotted)
 def test_only_the_settings_read_the_environment(path: Path):
     reads = [
         f"{path.name}:{node.lineno} {ast.unparse(node)}"

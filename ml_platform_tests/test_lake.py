@@ -44,9 +44,7 @@ class Directory:
             self.put(name, b"x")
 
     def names(self) -> list[str]:
-        return sorted(
-            str(path.relative_to(self._root)) for path in self._root.rglob("*") if not path.is_dir()
-        )
+        return sorted(str(path.relative_to(self._root)) for path in self._root.rglob("*") if not path.is_dir())
 
 
 class Bucket:
@@ -173,9 +171,7 @@ class TestStore:
         assert store.read("new/large.txt") == b"one two"
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    def test_failed_open_new_leaves_nothing(
-        self, site: Site, store: Store, error: type[BaseException]
-    ):
+    def test_failed_open_new_leaves_nothing(self, site: Site, store: Store, error: type[BaseException]):
         def fail() -> None:
             with store.open_new("new/large.txt") as file:
                 file.write(b"one ")

@@ -69,9 +69,7 @@ def add_run(
     tags = range_tags(start, end) if end else {PARTITION_TAG: start}
     location = GrpcServerCodeLocationOrigin(host="localhost", port=1, location_name="ml_platform")
     origin = RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), job)
-    instance.add_run(
-        dg.DagsterRun(job_name=job, run_id=run_id, status=status, tags=tags, remote_job_origin=origin)
-    )
+    instance.add_run(dg.DagsterRun(job_name=job, run_id=run_id, status=status, tags=tags, remote_job_origin=origin))
     return run_id
 
 
@@ -106,9 +104,7 @@ class TestFirstTick:
         assert reason_of(result) == ""
         assert list(instance.get_dynamic_partitions("raw_files")) == four
 
-    def test_one_run_per_contiguous_range(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
-    ):
+    def test_one_run_per_contiguous_range(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
         put_cleaned(lake, "b")
         assert ticked(instance, lake) == [("a", "a"), ("c", "d")]
 
@@ -130,9 +126,7 @@ class TestFirstTick:
 
 
 class TestNothingNew:
-    def test_skips_with_the_reason(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
+    def test_skips_with_the_reason(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         result = tick(instance, lake)
         assert ranges_of(result.run_requests or []) == []
         assert reason_of(result) == "4 raw files, every one has a cleaned counterpart"
@@ -174,9 +168,7 @@ class TestOnePartitionAlone:
         put_cleaned(lake, "b", epoch="2019-08-22")
         assert ticked(instance, lake) == [("b", "b")]
 
-    def test_changed_epoch_changes_all(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
+    def test_changed_epoch_changes_all(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         other = LakeResource(raw_uri=lake.raw_uri, lake_uri=lake.lake_uri, epoch="2018-04-01")
         assert ticked(instance, other) == [("a", "d")]
 
@@ -243,9 +235,7 @@ class TestUnusableNames:
         for name in ("'two words.txt': only letters", "'a...b.txt': '...'", "'_draft.txt': it starts"):
             assert f"ignored raw file {name}" in log
 
-    def test_do_not_stop_the_others(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str], odd: None
-    ):
+    def test_do_not_stop_the_others(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str], odd: None):
         assert ticked(instance, lake) == [("a", "d")]
         assert list(instance.get_dynamic_partitions("raw_files")) == four
 
@@ -271,9 +261,7 @@ class TestActiveRuns:
         assert ranges_of(result.run_requests or []) == []
         assert reason_of(result) == "4 raw files, 4 are in a queued or running run"
 
-    def test_runs_of_other_jobs_count_too(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
-    ):
+    def test_runs_of_other_jobs_count_too(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
         """`dagster asset materialize` and the UI run a job of Dagster's own."""
         instance.add_dynamic_partitions("raw_files", four)
         add_run(instance, Status.STARTED, "a", "c", job="__ASSET_JOB")
@@ -330,17 +318,13 @@ class TestFailedRuns:
         result = tick(instance, lake)
         assert ranges_of(result.run_requests) == [("c", "c"), ("a", "b"), ("d", "d")]
 
-    def test_all_cleaned_but_unfinished(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
+    def test_all_cleaned_but_unfinished(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         add_run(instance, Status.FAILURE, "b", "c")
         plan = plan_runs(instance, lake)
         assert plan.ranges == [("b", "c")]
         assert "2 left unfinished by a failed run" in plan.reason
 
-    def test_a_later_success_settles_it(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
+    def test_a_later_success_settles_it(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         add_run(instance, Status.FAILURE, "a", "d")
         add_run(instance, Status.SUCCESS, "a", "b")
         add_run(instance, Status.SUCCESS, "d")
@@ -348,16 +332,12 @@ class TestFailedRuns:
         add_run(instance, Status.SUCCESS, "c")
         assert ticked(instance, lake) == []
 
-    def test_a_later_failure_unsettles_it(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
+    def test_a_later_failure_unsettles_it(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         add_run(instance, Status.SUCCESS, "a", "d")
         add_run(instance, Status.FAILURE, "c")
         assert ticked(instance, lake) == [("c", "c")]
 
-    def test_not_while_another_run_is_at_it(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
+    def test_not_while_another_run_is_at_it(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         add_run(instance, Status.FAILURE, "a", "d")
         add_run(instance, Status.STARTED, "a", "c")
         assert ticked(instance, lake) == [("d", "d")]
@@ -396,17 +376,13 @@ class TestSchedule:
         )
         return process_new_files_daily(context)
 
-    def test_does_what_the_sensor_does(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
-    ):
+    def test_does_what_the_sensor_does(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
         put_cleaned(lake, "b")
         requests = self.evaluate(instance, lake)
         assert ranges_of(requests) == [("a", "a"), ("c", "d")]
         assert list(instance.get_dynamic_partitions("raw_files")) == four
 
-    def test_skips_with_the_reason(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
+    def test_skips_with_the_reason(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         skip = self.evaluate(instance, lake)
         assert isinstance(skip, dg.SkipReason)
         assert skip.skip_message == "4 raw files, every one has a cleaned counterpart"

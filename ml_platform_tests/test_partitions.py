@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -34,6 +35,7 @@ def test_name():
         ("a.txt.txt", "a.txt"),
         ("-.txt", "-"),
         ("a..b.txt", "a..b"),
+        ("a...txt", "a.."),
         ("x" * 100 + ".txt", "x" * 100),
     ],
 )
@@ -58,14 +60,10 @@ def test_safe_names(name: str, key: str):
         ("_hidden.txt", "underscore"),
         ("...txt", "starts with a dot"),
         ("a...b.txt", "range"),
-        ("a...txt", ""),
         ("x" * 101 + ".txt", "longer than 100"),
     ],
 )
 def test_unsafe_names(name: str, reason: str):
-    if name == "a...txt":  # the key is `a..`, which is no range
-        assert partition_key(name) == "a.."
-        return
     with pytest.raises(ValueError, match=reason):
         partition_key(name)
 
@@ -78,8 +76,12 @@ def test_any_text_is_a_safe_key_or_an_error_with_a_reason(stem: str, suffix: str
     try:
         key = partition_key(name)
     except ValueError as error:
-        assert str(error).strip()
-        assert "\n" not in str(error)
+        reason = str(error)
+    else:
+        reason = None
+    if reason is not None:
+        assert reason.strip()
+        assert "\n" not in reason
     else:
         assert re.fullmatch(r"[A-Za-z0-9-][A-Za-z0-9._-]{0,99}", key, re.ASCII)
         assert "..." not in key
@@ -92,7 +94,7 @@ def test_contiguous_ranges_are_the_wanted_keys_maximal_and_in_order(data: st.Dat
     ranges = contiguous_ranges(wanted, registered)
     covered = [keys_of_run(range_tags(*ends), registered) for ends in ranges]
     assert [key for keys in covered for key in keys] == [key for key in registered if key in wanted]
-    for keys, following in zip(covered, covered[1:], strict=False):
+    for keys, following in itertools.pairwise(covered):
         assert registered.index(following[0]) > registered.index(keys[-1]) + 1
 
 

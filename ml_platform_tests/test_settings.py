@@ -82,9 +82,7 @@ def test_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ("ML_PLATFORM_LAKE_URI", "gs://bucket"),
     ],
 )
-def test_an_unusable_value_is_named_but_not_repeated(
-    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-):
+def test_an_unusable_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyPatch, variable: str, value: str):
     with pytest.raises(SettingsError) as caught:
         load(monkeypatch, **{variable: value})
     message = str(caught.value)
@@ -99,9 +97,7 @@ def test_all_unusable_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", ["plain", "with space", "100% #1", "what?", "a+b&c=d", "[x]{y}*", "ünï"])
-def test_the_default_store_of_mlflow_is_beside_the_lake(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
-):
+def test_the_default_store_of_mlflow_is_beside_the_lake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str):
     from sqlalchemy.engine import make_url
 
     settings = load(monkeypatch, ML_PLATFORM_LAKE_URI=str(tmp_path / name / "lake"))

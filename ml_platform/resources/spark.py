@@ -18,6 +18,7 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from ml_platform.resources.lake import LakeResource
+from ml_platform.run_processes import note_process
 
 MEGABYTE = 1 << 20
 
@@ -64,6 +65,8 @@ class LocalSparkEngine(SparkEngine):
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[LocalSparkEngine]:
+        if context.run and context.instance:
+            note_process(context.instance, context.run.run_id)
         try:
             yield self
         finally:
