@@ -1,63 +1,28 @@
 """Build the features of cleaned transactions: Parquet and a report out, one partition per raw file.
 
-The features are the fifteen of the Fraud Detection Handbook (Le Borgne, Siblini, Lebichot, Bontempi: Reproducible
-Machine Learning for Credit Card Fraud Detection, chapter 3, "Baseline feature transformation"), with exact windows.
-A partition is built from its own rows and those of earlier partitions within `HISTORY_DAYS` before its first row.
+A partition is built from its own rows and those of earlier partitions within `HISTORY_DAYS` before its first row. The
+features are those of spark_jobs/features.py; the rows pass through pandas twice, gathered by customer and by terminal.
 """
 
 from __future__ import annotations
 
 import time
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from spark_jobs import runtime
+from spark_jobs.features import FEATURE_COLUMNS, FEATURES, HISTORY_DAYS, REGISTRY
 from spark_jobs.schema import CLEANED_COLUMNS, REPORT_NAME, SCHEMA_VERSION, ddl
+from spark_jobs.windows import NO_KEY, with_columns
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, SparkSession, WindowSpec
+    import pandas as pd
+    from pyspark.sql import Column, DataFrame, SparkSession
 
-DAY_S = 86400
+    from spark_jobs.windows import Array, History
 
-#: Lengths of the trailing windows, in days.
-WINDOW_DAYS = (1, 7, 30)
-
-#: A label counts as known only so many days after its transaction.
-LABEL_DELAY_DAYS = 7
-
-#: Days of history before its first row that a partition needs.
-HISTORY_DAYS = max(WINDOW_DAYS) + LABEL_DELAY_DAYS
-
-#: Columns of ``transaction_features`` beyond those of ``cleaned_transactions``: name, Spark type, description.
-FEATURE_COLUMNS = (
-    ("tx_during_weekend", "double", "1 on Saturday and Sunday (UTC), else 0."),
-    ("tx_during_night", "double", "1 from 00:00 to 06:59 (UTC), else 0."),
-    *[
-        (name.format(days), "double", text.format(days))
-        for days in WINDOW_DAYS
-        for name, text in (
-            (
-                "customer_tx_count_{}d",
-                "The customer's transactions in the {} days up to and including this one; 1 if unknown.",
-            ),
-            (
-                "customer_mean_amount_{}d",
-                "Mean amount of the customer's transactions in these {} days; if unknown, this amount.",
-            ),
-            (
-                "terminal_tx_count_{}d",
-                "The terminal's transactions in the {} days that end a label delay ago; 0 if unknown.",
-            ),
-            (
-                "terminal_fraud_risk_{}d",
-                "Share of frauds among the terminal's transactions in these {} days; 0 if there are none.",
-            ),
-        )
-    ],
-)
-
-#: The inputs of a model, all doubles that are never NULL.
-FEATURES = ("tx_amount", *[name for name, _, _ in FEATURE_COLUMNS])
+#: Raw text behind the rows that one Python process holds at a time, about half a million.
+BYTES_PER_TASK = 32 << 20
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
@@ -95,12 +60,12 @@ def build_partition(spark: SparkSession, item: dict[str, Any], run_id: str) -> d
     files.delete(report_uri)
     runtime.set_shuffle_partitions(spark, item["cleaned_bytes"])
 
-    rows = read_cleaned(spark, [item["cleaned_uri"]]).withColumn("is_history", F.lit(False))
+    rows = read_cleaned(spark, [item["cleaned_uri"]]).withColumn("is_current", F.lit(True))
     if item["history"] and item["tx_datetime_min"]:
         first = datetime.strptime(item["tx_datetime_min"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
-        history = read_cleaned(spark, item["history"]).withColumn("is_history", F.lit(True))
+        history = read_cleaned(spark, item["history"]).withColumn("is_current", F.lit(False))
         rows = rows.union(history.where(F.col("tx_datetime") > F.lit(first - timedelta(days=HISTORY_DAYS))))
-    features = add_features(rows).where("NOT is_history").drop("is_history")
+    features = add_features(rows, tasks=-(-item["cleaned_bytes"] // BYTES_PER_TASK))
     features, get_counts = runtime.observed(features, "features", *_count_columns())
     features.sortWithinPartitions("tx_datetime", "transaction_id").write.mode("overwrite").parquet(item["output_uri"])
     counts = get_counts()
@@ -126,60 +91,55 @@ def read_cleaned(spark: SparkSession, uris: list[str]) -> DataFrame:
     return spark.read.schema(ddl(CLEANED_COLUMNS)).parquet(*paths).select(*names)
 
 
-def add_features(rows: DataFrame) -> DataFrame:
-    """`rows` (the columns of CLEANED_COLUMNS, and any others) with the columns of FEATURE_COLUMNS."""
-    return add_terminal_features(add_customer_features(add_time_features(rows)))
+def add_features(rows: DataFrame, *, tasks: int = 1) -> DataFrame:
+    """The rows that are `is_current`, with the columns of FEATURE_COLUMNS.
 
-
-def add_time_features(rows: DataFrame) -> DataFrame:
-    """Weekend and night flags (UTC), from the handbook's code: night is hour <= 6."""
+    `rows` has the columns of CLEANED_COLUMNS and the boolean `is_current`; the others are history. `tasks` is how many
+    parts the rows are gathered in at least.
+    """
     from pyspark.sql import functions as F
 
-    return rows.withColumn("tx_during_weekend", F.expr("double(dayofweek(tx_datetime) IN (1, 7))")).withColumn(
-        "tx_during_night", F.expr("double(hour(tx_datetime) <= 6)")
+    tasks = max(tasks, runtime.session(rows).sparkContext.defaultParallelism)
+    plain = {
+        "tx_unix_seconds": "CAST(tx_datetime AS BIGINT)",
+        "customer_id": f"coalesce(customer_id, {NO_KEY})",
+        "terminal_id": f"coalesce(terminal_id, {NO_KEY})",
+    }
+    # pandas has no NULL integer and slow timestamps: both go in as plain integers.
+    names = ["tx_unix_seconds", *[name for name, _, _ in CLEANED_COLUMNS if name != "tx_datetime"], "is_current"]
+    of_transaction = {feature.name: feature.define for feature in REGISTRY if feature.of == "transaction"}
+    frame = rows.select(
+        *[F.expr(plain.get(name, name)).alias(name) for name in names],
+        *[F.expr(str(sql)).alias(name) for name, sql in of_transaction.items()],
     )
+    frame = _with_history(frame, "customer", tasks)
+    frame = _with_history(frame, "terminal", tasks, keep="is_current")
+    restored = {
+        "tx_datetime": "CAST(tx_unix_seconds AS TIMESTAMP)",
+        "customer_id": "IF(customer_id < 0, NULL, customer_id)",
+        "terminal_id": "IF(terminal_id < 0, NULL, terminal_id)",
+    }
+    columns = [name for name, _, _ in (*CLEANED_COLUMNS, *FEATURE_COLUMNS)]
+    return frame.select(*[F.expr(restored.get(name, name)).alias(name) for name in columns])
 
 
-def add_customer_features(rows: DataFrame) -> DataFrame:
-    """Number and mean amount of the customer's transactions in (t - window, t], this one included.
-
-    Transactions of the same second see each other.
-    """
+def _with_history(frame: DataFrame, of: str, tasks: int, keep: str | None = None) -> DataFrame:
+    """`frame` with the features of customers or terminals, and if `keep` only the rows where that column is true."""
     from pyspark.sql import functions as F
 
-    for days in WINDOW_DAYS:
-        window = _window("customer_id", 1 - days * DAY_S, 0)
-        rows = rows.withColumn(f"customer_tx_count_{days}d", F.count(F.lit(1)).over(window).cast("double"))
-        rows = rows.withColumn(f"customer_mean_amount_{days}d", F.avg("tx_amount").over(window))
-    return rows
+    key = f"{of}_id"
+    columns = [(field.name, field.dataType.simpleString(), "") for field in frame.schema if field.name != keep]
+    columns += [(feature.name, "double", "") for feature in REGISTRY if feature.of == of]
+    # Rows without a key have nothing to do with each other, and go wherever there is room.
+    alone = F.when(F.col(key) == NO_KEY, F.col("transaction_id"))
+    return frame.repartition(tasks, F.col(key), alone).mapInPandas(_adder(of, key, keep), ddl(columns))
 
 
-def add_terminal_features(rows: DataFrame) -> DataFrame:
-    """Number of the terminal's transactions in (t - delay - window, t - delay], and the share of frauds among them.
+def _adder(of: str, key: str, keep: str | None) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
+    def compute(history: History) -> dict[str, Array]:
+        return {feature.name: feature.define(history) for feature in REGISTRY if feature.of == of}  # type: ignore[operator]
 
-    The delay of LABEL_DELAY_DAYS is how long a fraud stays unknown.
-    """
-    from pyspark.sql import functions as F
-
-    for days in WINDOW_DAYS:
-        window = _window("terminal_id", 1 - (days + LABEL_DELAY_DAYS) * DAY_S, -LABEL_DELAY_DAYS * DAY_S)
-        count = F.count(F.lit(1)).over(window).cast("double")
-        risk = F.coalesce(F.avg("tx_fraud").over(window), F.lit(0.0))
-        rows = rows.withColumn(f"terminal_tx_count_{days}d", count)
-        rows = rows.withColumn(f"terminal_fraud_risk_{days}d", risk)
-    return rows
-
-
-def _window(key: str, first: int, last: int) -> WindowSpec:
-    """Rows of the same key from `first` to `last` seconds after the current one (both included).
-
-    Rows without a key have nothing to do with each other: each stands alone.
-    """
-    from pyspark.sql import Window
-    from pyspark.sql import functions as F
-
-    alone = F.when(F.col(key).isNull(), F.col("transaction_id"))
-    return Window.partitionBy(key, alone).orderBy("tx_time_seconds").rangeBetween(first, last)
+    return lambda batches: with_columns(batches, key, compute, keep=keep)
 
 
 def _count_columns() -> list[Column]:

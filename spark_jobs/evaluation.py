@@ -1,4 +1,4 @@
-"""Exact quality figures of fraud scores, computed where the rows are.
+"""Exact quality figures and tables of fraud scores, computed where the rows are.
 
 A held-out week of the real data has eleven million rows, so nothing here collects rows, needs pandas, or
 sorts everything in one partition. What reaches the driver is a few numbers per partition, and the best-ranked
@@ -11,15 +11,29 @@ A frame of scores has the columns of the lake's ``test_scores``: ``transaction_i
 from __future__ import annotations
 
 import math
+from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import runtime
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyspark.sql import Column, DataFrame
 
 #: Cards that are checked each day in the card precision of the handbook.
 CARDS_PER_DAY = 100
+
+#: Budgets of `budget_table`, alerts per day.
+BUDGETS = (10, 20, 50, 100, 200, 500)
+
+#: Most points of a curve, and bins of `ranking_tables`.
+CURVE_POINTS = 200
+HISTOGRAM_BINS = 20
+CALIBRATION_BINS = 10
+
+#: Distinct scores that one task ranks, or so.
+ROWS_PER_PARTITION = 250_000
 
 #: Parts into which a day is split before its best rows are ranked, so that no task has to sort a whole day.
 DAY_BUCKETS = 64
@@ -45,8 +59,24 @@ def evaluate(scores: DataFrame, score: str = "score", alerts_per_day: int = 100)
     }
 
 
+def tables(
+    scores: DataFrame, scenarios: DataFrame, score: str = "score", alerts_per_day: int = 100
+) -> dict[str, list[dict[str, Any]]]:
+    """All tables of one score column, each a list of flat dicts: `ranking_tables`, ``per_day`` (`daily_metrics`),
+    ``per_scenario`` (`scenario_recall`) and ``thresholds`` (`budget_table`).
+
+    `scores` has also ``tx_amount``; `scenarios` is as in `scenario_recall`.
+    """
+    return {
+        **ranking_tables(scores, score),
+        "per_day": daily_metrics(scores, score, alerts_per_day),
+        "per_scenario": scenario_recall(scores, scenarios, score, alerts_per_day),
+        "thresholds": budget_table(scores, score),
+    }
+
+
 def ranking_metrics(
-    scores: DataFrame, score: str = "score", label: str = "tx_fraud", rows_per_partition: int = 250_000
+    scores: DataFrame, score: str = "score", label: str = "tx_fraud", rows_per_partition: int = ROWS_PER_PARTITION
 ) -> dict[str, Any]:
     """Average precision and area under the ROC curve, exact, with ties: one sort by score gives both.
 
@@ -60,12 +90,206 @@ def ranking_metrics(
     equal scores enter together). The second is the probability that a fraud outranks a genuine row, ties
     counted as one half (Hanley and McNeil, 1982, https://doi.org/10.1148/radiology.143.1.7063747).
 
-    The distinct scores are partitioned by range, each partition's totals (`rows_per_partition` rows or so)
-    are collected and become the offsets of the running sums within the partitions after it.
-
     Returns ``average_precision``, ``roc_auc`` (both None if there are no frauds or nothing but frauds),
     ``rows``, ``frauds``. Rounded to 12 decimals, because the order in which partial sums arrive changes the
     last ones.
+    """
+    ranking = _rankings(scores, score, label, rows_per_partition=rows_per_partition).get(0, _Ranking(0, 0))
+    return ranking.metrics()
+
+
+def ranking_tables(
+    scores: DataFrame, score: str = "score", rows_per_partition: int = ROWS_PER_PARTITION
+) -> dict[str, list[dict[str, Any]]]:
+    """Curves and distributions of a score, from the sort of `ranking_metrics`; scores are probabilities.
+
+    ``roc`` (``false_positive_rate``, ``true_positive_rate``): from (0, 0) to (1, 1), and ``precision_recall``
+    (``recall``, ``precision``): by rising recall; at most `CURVE_POINTS` points each. They are points of the
+    exact curves, one in each of as many equal steps along them; of the second, those at which frauds enter.
+    Both are empty if there are no frauds or nothing but frauds.
+
+    ``score_histogram`` (``lower``, ``upper``, ``genuine``, ``frauds``): rows by score in `HISTOGRAM_BINS` equal
+    bins over [0, 1]; the last one includes 1.
+
+    ``calibration`` (``mean_score``, ``fraud_share``, ``rows``): rows by rank in up to `CALIBRATION_BINS` bins of
+    equal size, lowest scores first. Rows of equal score are in the same bin, so bins can differ in size.
+    """
+    return _rankings(scores, score, rows_per_partition=rows_per_partition).get(0, _Ranking(0, 0)).tables()
+
+
+def daily_metrics(scores: DataFrame, score: str = "score", alerts_per_day: int = 100) -> list[dict[str, Any]]:
+    """The figures of each UTC day that has rows: ``date``, ``rows``, ``frauds``, ``average_precision``,
+    ``roc_auc`` (see `ranking_metrics`), ``precision_at_budget``, ``recall_at_budget`` (see `budget_metrics`);
+    None where a figure is not defined.
+    """
+    from pyspark.sql import functions as F
+
+    rankings = _rankings(scores, score, group=_utc_day())
+    caught = (
+        _alerts(scores, score, alerts_per_day)
+        .groupBy("day")
+        .agg(F.count(F.lit(1)).alias("rows"), F.sum("tx_fraud").alias("frauds"))
+        .collect()
+    )
+    alerts = {row["day"]: row for row in caught}
+    return [
+        {
+            "date": (date(1970, 1, 1) + timedelta(days=day)).isoformat(),
+            **rankings[day].metrics(),
+            "precision_at_budget": _share(alerts[day]["frauds"], alerts[day]["rows"]),
+            "recall_at_budget": _share(alerts[day]["frauds"], rankings[day].frauds),
+        }
+        for day in sorted(rankings)
+    ]
+
+
+def scenario_recall(
+    scores: DataFrame, scenarios: DataFrame, score: str = "score", alerts_per_day: int = 100
+) -> list[dict[str, Any]]:
+    """How many frauds of each scenario a fixed daily budget finds: ``scenario``, ``frauds``, ``caught``,
+    ``recall_at_budget``.
+
+    `scenarios` has ``transaction_id``, ``tx_datetime`` and ``tx_fraud_scenario`` of the frauds of `scores`, once
+    each; its other rows do not matter.
+    """
+    from pyspark.sql import functions as F
+
+    key = ["transaction_id", "tx_datetime"]
+    alerts = _alerts(scores, score, alerts_per_day).where("tx_fraud = 1").select(*key, F.lit(1).alias("caught"))
+    per_scenario = (
+        scores.where(F.col(score).isNotNull() & (F.col("tx_fraud") == 1))
+        .select(*key)
+        .join(scenarios.select(*key, "tx_fraud_scenario"), key)
+        .join(F.broadcast(alerts), key, "left")
+        .groupBy("tx_fraud_scenario")
+        .agg(F.count(F.lit(1)).alias("frauds"), F.count("caught").alias("caught"))
+        .orderBy("tx_fraud_scenario")
+        .collect()
+    )
+    return [
+        {
+            "scenario": row["tx_fraud_scenario"],
+            "frauds": row["frauds"],
+            "caught": row["caught"],
+            "recall_at_budget": _share(row["caught"], row["frauds"]),
+        }
+        for row in per_scenario
+    ]
+
+
+def budget_table(
+    scores: DataFrame, score: str = "score", budgets: Sequence[int] = BUDGETS
+) -> list[dict[str, float | None]]:
+    """What daily budgets of alerts would find: ``alerts_per_day``, ``precision``, ``recall`` (see
+    `budget_metrics`), ``amount_caught`` (sum of ``tx_amount`` of the frauds among the alerts) and
+    ``amount_share`` (the part of all frauds' amounts; None if that is 0).
+    """
+    from pyspark.sql import functions as F
+
+    fraud_amount = F.expr("tx_amount * tx_fraud")
+    known = scores.where(F.col(score).isNotNull())
+    frauds, amount = known.agg(F.sum("tx_fraud"), F.sum(fraud_amount)).collect()[0]
+    sums = []
+    for budget in budgets:
+        within = F.col("rank") <= budget
+        for value in (F.lit(1), F.col("tx_fraud"), fraud_amount):
+            sums.append(F.sum(F.when(within, value)))
+    found = _alerts(scores, score, max(budgets)).agg(*sums).collect()[0]
+    table = []
+    for index, budget in enumerate(budgets):
+        alerts, caught, amount_caught = (value or 0 for value in found[3 * index : 3 * index + 3])
+        table.append(
+            {
+                "alerts_per_day": budget,
+                "precision": _share(caught, alerts),
+                "recall": _share(caught, frauds or 0),
+                "amount_caught": round(float(amount_caught), 2),
+                "amount_share": round(amount_caught / amount, 12) if amount else None,
+            }
+        )
+    return table
+
+
+class _Ranking:
+    """Running sums along a ranking, at chosen places."""
+
+    def __init__(self, rows: int, frauds: int) -> None:
+        self.rows = rows
+        self.frauds = frauds
+        self.parts: list[Any] = []
+
+    def metrics(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"average_precision": None, "roc_auc": None, "rows": self.rows, "frauds": self.frauds}
+        if self.frauds not in (0, self.rows):
+            precision = math.fsum(part["precision"] for part in self.parts)
+            outranked = math.fsum(part["outranked"] for part in self.parts)
+            result["average_precision"] = round(precision / self.frauds, 12)
+            result["roc_auc"] = round(outranked / (self.frauds * (self.rows - self.frauds)), 12)
+        return result
+
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        roc, precision_recall = [], []
+        if self.frauds not in (0, self.rows):
+            roc = [{"false_positive_rate": 0.0, "true_positive_rate": 0.0}]
+            for parts in self._binned("roc_bin"):
+                rows, frauds = (max(part[name] for part in parts) for name in ("rows_so_far", "frauds_so_far"))
+                roc.append(
+                    {
+                        "false_positive_rate": (rows - frauds) / (self.rows - self.frauds),
+                        "true_positive_rate": frauds / self.frauds,
+                    }
+                )
+            for parts in self._binned("recall_bin"):
+                entered = [part for part in parts if part["frauds"]]
+                if entered:
+                    frauds = max(part["frauds_so_far"] for part in entered)
+                    rows = max(part["rows_at_fraud"] for part in entered)
+                    precision_recall.append({"recall": frauds / self.frauds, "precision": frauds / rows})
+        calibration = []
+        for parts in reversed(self._binned("calibration_bin")):
+            rows = sum(part["rows"] for part in parts)
+            calibration.append(
+                {
+                    "mean_score": round(math.fsum(part["scores"] for part in parts) / rows, 12),
+                    "fraud_share": sum(part["frauds"] for part in parts) / rows,
+                    "rows": rows,
+                }
+            )
+        histogram = [
+            {"lower": index / HISTOGRAM_BINS, "upper": (index + 1) / HISTOGRAM_BINS, "genuine": 0, "frauds": 0}
+            for index in range(HISTOGRAM_BINS)
+        ]
+        for part in self.parts:
+            row = histogram[part["histogram_bin"]]
+            row["genuine"] += part["rows"] - part["frauds"]
+            row["frauds"] += part["frauds"]
+        return {
+            "roc": roc,
+            "precision_recall": precision_recall,
+            "score_histogram": histogram,
+            "calibration": calibration,
+        }
+
+    def _binned(self, name: str) -> list[list[Any]]:
+        """The parts in each bin, bins in order."""
+        bins: dict[int, list[Any]] = {}
+        for part in self.parts:
+            bins.setdefault(part[name], []).append(part)
+        return [bins[index] for index in sorted(bins)]
+
+
+def _rankings(
+    scores: DataFrame,
+    score: str,
+    label: str = "tx_fraud",
+    group: Column | None = None,
+    rows_per_partition: int = ROWS_PER_PARTITION,
+) -> dict[int, _Ranking]:
+    """Group → its ranking by descending score; without a group, all rows are group 0.
+
+    The distinct scores are partitioned by range, each partition's totals (`rows_per_partition` rows or so)
+    are collected and become the offsets of the running sums within the partitions after it. All bins follow
+    the ranking, so the pieces that they cut it into, which are what is collected at last, are few.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
@@ -73,52 +297,68 @@ def ranking_metrics(
     known = scores.where(F.col(score).isNotNull())
     partitions = max(1, math.ceil(known.count() / rows_per_partition))
     by_score = (
-        known.groupBy(F.col(score).cast("double").alias("score"))
+        known.groupBy((F.lit(0) if group is None else group).alias("group"), F.col(score).cast("double").alias("score"))
         .agg(F.count(F.lit(1)).alias("rows"), F.sum(F.col(label).cast("bigint")).alias("frauds"))
-        .repartitionByRange(partitions, F.col("score").desc())
+        .repartitionByRange(partitions, F.col("group"), F.col("score").desc())
         .withColumn("part", F.spark_partition_id())
         # The bounds of the ranges are sampled: without this, the second pass could see other partitions.
         .persist()
     )
     try:
-        totals = by_score.groupBy("part").agg(F.sum("rows").alias("rows"), F.sum("frauds").alias("frauds")).collect()
-        offsets: list[tuple[int, int, int]] = []
-        rows = frauds = 0
+        totals = (
+            by_score.groupBy("group", "part")
+            .agg(F.sum("rows").alias("rows"), F.sum("frauds").alias("frauds"))
+            .collect()
+        )
+        rankings: dict[int, _Ranking] = {}
+        offsets = []
         for total in sorted(totals, key=lambda row: row["part"]):
-            offsets.append((total["part"], rows, frauds))
-            rows, frauds = rows + total["rows"], frauds + total["frauds"]
-        result: dict[str, Any] = {"average_precision": None, "roc_auc": None, "rows": rows, "frauds": frauds}
-        if frauds in (0, rows):
-            return result
+            ranking = rankings.setdefault(total["group"], _Ranking(0, 0))
+            offsets.append((total["group"], total["part"], ranking.rows, ranking.frauds))
+            ranking.rows += total["rows"]
+            ranking.frauds += total["frauds"]
+        if not rankings:
+            return {}
 
         so_far = (
-            Window.partitionBy("part")
+            Window.partitionBy("group", "part")
             .orderBy(F.col("score").desc())
             .rowsBetween(Window.unboundedPreceding, Window.currentRow)
         )
-        before = runtime.session(scores).createDataFrame(offsets, "part int, rows_before bigint, frauds_before bigint")
-        running = by_score.join(F.broadcast(before), "part").select(
-            "part",
-            "rows",
-            "frauds",
-            (F.col("rows_before") + F.sum("rows").over(so_far)).alias("rows_so_far"),
-            (F.col("frauds_before") + F.sum("frauds").over(so_far)).alias("frauds_so_far"),
+        before = runtime.session(scores).createDataFrame(
+            [(*offset, rankings[offset[0]].rows, rankings[offset[0]].frauds) for offset in offsets],
+            "group int, part int, rows_before bigint, frauds_before bigint, all_rows bigint, all_frauds bigint",
         )
-        sums = (
-            running.groupBy("part")
+        bins = {
+            "roc_bin": "floor((frauds_so_far / all_frauds + (rows_so_far - frauds_so_far) / (all_rows - all_frauds))"
+            f" / 2 * {CURVE_POINTS - 2})",
+            "recall_bin": f"ceil({CURVE_POINTS} * frauds_so_far / all_frauds)",
+            "calibration_bin": f"floor({CALIBRATION_BINS} * (rows_so_far - rows / 2) / all_rows)",
+            "histogram_bin": f"greatest(0, least({HISTOGRAM_BINS - 1}, floor({HISTOGRAM_BINS} * score)))",
+        }
+        pieces = (
+            by_score.join(F.broadcast(before), ["group", "part"])
+            .withColumn("rows_so_far", F.col("rows_before") + F.sum("rows").over(so_far))
+            .withColumn("frauds_so_far", F.col("frauds_before") + F.sum("frauds").over(so_far))
+            .select("*", *[F.expr(sql).alias(name) for name, sql in bins.items()])
+            .groupBy("group", "part", *bins)
             .agg(
+                F.sum("rows").alias("rows"),
+                F.sum("frauds").alias("frauds"),
+                F.expr("sum(score * rows)").alias("scores"),
                 F.expr("sum(frauds * (frauds_so_far / rows_so_far))").alias("precision"),
                 F.expr("sum((rows - frauds) * (frauds_so_far - frauds / 2))").alias("outranked"),
+                F.max("rows_so_far").alias("rows_so_far"),
+                F.max("frauds_so_far").alias("frauds_so_far"),
+                F.expr("max(IF(frauds > 0, rows_so_far, 0))").alias("rows_at_fraud"),
             )
             .collect()
         )
     finally:
         by_score.unpersist()
-    precision = math.fsum(row["precision"] for row in sums)
-    outranked = math.fsum(row["outranked"] for row in sums)
-    result["average_precision"] = round(precision / frauds, 12)
-    result["roc_auc"] = round(outranked / (frauds * (rows - frauds)), 12)
-    return result
+    for piece in pieces:
+        rankings[piece["group"]].parts.append(piece)
+    return rankings
 
 
 def card_precision(scores: DataFrame, score: str = "score", cards_per_day: int = CARDS_PER_DAY) -> float | None:
@@ -169,24 +409,26 @@ def budget_metrics(scores: DataFrame, score: str = "score", alerts_per_day: int 
     """
     from pyspark.sql import functions as F
 
-    rows = scores.where(F.col(score).isNotNull()).select(
-        _utc_day().alias("day"), "transaction_id", F.col(score).cast("double").alias("score"), "tx_fraud"
+    frauds = scores.where(F.col(score).isNotNull()).agg(F.sum("tx_fraud")).collect()[0][0] or 0
+    alerts, caught = _alerts(scores, score, alerts_per_day).agg(F.count(F.lit(1)), F.sum("tx_fraud")).collect()[0]
+    return {"precision": _share(caught or 0, alerts), "recall": _share(caught or 0, frauds)}
+
+
+def _alerts(scores: DataFrame, score: str, alerts_per_day: int) -> DataFrame:
+    """The alerts of `budget_metrics`, with their ``day`` and their ``rank`` in it, from 1."""
+    from pyspark.sql import functions as F
+
+    columns = [name for name in ("transaction_id", "tx_datetime", "tx_amount", "tx_fraud") if name in scores.columns]
+    known = scores.where(F.col(score).isNotNull()).select(
+        *columns, _utc_day().alias("day"), F.col(score).cast("double").alias("score")
     )
-    frauds = rows.agg(F.sum("tx_fraud")).collect()[0][0] or 0
-    alerts = (
-        _best_of_each_day(rows, "transaction_id", alerts_per_day)
-        .agg(F.count(F.lit(1)).alias("rows"), F.sum("tx_fraud").alias("frauds"))
-        .collect()[0]
-    )
-    caught = alerts["frauds"] or 0
-    return {
-        "precision": caught / alerts["rows"] if alerts["rows"] else None,
-        "recall": caught / frauds if frauds else None,
-    }
+    return _best_of_each_day(known, "transaction_id", alerts_per_day)
 
 
 def _best_of_each_day(frame: DataFrame, identity: str, limit: int) -> DataFrame:
-    """The `limit` rows of each ``day`` with the highest ``score``; of equals, the lower `identity` first."""
+    """The `limit` rows of each ``day`` with the highest ``score``, and their ``rank``; of equals, the lower `identity`
+    first.
+    """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
@@ -194,7 +436,11 @@ def _best_of_each_day(frame: DataFrame, identity: str, limit: int) -> DataFrame:
     for keys in (["day", "bucket"], ["day"]):
         order = Window.partitionBy(*keys).orderBy(F.col("score").desc(), F.col(identity))
         best = best.withColumn("rank", F.row_number().over(order)).where(F.col("rank") <= limit)
-    return best.drop("bucket", "rank")
+    return best.drop("bucket")
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def _utc_day() -> Column:

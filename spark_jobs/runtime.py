@@ -39,6 +39,8 @@ SESSION_SETTINGS = {
     "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
     # Spark 4 raises on bytes that are no UTF-8; the rejects keep such lines (see clean_transactions).
     "spark.sql.legacy.codingErrorAction": "true",
+    # Features pass through pandas; a batch of 10,000 rows, the default, costs more than its rows.
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
 }
 
 

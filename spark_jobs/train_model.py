@@ -1,4 +1,4 @@
-"""Fit a fraud model on ``transaction_features``, choose its parameters and judge it on later rows.
+"""Fit a fraud model on ``transaction_features``, choose learner and parameters, and judge it on later rows.
 
 All windows are whole days (``tx_time_days``) and end with the last full day D of the cut-off partition::
 
@@ -6,16 +6,18 @@ All windows are whole days (``tx_time_days``) and end with the last full day D o
     |<-- validation_train -->|<- delay ->|<- valid. ->|                     D
 
 A label is known `delay_days` after its transaction, so nothing is fitted on labels that would not have been
-known. The parameters are those with the best average precision on the validation window; the model is then
-fitted on the whole train window. Nothing is drawn at random. Of the test window, nothing but its numbers of
-rows and frauds is used before the model is fitted; of what comes after D, nothing at all.
+known. The learner and its parameters are those with the best average precision on the validation window, or
+the best mean over several: earlier folds are the same two windows, `validation_days` further back for each, and
+begin with the train window too. The model is then fitted on the whole train window. What is drawn is drawn from
+a seed. Of the test window, nothing but its numbers of rows and frauds is used before the model is fitted; of
+what comes after D, nothing at all.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import threading
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,7 +44,21 @@ DEFAULTS: dict[str, Any] = {
     "min_train_days": 7,
     "min_frauds": 10,
     "alerts_per_day": 100,
-    "grid": {"regParam": [0, 0.1, 0.5], "maxIter": [100, 500, 1000]},
+    "candidates": [
+        {"learner": "logistic_regression", "grid": {"regParam": [0, 0.1, 0.5], "maxIter": [100, 500, 1000]}},
+        {"learner": "gbt", "grid": {"maxIter": [50], "maxDepth": [3, 5], "maxBins": [1024], "stepSize": [0.1]}},
+        {
+            "learner": "random_forest",
+            "grid": {
+                "numTrees": [50],
+                "maxDepth": [10],
+                "maxBins": [1024],
+                "featureSubsetStrategy": ["onethird"],
+            },
+        },
+    ],
+    "validation_folds": 1,
+    "max_train_rows": None,
     "compromised_lookback_days": 7,
     "seed": 0,
     "champion": None,
@@ -54,11 +70,41 @@ REQUIRED = ("run_id", "cutoff", "feature_uris", "cutoff_uri", "features", "outpu
 #: Columns of ``test_scores``; ``score`` and ``champion_score`` follow them.
 SCORED_COLUMNS = ("transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud")
 
+_TREES = (
+    "maxDepth",
+    "maxBins",
+    "minInstancesPerNode",
+    "minWeightFractionPerNode",
+    "minInfoGain",
+    "subsamplingRate",
+    "featureSubsetStrategy",
+    "maxMemoryInMB",
+)
+
+#: Learner → its class in pyspark.ml.classification, and the parameters that a grid may vary.
+LEARNERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "logistic_regression": (
+        "LogisticRegression",
+        ("regParam", "elasticNetParam", "maxIter", "tol", "fitIntercept", "standardization", "aggregationDepth"),
+    ),
+    "gbt": ("GBTClassifier", ("maxIter", "stepSize", *_TREES)),
+    "random_forest": ("RandomForestClassifier", ("numTrees", "impurity", *_TREES)),
+}
+
 #: Fits that run at the same time. A fit's many small jobs leave cores idle that another fit can use.
 PARALLEL_FITS = 3
 
+#: Partitions of the rows that are learned from: one for so many rows, within limits. Not one for each core, because
+#: what a forest draws depends on the partitions, and the same request is to give the same model on any machine.
+ROWS_PER_PARTITION = 150_000
+MAX_PARTITIONS = 64
+
 LABEL = "tx_fraud"
 VECTOR = "feature_vector"
+WEIGHT = "weight"
+
+#: Values that the hash of a transaction takes when rows are sampled.
+HASHES = 1_000_000_007
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
@@ -76,10 +122,16 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         min_train_days: the fewest days to fit on while parameters are chosen (7).
         min_frauds: the fewest frauds in each window (10).
         alerts_per_day: budget of the figures ``…_at_budget`` (100).
-        grid: parameter of pyspark.ml's LogisticRegression → values; every combination is a candidate, the
-            first names vary slowest.
+        candidates: list of {"learner", "grid"}: a learner of `LEARNERS`, and parameter of its pyspark.ml class →
+            values. Every combination is fitted and judged, the first names vary slowest; of equals the first
+            is taken (see `DEFAULTS`).
+        validation_folds: folds to judge them on, latest first (1); fewer are used where the rows before have
+            less than min_train_days or min_frauds.
+        max_train_rows: null, or about how many rows of the train window to learn from: frauds all stay, genuine
+            rows are drawn by a hash of transaction_id and seed, never fewer than there are frauds, and weigh as
+            many as they stand for (null). Validation and test rows are always all of them.
         compromised_lookback_days: see `without_compromised_cards` (7).
-        seed: recorded in the report; logistic regression draws nothing (0).
+        seed: of the trees' draws and of max_train_rows (0).
         champion: null or {"model_uri", "features", "version", "spark_version"}: a saved PipelineModel that
             scores the same test rows.
 
@@ -89,18 +141,23 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         (phase → seconds), and ``outcome``:
 
     * ``too_little_data``, with ``reason``, one sentence; nothing is written.
-    * ``trained``, with ``grid`` (``params``, ``validation_average_precision``, ``iterations``,
-      ``reused_fit``, ``seconds``), ``best`` (``params``, ``validation_average_precision``, ``iterations`` of
-      the final fit), ``coefficients`` (feature → value, in units of the feature), ``intercept``, ``metrics``
-      (``test_…``, and ``champion_test_…`` where a champion scored; see `evaluation.evaluate`), ``champion``
-      (null, or the request's with ``status`` scored or unreadable, the latter with ``error``), ``model_uri``,
-      ``scores_uri``.
+    * ``trained``, with ``grid`` (``learner``, ``params``, ``validation_average_precision``: the mean of
+      ``fold_average_precisions``, ``iterations`` (of logistic regression, else null), ``reused_fit``,
+      ``seconds``), ``best`` (``learner``, ``params``, ``validation_average_precision``, ``iterations`` of the
+      final fit), ``validation_folds`` (list of ``validation_train`` and ``validation`` as in ``windows``, the
+      latest first), ``sampling`` (null if all rows were learned from, else ``max_train_rows``, ``rows``,
+      ``frauds``, ``kept_rows``, ``genuine_weight``), ``feature_importances`` (feature → share, see
+      `feature_importances`), ``metrics`` (``test_…``, and ``champion_test_…`` where a champion scored; see
+      `evaluation.evaluate`), ``tables`` (of the test rows; see `evaluation.tables`), ``champion`` (null, or the
+      request's with ``status`` scored or unreadable, the latter with ``error``), ``model_uri``, ``scores_uri``;
+      of logistic regression also ``coefficients`` (feature → value, in units of the feature), ``intercept``.
 
     Writes ``output_uri/model`` (PipelineModel) and ``output_uri/test_scores`` (Parquet: `SCORED_COLUMNS`,
     score, champion_score), the latter being the rows that the metrics are computed on.
 
     Raises:
-        ValueError: the request lacks a key, or the partitions lack a column.
+        ValueError: the request lacks a key, names an unknown learner or parameter, or the partitions lack a
+            column.
     """
     runtime.configure(spark)
     settings = _settings(request)
@@ -147,24 +204,38 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
     from pyspark.ml import PipelineModel
     from pyspark.ml.feature import VectorAssembler
 
+    folds = validation_folds(windows, per_day, settings)
     assembler = VectorAssembler(inputCols=settings["features"], outputCol=VECTOR)
+    with clock.phase("search"):
+        rows, sampling = learning_rows(_between(frame, windows["train"]), folds, settings)
+        rows = assembler.transform(rows).select("tx_time_days", LABEL, VECTOR, *([WEIGHT] if sampling else []))
+        rows = rows.persist()
+        size = rows.count()
+        log.info("learning from %d rows in %d partitions, on %d folds", size, rows.rdd.getNumPartitions(), len(folds))
+        weight = WEIGHT if sampling else None
 
-    def learning_rows(window: tuple[int, int]) -> DataFrame:
-        return assembler.transform(_between(frame, window)).select(LABEL, VECTOR)
+        def fitted_on(window: tuple[int, int]) -> DataFrame:
+            inside = _between(rows, window)
+            return inside.where(f"{WEIGHT} IS NOT NULL") if sampling else inside
 
-    with clock.phase("search"), _persisted(
-        learning_rows(windows["validation_train"]), learning_rows(windows["validation"])
-    ) as (fitted_on, validated_on):
-        grid = search(fitted_on, validated_on, settings["grid"])
+        grid = search(
+            [(fitted_on(fold["validation_train"]), _between(rows, fold["validation"])) for fold in folds],
+            settings["candidates"],
+            seed=settings["seed"],
+            weight=weight,
+        )
     # max() keeps the first of equals.
     best = max(grid, key=lambda entry: entry["validation_average_precision"])
 
-    with clock.phase("fit"), _persisted(learning_rows(windows["train"])) as (train,):
-        model = _learner(best["params"]).fit(train)
+    with clock.phase("fit"):
+        train = fitted_on(windows["train"])
+        model = _estimator(best["learner"], best["params"], settings["seed"], weight).fit(train)
+        importances = feature_importances(model, train, settings["features"], weight)
+        rows.unpersist()
         pipeline = PipelineModel(stages=[assembler, model])
         model_uri = settings["output_uri"].rstrip("/") + "/model"
         pipeline.write().overwrite().save(model_uri)
-    log.info("fitted with %s in %d iterations", best["params"], _iterations(model))
+    log.info("fitted %s with %s", best["learner"], best["params"])
 
     with clock.phase("score"):
         scores_uri = settings["output_uri"].rstrip("/") + "/test_scores"
@@ -172,22 +243,33 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
     with clock.phase("evaluate"):
         scores = spark.read.parquet(runtime.literal_path(scores_uri))
         metrics = _metrics(scores, champion, settings["alerts_per_day"])
+        tables = evaluation.tables(scores, test.where("tx_fraud = 1"), "score", settings["alerts_per_day"])
     log.info("test: %s", metrics)
-    return {
+    report = {
         "outcome": "trained",
         "grid": grid,
         "best": {
+            "learner": best["learner"],
             "params": best["params"],
             "validation_average_precision": best["validation_average_precision"],
             "iterations": _iterations(model),
         },
-        "coefficients": {name: float(model.coefficients[index]) for index, name in enumerate(settings["features"])},
-        "intercept": float(model.intercept),
+        "validation_folds": [
+            {name: _window(first, last, per_day, day_zero) for name, (first, last) in fold.items()} for fold in folds
+        ],
+        "sampling": sampling,
+        "feature_importances": importances,
         "metrics": metrics,
+        "tables": tables,
         "champion": champion,
         "model_uri": model_uri,
         "scores_uri": scores_uri,
     }
+    if best["learner"] == "logistic_regression":
+        coefficients = model.coefficients.toArray()
+        report["coefficients"] = {name: float(value) for name, value in zip(settings["features"], coefficients)}
+        report["intercept"] = float(model.intercept)
+    return report
 
 
 def time_windows(first_day: int, last_day: int, settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -205,6 +287,69 @@ def time_windows(first_day: int, last_day: int, settings: dict[str, Any]) -> dic
         "validation": (validation_start, train_end),
         "test": (test_start, last_day),
     }
+
+
+def validation_folds(
+    windows: dict[str, tuple[int, int]], per_day: dict[int, tuple[int, int]], settings: dict[str, Any]
+) -> list[dict[str, tuple[int, int]]]:
+    """The folds that candidates are judged on, latest first: name of a window → its first and last day.
+
+    The first is that of `time_windows`. Each further one ends `validation_days` earlier and begins with the same
+    day; the folds end before the first that has less than min_train_days, or a window with less than min_frauds or
+    without genuine rows.
+    """
+    folds = [{name: windows[name] for name in ("validation_train", "validation")}]
+    for number in range(1, settings["validation_folds"]):
+        back = number * settings["validation_days"]
+        (start, train_end), (first, last) = windows["validation_train"], windows["validation"]
+        fold = {"validation_train": (start, train_end - back), "validation": (first - back, last - back)}
+        if train_end - back - start + 1 < settings["min_train_days"]:
+            break
+        counts = [_rows_and_frauds(window, per_day) for window in fold.values()]
+        if any(frauds < settings["min_frauds"] or frauds == rows for rows, frauds in counts):
+            break
+        folds.append(fold)
+    return folds
+
+
+def learning_rows(
+    window: DataFrame, folds: list[dict[str, tuple[int, int]]], settings: dict[str, Any]
+) -> tuple[DataFrame, dict[str, Any] | None]:
+    """The rows of the train window as they are learned from, and what `max_train_rows` did to them, or None.
+
+    If rows are sampled, they have a column `WEIGHT`; where it is NULL, they are there to validate on. Partitions and
+    their order depend on nothing but the rows.
+    """
+    from pyspark.sql import functions as F
+
+    rows, frauds = _count(window)
+    sampling = None
+    kept = rows
+    limit = settings["max_train_rows"]
+    if limit is not None and rows > limit:
+        share = max(limit - frauds, frauds) / (rows - frauds)
+        if share < 1:
+            drawn = f"pmod(xxhash64(transaction_id, CAST({settings['seed']} AS BIGINT)), {HASHES})"
+            is_kept = F.expr(f"{LABEL} = 1 OR {drawn} < {int(share * HASHES)}")
+            kept = window.where(is_kept).count()
+            # Were no genuine row drawn, there would be none to weigh.
+            genuine_weight = (rows - frauds) / max(1, kept - frauds)
+            window = window.withColumn(
+                WEIGHT, F.when(is_kept, F.when(F.col(LABEL) == 1, 1.0).otherwise(genuine_weight))
+            )
+            validated = min(fold["validation"][0] for fold in folds)
+            window = window.where(F.col(WEIGHT).isNotNull() | (F.col("tx_time_days") >= validated))
+            sampling = {
+                "max_train_rows": limit,
+                "rows": rows,
+                "frauds": frauds,
+                "kept_rows": kept,
+                "genuine_weight": genuine_weight,
+            }
+            log.info("sampled: %s", sampling)
+    partitions = min(MAX_PARTITIONS, -(-kept // ROWS_PER_PARTITION))
+    ordered = window.repartition(partitions, "transaction_id").sortWithinPartitions("tx_time_days", "transaction_id")
+    return ordered, sampling
 
 
 def without_compromised_cards(frame: DataFrame, test_window: tuple[int, int], settings: dict[str, Any]) -> DataFrame:
@@ -233,56 +378,106 @@ def without_compromised_cards(frame: DataFrame, test_window: tuple[int, int], se
     )
 
 
-def search(fitted_on: DataFrame, validated_on: DataFrame, grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Fit every combination of the grid and judge it on the validation rows; entries in the grid's order.
+def search(
+    folds: list[tuple[DataFrame, DataFrame]],
+    candidates: list[dict[str, Any]],
+    seed: int = 0,
+    weight: str | None = None,
+) -> list[dict[str, Any]]:
+    """Fit every combination of the candidates and judge it on each fold's validation rows; entries in their order.
 
-    The iterations are the same whatever maxIter is, until it stops them. So a fit that stopped before its
-    maxIter is also the fit for every larger one (``reused_fit``), and is not done again.
+    A fold is the rows to fit on, with their `weight` if there is one, and those to judge on. Of logistic regression,
+    the iterations are the same whatever maxIter is, until it stops them. So a fit that stopped before its maxIter is
+    also the fit for every larger one (``reused_fit``), and is not done again.
     """
-    points = [dict(_pairs(grid, values)) for values in itertools.product(*grid.values())]
-    # Points that differ in maxIter alone, shortest first: the fits of a chain build on each other, the chains
-    # do not.
+    points = _points(candidates)
+    # Points that build on each other, in order; the chains do not.
     chains: dict[str, list[int]] = {}
-    for index, point in enumerate(points):
-        rest = {name: value for name, value in point.items() if name != "maxIter"}
-        chains.setdefault(repr(sorted(rest.items())), []).append(index)
+    for index, (learner, params) in enumerate(points):
+        if learner == "logistic_regression":
+            rest = sorted((name, value) for name, value in params.items() if name != "maxIter")
+            chains.setdefault(repr(rest), []).append(index)
+        else:
+            chains[f"point {index}"] = [index]
 
-    entries: dict[int, dict[str, Any]] = {}
-    lock = threading.Lock()
+    results: dict[tuple[int, int], dict[str, Any]] = {}
 
-    def fit_chain(chain: list[int]) -> None:
+    def fit_chain(chain: list[int], number: int) -> None:
         last: dict[str, Any] | None = None
-        for index in sorted(chain, key=lambda index: points[index].get("maxIter", 0)):
-            params = points[index]
-            if last is not None and last["iterations"] < last["params"]["maxIter"]:
-                last = {**last, "params": params, "reused_fit": True, "seconds": 0.0}
+        for index in sorted(chain, key=lambda index: points[index][1].get("maxIter", 0)):
+            learner, params = points[index]
+            if last is not None and last["iterations"] < last["maxIter"]:
+                last = {**last, "reused_fit": True, "seconds": 0.0}
             else:
-                last = _fit_and_validate(params, fitted_on, validated_on)
-            with lock:
-                entries[index] = last
-                log.info(
-                    "grid point %d/%d: %s, average precision %.4f, %d iterations%s, %.1f s",
-                    len(entries), len(points), params, last["validation_average_precision"],
-                    last["iterations"], " (same fit)" if last["reused_fit"] else "", last["seconds"],
-                )  # fmt: skip
+                estimator = _estimator(learner, params, seed, weight)
+                last = {**_fit_and_validate(estimator, *folds[number]), "maxIter": params.get("maxIter", 0)}
+            results[index, number] = last
+            log.info(
+                "%d/%d: %s %s, fold %d: average precision %.4f%s, %.1f s",
+                len(results), len(points) * len(folds), learner, params, number + 1, last["average_precision"],
+                " (same fit)" if last["reused_fit"] else "", last["seconds"],
+            )  # fmt: skip
 
-    with ThreadPoolExecutor(max_workers=min(PARALLEL_FITS, len(chains))) as pool:
-        for future in [pool.submit(fit_chain, chain) for chain in chains.values()]:
-            future.result()
-    return [entries[index] for index in range(len(points))]
+    tasks = [(chain, number) for chain in chains.values() for number in range(len(folds))]
+    # The trees first: whatever takes longest is not to be started last.
+    tasks.sort(key=lambda task: points[task[0][0]][0] == "logistic_regression")
+    with ThreadPoolExecutor(max_workers=min(PARALLEL_FITS, len(tasks))) as pool:
+        futures = [pool.submit(fit_chain, *task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    entries = []
+    for index, (learner, params) in enumerate(points):
+        of_folds = [results[index, number] for number in range(len(folds))]
+        precisions = [result["average_precision"] for result in of_folds]
+        entries.append(
+            {
+                "learner": learner,
+                "params": params,
+                "validation_average_precision": round(math.fsum(precisions) / len(precisions), 12),
+                "fold_average_precisions": precisions,
+                "iterations": of_folds[0]["iterations"],
+                "reused_fit": all(result["reused_fit"] for result in of_folds),
+                "seconds": round(sum(result["seconds"] for result in of_folds), 3),
+            }
+        )
+    return entries
 
 
-def _fit_and_validate(params: dict[str, Any], fitted_on: DataFrame, validated_on: DataFrame) -> dict[str, Any]:
+def _fit_and_validate(estimator: Any, fitted_on: DataFrame, validated_on: DataFrame) -> dict[str, Any]:
     started = time.monotonic()
-    model = _learner(params).fit(fitted_on)
+    model = estimator.fit(fitted_on)
     scored = model.transform(validated_on).select(LABEL, _probability().alias("score"))
     return {
-        "params": params,
-        "validation_average_precision": evaluation.ranking_metrics(scored)["average_precision"],
+        "average_precision": evaluation.ranking_metrics(scored)["average_precision"],
         "iterations": _iterations(model),
         "reused_fit": False,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def feature_importances(
+    model: Any, fitted_on: DataFrame, features: list[str], weight: str | None = None
+) -> dict[str, float]:
+    """Feature → its share of a fitted model's decisions; the shares are 0 or more, and sum up to 1 unless all are 0.
+
+    Of trees, Spark's featureImportances: each split's gain times the rows it splits. Of logistic regression,
+    the coefficient's size times the standard deviation of the feature in the rows that were fitted on.
+    """
+    from pyspark.ml.stat import Summarizer
+    from pyspark.sql import functions as F
+
+    if hasattr(model, "featureImportances"):
+        sizes = model.featureImportances.toArray()
+    else:
+        deviation = Summarizer.metrics("std").summary(F.col(VECTOR), *([F.col(weight)] if weight else []))
+        sizes = abs(model.coefficients.toArray()) * fitted_on.select(deviation["std"]).collect()[0][0].toArray()
+    total = float(sizes.sum()) or 1.0
+    return {name: float(size) / total for name, size in zip(features, sizes)}
 
 
 def write_scores(
@@ -360,12 +555,42 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("the request lacks {}; see train_model.run".format(", ".join(missing)))
     if request["cutoff_uri"] not in request["feature_uris"]:
         raise ValueError("cutoff_uri must be one of feature_uris; it is {}".format(request["cutoff_uri"]))
-    return {**DEFAULTS, **{name: value for name, value in request.items() if value is not None}}
+    settings = {**DEFAULTS, **{name: value for name, value in request.items() if value is not None}}
+    for name in ("validation_folds", "max_train_rows"):
+        if settings[name] is not None and settings[name] < 1:
+            raise ValueError(f"{name} must be 1 or more; it is {settings[name]}")
+    for learner, params in _points(settings["candidates"]):
+        try:
+            _estimator(learner, params, settings["seed"], None)
+        except TypeError as error:
+            raise ValueError(f"{learner} cannot have {params}: {error}") from None
+    return settings
+
+
+def _points(candidates: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Learner and parameters of every combination; raises ValueError for what `LEARNERS` does not have."""
+    points = []
+    for candidate in candidates:
+        learner, grid = candidate.get("learner"), candidate.get("grid") or {}
+        if learner not in LEARNERS:
+            raise ValueError("there is no learner {!r}; a candidate has one of {}".format(learner, ", ".join(LEARNERS)))
+        allowed = LEARNERS[learner][1]
+        unknown = [name for name in grid if name not in allowed]
+        if unknown:
+            raise ValueError(
+                "the grid of {} cannot have {}; it can have {}".format(learner, ", ".join(unknown), ", ".join(allowed))
+            )
+        points += [(learner, dict(_pairs(grid, values))) for values in itertools.product(*grid.values())]
+    if not points:
+        raise ValueError("candidates has no combination to fit; see train_model.run")
+    return points
 
 
 def _read_features(spark: SparkSession, settings: dict[str, Any]) -> DataFrame:
     frame = spark.read.parquet(*[runtime.literal_path(uri) for uri in settings["feature_uris"]])
-    missing = [name for name in (*SCORED_COLUMNS, *settings["features"]) if name not in frame.columns]
+    missing = [
+        name for name in (*SCORED_COLUMNS, "tx_fraud_scenario", *settings["features"]) if name not in frame.columns
+    ]
     if missing:
         raise ValueError("the feature partitions have no column {}; build them again".format(", ".join(missing)))
     return frame
@@ -415,27 +640,31 @@ def _describe(
     day_zero: int,
 ) -> dict[str, dict[str, Any]]:
     """The windows for the report."""
-
-    def iso_date(day: int) -> str:
-        return (date(1970, 1, 1) + timedelta(days=day_zero + day)).isoformat()
-
-    described: dict[str, dict[str, Any]] = {}
-    for name, (first, last) in windows.items():
-        inside = [counts for day, counts in per_day.items() if first <= day <= last]
-        described[name] = {
-            "first_day": first,
-            "last_day": last,
-            "first_date": iso_date(first),
-            "last_date": iso_date(last),
-            "days": max(0, last - first + 1),
-            "rows": sum(rows for rows, _ in inside),
-            "frauds": sum(frauds for _, frauds in inside),
-        }
+    described = {name: _window(first, last, per_day, day_zero) for name, (first, last) in windows.items()}
     test = described["test"]
     rows, frauds = test_counts
     test["removed_rows"], test["removed_frauds"] = test["rows"] - rows, test["frauds"] - frauds
     test["rows"], test["frauds"] = rows, frauds
     return described
+
+
+def _window(first: int, last: int, per_day: dict[int, tuple[int, int]], day_zero: int) -> dict[str, Any]:
+    """A window for the report."""
+    rows, frauds = _rows_and_frauds((first, last), per_day)
+    return {
+        "first_day": first,
+        "last_day": last,
+        "first_date": (date(1970, 1, 1) + timedelta(days=day_zero + first)).isoformat(),
+        "last_date": (date(1970, 1, 1) + timedelta(days=day_zero + last)).isoformat(),
+        "days": max(0, last - first + 1),
+        "rows": rows,
+        "frauds": frauds,
+    }
+
+
+def _rows_and_frauds(window: tuple[int, int], per_day: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    inside = [counts for day, counts in per_day.items() if window[0] <= day <= window[1]]
+    return sum(rows for rows, _ in inside), sum(frauds for _, frauds in inside)
 
 
 def _shortage(
@@ -476,13 +705,21 @@ def _too_little(reason: str) -> dict[str, Any]:
     return {"outcome": "too_little_data", "reason": reason}
 
 
-def _learner(params: dict[str, Any]) -> Any:
-    from pyspark.ml.classification import LogisticRegression
+def _estimator(learner: str, params: dict[str, Any], seed: int, weight: str | None) -> Any:
+    from pyspark.ml import classification
 
-    return LogisticRegression(featuresCol=VECTOR, labelCol=LABEL, **params)
+    common: dict[str, Any] = {"featuresCol": VECTOR, "labelCol": LABEL}
+    if weight is not None:
+        common["weightCol"] = weight
+    if learner != "logistic_regression":
+        common["seed"] = seed
+    return getattr(classification, LEARNERS[learner][0])(**common, **params)
 
 
-def _iterations(model: Any) -> int:
+def _iterations(model: Any) -> int | None:
+    """Iterations of a logistic regression; None for trees."""
+    if hasattr(model, "featureImportances"):
+        return None
     # The history begins with the value before the first iteration; totalIterations counted it until Spark
     # 3.0.
     return len(model.summary.objectiveHistory) - 1
@@ -512,16 +749,6 @@ def _between(frame: DataFrame, window: tuple[int, int]) -> DataFrame:
 def _pairs(grid: dict[str, list[Any]], values: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
     for index, name in enumerate(grid):
         yield name, values[index]
-
-
-@contextmanager
-def _persisted(*frames: DataFrame) -> Iterator[tuple[DataFrame, ...]]:
-    cached = tuple(frame.persist() for frame in frames)
-    try:
-        yield cached
-    finally:
-        for frame in cached:
-            frame.unpersist()
 
 
 class _Clock:

@@ -11,7 +11,8 @@ from ml_platform.assets.common import OWNERS, conclude, some_of, split_verdicts,
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.spark import SparkEngine
-from spark_jobs import build_features
+from spark_jobs.features import FEATURE_COLUMNS, HISTORY_DAYS, LABEL_DELAY_DAYS
+from spark_jobs.features import FEATURES as MODEL_INPUTS
 from spark_jobs.schema import CLEANED_COLUMNS
 
 Reports = dict[str, dict[str, Any]]
@@ -42,7 +43,7 @@ def history_of(cleaned: Reports) -> dict[str, list[str]]:
     ordered = in_order_of_time(cleaned)
     history: dict[str, list[str]] = {key: [] for key in cleaned}
     for index, key in enumerate(ordered):
-        since = instant(cleaned[key]["tx_datetime"]["min"]) - timedelta(days=build_features.HISTORY_DAYS)
+        since = instant(cleaned[key]["tx_datetime"]["min"]) - timedelta(days=HISTORY_DAYS)
         history[key] = [
             earlier for earlier in ordered[:index] if instant(cleaned[earlier]["tx_datetime"]["max"]) > since
         ]
@@ -66,8 +67,7 @@ def stale_features(features: Reports, inputs: dict[str, dict[str, Any]]) -> list
     return [
         key
         for key, report in features.items()
-        if key in inputs
-        and (report.get("inputs") != inputs[key] or report.get("features") != list(build_features.FEATURES))
+        if key in inputs and (report.get("inputs") != inputs[key] or report.get("features") != list(MODEL_INPUTS))
     ]
 
 
@@ -78,14 +78,10 @@ def stale_features(features: Reports, inputs: dict[str, dict[str, Any]]) -> list
     group_name="transactions",
     kinds={"pyspark", "parquet"},
     owners=OWNERS,
-    metadata={
-        "dagster/column_schema": table_schema(
-            [*CLEANED_COLUMNS, *build_features.FEATURE_COLUMNS], never_null=build_features.FEATURES
-        )
-    },
-    description=f"""Cleaned transactions with the {len(build_features.FEATURES)} inputs of the model.
+    metadata={"dagster/column_schema": table_schema([*CLEANED_COLUMNS, *FEATURE_COLUMNS], never_null=MODEL_INPUTS)},
+    description=f"""Cleaned transactions with the {len(MODEL_INPUTS)} inputs of the model.
 
-History comes from earlier partitions alone, and no label younger than {build_features.LABEL_DELAY_DAYS} days is
+History comes from earlier partitions alone, and no label younger than {LABEL_DELAY_DAYS} days is
 used. Features whose history changed (a late file, a file cleaned again) are built again in the next run.""",
 )
 def transaction_features(

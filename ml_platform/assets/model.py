@@ -20,7 +20,7 @@ from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.mlflow import MlflowResource, register_spark_model
 from ml_platform.resources.spark import SparkEngine
-from spark_jobs import build_features
+from spark_jobs.features import FEATURES as MODEL_INPUTS
 from spark_jobs.schema import REPORT_NAME
 
 
@@ -132,7 +132,7 @@ def _train(
             "cutoff": cutoff,
             "cutoff_uri": lake.store.spark_uri(lake.partition_path(FEATURES, cutoff)),
             "feature_uris": [lake.store.spark_uri(lake.partition_path(FEATURES, key)) for key in used],
-            "features": list(build_features.FEATURES),
+            "features": list(MODEL_INPUTS),
             "output_uri": lake.store.spark_uri(directory),
             "champion": _champion_request(champion),
         },

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -83,6 +84,9 @@ class LocalSparkEngine(SparkEngine):
             from dagster_pyspark import LazyPySparkResource
 
             context.log.info(f"starting Spark on {self.master}")
+            if self.master.startswith("local"):
+                # PySpark's default is whichever python3 comes first in PATH.
+                os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
             config = default_spark_config(self.master) | self.spark_config
             pyspark = LazyPySparkResource(spark_config={"spark.app.name": "ml_platform", **config})
             pyspark.spark_session.sparkContext.setLogLevel("ERROR")

@@ -12,6 +12,7 @@ from spark_jobs import evaluation
 pytestmark = pytest.mark.spark
 
 SCHEMA = "transaction_id bigint, tx_datetime timestamp, customer_id bigint, tx_fraud int, score double"
+AMOUNTS = SCHEMA + ", tx_amount double"
 MIDNIGHT = datetime(2020, 3, 1, tzinfo=timezone.utc)
 
 
@@ -128,6 +129,168 @@ class TestBudgetMetrics:
         frame = scored(spark, [0, 0], [0.1, 0.2])
         assert evaluation.budget_metrics(frame, alerts_per_day=1) == {"precision": 0.0, "recall": None}
         assert evaluation.budget_metrics(frame.limit(0)) == {"precision": None, "recall": None}
+
+
+def longest_step(values):
+    ordered = sorted(values)
+    return max(ordered[i + 1] - ordered[i] for i in range(len(ordered) - 1))
+
+
+class TestRankingTables:
+    @pytest.fixture(params=[(1, 10_000), (2, 200), (15, 200)], ids=["many ties", "ties", "no ties"])
+    def labels_scores_tables(self, spark, request):
+        digits, rows_per_partition = request.param
+        draw = random.Random(digits)
+        labels = [int(draw.random() < 0.25) for _ in range(1500)]
+        scores = [round(min(1.0, draw.random() ** 2 + 0.4 * label * draw.random()), digits) for label in labels]
+        tables = evaluation.ranking_tables(scored(spark, labels, scores), rows_per_partition=rows_per_partition)
+        return labels, scores, tables
+
+    def test_curves_are_points_of_scikit_learns(self, labels_scores_tables):
+        from sklearn.metrics import precision_recall_curve, roc_curve
+
+        labels, scores, tables = labels_scores_tables
+        false_positive_rates, true_positive_rates, _ = roc_curve(labels, scores, drop_intermediate=False)
+        exact = {(round(x, 9), round(y, 9)) for x, y in zip(false_positive_rates, true_positive_rates)}  # noqa: B905
+        roc = [(point["false_positive_rate"], point["true_positive_rate"]) for point in tables["roc"]]
+        assert {(round(x, 9), round(y, 9)) for x, y in roc} <= exact
+        assert roc == sorted(roc)
+        assert (roc[0], roc[-1]) == ((0, 0), (1, 1))
+        assert len(roc) <= 200
+        # Even steps along the curve, where ties make no larger ones.
+        assert longest_step(x + y for x, y in roc) < longest_step(x + y for x, y in exact) + 0.021
+
+        precisions, recalls, _ = precision_recall_curve(labels, scores)
+        exact = {(round(x, 9), round(y, 9)) for x, y in zip(recalls, precisions)}  # noqa: B905
+        curve = [(point["recall"], point["precision"]) for point in tables["precision_recall"]]
+        assert {(round(x, 9), round(y, 9)) for x, y in curve} <= exact
+        assert [recall for recall, _ in curve] == sorted({recall for recall, _ in curve})
+        assert curve[-1][0] == 1
+        assert len(curve) <= 200
+        assert longest_step(x for x, _ in curve) < longest_step(x for x, _ in exact) + 0.006
+
+    def test_histogram_counts_every_row_once(self, labels_scores_tables):
+        labels, scores, tables = labels_scores_tables
+        bins = tables["score_histogram"]
+        assert [(bin["lower"], bin["upper"]) for bin in bins] == [(i / 20, (i + 1) / 20) for i in range(20)]
+        for bin in bins:
+            inside = [
+                label
+                for label, score in zip(labels, scores)  # noqa: B905
+                if min(int(score * 20), 19) == round(bin["lower"] * 20)
+            ]
+            assert (bin["genuine"], bin["frauds"]) == (len(inside) - sum(inside), sum(inside))
+
+    def test_calibration_bins_are_of_equal_rows(self, labels_scores_tables):
+        labels, scores, tables = labels_scores_tables
+        bins = tables["calibration"]
+        rest = sorted(zip(scores, labels))  # noqa: B905
+        for bin in bins:
+            inside, rest = rest[: bin["rows"]], rest[bin["rows"] :]
+            assert bin["mean_score"] == pytest.approx(sum(score for score, _ in inside) / bin["rows"])
+            assert bin["fraud_share"] == pytest.approx(sum(label for _, label in inside) / bin["rows"])
+            assert not rest or inside[-1][0] < rest[0][0]
+        assert rest == []
+        if len(set(scores)) > 1000:
+            assert [bin["rows"] for bin in bins] == pytest.approx([150] * 10, abs=8)
+
+    def test_few_rows_and_one_class(self, spark):
+        tables = evaluation.ranking_tables(scored(spark, [0, 0, 0], [0.0, 0.5, 1.0]))
+        assert tables["roc"] == tables["precision_recall"] == []
+        assert [bin["genuine"] for bin in tables["score_histogram"]] == [1] + [0] * 9 + [1] + [0] * 8 + [1]
+        assert tables["calibration"] == [
+            {"mean_score": score, "fraud_share": 0.0, "rows": 1} for score in (0.0, 0.5, 1.0)
+        ]
+        nothing = evaluation.ranking_tables(scored(spark, [1], [None]))
+        assert nothing["roc"] == nothing["calibration"] == []
+        assert sum(bin["genuine"] + bin["frauds"] for bin in nothing["score_histogram"]) == 0
+
+
+def random_amounts(seed):
+    """A week as `random_week`, with amounts, and the scenario of each row."""
+    draw = random.Random(seed)
+    rows = [(*row, round(draw.random() * 100, 2)) for row in random_week(seed)]
+    return rows, [draw.choice([1, 2, 3]) if row[3] else 0 for row in rows]
+
+
+def alerts_of(rows, budget):
+    alerts = []
+    for day in rows_by_day(rows):
+        alerts += sorted(day, key=lambda row: (-row[4], row[0]))[:budget]
+    return alerts
+
+
+class TestTables:
+    def test_each_day_is_as_if_it_were_alone(self, spark):
+        rows, _ = random_amounts(1)
+        rows.append((len(rows), MIDNIGHT, 1, 1, None, 5.0))
+        table = evaluation.daily_metrics(spark.createDataFrame(rows, AMOUNTS), alerts_per_day=20)
+        days = rows_by_day(row for row in rows if row[4] is not None)
+        assert [day["date"] for day in table] == [rows[0][1].date().isoformat() for rows in days]
+        for entry, day in zip(table, days):  # noqa: B905
+            frame = spark.createDataFrame(day, AMOUNTS)
+            budget = evaluation.budget_metrics(frame, alerts_per_day=20)
+            assert entry == {
+                "date": entry["date"],
+                **evaluation.ranking_metrics(frame),
+                "precision_at_budget": budget["precision"],
+                "recall_at_budget": budget["recall"],
+            }
+        assert table[-1]["rows"] == 3
+
+    def test_scenarios(self, spark):
+        rows, scenarios = random_amounts(2)
+        frame = spark.createDataFrame(rows, AMOUNTS)
+        labels = spark.createDataFrame(
+            [(row[0], row[1], scenario) for row, scenario in zip(rows, scenarios)],  # noqa: B905
+            "transaction_id bigint, tx_datetime timestamp, tx_fraud_scenario int",
+        )
+        alerts = {row[0] for row in alerts_of(rows, 15)}
+        expected = []
+        for scenario in (1, 2, 3):
+            frauds = [row[0] for row, number in zip(rows, scenarios) if number == scenario]  # noqa: B905
+            caught = len(alerts.intersection(frauds))
+            expected.append(
+                {
+                    "scenario": scenario,
+                    "frauds": len(frauds),
+                    "caught": caught,
+                    "recall_at_budget": pytest.approx(caught / len(frauds)),
+                }
+            )
+        assert evaluation.scenario_recall(frame, labels, alerts_per_day=15) == expected
+
+    def test_budgets(self, spark):
+        rows, _ = random_amounts(3)
+        table = evaluation.budget_table(spark.createDataFrame(rows, AMOUNTS))
+        assert [entry["alerts_per_day"] for entry in table] == [10, 20, 50, 100, 200, 500]
+        frauds = [row for row in rows if row[3]]
+        for entry in table:
+            alerts = alerts_of(rows, entry["alerts_per_day"])
+            caught = [row for row in alerts if row[3]]
+            amount = sum(row[5] for row in caught)
+            assert entry["precision"] == pytest.approx(len(caught) / len(alerts))
+            assert entry["recall"] == pytest.approx(len(caught) / len(frauds))
+            assert entry["amount_caught"] == pytest.approx(amount, abs=0.01)
+            assert entry["amount_share"] == pytest.approx(amount / sum(row[5] for row in frauds))
+        for name in ("recall", "amount_caught", "amount_share"):
+            assert [entry[name] for entry in table] == sorted(entry[name] for entry in table)
+        assert table[-1]["recall"] == table[-1]["amount_share"] == 1
+
+    def test_nothing_to_find(self, spark):
+        frame = spark.createDataFrame([(1, MIDNIGHT, 1, 0, 0.5, 3.0)], AMOUNTS)
+        (entry, *_) = evaluation.budget_table(frame, budgets=(1, 2))
+        assert entry == {
+            "alerts_per_day": 1,
+            "precision": 0.0,
+            "recall": None,
+            "amount_caught": 0.0,
+            "amount_share": None,
+        }
+        (day,) = evaluation.daily_metrics(frame)
+        assert (day["rows"], day["frauds"], day["average_precision"], day["recall_at_budget"]) == (1, 0, None, None)
+        assert evaluation.daily_metrics(frame.limit(0)) == []
+        assert evaluation.budget_table(frame.limit(0), budgets=(1,))[0]["precision"] is None
 
 
 def test_days_are_utc_in_any_session(spark):

@@ -1,9 +1,10 @@
-"""Training on small feature partitions whose fraud follows two features: windows, leaks, cards, champions."""
+"""Training on small feature partitions whose fraud follows two features: windows, leaks, learners, champions."""
 
 from __future__ import annotations
 
 import json
 import random
+import statistics
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -33,6 +34,17 @@ SHORT_WINDOWS = {
 }
 
 
+#: Small trees, so that a fit takes a second.
+TREES = {
+    "gbt": {"maxIter": [5], "maxDepth": [2, 3], "maxBins": [64]},
+    "random_forest": {"numTrees": [5], "maxDepth": [4], "maxBins": [64], "featureSubsetStrategy": ["onethird"]},
+}
+
+
+def logistic(**grid):
+    return [{"learner": "logistic_regression", "grid": grid}]
+
+
 def make_rows(seed=7, rows_per_day=120):
     """Two files of rows and their features; in each file one row stands at 24:00:00 of its last day."""
     draw = random.Random(seed)
@@ -52,7 +64,7 @@ def make_rows(seed=7, rows_per_day=120):
                     seconds,
                     seconds // 86_400,
                     fraud,
-                    fraud,
+                    fraud * (1 + len(rows) % 3),
                     draw.gauss(1.5 * fraud, 1),
                     draw.gauss(0, 1),
                 ]
@@ -72,6 +84,14 @@ def write(spark, rows, directory):
     return uris
 
 
+def vectors(spark, uris, condition):
+    """Rows as the learners take them."""
+    from pyspark.ml.feature import VectorAssembler
+
+    assembler = VectorAssembler(inputCols=["tx_amount", "risk", "noise"], outputCol=train_model.VECTOR)
+    return assembler.transform(spark.read.parquet(*uris).where(condition))
+
+
 def request(uris, output, **changes):
     return {
         "run_id": "run-1",
@@ -80,7 +100,7 @@ def request(uris, output, **changes):
         "cutoff_uri": uris[-1],
         "features": ["tx_amount", "risk", "noise"],
         "output_uri": str(output),
-        "grid": {"regParam": [0.5, 0], "maxIter": [100, 200]},
+        "candidates": logistic(regParam=[0.5, 0], maxIter=[100, 200]),
         **SHORT_WINDOWS,
         **changes,
     }
@@ -167,10 +187,62 @@ class TestReport:
 
     def test_best_is_the_first_of_the_highest(self, trained):
         grid = trained["grid"]
+        assert {entry["learner"] for entry in grid} == {"logistic_regression"}
         assert [tuple(entry["params"].values()) for entry in grid] == [(0.5, 100), (0.5, 200), (0, 100), (0, 200)]
         highest = max(entry["validation_average_precision"] for entry in grid)
         first = next(entry for entry in grid if entry["validation_average_precision"] == highest)
         assert trained["best"]["params"] == first["params"]
+        assert trained["best"]["learner"] == "logistic_regression"
+        assert trained["best"]["validation_average_precision"] == highest
+
+    def test_importances_of_a_logistic_regression(self, trained, rows):
+        """Coefficient times standard deviation, as shares."""
+        window = trained["windows"]["train"]
+        inside = [row for row in rows if window["first_day"] <= row[COLUMN["tx_time_days"]] <= window["last_day"]]
+        sizes = {
+            name: abs(value) * statistics.stdev(row[COLUMN[name]] for row in inside)
+            for name, value in trained["coefficients"].items()
+        }
+        expected = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+        assert trained["feature_importances"] == pytest.approx(expected)
+
+    def test_one_fold_and_no_sampling_unless_asked(self, trained):
+        windows = trained["windows"]
+        assert trained["validation_folds"] == [{name: windows[name] for name in ("validation_train", "validation")}]
+        assert [entry["fold_average_precisions"] for entry in trained["grid"]] == [
+            [entry["validation_average_precision"]] for entry in trained["grid"]
+        ]
+        assert trained["sampling"] is None
+
+    def test_tables_are_of_the_held_out_rows(self, spark, trained, rows):
+        tables, metrics, test = trained["tables"], trained["metrics"], trained["windows"]["test"]
+        assert set(tables) == {
+            "roc",
+            "precision_recall",
+            "score_histogram",
+            "calibration",
+            "per_day",
+            "per_scenario",
+            "thresholds",
+        }
+        assert sum(bin["genuine"] + bin["frauds"] for bin in tables["score_histogram"]) == test["rows"]
+        assert sum(bin["rows"] for bin in tables["calibration"]) == test["rows"]
+        assert sum(day["rows"] for day in tables["per_day"]) == test["rows"]
+        assert sum(day["frauds"] for day in tables["per_day"]) == test["frauds"]
+        assert [day["date"] for day in tables["per_day"]] == ["2020-01-26", "2020-01-27", "2020-01-28"]
+        for table in tables.values():
+            assert all(isinstance(value, (int, float, str)) for row in table for value in row.values())
+
+        scenarios = {}
+        for row in expected_test_rows(rows):
+            if row[COLUMN["tx_fraud"]]:
+                scenario = row[COLUMN["tx_fraud_scenario"]]
+                scenarios[scenario] = scenarios.get(scenario, 0) + 1
+        assert {row["scenario"]: row["frauds"] for row in tables["per_scenario"]} == scenarios
+        assert set(scenarios) == {1, 2, 3}
+        caught = sum(row["caught"] for row in tables["per_scenario"])
+        assert caught / test["frauds"] == pytest.approx(metrics["test_recall_at_budget"])
+        assert tables["thresholds"][0]["recall"] == metrics["test_recall_at_budget"]
 
     def test_the_signal_is_found(self, trained):
         assert trained["metrics"]["test_roc_auc"] > 0.85
@@ -302,18 +374,204 @@ class TestTooLittleData:
         assert "empty has no rows" in reason
 
 
-def test_parameters_are_chosen_on_the_validation_windows(spark, uris, trained, tmp_path, monkeypatch):
+def test_candidates_are_judged_on_the_validation_windows(spark, uris, trained, tmp_path, monkeypatch):
     seen = []
 
-    def search(fitted_on, validated_on, grid):
-        seen.extend([fitted_on.count(), validated_on.count(), grid])
+    def search(folds, candidates, seed, weight):
+        seen.extend([[(fitted_on.count(), validated_on.count()) for fitted_on, validated_on in folds], candidates])
+        seen.extend([seed, weight])
         raise InterruptedError
 
     monkeypatch.setattr(train_model, "search", search)
+    candidates = logistic(regParam=[7])
     with pytest.raises(InterruptedError):
-        train_model.run(spark, request(uris, tmp_path, grid={"regParam": [7]}))
+        train_model.run(spark, request(uris, tmp_path, candidates=candidates, seed=5))
     windows = trained["windows"]
-    assert seen == [windows["validation_train"]["rows"], windows["validation"]["rows"], {"regParam": [7]}]
+    assert seen == [[(windows["validation_train"]["rows"], windows["validation"]["rows"])], candidates, 5, None]
+
+
+class TestTrees:
+    @pytest.fixture(scope="class", params=TREES)
+    def learner(self, request):
+        return request.param
+
+    @pytest.fixture(scope="class")
+    def twice(self, spark, uris, learner, tmp_path_factory):
+        """The same request, done twice; trees against a logistic regression that cannot win."""
+        candidates = [
+            *logistic(regParam=[1000], maxIter=[1], fitIntercept=[False]),
+            {"learner": learner, "grid": TREES[learner]},
+        ]
+        output = tmp_path_factory.mktemp("models")
+        return [
+            train_model.run(spark, request(uris, output / name, candidates=candidates, seed=3)) for name in ("a", "b")
+        ]
+
+    def test_is_found_saved_and_scores(self, spark, uris, learner, twice):
+        from pyspark.ml import PipelineModel
+        from sklearn.metrics import average_precision_score
+
+        report = twice[0]
+        assert json.loads(json.dumps(report)) == report
+        assert report["best"]["learner"] == learner
+        assert [entry["learner"] for entry in report["grid"]] == ["logistic_regression"] + [learner] * (
+            2 if learner == "gbt" else 1
+        )
+        assert report["metrics"]["test_roc_auc"] > 0.8
+        assert "coefficients" not in report
+        importances = report["feature_importances"]
+        assert list(importances) == report["features"]
+        assert sum(importances.values()) == pytest.approx(1)
+        assert importances["risk"] > importances["noise"] >= 0
+
+        again = PipelineModel.load(report["model_uri"]).transform(spark.read.parquet(*uris))
+        again = again.select("transaction_id", train_model._probability().alias("again"))
+        rows = spark.read.parquet(report["scores_uri"]).join(again, "transaction_id").collect()
+        assert len(rows) == report["metrics"]["test_rows"]
+        assert all(row["score"] == row["again"] and 0 <= row["score"] <= 1 for row in rows)
+        assert report["metrics"]["test_average_precision"] == pytest.approx(
+            average_precision_score([row["tx_fraud"] for row in rows], [row["score"] for row in rows])
+        )
+
+    def test_is_reproducible(self, spark, twice):
+        first, second = twice
+        assert second["best"] == first["best"]
+        assert second["feature_importances"] == pytest.approx(first["feature_importances"], abs=1e-9)
+        scores = [
+            {row["transaction_id"]: row["score"] for row in spark.read.parquet(report["scores_uri"]).collect()}
+            for report in twice
+        ]
+        assert scores[1] == pytest.approx(scores[0], abs=1e-9)
+        assert len(set(scores[0].values())) > 3
+
+    def test_seed_is_the_forests(self, spark, uris):
+        """Another seed draws other rows and features; without seed, nothing would be reproducible."""
+        params = {name: values[0] for name, values in TREES["random_forest"].items()}
+        frame = vectors(spark, uris, "tx_time_days < 6")
+        models = [
+            train_model._estimator("random_forest", params, seed, None).fit(frame).toDebugString.splitlines()[1:]
+            for seed in (1, 1, 2)
+        ]
+        assert models[0] == models[1] != models[2]
+
+
+class TestFolds:
+    def test_each_ends_validation_days_earlier_where_the_data_allow(self):
+        windows = train_model.time_windows(0, 119, train_model.DEFAULTS)
+        per_day = dict.fromkeys(range(120), (100, 5))
+        settings = {**train_model.DEFAULTS, "validation_folds": 3}
+        folds = [
+            {"validation_train": (46, 91), "validation": (99, 105)},
+            {"validation_train": (46, 84), "validation": (92, 98)},
+            {"validation_train": (46, 77), "validation": (85, 91)},
+        ]
+        assert train_model.validation_folds(windows, per_day, settings) == folds
+        assert train_model.validation_folds(windows, per_day, train_model.DEFAULTS) == folds[:1]
+        # 46 to 77 are 32 days.
+        assert train_model.validation_folds(windows, per_day, {**settings, "min_train_days": 32}) == folds
+        assert train_model.validation_folds(windows, per_day, {**settings, "min_train_days": 33}) == folds[:2]
+        # Days 92 to 98 have no frauds, then nothing but frauds.
+        for frauds in (0, 100):
+            week = {**per_day, **dict.fromkeys(range(92, 99), (100, frauds))}
+            assert train_model.validation_folds(windows, week, settings) == folds[:1]
+
+    def test_a_candidates_score_is_the_mean_over_the_folds(self, spark, uris, rows, trained, tmp_path):
+        """Each fold's figure, against the fold fitted and judged on its own."""
+        changes = {
+            "validation_folds": 5,
+            "min_train_days": 2,
+            "candidates": [*logistic(regParam=[0, 0.5]), {"learner": "gbt", "grid": {"maxIter": [2], "maxDepth": [2]}}],
+        }
+        report = train_model.run(spark, request(uris, tmp_path / "model", **changes))
+        folds = report["validation_folds"]
+        # The train window is day 11 to 22; a third fold would have one day to fit on.
+        assert [
+            [(window["first_day"], window["last_day"]) for window in (fold["validation_train"], fold["validation"])]
+            for fold in folds
+        ] == [[(11, 17), (20, 22)], [(11, 14), (17, 19)]]
+        days = [row[COLUMN["tx_time_days"]] for row in rows]
+        assert folds[1]["validation"]["rows"] == sum(17 <= day <= 19 for day in days)
+        assert folds[1]["validation_train"]["last_date"] == "2020-01-15"
+        for entry in report["grid"]:
+            assert len(entry["fold_average_precisions"]) == 2
+            assert entry["validation_average_precision"] == pytest.approx(sum(entry["fold_average_precisions"]) / 2)
+        assert report["grid"][0]["fold_average_precisions"][0] == pytest.approx(
+            trained["grid"][2]["validation_average_precision"], rel=1e-9
+        )
+        fold = [vectors(spark, uris, f"tx_time_days BETWEEN {days}") for days in ("11 AND 14", "17 AND 19")]
+        (alone,) = train_model.search([tuple(fold)], logistic(regParam=[0.5]))
+        assert report["grid"][1]["fold_average_precisions"][1] == pytest.approx(
+            alone["validation_average_precision"], rel=1e-9
+        )
+
+
+class TestSampling:
+    def test_weighted_totals_are_kept(self, spark, uris, trained):
+        window = spark.read.parquet(*uris).where("tx_time_days BETWEEN 11 AND 22")
+        folds = [{"validation_train": (11, 17), "validation": (20, 22)}]
+        settings = {**train_model.DEFAULTS, "max_train_rows": 500}
+        samples = [train_model.learning_rows(window, folds, {**settings, "seed": seed}) for seed in (1, 1, 2)]
+        kept = []
+        for frame, sampling in samples:
+            rows = frame.collect()
+            train = trained["windows"]["train"]
+            assert (sampling["rows"], sampling["frauds"]) == (train["rows"], train["frauds"])
+            learned = [row for row in rows if row["weight"] is not None]
+            assert len(learned) == sampling["kept_rows"] == pytest.approx(500, abs=60)
+            assert sum(row["tx_fraud"] for row in learned) == train["frauds"]
+            assert {row["weight"] for row in learned if row["tx_fraud"]} == {1.0}
+            assert sum(row["weight"] for row in learned) == pytest.approx(train["rows"])
+            # What is validated on is all there.
+            assert sum(row["tx_time_days"] >= 20 for row in rows) == trained["windows"]["validation"]["rows"]
+            assert all(row["weight"] is not None for row in rows if row["tx_time_days"] < 20)
+            kept.append({row["transaction_id"] for row in learned})
+        assert kept[0] == kept[1] != kept[2]
+
+    def test_frauds_are_never_fewer_than_asked_for(self, spark, uris, trained):
+        window = spark.read.parquet(*uris).where("tx_time_days BETWEEN 11 AND 22")
+        folds = [{"validation_train": (11, 17), "validation": (20, 22)}]
+        _, sampling = train_model.learning_rows(window, folds, {**train_model.DEFAULTS, "max_train_rows": 1})
+        frauds = trained["windows"]["train"]["frauds"]
+        assert sampling["kept_rows"] - frauds == pytest.approx(frauds, rel=0.3)
+
+    def test_enough_room_leaves_the_rows_alone(self, spark, uris, trained):
+        window = spark.read.parquet(*uris).where("tx_time_days BETWEEN 11 AND 22")
+        rows = trained["windows"]["train"]["rows"]
+        for limit in (None, rows):
+            frame, sampling = train_model.learning_rows(window, [], {**train_model.DEFAULTS, "max_train_rows": limit})
+            assert sampling is None
+            assert "weight" not in frame.columns
+            assert frame.count() == rows
+
+    @pytest.mark.parametrize("learner", train_model.LEARNERS)
+    def test_scores_stay_calibrated(self, spark, uris, learner):
+        """A third of the genuine rows is learned from: without weights, the mean score would be twice as high."""
+        from pyspark.ml.feature import VectorAssembler
+        from pyspark.sql import functions
+
+        window = spark.read.parquet(*uris).where("tx_time_days BETWEEN 11 AND 22")
+        folds = [{"validation_train": (11, 17), "validation": (23, 25)}]
+        rows, _ = train_model.learning_rows(window, folds, {**train_model.DEFAULTS, "max_train_rows": 600})
+        assembler = VectorAssembler(inputCols=["tx_amount", "risk", "noise"], outputCol=train_model.VECTOR)
+        params = {"gbt": {"maxIter": 20, "maxDepth": 2, "stepSize": 0.3}, "random_forest": {"maxDepth": 4}}
+        estimator = train_model._estimator(learner, params.get(learner, {}), 0, train_model.WEIGHT)
+        scored = estimator.fit(assembler.transform(rows)).transform(assembler.transform(window))
+        mean, share = scored.agg(functions.avg(train_model._probability()), functions.avg("tx_fraud")).collect()[0]
+        assert mean == pytest.approx(share, rel=0.2)
+
+    def test_is_reported(self, spark, uris, tmp_path):
+        changes = {"max_train_rows": 600, "candidates": logistic(maxIter=[20])}
+        report = train_model.run(spark, request(uris, tmp_path / "model", **changes))
+        assert json.loads(json.dumps(report)) == report
+        sampling, train = report["sampling"], report["windows"]["train"]
+        assert (sampling["max_train_rows"], sampling["rows"], sampling["frauds"]) == (
+            600,
+            train["rows"],
+            train["frauds"],
+        )
+        genuine = sampling["genuine_weight"] * (sampling["kept_rows"] - sampling["frauds"])
+        assert genuine == pytest.approx(train["rows"] - train["frauds"])
+        assert report["metrics"]["test_roc_auc"] > 0.85
 
 
 class TestChampion:
@@ -325,7 +583,7 @@ class TestChampion:
             "version": "1",
             "spark_version": trained["spark_version"],
         }
-        changes = {"features": ["tx_amount", "noise"], "grid": {"regParam": [0], "maxIter": [100]}}
+        changes = {"features": ["tx_amount", "noise"], "candidates": logistic(regParam=[0], maxIter=[100])}
         report = train_model.run(spark, request(uris, tmp_path / "model", champion=champion, **changes))
         assert report["champion"] == {**champion, "status": "scored"}
         before = spark.read.parquet(trained["scores_uri"]).collect()
@@ -390,13 +648,10 @@ class TestChampion:
 
 
 class TestSearch:
-    def test_a_converged_fit_is_every_longer_fit(self, spark, trained, uris):
-        from pyspark.ml.feature import VectorAssembler
-
-        assembler = VectorAssembler(inputCols=trained["features"], outputCol=train_model.VECTOR)
-        frame = assembler.transform(spark.read.parquet(*uris)).where("tx_time_days <= 20").coalesce(1)
+    def test_a_converged_fit_is_every_longer_fit(self, spark, uris):
+        frame = vectors(spark, uris, "tx_time_days <= 20").coalesce(1)
         iterations = [200, 3, 100]
-        entries = train_model.search(frame, frame, {"regParam": [0], "maxIter": iterations})
+        entries = train_model.search([(frame, frame)], logistic(regParam=[0], maxIter=iterations))
         assert [entry["params"]["maxIter"] for entry in entries] == iterations
         longest, stopped, converged = entries
         # The first was stopped by its maxIter, so the next was fitted; that converged, so the longest was not.
@@ -404,14 +659,30 @@ class TestSearch:
         assert [entry["reused_fit"] for entry in entries] == [True, False, False]
         assert longest["validation_average_precision"] == converged["validation_average_precision"]
 
-        short, long = (train_model._learner({"regParam": 0, "maxIter": maximum}).fit(frame) for maximum in (100, 200))
+        short, long = (
+            train_model._estimator("logistic_regression", {"regParam": 0, "maxIter": maximum}, 0, None).fit(frame)
+            for maximum in (100, 200)
+        )
         assert train_model._iterations(long) == converged["iterations"]
         assert list(short.coefficients) == list(long.coefficients)
 
     def test_an_error_of_a_fit_is_raised(self, spark):
         frame = spark.createDataFrame([(1,)], "tx_fraud int")
         with pytest.raises(Exception, match=train_model.VECTOR):
-            train_model.search(frame, frame, {"regParam": [0]})
+            train_model.search([(frame, frame)], logistic(regParam=[0]))
+
+    def test_the_default_has_every_learner_and_the_baselines_grid(self, spark):
+        points = train_model._points(train_model.DEFAULTS["candidates"])
+        assert {learner for learner, _ in points} == set(train_model.LEARNERS)
+        baseline = [params for learner, params in points if learner == "logistic_regression"]
+        assert [(params["regParam"], params["maxIter"]) for params in baseline] == [
+            (strength, iterations) for strength in (0, 0.1, 0.5) for iterations in (100, 500, 1000)
+        ]
+
+    @pytest.mark.parametrize("learner", train_model.LEARNERS)
+    def test_whatever_a_grid_may_vary_is_a_parameter(self, spark, learner):
+        estimator = train_model._estimator(learner, {}, 0, None)
+        assert all(estimator.hasParam(name) for name in train_model.LEARNERS[learner][1])
 
 
 @pytest.mark.parametrize(
@@ -420,6 +691,13 @@ class TestSearch:
         ({"features": []}, "lacks features"),
         ({"cutoff_uri": "/elsewhere"}, "one of feature_uris"),
         ({"features": ["risk", "age_of_card"]}, "no column age_of_card"),
+        ({"candidates": [{"learner": "xgboost"}]}, "no learner 'xgboost'; .* logistic_regression, gbt, random_forest"),
+        ({"candidates": [{"learner": "gbt", "grid": {"numTrees": [5]}}]}, "gbt cannot have numTrees; .* maxIter"),
+        ({"candidates": [{"learner": "gbt", "grid": {"maxDepth": ["deep"]}}]}, "gbt cannot have {'maxDepth': 'deep'}"),
+        ({"candidates": []}, "no combination"),
+        ({"candidates": [{"learner": "gbt", "grid": {"maxDepth": []}}]}, "no combination"),
+        ({"validation_folds": 0}, "validation_folds must be 1 or more"),
+        ({"max_train_rows": 0}, "max_train_rows must be 1 or more"),
     ],
 )
 def test_wrong_requests_say_what_is_wrong(spark, uris, tmp_path, change, told):
