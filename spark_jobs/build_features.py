@@ -33,24 +33,24 @@ FEATURE_COLUMNS = (
     ("tx_during_weekend", "double", "1 on Saturday and Sunday (UTC), else 0."),
     ("tx_during_night", "double", "1 from 00:00 to 06:59 (UTC), else 0."),
     *[
-        (name.format(days), "double", text.format(days))
+        (name.format(days), "double", text.format("day" if days == 1 else f"{days} days"))
         for days in WINDOW_DAYS
         for name, text in (
             (
                 "customer_tx_count_{}d",
-                "The customer's transactions in the {} days up to and including this one; 1 if unknown.",
+                "The customer's transactions in the {} up to and including this one; 1 if unknown.",
             ),
             (
                 "customer_mean_amount_{}d",
-                "Mean amount of the customer's transactions in these {} days; if unknown, this amount.",
+                "Mean amount of the customer's transactions in the {} up to it; if unknown, this amount.",
             ),
             (
                 "terminal_tx_count_{}d",
-                "The terminal's transactions in the {} days that end a label delay ago; 0 if unknown.",
+                "The terminal's transactions in the {} that end a label delay ago; 0 if unknown.",
             ),
             (
                 "terminal_fraud_risk_{}d",
-                "Share of frauds among the terminal's transactions in these {} days; 0 if there are none.",
+                "Share of frauds among the terminal's transactions in these {}; 0 if there are none.",
             ),
         )
     ],
