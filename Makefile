@@ -4,6 +4,10 @@
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export MLFLOW_DISABLE_TELEMETRY := true
+MLFLOW_PORT ?= 5000
+export MLFLOW_PORT
+# Where Dagster's links to MLflow lead.
+export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 # Settings of other Python and Spark installations do not apply to the one in .venv.
 unexport PYTHONHOME PYTHONPATH SPARK_HOME
 

@@ -1,7 +1,8 @@
 """Asset checks, computed from the jobs' reports. The blocking ones stop a run before it trains on wrong data."""
 
 from collections.abc import Callable, Mapping
-from datetime import date, datetime, timedelta
+from contextlib import suppress
+from datetime import datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -44,10 +45,19 @@ def rows_that_do_not_add_up(report: Mapping[str, Any]) -> str | None:
     return f"{counts['raw_rows']} raw rows, but {parts} clean, duplicate and rejected rows"
 
 
+def reject_rate_of(report: Mapping[str, Any]) -> float:
+    """Share of the raw rows that are rejected."""
+    return report["counts"]["rejected_rows"] / max(1, report["counts"]["raw_rows"])
+
+
+def fraud_rate_of(report: Mapping[str, Any]) -> float:
+    """Share of the clean rows that are frauds."""
+    return report["counts"]["fraud_rows"] / max(1, report["counts"]["clean_rows"])
+
+
 def high_reject_rate(report: Mapping[str, Any], limits: QualityLimits) -> str | None:
     """The share of rejected rows must be small."""
-    counts = report["counts"]
-    rate = counts["rejected_rows"] / max(1, counts["raw_rows"])
+    counts, rate = report["counts"], reject_rate_of(report)
     if rate <= limits.max_reject_rate:
         return None
     return f"{rate:.2%} of {counts['raw_rows']} rows are rejected, more than {limits.max_reject_rate:.2%}"
@@ -58,7 +68,7 @@ def implausible_fraud_rate(report: Mapping[str, Any], limits: QualityLimits) -> 
     counts = report["counts"]
     if counts["clean_rows"] < limits.min_rows_to_judge:
         return None
-    rate = counts["fraud_rows"] / counts["clean_rows"]
+    rate = fraud_rate_of(report)
     if limits.min_fraud_rate <= rate <= limits.max_fraud_rate:
         return None
     return f"{rate:.3%} of the rows are frauds, not between {limits.min_fraud_rate:.3%} and {limits.max_fraud_rate:.3%}"
@@ -88,9 +98,13 @@ def misplaced_time_range(key: str, cleaned: Reports, limits: QualityLimits) -> s
     if named and not named <= first <= named + timedelta(days=limits.max_days_per_file):
         return f"its first transaction is of {first}, which does not fit its name"
     for other, report in cleaned.items():
-        if other == key or report["tx_datetime"]["min"] is None:
+        other_times = report["tx_datetime"]
+        # The texts compare as the instants do, and there may be thousands.
+        if other == key or not other_times["min"] or not times["min"] <= other_times["max"]:
             continue
-        other_first, other_last = instant(report["tx_datetime"]["min"]), instant(report["tx_datetime"]["max"])
+        if other_times["min"] > times["max"]:
+            continue
+        other_first, other_last = instant(other_times["min"]), instant(other_times["max"])
         overlap = min(last, other_last) - max(first, other_first)
         if overlap > timedelta(days=limits.max_overlap_days):
             return f"it shares {overlap.days} days with {other}"
@@ -99,36 +113,56 @@ def misplaced_time_range(key: str, cleaned: Reports, limits: QualityLimits) -> s
 
 def _date_of(key: str) -> datetime | None:
     try:
-        day = date.fromisoformat(key)
+        return datetime.strptime(key, "%Y-%m-%d") if len(key) == len("2019-08-22") else None
     except ValueError:
         return None
-    return datetime(day.year, day.month, day.day)
 
 
 def _judge(
-    context: dg.AssetCheckExecutionContext, reports: Reports, problem_of: Callable[[str], str | None]
+    context: dg.AssetCheckExecutionContext,
+    problem_of: Callable[[str], str | None],
+    measure: Callable[[str], Mapping[str, Any]] = lambda key: {},
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
 ) -> dg.AssetCheckResult:
-    """Check every partition of the run; the result names those with a problem."""
+    """Check every partition of the run.
+
+    Dagster takes one result from a check that runs over a range. So that its UI shows each partition's own, with the
+    figures of `measure`, they are logged one by one; the result, which may block the run, names those with a problem.
+    """
+    (check,) = context.op_execution_context.selected_asset_check_keys
     problems: Problems = {}
     for key in context.partition_keys:
-        problem = problem_of(key) if key in reports else "it has no report"
-        if problem:
+        if problem := problem_of(key):
             problems[key] = problem
+        evaluation = dg.AssetCheckEvaluation(
+            asset_key=check.asset_key,
+            check_name=check.name,
+            passed=key not in problems,
+            severity=severity,
+            description=problem,
+            metadata=dict(measure(key)),
+            partition=key,
+        )
+        # The method takes it, its annotation does not say so.
+        context.op_execution_context.log_event(evaluation)  # type: ignore[arg-type]
     return dg.AssetCheckResult(
         passed=not problems,
+        severity=severity,
         description="; ".join(f"{key}: {problem}" for key, problem in problems.items()) or None,
-        metadata={
-            "partitions_checked": len(context.partition_keys),
-            "problems": dg.JsonMetadataValue(problems),
-        },
+        metadata={"partitions_checked": len(context.partition_keys), "problems": dg.JsonMetadataValue(problems)},
     )
+
+
+def _with_report(reports: Reports, problem_of: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """`problem_of` for partitions that have a report; not to have one is a problem, too."""
+    return lambda key: problem_of(key) if key in reports else "it has no report"
 
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
 def rows_add_up(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
     """Every raw row is a clean, a duplicate or a rejected row."""
     cleaned = lake.reports(CLEANED)
-    return _judge(context, cleaned, lambda key: rows_that_do_not_add_up(cleaned[key]))
+    return _judge(context, _with_report(cleaned, lambda key: rows_that_do_not_add_up(cleaned[key])))
 
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
@@ -137,7 +171,11 @@ def reject_rate(
 ) -> dg.AssetCheckResult:
     """Few rows are rejected."""
     cleaned = lake.reports(CLEANED)
-    return _judge(context, cleaned, lambda key: high_reject_rate(cleaned[key], limits))
+
+    def measure(key: str) -> Mapping[str, float]:
+        return {"rate": reject_rate_of(cleaned[key]), "limit": limits.max_reject_rate} if key in cleaned else {}
+
+    return _judge(context, _with_report(cleaned, lambda key: high_reject_rate(cleaned[key], limits)), measure)
 
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
@@ -146,14 +184,18 @@ def fraud_rate(
 ) -> dg.AssetCheckResult:
     """The share of frauds is plausible."""
     cleaned = lake.reports(CLEANED)
-    return _judge(context, cleaned, lambda key: implausible_fraud_rate(cleaned[key], limits))
+
+    def measure(key: str) -> Mapping[str, float]:
+        return {"rate": fraud_rate_of(cleaned[key])} if key in cleaned else {}
+
+    return _judge(context, _with_report(cleaned, lambda key: implausible_fraud_rate(cleaned[key], limits)), measure)
 
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
 def unique_ids(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
     """No transaction_id range overlaps that of another file."""
     cleaned = lake.reports(CLEANED)
-    return _judge(context, cleaned, lambda key: shared_ids(key, cleaned))
+    return _judge(context, _with_report(cleaned, lambda key: shared_ids(key, cleaned)))
 
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
@@ -162,7 +204,7 @@ def time_range(
 ) -> dg.AssetCheckResult:
     """The times of a file fit its place among the others."""
     cleaned = lake.reports(CLEANED)
-    return _judge(context, cleaned, lambda key: misplaced_time_range(key, cleaned, limits))
+    return _judge(context, _with_report(cleaned, lambda key: misplaced_time_range(key, cleaned, limits)))
 
 
 @dg.asset_check(asset=transaction_features, partitions_def=raw_files, blocking=True)
@@ -176,28 +218,23 @@ def usable_features(context: dg.AssetCheckExecutionContext, lake: LakeResource) 
             return f"{counts['rows']} rows of features for {clean_rows} clean rows"
         return f"{counts['unusable_rows']} rows have unusable features" if counts["unusable_rows"] else None
 
-    return _judge(context, features, problem_of)
+    return _judge(context, _with_report(features, problem_of))
 
 
 @dg.asset_check(asset=fraud_model, partitions_def=raw_files)
 def enough_data(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
     """The models that this run was to train could be trained."""
-    outcomes: dict[str, str] = {}
-    problems: Problems = {}
+    reports: dict[str, Any] = {}
     for key in context.partition_keys:
-        try:
-            report = lake.read_json(job_file(context.run.run_id, "train_model", key, "report"))
-        except FileNotFoundError:  # the run's model is that of another partition
-            continue
-        outcomes[key] = report["outcome"]
-        if report["outcome"] != "trained":
-            problems[key] = report["reason"]
-    return dg.AssetCheckResult(
-        passed=not problems,
-        severity=dg.AssetCheckSeverity.WARN,
-        description="; ".join(f"{key}: {problem}" for key, problem in problems.items()) or None,
-        metadata={"outcomes": dg.JsonMetadataValue(outcomes)},
-    )
+        # Where there is none, the run's model is that of another partition.
+        with suppress(FileNotFoundError):
+            reports[key] = lake.read_json(job_file(context.run.run_id, "train_model", key, "report"))
+
+    def problem_of(key: str) -> str | None:
+        trained = key not in reports or reports[key]["outcome"] == "trained"
+        return None if trained else reports[key]["reason"]
+
+    return _judge(context, problem_of, severity=dg.AssetCheckSeverity.WARN)
 
 
 ASSET_CHECKS = [rows_add_up, reject_rate, fraud_rate, unique_ids, time_range, usable_features, enough_data]

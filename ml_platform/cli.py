@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ml_platform.settings import Settings, SettingsError, load_settings
 
@@ -122,7 +124,9 @@ def simulate(
         raise CommandError(str(error)) from None
     store = open_store(settings.raw_uri)
     existing = {file.name for file in store.list_directory()}
-    table = Table("file", "rows", "frauds", "faulty or rejected", "MB", title=f"Raw files in {settings.raw_uri}")
+    table = Table(
+        "file", "rows", "frauds", "faulty or rejected", "MB", title=escape(f"Raw files in {settings.raw_uri}")
+    )
     for index in range(first_file, first_file + files):
         name = simulation.file_name(index)
         if name in existing and not overwrite:
@@ -145,6 +149,7 @@ def simulate(
 @app.command()
 def sync() -> None:
     """Register the raw files as partitions, so that Dagster's commands and UI know them."""
+    from ml_platform.assets.raw import raw_file_observation
     from ml_platform.partitions import raw_files
 
     settings = load_settings()
@@ -155,7 +160,11 @@ def sync() -> None:
         registered = set(instance.get_dynamic_partitions(str(raw_files.name)))
         new = [key for key in files if key not in registered]
         instance.add_dynamic_partitions(str(raw_files.name), new)
-    console.print(f"{len(files)} raw files in {settings.raw_uri}, {len(new)} newly registered", soft_wrap=True)
+        for key in new:
+            instance.report_runless_asset_event(raw_file_observation(files[key]))
+    console.print(
+        f"{len(files)} raw files in {settings.raw_uri}, {len(new)} newly registered", markup=False, soft_wrap=True
+    )
 
 
 @app.command("process-new-files")
@@ -165,14 +174,14 @@ def process_new_files() -> None:
     settings = load_settings()
     with _instance(settings) as instance:
         from ml_platform.definitions import defs
-        from ml_platform.partitions import range_tags, raw_files
-        from ml_platform.sensors import plan_runs
+        from ml_platform.partitions import range_tags
+        from ml_platform.sensors import plan_runs, prepare
 
         plan = plan_runs(instance, _lake(settings))
         for name, reason in plan.ignored.items():
             errors.print(f"ignored {name!r}: {reason}", style="yellow", markup=False, soft_wrap=True)
-        instance.add_dynamic_partitions(str(raw_files.name), plan.new_partitions)
-        console.print(plan.reason, soft_wrap=True)
+        prepare(instance, plan)
+        console.print(plan.reason, markup=False, soft_wrap=True)
         failed = []
         for start, end in plan.ranges:
             console.print(f"processing {start} to {end}", style="bold")
@@ -232,7 +241,7 @@ def doctor() -> None:
     checks: list[tuple[str, Callable[[], str]]] = []
     settings = load_settings()
     checks.append(("settings", lambda: f"deployment {settings.deployment}, Spark on {settings.spark_master}"))
-    checks.append(("Java", _check_java))
+    checks.append(("Java", lambda: _check_java(settings)))
     checks.append(("raw files", lambda: _check_raw_files(settings)))
     checks.append(("lake", lambda: _check_lake(settings)))
     checks.append(("MLflow", lambda: _check_mlflow(settings)))
@@ -248,23 +257,23 @@ def doctor() -> None:
                 (str(error).strip().splitlines() or [type(error).__name__])[0],
                 "[red]wrong[/red]",
             )
-        table.add_row(name, verdict, found)
+        table.add_row(name, verdict, Text(found))
     console.print(table)
     if failures:
         raise CommandError(f"{failures} of {len(checks)} checks failed")
 
 
-def _check_java() -> str:
-    home = os.environ.get("JAVA_HOME")
-    java = shutil.which("java", path=str(Path(home) / "bin")) if home else shutil.which("java")
+def _check_java(settings: Settings) -> str:
+    home = settings.java_home
+    java = shutil.which("java", path=str(home / "bin")) if home else shutil.which("java")
     if java is None:
         where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java in PATH"
         raise CommandError(f"{where}; Spark needs Java 17 or 21, e.g. apt-get install openjdk-17-jre-headless")
-    version = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=30, check=False).stderr
-    first = (version.splitlines() or ["no version"])[0]
-    if not any(f'"{major}' in first for major in (17, 21)):
-        raise CommandError(f"{java} is {first}; Spark needs Java 17 or 21: set JAVA_HOME to one")
-    return f"{first} ({java})"
+    said = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=30, check=False).stderr
+    version = next((line for line in said.splitlines() if " version " in line), "of no known version")
+    if not re.search(r'"(17|21)\b', version):
+        raise CommandError(f"{java} is {version}; Spark needs Java 17 or 21: set JAVA_HOME to one")
+    return f"{version} ({java})"
 
 
 def _check_raw_files(settings: Settings) -> str:

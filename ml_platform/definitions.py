@@ -21,8 +21,12 @@ def build_resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
     """The resources that `settings` ask for; the same keys in every deployment."""
     return {
         "lake": LakeResource(raw_uri=settings.raw_uri, lake_uri=settings.lake_uri, epoch=settings.epoch.isoformat()),
-        "spark": LocalSparkEngine(master=settings.spark_master),
-        "mlflow": MlflowResource(tracking_uri=settings.tracking_uri, artifact_root=settings.artifact_root),
+        "spark": LocalSparkEngine(master=settings.spark_master, driver_memory=settings.spark_driver_memory),
+        "mlflow": MlflowResource(
+            tracking_uri=settings.tracking_uri,
+            artifact_root=settings.artifact_root,
+            ui_url=settings.mlflow_ui_url,
+        ),
         "limits": QualityLimits(),
     }
 

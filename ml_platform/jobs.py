@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dagster as dg
 
-from ml_platform.partitions import raw_files
-
 process_new_files = dg.define_asset_job(
     "process_new_files",
     selection=dg.AssetSelection.assets("cleaned_transactions", "transaction_features", "fraud_model"),
-    partitions_def=raw_files,
     executor_def=dg.in_process_executor,
     description="Clean the partitions' files, build their features, train a model.",
 )

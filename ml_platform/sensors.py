@@ -13,9 +13,10 @@ import dagster as dg
 
 from ml_platform.assets.cleaned import is_cleaned
 from ml_platform.assets.common import some_of
+from ml_platform.assets.raw import raw_file_observation
 from ml_platform.jobs import process_new_files
 from ml_platform.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
-from ml_platform.resources.lake import CLEANED, LakeResource
+from ml_platform.resources.lake import CLEANED, LakeResource, RawFile
 from ml_platform.run_processes import fail_dead_runs
 
 DAY_S = 24 * 60 * 60
@@ -26,13 +27,8 @@ REMEMBERED_RUNS = 200
 #: A run that has shown no end for so long is not waited for: its process died unseen.
 LONGEST_RUN = timedelta(days=1)
 
-_ACTIVE = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
+_WAITING = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED]
+_RUNNING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 
 
@@ -42,6 +38,7 @@ class Plan:
 
     new_partitions: list[str]
     ranges: list[tuple[str, str]]
+    files: list[RawFile]
     ignored: dict[str, str]
     reason: str
 
@@ -57,7 +54,8 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     files, ignored = lake.list_raw_files()
     reports = lake.reports(CLEANED)
     registered = list(instance.get_dynamic_partitions(str(raw_files.name)))
-    new = [key for key in files if key not in set(registered)]
+    known = set(registered)
+    new = [key for key in files if key not in known]
     order = registered + new
 
     uncleaned = {key for key, file in files.items() if not is_cleaned(reports.get(key), file, lake.epoch)}
@@ -65,6 +63,7 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     active = set(_partitions_of_active_runs(instance, order))
     ranges = contiguous_ranges(uncleaned - active, order) + contiguous_ranges(unfinished - active, order)
 
+    wanted = sorted((uncleaned | unfinished) - active)
     parts = [f"{len(files)} raw files"]
     if ranges:
         parts.append(f"{len(uncleaned - active)} without a cleaned counterpart")
@@ -78,13 +77,14 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
         parts.append(f"{len(dead)} runs reported as failed because their process died")
     if ignored:
         parts.append(f"{len(ignored)} ignored for their names: {some_of(sorted(ignored))}")
-    return Plan(new, ranges, ignored, ", ".join(parts))
+    return Plan(new, ranges, [files[key] for key in wanted], ignored, ", ".join(parts))
 
 
 def _partitions_of_active_runs(instance: dg.DagsterInstance, order: list[str]) -> Iterable[str]:
     oldest = datetime.now(timezone.utc) - LONGEST_RUN
-    for record in instance.get_run_records(dg.RunsFilter(statuses=_ACTIVE, updated_after=oldest)):
-        yield from keys_of_run(record.dagster_run.tags, order)
+    waiting, running = dg.RunsFilter(statuses=_WAITING), dg.RunsFilter(statuses=_RUNNING, updated_after=oldest)
+    for run in [*instance.get_runs(waiting), *instance.get_runs(running)]:
+        yield from keys_of_run(run.tags, order)
 
 
 def _partitions_of_failed_runs(instance: dg.DagsterInstance, order: list[str]) -> Iterable[str]:
@@ -98,15 +98,26 @@ def _partitions_of_failed_runs(instance: dg.DagsterInstance, order: list[str]) -
         settled |= keys
 
 
+def prepare(instance: dg.DagsterInstance, plan: Plan) -> None:
+    """Register the plan's new partitions, and record what its raw files are now.
+
+    That comes before the runs: Dagster calls an asset stale whose input was observed while it was made.
+    """
+    instance.add_dynamic_partitions(str(raw_files.name), plan.new_partitions)
+    for file in plan.files:
+        instance.report_runless_asset_event(raw_file_observation(file))
+
+
 def run_requests(plan: Plan) -> list[dg.RunRequest]:
     """One run per range of the plan."""
     return [dg.RunRequest(tags=range_tags(start, end)) for start, end in plan.ranges]
 
 
-def warn_of_ignored(log: Logger, plan: Plan) -> None:
-    """Name the raw files that no partition can stand for."""
+def log_plan(log: Logger, plan: Plan) -> None:
+    """Say what the plan comes from, and name the raw files that no partition can stand for."""
     for name, reason in plan.ignored.items():
         log.warning(f"ignored raw file {name!r}: {reason}")
+    log.info(plan.reason)
 
 
 @dg.sensor(
@@ -117,12 +128,13 @@ def warn_of_ignored(log: Logger, plan: Plan) -> None:
 )
 def new_raw_files(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SensorResult:
     plan = plan_runs(context.instance, lake)
-    warn_of_ignored(context.log, plan)
+    log_plan(context.log, plan)
     requests = run_requests(plan)
     return dg.SensorResult(
         run_requests=requests,
         skip_reason=None if requests else plan.reason,
         dynamic_partitions_requests=[raw_files.build_add_request(plan.new_partitions)] if plan.new_partitions else [],
+        asset_events=[raw_file_observation(file) for file in plan.files],
     )
 
 
@@ -136,6 +148,6 @@ def process_new_files_daily(
     context: dg.ScheduleEvaluationContext, lake: LakeResource
 ) -> list[dg.RunRequest] | dg.SkipReason:
     plan = plan_runs(context.instance, lake)
-    warn_of_ignored(context.log, plan)
-    context.instance.add_dynamic_partitions(str(raw_files.name), plan.new_partitions)
+    log_plan(context.log, plan)
+    prepare(context.instance, plan)
     return run_requests(plan) or dg.SkipReason(plan.reason)

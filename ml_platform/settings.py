@@ -43,6 +43,9 @@ class Settings(BaseSettings):
         alias="MLFLOW_TRACKING_URI",
         description="MLflow's tracking server or database; default: an SQLite file beside the lake.",
     )
+    mlflow_ui_url: str | None = Field(
+        None, alias="MLFLOW_UI_URL", description="MLflow's UI, for links, where MLFLOW_TRACKING_URI is a database."
+    )
     spark_master: str = Field(
         "local[*]",
         alias="SPARK_MASTER",
@@ -50,6 +53,12 @@ class Settings(BaseSettings):
     )
     s3_endpoint_url: str | None = Field(
         None, alias="AWS_ENDPOINT_URL_S3", description="S3 endpoint, if it is not that of AWS."
+    )
+    java_home: Path | None = Field(None, alias="JAVA_HOME", description="Where Java is, for Spark.")
+    spark_driver_memory: str | None = Field(
+        None,
+        alias="SPARK_DRIVER_MEMORY",
+        description="Memory of the embedded Spark, e.g. 4g; default: a third of the machine's, from 1 to 8 GB.",
     )
     dagster_home: Path | None = Field(None, alias="DAGSTER_HOME", description="Directory of Dagster's own storage.")
 
@@ -60,6 +69,8 @@ class Settings(BaseSettings):
             if not _S3_URI.fullmatch(value):
                 raise ValueError("takes a directory or s3://bucket/prefix")
             return value.rstrip("/")
+        if "?" in value:
+            raise ValueError("takes no path with a '?', which the address of an SQLite file cannot hold")
         return str(Path(value).expanduser().absolute())
 
     @property

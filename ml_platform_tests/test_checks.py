@@ -11,7 +11,7 @@ from ml_platform import checks
 from ml_platform.assets.common import some_of
 from ml_platform.assets.features import expected_inputs
 from ml_platform.checks import QualityLimits
-from ml_platform.partitions import range_tags
+from ml_platform.partitions import keys_of_run, range_tags
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.spark import job_file
 from ml_platform_tests.fakes import cleaned_report, definitions, features_report, put_report, raw_spec
@@ -184,7 +184,10 @@ def evaluate(
         executor=dg.in_process_executor,
     ).resolve_job_def("check")
     result = job.execute_in_process(instance=instance, tags=range_tags(*keys), run_id=run_id, raise_on_error=False)
-    (evaluation,) = result.get_asset_check_evaluations()
+    (evaluation,) = (found for found in result.get_asset_check_evaluations() if found.partition is None)
+    by_partition = {found.partition: found for found in result.get_asset_check_evaluations() if found.partition}
+    assert list(by_partition) == keys_of_run(range_tags(*keys), instance.get_dynamic_partitions("raw_files"))
+    assert evaluation.passed == all(found.passed for found in by_partition.values())
     return evaluation
 
 
@@ -303,7 +306,7 @@ class TestThroughDagster:
         assert not evaluation.blocking
         assert evaluation.severity == dg.AssetCheckSeverity.WARN
         assert evaluation.description == "file-2: 4 frauds"
-        assert evaluation.metadata["outcomes"].value == {"file-1": "trained", "file-2": "too_little_data"}
+        assert evaluation.metadata["problems"].value == {"file-2": "4 frauds"}
         assert evaluate(instance, lake, "enough_data", (three[0], three[1]), run_id.replace("1", "0")).passed
 
 

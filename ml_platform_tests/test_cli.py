@@ -146,11 +146,13 @@ class TestSimulateAndSync:
 
 
 class TestDotenv:
-    def test_is_read_but_the_environment_wins(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_is_read_and_wins_as_in_dagsters_own_commands(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
         Path(".env").write_text(f'ML_PLATFORM_RAW_URI="{tmp_path}/from dotenv"\nML_PLATFORM_EPOCH=2020-02-02\n')
         monkeypatch.setenv("ML_PLATFORM_EPOCH", "2018-04-01")
         simulate(run, "--files", "1")
-        assert [path.name for path in (tmp_path / "from dotenv").iterdir()] == ["2018-04-01.txt"]
+        assert [path.name for path in (tmp_path / "from dotenv").iterdir()] == ["2020-02-02.txt"]
 
 
 class TestErrors:

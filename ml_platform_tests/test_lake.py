@@ -265,6 +265,7 @@ class TestRawFiles:
             lake = LakeResource(raw_uri=bucket.uri, lake_uri=bucket.uri, epoch="2020-01-01")
             files, ignored = lake.list_raw_files()
             assert (list(files), ignored) == (["a"], {})
+            assert [file.name for file in lake.raw.list_directory()] == ["a.txt"]
 
     def test_directories_and_broken_links_that_look_like_files(self, tmp_path: Path):
         (tmp_path / "directory.txt").mkdir()

@@ -104,6 +104,19 @@ class TestFirstTick:
         assert reason_of(result) == ""
         assert list(instance.get_dynamic_partitions("raw_files")) == four
 
+    def test_observes_what_it_asks_for(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
+        """Before the run: Dagster calls an asset stale whose input was observed while it was made."""
+        put_cleaned(lake, "b")
+        events = tick(instance, lake).asset_events
+        assert [event.partition for event in events] == ["a", "c", "d"]
+        files, _ = lake.list_raw_files()
+        for event in events:
+            assert isinstance(event, dg.AssetObservation)
+            file = files[event.partition or ""]
+            assert event.asset_key == dg.AssetKey("raw_transactions")
+            assert event.metadata["size_bytes"].value == file.size
+            assert event.tags["dagster/data_version"] == file.fingerprint
+
     def test_one_run_per_contiguous_range(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
         put_cleaned(lake, "b")
         assert ticked(instance, lake) == [("a", "a"), ("c", "d")]

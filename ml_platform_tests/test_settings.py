@@ -80,6 +80,7 @@ def test_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ("ML_PLATFORM_RAW_URI", "s3://Bucket_1/prefix"),
         ("ML_PLATFORM_LAKE_URI", "https://bucket.example/prefix"),
         ("ML_PLATFORM_LAKE_URI", "gs://bucket"),
+        ("ML_PLATFORM_LAKE_URI", "what?/lake"),
     ],
 )
 def test_an_unusable_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyPatch, variable: str, value: str):
@@ -96,7 +97,7 @@ def test_all_unusable_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch):
         load(monkeypatch, ML_PLATFORM_RAW_URI="ftp://x", ML_PLATFORM_EPOCH="yesterday")
 
 
-@pytest.mark.parametrize("name", ["plain", "with space", "100% #1", "what?", "a+b&c=d", "[x]{y}*", "ünï"])
+@pytest.mark.parametrize("name", ["plain", "with space", "100% #1", "a+b&c=d", "[x]{y}*", "ünï"])
 def test_the_default_store_of_mlflow_is_beside_the_lake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str):
     from sqlalchemy.engine import make_url
 

@@ -69,9 +69,7 @@ def read_under_contract(content: bytes, epoch: date) -> Counter[str]:
         hour_24 = written.endswith(" 24:00:00")
         reasons = []
         try:
-            instant = datetime.strptime(
-                written.replace(" 24:", " 00:") if hour_24 else written, "%Y-%m-%d %H:%M:%S"
-            )
+            instant = datetime.strptime(written.replace(" 24:", " 00:") if hour_24 else written, "%Y-%m-%d %H:%M:%S")
         except ValueError:
             reasons.append("invalid_datetime")
         if Decimal(amount) < 0:

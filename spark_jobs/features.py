@@ -1,4 +1,4 @@
-"""The features: each an entry of the registry that names its windows and a function of a customer's or terminal's history.
+"""The features: each an entry of the registry, which names its window and what defines it.
 
 Adding a feature is adding an entry. Sources: *handbook*: Le Borgne, Siblini, Lebichot, Bontempi, Reproducible Machine
 Learning for Credit Card Fraud Detection, chapter 3, "Baseline feature transformation"; *own*: this project's.
@@ -181,6 +181,9 @@ def _registry() -> list[Feature]:
     def terminal(name: str, define: Any, days: int, source: str, unit: str, text: str) -> Feature:
         return Feature(name, "terminal", define, days + delay, delay, unit, source, text)
 
+    def text(days: int) -> str:
+        return "1 day" if days == 1 else f"{days} days"
+
     features = [
         row(
             "tx_during_weekend",
@@ -199,7 +202,7 @@ def _registry() -> list[Feature]:
                 days,
                 "handbook",
                 "transactions",
-                f"The customer's transactions in the {days} days up to and including this one; 1 if unknown.",
+                f"The customer's transactions in the {text(days)} up to and including this one; 1 if unknown.",
             ),
             customer(
                 f"customer_mean_amount_{days}d",
@@ -207,7 +210,7 @@ def _registry() -> list[Feature]:
                 days,
                 "handbook",
                 "amount",
-                f"Mean amount of the customer's transactions in these {days} days; if unknown, this amount.",
+                f"Mean amount of the customer's transactions in the {text(days)} up to this one; if unknown, this amount.",
             ),
         ]
     for days in WINDOW_DAYS:
@@ -218,7 +221,7 @@ def _registry() -> list[Feature]:
                 days,
                 "handbook",
                 "transactions",
-                f"The terminal's transactions in the {days} days that end {delay} days ago; 0 if unknown.",
+                f"The terminal's transactions in the {text(days)} that end {delay} days ago; 0 if unknown.",
             ),
             terminal(
                 f"terminal_fraud_risk_{days}d",
@@ -226,7 +229,7 @@ def _registry() -> list[Feature]:
                 days,
                 "handbook",
                 "share",
-                f"Share of frauds among the terminal's transactions in these {days} days; 0 if there are none.",
+                f"Share of frauds among the terminal's transactions in the {text(days)} that end {delay} days ago; 0 if there are none.",
             ),
         ]
     features += [

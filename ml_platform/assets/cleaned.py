@@ -6,11 +6,18 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.assets.common import OWNERS, conclude, split_verdicts, table_schema
-from ml_platform.assets.raw import raw_file_observation
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import CLEANED, REJECTED, LakeResource, RawFile
 from ml_platform.resources.spark import SparkEngine
-from spark_jobs.schema import CLEANED_COLUMNS, SCHEMA_VERSION
+from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
+
+#: Counts of a report, in the order in which people read them.
+COUNTS_SHOWN = (
+    *("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows"),
+    *REJECT_RULES,
+    *FIX_RULES,
+    *("fraud_rows", "zero_amount"),
+)
 
 
 class CleaningConfig(dg.Config):
@@ -33,7 +40,7 @@ def is_cleaned(report: dict[str, Any] | None, raw: RawFile, epoch: str) -> bool:
     partitions_def=raw_files,
     backfill_policy=dg.BackfillPolicy.single_run(),
     deps=["raw_transactions"],
-    group_name="transactions",
+    group_name="fraud_detection",
     kinds={"pyspark", "parquet"},
     owners=OWNERS,
     code_version=str(SCHEMA_VERSION),
@@ -62,8 +69,6 @@ def cleaned_transactions(
         if key in files and not config.rebuild and is_cleaned(reports.get(key), files[key], epoch)
     }
     wanted = [key for key in context.partition_keys if key in files and key not in current]
-    for key in wanted:
-        context.log_event(raw_file_observation(files[key]))
     context.log.info(f"{len(wanted)} files to clean, {len(current)} already clean, {len(failed)} not found")
     cleaned: dict[str, Any] = {}
     if wanted:
@@ -97,8 +102,8 @@ def _metadata(lake: LakeResource, report: dict[str, Any], was_cleaned: bool) -> 
         "dagster/row_count": counts["clean_rows"],
         "path": dg.MetadataValue.path(lake.store.spark_uri(lake.partition_path(CLEANED, key))),
         "counts": dg.MetadataValue.table(
-            [dg.TableRecord({"rule": rule, "rows": rows}) for rule, rows in counts.items()],
-            schema=dg.TableSchema([dg.TableColumn("rule", "string"), dg.TableColumn("rows", "int")]),
+            [dg.TableRecord({"count": name, "rows": counts[name]}) for name in COUNTS_SHOWN],
+            schema=dg.TableSchema([dg.TableColumn("count", "string"), dg.TableColumn("rows", "int")]),
         ),
         "raw_rows": counts["raw_rows"],
         "rejected_rows": counts["rejected_rows"],

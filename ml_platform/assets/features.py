@@ -1,6 +1,7 @@
 """Asset ``transaction_features``: the inputs of the model, with history from earlier partitions."""
 
 from datetime import datetime, timedelta
+from itertools import accumulate
 from typing import Any
 
 import dagster as dg
@@ -41,12 +42,16 @@ def history_of(cleaned: Reports) -> dict[str, list[str]]:
     Earlier means an earlier first transaction; names mean nothing. An empty partition has no history.
     """
     ordered = in_order_of_time(cleaned)
+    ends = [instant(cleaned[key]["tx_datetime"]["max"]) for key in ordered]
+    latest_ends = list(accumulate(ends, max))
     history: dict[str, list[str]] = {key: [] for key in cleaned}
     for index, key in enumerate(ordered):
         since = instant(cleaned[key]["tx_datetime"]["min"]) - timedelta(days=HISTORY_DAYS)
-        history[key] = [
-            earlier for earlier in ordered[:index] if instant(cleaned[earlier]["tx_datetime"]["max"]) > since
-        ]
+        # Backwards, until none before reaches so far: a partition costs its history, not all that came before.
+        earlier = index
+        while earlier and latest_ends[earlier - 1] > since:
+            earlier -= 1
+        history[key] = [ordered[n] for n in range(earlier, index) if ends[n] > since]
     return history
 
 
@@ -75,7 +80,7 @@ def stale_features(features: Reports, inputs: dict[str, dict[str, Any]]) -> list
     partitions_def=raw_files,
     backfill_policy=dg.BackfillPolicy.single_run(),
     deps=[cleaned_transactions],
-    group_name="transactions",
+    group_name="fraud_detection",
     kinds={"pyspark", "parquet"},
     owners=OWNERS,
     metadata={"dagster/column_schema": table_schema([*CLEANED_COLUMNS, *FEATURE_COLUMNS], never_null=MODEL_INPUTS)},

@@ -18,7 +18,7 @@ from ml_platform.assets.features import (
 )
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
-from ml_platform.resources.mlflow import MlflowResource, register_spark_model
+from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource, register_spark_model
 from ml_platform.resources.spark import SparkEngine
 from spark_jobs.features import FEATURES as MODEL_INPUTS
 from spark_jobs.schema import REPORT_NAME
@@ -54,7 +54,7 @@ class FraudModelConfig(dg.Config):
     partitions_def=raw_files,
     backfill_policy=dg.BackfillPolicy.single_run(),
     deps=[transaction_features],
-    group_name="model",
+    group_name="fraud_detection",
     kinds={"pyspark", "mlflow"},
     owners=OWNERS,
     description="""A classifier of frauds, trained up to the cut-off that the partition names.
@@ -73,10 +73,11 @@ def fraud_model(
     """Train, log and register; then name the outcome in each partition's metadata."""
     cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
     missing = [key for key in context.partition_keys if key not in features or key not in cleaned]
-    stale = [key for key in stale_features(features, expected_inputs(cleaned)) if key in context.partition_keys]
+    stale = stale_features(features, expected_inputs(cleaned))
     if missing or stale:
         raise dg.Failure(
-            f"features are missing or stale for {some_of([*missing, *stale])}; materialize transaction_features first",
+            f"features are missing or stale for {some_of(sorted({*missing, *stale}))}; "
+            "materialize transaction_features first",
             allow_retries=False,
         )
     ordered = [key for key in in_order_of_time(cleaned) if key in context.partition_keys]
@@ -84,7 +85,7 @@ def fraud_model(
         return _describe_all(context, {}, "no partition of this run has any rows")
     cutoffs = ordered if config.train_each else ordered[-1:]
     outcomes: dict[str, dict[str, Any]] = {}
-    tags = {"dagster.run_id": context.run_id, "partitions": _partitions_tag(context.partition_keys)}
+    tags = {"dagster.run_id": context.run.run_id, "partitions": _partitions_tag(context.partition_keys)}
     with mlflow.run(tags) as run:
         for cutoff in cutoffs:
             if config.train_each:
@@ -93,7 +94,7 @@ def fraud_model(
                     outcomes[cutoff] = _train(context, config, lake, spark, mlflow, run, cutoff, cleaned, features)
             else:
                 outcomes[cutoff] = _train(context, config, lake, spark, mlflow, run, cutoff, cleaned, features)
-    return _describe_all(context, outcomes, f"the model of this run is that of partition {cutoffs[-1]}")
+    return _describe_all(context, outcomes, "")
 
 
 def training_partitions(cleaned: Reports, features: Reports, cutoff: str, days: int) -> tuple[list[str], list[str]]:
@@ -122,7 +123,7 @@ def _train(
     if without:
         context.log.warning(f"no features, so not trained on: {some_of(without)}")
     champion = mlflow.champion()
-    directory = f"models/{cutoff}/{context.run_id}"
+    directory = f"models/{cutoff}/{context.run.run_id}"
     report = spark.run_job(
         context,
         lake,
@@ -151,19 +152,18 @@ def _train(
         | {"data_set_partitions": len(used), "data_set_rows": sum(part["rows"] for part in data_set.values())}
     )
     run.set_tag("outcome", report["outcome"])
-    metadata: dict[str, Any] = {
-        "outcome": report["outcome"],
-        "cutoff": cutoff,
-        "mlflow_run_id": active.info.run_id,
-        "trained_on": dg.MetadataValue.json(data_set),
-        "windows": dg.MetadataValue.json(report["windows"]),
-    }
-    if url := mlflow.ui_url(active):
+    run.set_tag("mlflow.runName", f"{MODEL_NAME} {cutoff}")
+    metadata: dict[str, Any] = {"outcome": report["outcome"], "cutoff": cutoff, "mlflow_run_id": active.info.run_id}
+    if url := mlflow.run_url(active):
         metadata["mlflow_run"] = dg.MetadataValue.url(url)
+    details = {
+        "windows": dg.MetadataValue.json(report["windows"]),
+        "trained_on": dg.MetadataValue.json(data_set),
+    }
     if report["outcome"] != "trained":
         context.log.warning(f"no model for {cutoff}: {report['reason']}")
         run.set_tag("reason", report["reason"])
-        return metadata | {"reason": report["reason"]}
+        return metadata | {"reason": report["reason"]} | details
 
     lake.write_json(f"{directory}/{REPORT_NAME}", report)
     _log_training(run, report)
@@ -174,7 +174,7 @@ def _train(
         features=report["features"],
         tags={
             "cutoff": cutoff,
-            "dagster.run_id": context.run_id,
+            "dagster.run_id": context.run.run_id,
             "model_uri": report["model_uri"],
             "spark_version": report["spark_version"],
             "features": json.dumps(report["features"]),
@@ -185,16 +185,19 @@ def _train(
     if promoted:
         mlflow.set_champion(version.version)
     context.log.info(f"model version {version.version} is registered" + (" and is the champion" if promoted else ""))
-    return metadata | {
-        "model_version": int(version.version),
+    return {
+        "outcome": report["outcome"],
         "is_champion": promoted,
+        "model_version": int(version.version),
         "champion_version": int(version.version if champion is None else champion.version),
-        "best_parameters": dg.MetadataValue.json(report["best"]["params"]),
-        "path": dg.MetadataValue.path(lake.store.spark_uri(directory)),
+        **metadata,
         **{name: value for name, value in report["metrics"].items() if value is not None},
-        "coefficients": dg.MetadataValue.json(report["coefficients"]),
+        "path": dg.MetadataValue.path(lake.store.spark_uri(directory)),
         "spark_version": report["spark_version"],
         "seconds": report["seconds"]["total"],
+        "best_parameters": dg.MetadataValue.json(report["best"]["params"]),
+        "coefficients": dg.MetadataValue.json(report["coefficients"]),
+        **details,
     }
 
 
@@ -229,12 +232,14 @@ def _partitions_tag(keys: list[str] | Any) -> str:
 
 
 def _describe_all(
-    context: dg.AssetExecutionContext, outcomes: dict[str, dict[str, Any]], otherwise: str
+    context: dg.AssetExecutionContext, outcomes: dict[str, dict[str, Any]], reason: str
 ) -> dg.MaterializeResult:
+    """Every partition of the run shows the run's last model: any of them may be the one that the UI shows."""
     for key in context.partition_keys:
-        metadata = outcomes.get(key, {"outcome": "no model of its own", "reason": otherwise})
-        if key not in outcomes and outcomes:
-            last = list(outcomes.values())[-1]
-            metadata |= {name: last[name] for name in ("mlflow_run_id", "model_version") if name in last}
+        if key in outcomes or not outcomes:
+            metadata = outcomes.get(key, {"outcome": "no model", "reason": reason})
+        else:
+            cutoff, last = list(outcomes.items())[-1]
+            metadata = {**last, "outcome": f"the model of this run is that of partition {cutoff}"}
         context.add_asset_metadata(metadata=metadata, partition_key=key)
     return dg.MaterializeResult()

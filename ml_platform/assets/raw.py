@@ -24,10 +24,11 @@ def raw_file_observation(file: RawFile) -> dg.AssetObservation:
 
 @dg.observable_source_asset(
     partitions_def=raw_files,
-    group_name="transactions",
+    group_name="fraud_detection",
     metadata={"format": "text, 9 comma-separated fields a line, first line a header"},
     tags={"dagster/kind/file": ""},
-    description="Raw transaction files as they land in the raw store; one partition per file, read only.",
+    description="Raw transaction files as they land in the raw store; one partition per file. They are observed, "
+    "never materialized: see the events for size and fingerprint.",
 )
 def raw_transactions(context: dg.OpExecutionContext, lake: LakeResource) -> dg.DataVersionsByPartition:
     """Observe the raw files: the data version of a partition is its file's fingerprint."""

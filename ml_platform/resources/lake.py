@@ -137,11 +137,12 @@ class _Draft:
         return self._file
 
     def __exit__(self, error_type: object, *_: object) -> None:
-        self._file.close()
-        if error_type is None:
-            self._draft.replace(self._path)
-        else:
-            self._draft.unlink()
+        try:
+            self._file.close()
+            if error_type is None:
+                self._draft.replace(self._path)
+        finally:
+            self._draft.unlink(missing_ok=True)
 
 
 class S3Store:
@@ -275,7 +276,7 @@ class LakeResource(dg.ConfigurableResource):
     def _read_report(self, name: str) -> dict[str, Any] | None:
         try:
             report = self.read_json(name)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
         return report if isinstance(report, dict) and "schema_version" in report else None
 

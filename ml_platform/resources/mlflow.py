@@ -29,6 +29,10 @@ class MlflowResource(dg.ConfigurableResource):
         default=None, description="Artifacts of a new experiment; default: the server's choice."
     )
 
+    ui_url: str | None = Field(
+        default=None, description="MLflow's UI, for links, where the tracking URI is a database."
+    )
+
     _init_context: dg.InitResourceContext | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
@@ -89,12 +93,15 @@ class MlflowResource(dg.ConfigurableResource):
         """Give a version the alias ``champion``."""
         self.client().set_registered_model_alias(MODEL_NAME, CHAMPION, version)
 
-    def ui_url(self, mlflow_run: Any) -> str | None:
-        """Address of an MLflow run in the tracking server's UI; None if the store has no server."""
-        if not re.match(r"https?://", self.tracking_uri):
+    def run_url(self, run: Any) -> str | None:
+        """Address of an MLflow run in MLflow's UI; None if there is no UI that we know of."""
+        base = self.tracking_uri if re.match(r"https?://", self.tracking_uri) else self.ui_url
+        if not base:
             return None
-        base = re.sub(r"//[^/@]*@", "//", self.tracking_uri).rstrip("/")  # never a password in metadata
-        return f"{base}/#/experiments/{mlflow_run.info.experiment_id}/runs/{mlflow_run.info.run_id}"
+        base = re.sub(r"//[^/@]*@", "//", base).rstrip("/")  # never a password in metadata
+        # Without the parameter MLflow 3 opens its page for language models.
+        page = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
+        return f"{base}/#/{page}"
 
 
 def write_spark_flavor(

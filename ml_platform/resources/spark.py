@@ -45,10 +45,10 @@ class SparkEngine(dg.ConfigurableResource, ABC):
 
         A `label` tells several jobs of the same name in one run apart. Raises what the job raises.
         """
-        request = {"run_id": context.run_id, **request}
-        lake.write_json(job_file(context.run_id, job, label, "request"), request)
+        request = {"run_id": context.run.run_id, **request}
+        lake.write_json(job_file(context.run.run_id, job, label, "request"), request)
         report = self._execute(context, job, request)
-        lake.write_json(job_file(context.run_id, job, label, "report"), report)
+        lake.write_json(job_file(context.run.run_id, job, label, "report"), report)
         return report
 
     @abstractmethod
@@ -58,7 +58,10 @@ class SparkEngine(dg.ConfigurableResource, ABC):
 class LocalSparkEngine(SparkEngine):
     """Spark driven from this process: embedded, or any cluster that `master` names. One session for all steps."""
 
-    master: str = Field("local[*]", description="Spark master: local[*], spark://host:port, yarn, k8s://…")
+    master: str = Field(default="local[*]", description="Spark master: local[*], spark://host:port, yarn, k8s://…")
+    driver_memory: str | None = Field(
+        default=None, description="Memory of Spark's driver, e.g. 4g; default: a third of the machine's, 1 to 8 GB."
+    )
     spark_config: dict[str, str] = Field(
         default_factory=dict, description="More Spark properties; they win over the platform's own."
     )
@@ -84,17 +87,17 @@ class LocalSparkEngine(SparkEngine):
             from dagster_pyspark import LazyPySparkResource
 
             context.log.info(f"starting Spark on {self.master}")
-            if self.master.startswith("local"):
-                # PySpark's default is whichever python3 comes first in PATH.
-                os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-            config = default_spark_config(self.master) | self.spark_config
+            config = default_spark_config(self.master, self.driver_memory) | self.spark_config
             pyspark = LazyPySparkResource(spark_config={"spark.app.name": "ml_platform", **config})
             pyspark.spark_session.sparkContext.setLogLevel("ERROR")
+            if self.master.startswith("local"):
+                # PySpark's default is whichever python3 comes first in PATH.
+                pyspark.spark_session.sparkContext.pythonExec = sys.executable
             self._pyspark = pyspark
         return self._pyspark.spark_session
 
 
-def default_spark_config(master: str) -> dict[str, str]:
+def default_spark_config(master: str, driver_memory: str | None = None) -> dict[str, str]:
     """Properties of a session that this process drives."""
     config = {
         "spark.master": master,
@@ -106,13 +109,10 @@ def default_spark_config(master: str) -> dict[str, str]:
     }
     if not master.startswith("local"):
         config = {"spark.master": master, "spark.ui.showConsoleProgress": "false"}
-    # Spark's own variable, which it reads by itself, wins.
-    if "SPARK_DRIVER_MEMORY" not in os.environ:
-        config["spark.driver.memory"] = f"{driver_memory_mb()}m"
-    return config
+    return config | {"spark.driver.memory": driver_memory or f"{default_driver_memory_mb()}m"}
 
 
-def driver_memory_mb() -> int:
+def default_driver_memory_mb() -> int:
     """Memory for an embedded Spark: a third of the machine's, from 1 to 8 GB."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEGABYTE
     return min(8192, max(1024, total // 3))

@@ -71,9 +71,11 @@ def expected_features(row: Transaction, rows: list[Transaction]) -> dict[str, fl
             other["tx_amount"]
             for other in rows
             if other is row
-            or (row["customer_id"] is not None
-            and other["customer_id"] == row["customer_id"]
-            and now - days * DAY_S < other["tx_time_seconds"] <= now)
+            or (
+                row["customer_id"] is not None
+                and other["customer_id"] == row["customer_id"]
+                and now - days * DAY_S < other["tx_time_seconds"] <= now
+            )
         ]
         end = now - LABEL_DELAY_DAYS * DAY_S
         labels = [

@@ -1,0 +1,109 @@
+"""Runs whose process died: reported as failed, and nobody else's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from ml_platform.partitions import range_tags
+from ml_platform.resources.lake import LakeResource
+from ml_platform.run_processes import PROCESS_TAG, fail_dead_runs, is_dead, note_process
+from ml_platform.sensors import plan_runs
+from ml_platform_tests.fakes import put_raw, raw_spec
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system has no /proc")
+
+
+def start_run(
+    instance: dg.DagsterInstance, status: dg.DagsterRunStatus = dg.DagsterRunStatus.STARTED, **tags: str
+) -> str:
+    run_id = str(uuid.uuid4())
+    instance.add_run(dg.DagsterRun(job_name="process_new_files", run_id=run_id, status=status, tags=tags))
+    return run_id
+
+
+def get_run(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRun:
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    return run
+
+
+def tag_of_this_process(instance: dg.DagsterInstance) -> str:
+    run_id = start_run(instance, dg.DagsterRunStatus.SUCCESS)
+    note_process(instance, run_id)
+    return get_run(instance, run_id).tags[PROCESS_TAG]
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        yield process
+        process.kill()
+
+
+def tag_of(process: subprocess.Popen[bytes]) -> str:
+    """The tag that a process would give its run, its start time read from the kernel."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return f"{socket.gethostname()}:{process.pid}:{fields[19]}"
+
+
+def test_this_process_is_alive(instance: dg.DagsterInstance):
+    run_id = start_run(instance)
+    note_process(instance, run_id)
+    host, pid, _ = get_run(instance, run_id).tags[PROCESS_TAG].rsplit(":", 2)
+    assert (host, pid) == (socket.gethostname(), str(os.getpid()))
+    assert not is_dead(get_run(instance, run_id))
+    assert fail_dead_runs(instance) == []
+    assert get_run(instance, run_id).status == dg.DagsterRunStatus.STARTED
+
+
+@pytest.mark.parametrize("reaped", [True, False], ids=["gone", "zombie"])
+def test_a_killed_process_fails_its_run(instance: dg.DagsterInstance, child: subprocess.Popen[bytes], reaped: bool):
+    run_id = start_run(instance, **{PROCESS_TAG: tag_of(child)})
+    assert fail_dead_runs(instance) == []
+    child.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
+    assert fail_dead_runs(instance) == [run_id]
+    assert get_run(instance, run_id).status == dg.DagsterRunStatus.FAILURE
+    assert fail_dead_runs(instance) == []
+
+
+def test_whose_process_is_not_known_is_left_alone(instance: dg.DagsterInstance):
+    own = tag_of_this_process(instance)
+    start_run(instance)
+    start_run(instance, **{PROCESS_TAG: own.replace(socket.gethostname(), "elsewhere", 1)})
+    assert fail_dead_runs(instance) == []
+
+
+def test_a_pid_in_use_again_is_another_process(instance: dg.DagsterInstance):
+    host, pid, started = tag_of_this_process(instance).rsplit(":", 2)
+    run_id = start_run(instance, **{PROCESS_TAG: f"{host}:{pid}:{int(started) - 1}"})
+    assert fail_dead_runs(instance) == [run_id]
+
+
+def test_ended_runs_stay_as_they_are(instance: dg.DagsterInstance):
+    host, pid, _ = tag_of_this_process(instance).rsplit(":", 2)
+    run_id = start_run(instance, dg.DagsterRunStatus.SUCCESS, **{PROCESS_TAG: f"{host}:{pid}:0"})
+    assert fail_dead_runs(instance) == []
+    assert get_run(instance, run_id).status == dg.DagsterRunStatus.SUCCESS
+
+
+def test_a_tick_asks_for_the_dead_runs_partitions(instance: dg.DagsterInstance, lake: LakeResource):
+    keys = ["a", "b"]
+    for number, key in enumerate(keys):
+        put_raw(lake, key, raw_spec(number))
+    instance.add_dynamic_partitions("raw_files", keys)
+    host, pid, _ = tag_of_this_process(instance).rsplit(":", 2)
+    start_run(instance, **{PROCESS_TAG: f"{host}:{pid}:0"}, **range_tags("a", "b"))
+    plan = plan_runs(instance, lake)
+    assert plan.ranges == [("a", "b")]
+    assert "1 runs reported as failed because their process died" in plan.reason
