@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import Reports, instant, transaction_features
+from ml_platform.assets.gate import DECISION_FILE
 from ml_platform.assets.model import fraud_model
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
@@ -34,6 +35,9 @@ class QualityLimits(dg.ConfigurableResource):
 
 
 Problems = dict[str, str]
+
+#: Outcomes of the gate that rest on a comparison, or need none.
+DECIDED_BY_FIGURES = ("first_model", "better", "not_better", "no_difference")
 
 
 def rows_that_do_not_add_up(report: Mapping[str, Any]) -> str | None:
@@ -237,4 +241,73 @@ def enough_data(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> d
     return _judge(context, problem_of, severity=dg.AssetCheckSeverity.WARN)
 
 
-ASSET_CHECKS = [rows_add_up, reject_rate, fraud_rate, unique_ids, time_range, usable_features, enough_data]
+def _decisions(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dict[str, Any]:
+    """What the gate decided in this run, by cut-off."""
+    found: dict[str, Any] = {}
+    for key in context.partition_keys:
+        with suppress(FileNotFoundError):
+            found[key] = lake.read_json(f"models/{key}/{context.run.run_id}/{DECISION_FILE}")
+    return found
+
+
+@dg.asset_check(asset=fraud_model, partitions_def=raw_files)
+def promotion(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
+    """The gate's decision, with its reasons; passed if it could be made by figures."""
+    decisions = _decisions(context, lake)
+
+    def problem_of(key: str) -> str | None:
+        by_figures = key not in decisions or decisions[key]["outcome"] in DECIDED_BY_FIGURES
+        return None if by_figures else " ".join(decisions[key]["reasons"])
+
+    def measure(key: str) -> Mapping[str, Any]:
+        if key not in decisions:
+            return {}
+        decision = decisions[key]
+        return {
+            "outcome": decision["outcome"],
+            "promoted": decision["apply"],
+            "reasons": dg.MetadataValue.md("\n".join(f"* {reason}" for reason in decision["reasons"])),
+            "figures": dg.JsonMetadataValue(decision["figures"]),
+        }
+
+    return _judge(context, problem_of, measure, severity=dg.AssetCheckSeverity.WARN)
+
+
+def ailing_champion(decision: Mapping[str, Any]) -> str | None:
+    """A champion must not stay for ever by accident: too weak on the newest week, or too old and never compared."""
+    champion = decision["champion"]
+    if champion is None or decision["apply"]:
+        return None
+    precision, floor = champion["average_precision"], champion["min_average_precision"]
+    if precision is not None and precision < floor:
+        return (
+            f"the champion, version {champion['version']}, has an average precision of {precision:.3f}, below {floor}"
+        )
+    age, limit = champion["age_days"], champion["max_age_days"]
+    if decision["outcome"] not in DECIDED_BY_FIGURES and age is not None and age > limit:
+        return f"version {champion['version']} is champion for {age} days and cannot be compared: see promotion"
+    return None
+
+
+@dg.asset_check(asset=fraud_model, partitions_def=raw_files)
+def champion_health(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
+    """The champion still serves."""
+    decisions = _decisions(context, lake)
+    return _judge(
+        context,
+        lambda key: ailing_champion(decisions[key]) if key in decisions else None,
+        severity=dg.AssetCheckSeverity.WARN,
+    )
+
+
+ASSET_CHECKS = [
+    rows_add_up,
+    reject_rate,
+    fraud_rate,
+    unique_ids,
+    time_range,
+    usable_features,
+    enough_data,
+    promotion,
+    champion_health,
+]

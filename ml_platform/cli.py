@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from ml_platform.resources.lake import LakeResource
+    from ml_platform.resources.mlflow import MlflowResource
 
 app = typer.Typer(
     help="Keep a fraud model fresh as raw transaction files arrive.",
@@ -217,22 +218,89 @@ def summary() -> None:
     _show_champion(settings)
 
 
-def _show_champion(settings: Settings) -> None:
-    from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
+champion_app = typer.Typer(help="See and move the alias champion of the fraud model.", no_args_is_help=True)
+app.add_typer(champion_app, name="champion")
 
-    resource = MlflowResource(tracking_uri=settings.tracking_uri)
+
+def _mlflow(settings: Settings) -> MlflowResource:
+    from ml_platform.resources.mlflow import MlflowResource
+
+    return MlflowResource(tracking_uri=settings.tracking_uri)
+
+
+@champion_app.command("show")
+def champion_show() -> None:
+    """Who is champion, since when, on what data, and why."""
+    _show_champion(load_settings())
+
+
+def _show_champion(settings: Settings) -> None:
+    from ml_platform.resources.mlflow import MODEL_NAME
+
+    resource = _mlflow(settings)
     champion = resource.champion()
     if champion is None:
         console.print(f"No model of {MODEL_NAME} is the champion yet.")
         return
     run = resource.client().get_run(champion.run_id)
-    table = Table("metric", "value", title=f"Champion: {MODEL_NAME} version {champion.version}")
+    table = Table("", "value", title=f"Champion: {MODEL_NAME} version {champion.version}")
+    for label, tag in (
+        ("champion since", "champion_since"),
+        ("by", "champion_by"),
+        ("because", "champion_why"),
+        ("trained up to partition", "cutoff"),
+        ("last day trained on", "train_last_date"),
+        ("learner", "learner"),
+        ("Dagster run", "dagster.run_id"),
+    ):
+        table.add_row(label, Text(champion.tags.get(tag, "not recorded")))
+    table.add_section()
     for name, value in sorted(run.data.metrics.items()):
         if name.startswith("test_"):
             table.add_row(name, f"{value:,.4f}".rstrip("0").rstrip("."))
     console.print(table)
-    best = {name.removeprefix("best."): value for name, value in run.data.params.items() if name.startswith("best.")}
-    console.print(f"trained up to partition {champion.tags.get('cutoff')} with {best}", soft_wrap=True)
+
+
+@champion_app.command("set")
+def champion_set(
+    version: Annotated[str, typer.Argument(help="Version of the registered model.")],
+    why: Annotated[str, typer.Option(help="Why; it is recorded with the version.")],
+    who: Annotated[str | None, typer.Option(help="Who decides; default: the user who runs this.")] = None,
+) -> None:
+    """Make a version the champion by hand."""
+    _move_champion(_mlflow(load_settings()), version, who, why)
+
+
+@champion_app.command("rollback")
+def champion_rollback(
+    why: Annotated[str, typer.Option(help="Why; it is recorded with the version.")],
+    who: Annotated[str | None, typer.Option(help="Who decides; default: the user who runs this.")] = None,
+) -> None:
+    """Give the alias back to the version that was champion before."""
+    resource = _mlflow(load_settings())
+    champion = resource.champion()
+    before = champion.tags.get("champion_before") if champion else None
+    if before is None:
+        raise CommandError("there is no earlier champion to go back to; ml-platform champion set VERSION names one")
+    _move_champion(resource, before, who, why)
+
+
+def _move_champion(resource: MlflowResource, version: str, who: str | None, why: str) -> None:
+    import getpass
+
+    from mlflow.exceptions import MlflowException
+
+    from ml_platform.assets.gate import champion_tags
+    from ml_platform.resources.mlflow import MODEL_NAME
+
+    try:
+        resource.client().get_model_version(MODEL_NAME, version)
+    except MlflowException:
+        raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
+    if not why.strip():
+        raise CommandError("--why is empty: say why, for whoever asks later")
+    resource.set_champion(version, champion_tags(who=who or getpass.getuser(), why=why))
+    console.print(f"version {version} is the champion of {MODEL_NAME}")
 
 
 @app.command()
@@ -298,9 +366,7 @@ def _check_lake(settings: Settings) -> str:
 
 
 def _check_mlflow(settings: Settings) -> str:
-    from ml_platform.resources.mlflow import MlflowResource
-
-    champion = MlflowResource(tracking_uri=settings.tracking_uri).champion()
+    champion = _mlflow(settings).champion()
     return "no champion yet" if champion is None else f"champion is version {champion.version}"
 
 

@@ -9,6 +9,7 @@ An empty file is an empty partition; ``{"error": "…"}`` is a file that cannot 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from datetime import datetime, timedelta
@@ -124,6 +125,9 @@ class FakeEngine(SparkEngine):
     no_features: dict[str, str] = Field(default_factory=dict, description="Partition → error.")
     too_little: dict[str, str] = Field(default_factory=dict, description="Cut-off → reason.")
     breaks_down: str = Field("", description="Job that raises.")
+    challenger_skill: float = Field(2.0, description="How far its scores of frauds are above those of the others.")
+    champion_skill: float = Field(2.0, description="The same of the champion.")
+    reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
     def _execute(self, context: dg.AssetExecutionContext, job: str, request: dict[str, Any]) -> dict[str, Any]:
         if job == self.breaks_down:
@@ -179,7 +183,10 @@ class FakeEngine(SparkEngine):
             "cutoff": request["cutoff"],
             "features": request["features"],
             "seed": request["seed"],
-            "windows": {"test": {"first_day": 23, "last_day": 29, "rows": 500, "frauds": 20}},
+            "windows": {
+                "train": {"first_date": "2020-01-01", "last_date": "2020-01-16", "rows": 5000, "frauds": 600},
+                "test": {"first_day": 23, "last_day": 29, "rows": 500, "frauds": 60, "first_date": "2020-01-24"},
+            },
             "spark_version": "4.0.0",
             "seconds": {"total": 0.1},
         }
@@ -190,31 +197,54 @@ class FakeEngine(SparkEngine):
         (output / "model" / "metadata").write_text(f"model of {request['cutoff']}")
         (output / "model" / "stages" / "0").write_text("coefficients")
         points = [
-            {"regParam": reg_param, "maxIter": max_iter}
-            for reg_param in request["grid"]["regParam"]
-            for max_iter in request["grid"]["maxIter"]
+            {"learner": candidate["learner"], "params": dict(zip(candidate["grid"], values, strict=True))}
+            for candidate in request["candidates"]
+            for values in itertools.product(*candidate["grid"].values())
         ]
-        grid = [
-            {"params": params, "validation_average_precision": 0.5 + number / 100}
-            for number, params in enumerate(points)
-        ]
+        grid = [{**point, "validation_average_precision": 0.5 + n / 100} for n, point in enumerate(points)]
+        self._write_scores(output / "test_scores", with_champion=request["champion"] is not None)
         return report | {
             "outcome": "trained",
             "grid": grid,
             "best": grid[-1],
-            "coefficients": {name: float(number) for number, name in enumerate(request["features"])},
-            "intercept": -1.0,
+            "feature_importances": {name: 1 / len(request["features"]) for name in request["features"]},
             "metrics": {
                 "test_average_precision": 0.7,
                 "test_roc_auc": 0.9,
                 "test_card_precision_at_100": None,
                 "test_rows": 500,
-                "test_frauds": 20,
+                "test_frauds": 60,
             },
+            "tables": {},
             "champion": request["champion"] and {**request["champion"], "status": "scored"},
             "model_uri": f"{request['output_uri']}/model",
             "scores_uri": f"{request['output_uri']}/test_scores",
         }
+
+    def _write_scores(self, directory: Path, *, with_champion: bool) -> None:
+        """Scores of 500 rows, 60 of them frauds: the champion's are as good as `champion_skill` says."""
+        import numpy as np
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        random = np.random.default_rng(0)
+        label = (np.arange(500) < 60).astype("int32")
+        champion = label * self.champion_skill + random.normal(size=500)
+        columns = {
+            "tx_fraud": label,
+            "score": label * self.challenger_skill + random.normal(size=500),
+            "champion_score": champion if with_champion else np.full(500, np.nan),
+            "customer_id": np.arange(500) % 250,
+        }
+        table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
+        directory.mkdir(parents=True)
+        parquet.write_table(table, directory / "part-0.parquet")
+
+    def _verify_model(self, request: dict[str, Any]) -> dict[str, Any]:
+        model = local_path(request["model_uri"])
+        assert (model / "metadata").is_file()
+        assert (model / "stages" / "0").read_text() == "coefficients"
+        return {"rows": 100, "max_difference": self.reload_difference, "spark_version": "4.0.0", "seconds": 0.1}
 
 
 def features_report(

@@ -48,6 +48,9 @@ def keys(lake: LakeResource, instance: dg.DagsterInstance) -> list[str]:
     return keys
 
 
+CANDIDATE = {"learner": "logistic_regression", "grid": {"regParam": [0.5], "maxIter": [10, 20]}}
+
+
 def failure_of(result: dg.ExecuteInProcessResult, asset: str) -> str:
     """Message of the error that ended an asset's step."""
     (event,) = (event for event in result.get_step_failure_events() if event.step_key == asset)
@@ -234,11 +237,11 @@ class TestTime:
         assert in_order_of_time(self.cleaned(a=3, b=1, empty=None, c=2, d=0)) == ["d", "b", "c", "a"]
 
     def test_history_is_what_reaches_into_the_window(self):
-        assert build_features.HISTORY_DAYS == 37
+        assert build_features.HISTORY_DAYS == 44
         assert history_of(self.cleaned(a=3, b=1, empty=None, c=2, d=0)) == {
             "d": [],
             "b": ["d"],
-            # 37 days before day 60 is day 23: the file of days 0 to 29 reaches into it.
+            # 44 days before day 60 is day 16: the file of days 0 to 29 reaches into it.
             "c": ["d", "b"],
             "a": ["b", "c"],
             "empty": [],
@@ -247,7 +250,7 @@ class TestTime:
     def test_history_ends_exactly_at_its_window(self):
         cleaned = self.cleaned(late=2)
         start = "2020-03-01T00:00:00Z"
-        for key, last in {"in": "2020-01-24T00:00:01Z", "out": "2020-01-24T00:00:00Z"}.items():
+        for key, last in {"in": "2020-01-17T00:00:01Z", "out": "2020-01-17T00:00:00Z"}.items():
             cleaned[key] = {**cleaned_report(key, raw_spec(0))}
             cleaned[key]["tx_datetime"] = {"min": "2020-01-01T00:00:00Z", "max": last}
         assert cleaned["late"]["tx_datetime"]["min"] == start
@@ -470,7 +473,7 @@ class TestModel:
             instance,
             MODEL,
             keys=(ready[0], ready[2]),
-            config={MODEL: {"reg_param": [0.5], "max_iter": [10, 20], "seed": 7}},
+            config={MODEL: {"candidates": [CANDIDATE], "seed": 7}},
         )
         assert result.success
         (request,) = requests_of(lake, result.run_id, "train_model")
@@ -492,7 +495,9 @@ class TestModel:
             "min_frauds": 10,
             "alerts_per_day": 100,
             "seed": 7,
-            "grid": {"regParam": [0.5], "maxIter": [10, 20]},
+            "candidates": [CANDIDATE],
+            "validation_folds": 1,
+            "max_train_rows": None,
         }
 
         metadata = recorded(instance, MODEL)
@@ -534,14 +539,15 @@ class TestModel:
             "data_set_rows": "60000",
         }.items() <= run.data.params.items()
         assert [json.loads(run.data.params[f"grid.{point}"]) for point in range(2)] == [
-            {"regParam": 0.5, "maxIter": 10},
-            {"regParam": 0.5, "maxIter": 20},
+            {"learner": "logistic_regression", "regParam": 0.5, "maxIter": 10},
+            {"learner": "logistic_regression", "regParam": 0.5, "maxIter": 20},
         ]
-        assert run.data.metrics == {
+        metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("promotion.")}
+        assert metrics == {
             "test_average_precision": 0.7,
             "test_roc_auc": 0.9,
             "test_rows": 500,
-            "test_frauds": 20,
+            "test_frauds": 60,
             "grid.0.validation_average_precision": 0.5,
             "grid.1.validation_average_precision": 0.51,
             "validation_average_precision": 0.51,
@@ -608,9 +614,7 @@ class TestModel:
         instance.add_dynamic_partitions("raw_files", list(order))
         platform = definitions(lake, mlflow=mlflow)
         assets = (CLEANED_KEY, FEATURES_KEY, MODEL)
-        result = run_assets(
-            platform, instance, *assets, keys=("c", "a"), config={MODEL: {"train_each": True, "max_iter": [5]}}
-        )
+        result = run_assets(platform, instance, *assets, keys=("c", "a"), config={MODEL: {"train_each": True}})
         assert result.success
         metadata = recorded(instance, MODEL)
         assert {key: value["model_version"] for key, value in metadata.items()} == {"b": 1, "c": 2, "a": 3}
@@ -717,6 +721,65 @@ class TestModel:
             ("no model", "no partition of this run has any rows")
         }
         assert requests_of(lake, result.run_id, "train_model") == []
+
+    def trained(
+        self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource, key: str, **engine: Any
+    ) -> dict[str, Any]:
+        """Train at `key` with an engine of these skills; the partition's metadata."""
+        promotion = engine.pop("promotion", {})
+        platform = definitions(lake, FakeEngine(**engine), mlflow)
+        result = run_assets(platform, instance, MODEL, keys=(key, key), config={MODEL: {"promotion": promotion}})
+        assert result.success
+        return recorded(instance, MODEL)[key]
+
+    def test_a_better_challenger_is_promoted_with_its_reasons(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        assert self.trained(lake, instance, mlflow, ready[1])["promotion"] == "first_model"
+        metadata = self.trained(lake, instance, mlflow, ready[2], challenger_skill=3.0, champion_skill=0.5)
+        assert (metadata["promotion"], metadata["is_champion"], metadata["champion_version"]) == ("better", True, 2)
+        champion = mlflow.champion()
+        assert champion is not None
+        assert champion.version == 2
+        assert champion.tags["champion_before"] == "1"
+        assert champion.tags["champion_why"] in metadata["promotion_reasons"]
+        run = mlflow.client().get_run(champion.run_id)
+        assert run.data.tags["promotion"] == "better"
+        assert run.data.metrics["promotion.average_precision_difference_lower"] > 0
+
+    @pytest.mark.parametrize(
+        ("engine", "outcome"),
+        [
+            ({"challenger_skill": 0.5, "champion_skill": 3.0}, "not_better"),
+            ({"challenger_skill": 2.0, "champion_skill": 2.0}, "not_better"),
+            ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"mode": "dry_run"}}, "better"),
+            ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"min_frauds": 61}}, "too_few_frauds"),
+            ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"margin": 0.9}}, "not_better"),
+        ],
+    )
+    def test_the_champion_stays(
+        self,
+        lake: LakeResource,
+        instance: dg.DagsterInstance,
+        ready: list[str],
+        mlflow: MlflowResource,
+        engine: dict[str, Any],
+        outcome: str,
+    ):
+        self.trained(lake, instance, mlflow, ready[1])
+        metadata = self.trained(lake, instance, mlflow, ready[2], **engine)
+        assert (metadata["promotion"], metadata["is_champion"], metadata["champion_version"]) == (outcome, False, 1)
+        champion = mlflow.champion()
+        assert champion is not None
+        assert champion.version == 1
+
+    def test_a_model_that_does_not_reload_to_the_same_scores_is_not_promoted(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        engine = FakeEngine(reload_difference=0.01)
+        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[1], ready[1]))
+        assert "loaded back from MLflow" in failure_of(result, MODEL)
+        assert mlflow.champion() is None
 
     def test_an_error_fails_the_mlflow_run(
         self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource

@@ -16,6 +16,7 @@ import pytest
 
 from ml_platform import cli
 from ml_platform.resources.lake import FEATURES
+from ml_platform.resources.mlflow import MlflowResource
 from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -406,3 +407,56 @@ class TestDoctor:
         """Square brackets are part of a path, not markup."""
         monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "[red]x[/bold]"))
         assert str(tmp_path / "[red]x[/bold]") in self.wrong(run)["raw files"]
+
+
+class TestChampion:
+    """The command group champion, on a registry of two versions."""
+
+    @pytest.fixture
+    def registry(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MlflowResource:
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        resource = MlflowResource(tracking_uri=uri)
+        client = resource.client()
+        client.create_registered_model("fraud_model")
+        experiment = client.create_experiment("fraud_model", artifact_location=str(tmp_path / "artifacts"))
+        for number in (1, 2):
+            mlflow_run = client.create_run(experiment)
+            client.log_metric(mlflow_run.info.run_id, "test_roc_auc", 0.8 + number / 100)
+            client.create_model_version(
+                "fraud_model",
+                f"file:///nowhere/{number}",
+                run_id=mlflow_run.info.run_id,
+                tags={"cutoff": f"file-{number}"},
+            )
+        return resource
+
+    def test_set_show_and_roll_back(self, run: Run, registry: MlflowResource):
+        assert "No model" in run("champion", "show")[1]
+        assert run("champion", "set", "1", "--why", "the first [red]", "--who", "ann")[0] == 0
+        assert run("champion", "set", "2", "--why", "by hand", "--who", "ben")[0] == 0
+        shown = run("champion", "show")[1]
+        for part in ("version 2", "file-2", "ben", "by hand", "0.82"):
+            assert part in shown
+        assert run("champion", "rollback", "--why", "too many alerts", "--who", "eve")[0] == 0
+        champion = registry.champion()
+        assert champion is not None
+        assert (champion.version, champion.tags["champion_by"]) == (1, "eve")
+        assert champion.tags["champion_why"] == "too many alerts"
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (("set", "7", "--why", "x"), "no version '7'"),
+            (("set", "nonsense", "--why", "x"), "no version 'nonsense'"),
+            (("set", "1", "--why", " "), "--why is empty"),
+            (("rollback", "--why", "x"), "no earlier champion"),
+        ],
+    )
+    def test_what_cannot_be_done_is_said(
+        self, run: Run, registry: MlflowResource, arguments: tuple[str, ...], says: str
+    ):
+        code, _, error = run("champion", *arguments)
+        assert code == 1
+        assert says in error
+        assert registry.champion() is None

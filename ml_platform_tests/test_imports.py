@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the bottom up. A module imports from its own layer or below; the first name that fits counts.
 LAYERS = [
-    ("settings", "partitions", "dataproc_api", "promotion", "run_processes", "simulator"),
+    ("settings", "partitions", "dataproc_api", "figures", "promotion", "run_processes", "simulator"),
     ("resources",),
     ("assets", "checks", "jobs", "sensors"),
     ("definitions",),

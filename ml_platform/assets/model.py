@@ -1,7 +1,10 @@
 """Asset ``fraud_model``: a trained, evaluated and registered model per run."""
 
 import json
+import tempfile
+from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -16,12 +19,16 @@ from ml_platform.assets.features import (
     stale_features,
     transaction_features,
 )
+from ml_platform.assets.gate import DECISION_FILE, PromotionConfig, champion_facts, champion_tags, judge, verify_reload
+from ml_platform.figures import draw_figures, markdown_summary
 from ml_platform.partitions import raw_files
+from ml_platform.promotion import Decision
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource, register_spark_model
 from ml_platform.resources.spark import SparkEngine
 from spark_jobs.features import FEATURES as MODEL_INPUTS
 from spark_jobs.schema import REPORT_NAME
+from spark_jobs.train_model import DEFAULTS
 
 
 class FraudModelConfig(dg.Config):
@@ -35,14 +42,20 @@ class FraudModelConfig(dg.Config):
     min_train_days: int = Field(7, ge=1, description="Fewest days to fit on while parameters are chosen.")
     min_frauds: int = Field(10, ge=1, description="Fewest frauds in each of these windows.")
     alerts_per_day: int = Field(100, ge=1, description="Transactions that can be investigated a day.")
-    reg_param: list[float] = Field([0.0, 0.1, 0.5], description="Grid of the logistic regression: regularization.")
-    max_iter: list[int] = Field([100, 500, 1000], description="Grid of the logistic regression: iterations.")
-    seed: int = Field(0, description="Seed of whatever is drawn.")
+    validation_folds: int = Field(1, ge=1, description="Weeks to choose parameters on, each a week earlier.")
+    max_train_rows: int | None = Field(
+        None, description="Learn from about so many rows at the most: genuine ones are drawn and weighted. None: all."
+    )
+    candidates: list[dict[str, Any]] = Field(
+        default=DEFAULTS["candidates"],
+        description="Learners (logistic_regression, gbt, random_forest), each with a grid of its parameters.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of whatever is drawn.")
+    promotion: PromotionConfig = Field(default=PromotionConfig(), description="When the model becomes the champion.")
 
     def as_request(self) -> dict[str, Any]:
         """The settings as the training job takes them."""
-        settings = self.model_dump(exclude={"train_each", "reg_param", "max_iter"})
-        return {**settings, "grid": {"regParam": self.reg_param, "maxIter": self.max_iter}}
+        return self.model_dump(exclude={"train_each", "promotion"})
 
     @property
     def window_days(self) -> int:
@@ -61,7 +74,8 @@ class FraudModelConfig(dg.Config):
 
 A run over several partitions trains one model, at the last of them in time; with `train_each` one per partition.
 Parameters are chosen on later days than were fitted on, and the model is judged on the last week of the data, after
-a week of delay. It is logged and registered in MLflow; the alias `champion` goes to the first.""",
+a week of delay. It is logged and registered in MLflow, and becomes the `champion` if it is provably better than the
+champion on the same rows.""",
 )
 def fraud_model(
     context: dg.AssetExecutionContext,
@@ -148,7 +162,7 @@ def _train(
     run.log_dict(report, "report.json")
     run.log_params(
         config.as_request()
-        | {"grid": json.dumps(config.as_request()["grid"]), "cutoff": cutoff}
+        | {"candidates": json.dumps(config.candidates), "cutoff": cutoff}
         | {"data_set_partitions": len(used), "data_set_rows": sum(part["rows"] for part in data_set.values())}
     )
     run.set_tag("outcome", report["outcome"])
@@ -167,6 +181,8 @@ def _train(
 
     lake.write_json(f"{directory}/{REPORT_NAME}", report)
     _log_training(run, report)
+    decision = judge(config.promotion, config.seed, lake, f"{directory}/test_scores", report, champion)
+    summary = _log_decision(run, report, decision)
     version = register_spark_model(
         mlflow,
         run=run,
@@ -178,33 +194,75 @@ def _train(
             "model_uri": report["model_uri"],
             "spark_version": report["spark_version"],
             "features": json.dumps(report["features"]),
+            "train_last_date": report["windows"]["train"]["last_date"],
+            "learner": report["best"]["learner"],
         },
         download_model=lambda target: lake.store.download(f"{directory}/model", target),
     )
-    promoted = champion is None
-    if promoted:
-        mlflow.set_champion(version.version)
-    context.log.info(f"model version {version.version} is registered" + (" and is the champion" if promoted else ""))
+    if decision.apply:
+        features_uri = lake.store.spark_uri(lake.partition_path(FEATURES, cutoff))
+        verify_reload(
+            context, lake, spark, mlflow,
+            version=version, directory=directory, report=report, features_uri=features_uri,
+        )  # fmt: skip
+        # The alias moves last: whatever fails before leaves the champion as it is.
+        mlflow.set_champion(version.version, champion_tags(who="fraud_model", why=decision.reasons[0]))
+    lake.write_json(
+        f"{directory}/{DECISION_FILE}",
+        {
+            **asdict(decision),
+            "cutoff": cutoff,
+            "version": version.version,
+            "champion": champion_facts(config.promotion, report, champion),
+        },
+    )
+    context.log.info(f"model version {version.version}: {decision.outcome}. {decision.reasons[0]}")
     return {
         "outcome": report["outcome"],
-        "is_champion": promoted,
+        "is_champion": decision.apply,
+        "promotion": decision.outcome,
+        "promotion_reasons": dg.MetadataValue.md("\n".join(f"* {reason}" for reason in decision.reasons)),
         "model_version": int(version.version),
-        "champion_version": int(version.version if champion is None else champion.version),
+        "champion_version": int(version.version if decision.apply or champion is None else champion.version),
         **metadata,
+        "learner": report["best"]["learner"],
         **{name: value for name, value in report["metrics"].items() if value is not None},
+        "report": dg.MetadataValue.md(summary),
         "path": dg.MetadataValue.path(lake.store.spark_uri(directory)),
         "spark_version": report["spark_version"],
         "seconds": report["seconds"]["total"],
         "best_parameters": dg.MetadataValue.json(report["best"]["params"]),
-        "coefficients": dg.MetadataValue.json(report["coefficients"]),
+        "feature_importances": dg.MetadataValue.json(report["feature_importances"]),
+        "promotion_figures": dg.MetadataValue.json(decision.figures),
         **details,
     }
+
+
+def _log_decision(run: Any, report: dict[str, Any], decision: Decision) -> str:
+    """Log the decision and the pictures of the report to MLflow; returns the report as Markdown."""
+    figures = decision.figures
+    intervals = {
+        f"test_{name}": (float(figures[f"{name}_lower"]), float(figures[f"{name}_upper"]))
+        for name in ("average_precision", "roc_auc")
+        if f"{name}_lower" in figures
+    }
+    pictures = draw_figures(report, intervals=intervals)
+    with tempfile.TemporaryDirectory(prefix="ml-platform-") as directory:
+        for name, content in pictures.items():
+            (Path(directory) / f"{name}.png").write_bytes(content)
+        run.log_artifacts(directory, "figures")
+    run.log_dict(asdict(decision), DECISION_FILE)
+    run.set_tags({"promotion": decision.outcome, "promotion.reason": " ".join(decision.reasons)[:4000]})
+    run.log_metrics({f"promotion.{name}": float(value) for name, value in figures.items()})
+    return markdown_summary(report, pictures, intervals=intervals, limit=100_000)
 
 
 def _log_training(run: Any, report: dict[str, Any]) -> None:
     """Log the winner, its metrics, and every grid point: a parameter names it, a metric scores it."""
     run.log_params({f"best.{name}": value for name, value in report["best"]["params"].items()})
-    run.log_params({f"grid.{number}": json.dumps(point["params"]) for number, point in enumerate(report["grid"])})
+    run.log_param("best.learner", report["best"]["learner"])
+    points = [json.dumps({"learner": point["learner"], **point["params"]}) for point in report["grid"]]
+    run.log_params({f"grid.{number}": point for number, point in enumerate(points)})
     scores = {
         f"grid.{number}.validation_average_precision": point["validation_average_precision"]
         for number, point in enumerate(report["grid"])

@@ -73,6 +73,9 @@ class Store(Protocol):
     def download(self, name: str, target: Path) -> None:
         """Copy the directory `name` with all below it to `target`."""
 
+    def upload(self, source: Path, name: str) -> None:
+        """Copy the directory `source` with all below it to `name`."""
+
 
 class LocalStore:
     """A directory."""
@@ -122,6 +125,11 @@ class LocalStore:
         import shutil
 
         shutil.copytree(self._root / name, target, dirs_exist_ok=True)
+
+    def upload(self, source: Path, name: str) -> None:
+        import shutil
+
+        shutil.copytree(source, self._root / name, dirs_exist_ok=True)
 
 
 class _Draft:
@@ -200,6 +208,12 @@ class S3Store:
             path = target / item["Key"][len(self._prefix + prefix) :]
             path.parent.mkdir(parents=True, exist_ok=True)
             self._client.download_file(self._bucket, item["Key"], str(path))
+
+    def upload(self, source: Path, name: str) -> None:
+        for path in source.rglob("*"):
+            if path.is_file():
+                key = f"{self._prefix}{name}/{path.relative_to(source).as_posix()}"
+                self._client.upload_file(str(path), self._bucket, key)
 
 
 class _Upload:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from random import Random
@@ -11,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from spark_jobs import build_features
-from spark_jobs.build_features import DAY_S, FEATURES, HISTORY_DAYS, LABEL_DELAY_DAYS, WINDOW_DAYS
+from spark_jobs.features import FEATURES, HIGH_RATIO, HISTORY_DAYS, LABEL_DELAY_DAYS, REGISTRY, WINDOW_DAYS
 from spark_jobs.schema import CLEANED_COLUMNS, ddl
+from spark_jobs.windows import DAY_S, NO_KEY, History
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -58,11 +61,40 @@ def random_transactions(count: int, days: int, seed: int) -> list[Transaction]:
     return rows
 
 
+def before(row: Transaction, rows: list[Transaction], days: int) -> list[Transaction]:
+    """The customer's transactions of the days before, without this second."""
+    now = row["tx_time_seconds"]
+    return [
+        other
+        for other in rows
+        if row["customer_id"] is not None
+        and other["customer_id"] == row["customer_id"]
+        and now - days * DAY_S < other["tx_time_seconds"] < now
+    ]
+
+
+def ratio(row: Transaction, rows: list[Transaction]) -> float:
+    amounts = [other["tx_amount"] for other in before(row, rows, 30)]
+    return min(row["tx_amount"] / statistics.fmean(amounts), 10) if sum(amounts) > 0 else 1.0
+
+
 def expected_features(row: Transaction, rows: list[Transaction]) -> dict[str, float]:
     """The definitions, read one row at a time."""
-    now = row["tx_time_seconds"]
+    now, amount = row["tx_time_seconds"], row["tx_amount"]
+    end = now - LABEL_DELAY_DAYS * DAY_S
+
+    def known(days: int) -> list[Transaction]:
+        found = [
+            other
+            for other in rows
+            if row["terminal_id"] is not None
+            and other["terminal_id"] == row["terminal_id"]
+            and end - days * DAY_S < other["tx_time_seconds"] <= end
+        ]
+        return sorted(found, key=lambda other: (other["tx_time_seconds"], other["transaction_id"]))
+
     features = {
-        "tx_amount": row["tx_amount"],
+        "tx_amount": amount,
         "tx_during_weekend": float(row["tx_datetime"].weekday() >= 5),
         "tx_during_night": float(row["tx_datetime"].hour <= 6),
     }
@@ -77,24 +109,45 @@ def expected_features(row: Transaction, rows: list[Transaction]) -> dict[str, fl
                 and now - days * DAY_S < other["tx_time_seconds"] <= now
             )
         ]
-        end = now - LABEL_DELAY_DAYS * DAY_S
-        labels = [
-            other["tx_fraud"]
-            for other in rows
-            if row["terminal_id"] is not None
-            and other["terminal_id"] == row["terminal_id"]
-            and end - days * DAY_S < other["tx_time_seconds"] <= end
-        ]
+        labels = [other["tx_fraud"] for other in known(days)]
         features[f"customer_tx_count_{days}d"] = float(len(own))
         features[f"customer_mean_amount_{days}d"] = sum(own) / len(own)
         features[f"terminal_tx_count_{days}d"] = float(len(labels))
         features[f"terminal_fraud_risk_{days}d"] = sum(labels) / len(labels) if labels else 0.0
-    return features
+    month = [other["tx_amount"] for other in before(row, rows, 30)]
+    fortnight = before(row, rows, 14)
+    ratios = [ratio(other, rows) for other in fortnight]
+    largest = max((other["tx_amount"] for other in fortnight), default=0.0)
+    deviation = max(statistics.stdev(month), 0.01) if len(month) > 1 else 1.0
+    logs = [math.log1p(value) for value in month]
+    frauds = [now - other["tx_time_seconds"] for other in known(35) if other["tx_fraud"]]
+    genuine = [now - other["tx_time_seconds"] for other in known(35) if not other["tx_fraud"]]
+    return features | {
+        "customer_amount_ratio_to_mean": ratio(row, rows),
+        "customer_amount_z_score": (
+            min(max((amount - statistics.fmean(month)) / deviation, -10), 10) if len(month) > 1 else 0.0
+        ),
+        "customer_amount_log_ratio": math.log1p(amount) - statistics.fmean(logs) if logs else 0.0,
+        "customer_amount_ratio_to_max_14d": min(amount / largest, 10) if largest > 0 else 1.0,
+        "customer_high_ratio_count_14d": float(sum(value > HIGH_RATIO for value in ratios)),
+        "customer_max_ratio_14d": max(ratios, default=0.0),
+        "terminal_fraud_count_3d": float(sum(other["tx_fraud"] for other in known(3))),
+        "terminal_fraud_count_21d": float(sum(other["tx_fraud"] for other in known(21))),
+        "terminal_first_fraud_age": max(frauds, default=42 * DAY_S) / DAY_S,
+        "terminal_last_genuine_age": min(genuine, default=42 * DAY_S) / DAY_S,
+        "terminal_last_label": float(known(35)[-1]["tx_fraud"]) if known(35) else 0.0,
+    }
+
+
+def close(features: dict[str, float]) -> Any:
+    """Sums are of whole cents and of logarithms to nine places; the rest is exact."""
+    return pytest.approx(features, rel=1e-7, abs=1e-8)
 
 
 def built(spark: SparkSession, rows: list[Transaction]) -> dict[int, dict[str, float]]:
     """Features of `rows` by transaction_id."""
-    frame = build_features.add_features(spark.createDataFrame(rows, ddl(CLEANED_COLUMNS)))
+    frame = spark.createDataFrame(rows, ddl(CLEANED_COLUMNS)).selectExpr("*", "true AS is_current")
+    frame = build_features.add_features(frame)
     return {row.transaction_id: {name: row[name] for name in FEATURES} for row in frame.collect()}
 
 
@@ -102,7 +155,7 @@ def test_features_are_what_their_definitions_say(spark: SparkSession) -> None:
     rows = random_transactions(400, days=50, seed=1)
     found = built(spark, rows)
     for row in rows:
-        assert found[row["transaction_id"]] == pytest.approx(expected_features(row, rows), rel=1e-12)
+        assert found[row["transaction_id"]] == close(expected_features(row, rows))
 
 
 def test_unknown_customers_and_terminals_have_the_documented_defaults(spark: SparkSession) -> None:
@@ -196,17 +249,63 @@ def test_a_partition_sees_its_history_and_nothing_else(partitions: Partitions, t
         found = partitions.features(key)
         assert found.keys() == expected.keys()
         for number, features in expected.items():
-            assert found[number] == pytest.approx(features, rel=1e-12)
+            assert found[number] == close(features)
 
 
 def test_history_is_long_enough_to_the_second(partitions: Partitions) -> None:
     """The oldest row that a window can reach counts, the one before it does not."""
     now = 60 * DAY_S
-    oldest = now - HISTORY_DAYS * DAY_S + 1
+    oldest = now - (35 + LABEL_DELAY_DAYS) * DAY_S + 1
     partitions.write("old", [transaction(1, oldest, tx_fraud=1), transaction(2, oldest - 1, tx_fraud=1)])
     partitions.write("new", [transaction(3, now)])
     partitions.run(partitions.item("new", START + timedelta(seconds=now), ["old"]))
-    assert partitions.features("new")[3]["terminal_tx_count_30d"] == 1
+    features = partitions.features("new")[3]
+    assert features["terminal_first_fraud_age"] == (now - oldest) / DAY_S
+    assert max(feature.days for feature in REGISTRY) == HISTORY_DAYS
+
+
+def test_a_row_is_the_same_whatever_stands_beside_it(spark: SparkSession) -> None:
+    """Bit by bit: however many others there are, and in however many parts they are gathered."""
+    rows = random_transactions(300, days=50, seed=4)
+    others = [row | {"transaction_id": 10_000 + n, "customer_id": 9, "terminal_id": 9, "tx_amount": 1e6 / 7}
+              for n, row in enumerate(random_transactions(300, days=50, seed=5))]  # fmt: skip
+    frame = spark.createDataFrame(rows + others, ddl(CLEANED_COLUMNS)).selectExpr("*", "true AS is_current")
+    among = {row.transaction_id: row for row in build_features.add_features(frame, tasks=7).collect()}
+    for number, features in built(spark, rows).items():
+        assert {name: among[number][name] for name in FEATURES} == features
+
+
+def test_each_feature_stays_within_the_window_that_it_declares() -> None:
+    """A row before the declared days, or a label younger than the declared delay, moves no feature."""
+    import numpy as np
+
+    rows = random_transactions(300, days=80, seed=6)
+
+    def columns(rows: list[Transaction], of: str) -> History:
+        keys = [NO_KEY if row[f"{of}_id"] is None else row[f"{of}_id"] for row in rows]
+        arrays = [
+            [row[name] for row in rows] for name in ("tx_time_seconds", "transaction_id", "tx_amount", "tx_fraud")
+        ]
+        return History(*(np.array(values) for values in (keys, *arrays)))
+
+    now = max(row["tx_time_seconds"] for row in rows) + 1
+    for feature in REGISTRY:
+        if not callable(feature.define):
+            continue
+        for customer_id, terminal_id in ((1, 1), (2, 2)):
+            last = transaction(10_000, now, customer_id=customer_id, terminal_id=terminal_id)
+            near = [row for row in rows if row["tx_time_seconds"] > now - feature.days * DAY_S]
+            young = [
+                row | {"tx_fraud": 1 - row["tx_fraud"]}
+                if feature.delay_days == 0 or row["tx_time_seconds"] > now - feature.delay_days * DAY_S
+                else row
+                for row in near
+            ]
+            values = []
+            for part in (rows, near, young):
+                history = columns([*part, last], feature.of)
+                values.append(feature.define(history)[list(history.order).index(len(part))])
+            assert values[0] == values[1] == values[2], feature.name
 
 
 def test_an_empty_partition_and_a_broken_one_have_verdicts_of_their_own(partitions: Partitions) -> None:
@@ -224,7 +323,8 @@ def test_an_empty_partition_and_a_broken_one_have_verdicts_of_their_own(partitio
     assert not (partitions.directory / "features/gone").exists()
 
 
-def test_amounts_that_overflow_are_counted_as_unusable(partitions: Partitions) -> None:
-    partitions.write("huge", [transaction(number, 5, tx_amount=1e308) for number in range(3)])
+def test_absurd_amounts_leave_features_finite(partitions: Partitions) -> None:
+    amounts = (0.0, 1e308, 0.001, 1e308)
+    partitions.write("huge", [transaction(n, n, tx_amount=amount) for n, amount in enumerate(amounts)])
     counts = partitions.run(partitions.item("huge", START, []))["huge"]["report"]["counts"]
-    assert counts["unusable_rows"] == 3
+    assert counts == {"rows": 4, "fraud_rows": 0, "unusable_rows": 0}

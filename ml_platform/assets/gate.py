@@ -1,0 +1,172 @@
+"""What stands between a registered version and the alias ``champion``: the comparison, and the proof that it loads."""
+
+import json
+import tempfile
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field
+
+from ml_platform.promotion import Decision, Facts, PromotionRule, Scores, decide
+from ml_platform.resources.lake import LakeResource
+from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
+from ml_platform.resources.spark import SparkEngine
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+#: Scores that a reloaded model may differ by.
+SAME_SCORE = 1e-9
+
+DECISION_FILE = "promotion.json"
+
+#: Form of the tag ``champion_since``.
+SINCE = "%Y-%m-%dT%H:%M:%SZ"
+
+
+class PromotionConfig(dg.Config):
+    """When the new model becomes the champion; see docs/model.md."""
+
+    mode: str = Field(default="enforce", pattern="^(enforce|dry_run)$", description="enforce; dry_run moves nothing.")
+    margin: float = Field(
+        default=0.0, ge=0, lt=1, description="Average precision by which it must be better, at the least."
+    )
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="Of the interval whose lower bound decides.")
+    replicates: int = Field(default=1000, ge=100, description="Bootstrap replicates.")
+    min_frauds: int = Field(default=50, ge=2, description="Held-out frauds below which no models are compared.")
+    min_champion_average_precision: float = Field(
+        default=0.2, ge=0, le=1, description="Below this on the newest held-out week, a check warns of the champion."
+    )
+    max_champion_age_days: int = Field(
+        default=120, ge=1, description="A champion for longer without a comparable challenger makes a check warn."
+    )
+
+    def rule(self, seed: int) -> PromotionRule:
+        """The rule that these settings are."""
+        return PromotionRule(
+            margin=self.margin,
+            confidence=self.confidence,
+            replicates=self.replicates,
+            min_frauds=self.min_frauds,
+            seed=seed,
+            mode="dry_run" if self.mode == "dry_run" else "enforce",
+        )
+
+
+def judge(
+    config: PromotionConfig, seed: int, lake: LakeResource, scores_name: str, report: dict[str, Any], champion: Any
+) -> Decision:
+    """Decide by the scores that the training job wrote to `scores_name` in the lake."""
+    windows = report["windows"]
+    facts = Facts(
+        challenger_features=tuple(report["features"]),
+        challenger_train_last_date=_date(windows["train"]["last_date"]),
+        test_first_date=_date(windows["test"]["first_date"]),
+    )
+    if champion is not None:
+        verdict = report["champion"] or {"status": "unreadable", "error": "its version does not name its model's files"}
+        facts = Facts(
+            champion=champion.version,
+            champion_error=None if verdict["status"] == "scored" else verdict["error"],
+            champion_features=tuple(json.loads(champion.tags.get("features", "[]"))) or None,
+            champion_train_last_date=_date(champion.tags.get("train_last_date")),
+            challenger_features=facts.challenger_features,
+            challenger_train_last_date=facts.challenger_train_last_date,
+            test_first_date=facts.test_first_date,
+        )
+    return decide(config.rule(seed), read_scores(lake, scores_name, with_champion=facts.champion_error is None), facts)
+
+
+def _date(text: str | None) -> date | None:
+    return date.fromisoformat(text) if text else None
+
+
+def read_scores(lake: LakeResource, name: str, *, with_champion: bool = True) -> Scores:
+    """The held-out rows of a model, from the Parquet that the training job wrote."""
+    import numpy as np
+    from pyarrow import parquet
+
+    with tempfile.TemporaryDirectory(prefix="ml-platform-") as directory:
+        lake.store.download(name, Path(directory))
+        files = sorted(Path(directory).glob("part-*.parquet"))
+        columns = ["tx_fraud", "score", "champion_score", "customer_id"]
+        tables = [parquet.read_table(file, columns=columns) for file in files]
+    values = {column: np.concatenate([table[column].to_numpy() for table in tables]) for column in columns}
+    scored = with_champion and not np.isnan(values["champion_score"].astype("float64")).any()
+    return Scores(
+        label=values["tx_fraud"],
+        challenger=values["score"],
+        champion=values["champion_score"] if scored else None,
+        customer_id=values["customer_id"].astype("float64"),
+    )
+
+
+def verify_reload(
+    context: dg.AssetExecutionContext,
+    lake: LakeResource,
+    spark: SparkEngine,
+    mlflow: MlflowResource,
+    *,
+    version: "ModelVersion",
+    directory: str,
+    report: dict[str, Any],
+    features_uri: str,
+) -> dict[str, Any]:
+    """Load a registered version back from MLflow and let it score held-out rows again.
+
+    The files come from MLflow and are scored by Spark from the lake, so that it works wherever Spark runs.
+
+    Raises:
+        dagster.Failure: the version does not load, or scores differ.
+    """
+    import mlflow as mlflow_api
+
+    reloaded = f"{directory}/reloaded"
+    with tempfile.TemporaryDirectory(prefix="ml-platform-") as target:
+        mlflow_api.set_tracking_uri(mlflow.tracking_uri)
+        path = mlflow_api.artifacts.download_artifacts(
+            artifact_uri=f"models:/{MODEL_NAME}/{version.version}", dst_path=target
+        )
+        lake.store.upload(Path(path) / "sparkml", reloaded)
+    proof = spark.run_job(
+        context,
+        lake,
+        "verify_model",
+        {
+            "model_uri": lake.store.spark_uri(reloaded),
+            "features_uri": features_uri,
+            "features": report["features"],
+            "scores_uri": report["scores_uri"],
+        },
+        label=report["cutoff"],
+    )
+    if proof["rows"] == 0 or proof["max_difference"] > SAME_SCORE:
+        raise dg.Failure(
+            f"version {version.version}, loaded back from MLflow, scores {proof['rows']} rows by up to "
+            f"{proof['max_difference']} otherwise than when it was trained; the champion stays",
+            allow_retries=False,
+        )
+    return proof
+
+
+def champion_facts(config: PromotionConfig, report: dict[str, Any], champion: Any) -> dict[str, Any] | None:
+    """What the check on the champion's health looks at; None if there was none."""
+    if champion is None:
+        return None
+    since = champion.tags.get("champion_since")
+    age = datetime.now(timezone.utc) - datetime.strptime(since, SINCE).replace(tzinfo=timezone.utc) if since else None
+    return {
+        "version": champion.version,
+        "average_precision": report["metrics"].get("champion_test_average_precision"),
+        "min_average_precision": config.min_champion_average_precision,
+        "age_days": None if age is None else age.days,
+        "max_age_days": config.max_champion_age_days,
+    }
+
+
+def champion_tags(*, who: str, why: str) -> dict[str, str]:
+    """Tags of a version that becomes the champion: since when, by whom and why."""
+    since = datetime.now(timezone.utc).strftime(SINCE)
+    return {"champion_since": since, "champion_by": who, "champion_why": why[:1000]}
