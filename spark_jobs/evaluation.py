@@ -67,12 +67,17 @@ def tables(
 
     `scores` has also ``tx_amount``; `scenarios` is as in `scenario_recall`.
     """
-    return {
-        **ranking_tables(scores, score),
-        "per_day": daily_metrics(scores, score, alerts_per_day),
-        "per_scenario": scenario_recall(scores, scenarios, score, alerts_per_day),
-        "thresholds": budget_table(scores, score),
-    }
+    # The one ranking of the days serves all budgets.
+    alerts = _alerts(scores, score, max(alerts_per_day, *BUDGETS)).persist()
+    try:
+        return {
+            **ranking_tables(scores, score),
+            "per_day": daily_metrics(scores, score, alerts_per_day, alerts),
+            "per_scenario": scenario_recall(scores, scenarios, score, alerts_per_day, alerts),
+            "thresholds": budget_table(scores, score, BUDGETS, alerts),
+        }
+    finally:
+        alerts.unpersist()
 
 
 def ranking_metrics(
@@ -117,50 +122,56 @@ def ranking_tables(
     return _rankings(scores, score, rows_per_partition=rows_per_partition).get(0, _Ranking(0, 0)).tables()
 
 
-def daily_metrics(scores: DataFrame, score: str = "score", alerts_per_day: int = 100) -> list[dict[str, Any]]:
+def daily_metrics(
+    scores: DataFrame, score: str = "score", alerts_per_day: int = 100, alerts: DataFrame | None = None
+) -> list[dict[str, Any]]:
     """The figures of each UTC day that has rows: ``date``, ``rows``, ``frauds``, ``average_precision``,
     ``roc_auc`` (see `ranking_metrics`), ``precision_at_budget``, ``recall_at_budget`` (see `budget_metrics`);
-    None where a figure is not defined.
+    None where a figure is not defined. `alerts`: those of a budget at least as large, if they are at hand.
     """
     from pyspark.sql import functions as F
 
     rankings = _rankings(scores, score, group=_utc_day())
     caught = (
-        _alerts(scores, score, alerts_per_day)
+        _alerts(scores, score, alerts_per_day, alerts)
         .groupBy("day")
         .agg(F.count(F.lit(1)).alias("rows"), F.sum("tx_fraud").alias("frauds"))
         .collect()
     )
-    alerts = {row["day"]: row for row in caught}
+    found = {row["day"]: row for row in caught}
     return [
         {
             "date": (date(1970, 1, 1) + timedelta(days=day)).isoformat(),
             **rankings[day].metrics(),
-            "precision_at_budget": _share(alerts[day]["frauds"], alerts[day]["rows"]),
-            "recall_at_budget": _share(alerts[day]["frauds"], rankings[day].frauds),
+            "precision_at_budget": _share(found[day]["frauds"], found[day]["rows"]),
+            "recall_at_budget": _share(found[day]["frauds"], rankings[day].frauds),
         }
         for day in sorted(rankings)
     ]
 
 
 def scenario_recall(
-    scores: DataFrame, scenarios: DataFrame, score: str = "score", alerts_per_day: int = 100
+    scores: DataFrame,
+    scenarios: DataFrame,
+    score: str = "score",
+    alerts_per_day: int = 100,
+    alerts: DataFrame | None = None,
 ) -> list[dict[str, Any]]:
     """How many frauds of each scenario a fixed daily budget finds: ``scenario``, ``frauds``, ``caught``,
     ``recall_at_budget``.
 
     `scenarios` has ``transaction_id``, ``tx_datetime`` and ``tx_fraud_scenario`` of the frauds of `scores`, once
-    each; its other rows do not matter.
+    each; its other rows do not matter. `alerts` as in `daily_metrics`.
     """
     from pyspark.sql import functions as F
 
     key = ["transaction_id", "tx_datetime"]
-    alerts = _alerts(scores, score, alerts_per_day).where("tx_fraud = 1").select(*key, F.lit(1).alias("caught"))
+    caught = _alerts(scores, score, alerts_per_day, alerts).where("tx_fraud = 1")
     per_scenario = (
         scores.where(F.col(score).isNotNull() & (F.col("tx_fraud") == 1))
         .select(*key)
         .join(scenarios.select(*key, "tx_fraud_scenario"), key)
-        .join(F.broadcast(alerts), key, "left")
+        .join(F.broadcast(caught.select(*key, F.lit(1).alias("caught"))), key, "left")
         .groupBy("tx_fraud_scenario")
         .agg(F.count(F.lit(1)).alias("frauds"), F.count("caught").alias("caught"))
         .orderBy("tx_fraud_scenario")
@@ -178,11 +189,11 @@ def scenario_recall(
 
 
 def budget_table(
-    scores: DataFrame, score: str = "score", budgets: Sequence[int] = BUDGETS
+    scores: DataFrame, score: str = "score", budgets: Sequence[int] = BUDGETS, alerts: DataFrame | None = None
 ) -> list[dict[str, float | None]]:
     """What daily budgets of alerts would find: ``alerts_per_day``, ``precision``, ``recall`` (see
     `budget_metrics`), ``amount_caught`` (sum of ``tx_amount`` of the frauds among the alerts) and
-    ``amount_share`` (the part of all frauds' amounts; None if that is 0).
+    ``amount_share`` (the part of all frauds' amounts; None if that is 0). `alerts` as in `daily_metrics`.
     """
     from pyspark.sql import functions as F
 
@@ -194,14 +205,14 @@ def budget_table(
         within = F.col("rank") <= budget
         for value in (F.lit(1), F.col("tx_fraud"), fraud_amount):
             sums.append(F.sum(F.when(within, value)))
-    found = _alerts(scores, score, max(budgets)).agg(*sums).collect()[0]
+    found = _alerts(scores, score, max(budgets), alerts).agg(*sums).collect()[0]
     table = []
     for index, budget in enumerate(budgets):
-        alerts, caught, amount_caught = (value or 0 for value in found[3 * index : 3 * index + 3])
+        count, caught, amount_caught = (value or 0 for value in found[3 * index : 3 * index + 3])
         table.append(
             {
                 "alerts_per_day": budget,
-                "precision": _share(caught, alerts),
+                "precision": _share(caught, count),
                 "recall": _share(caught, frauds or 0),
                 "amount_caught": round(float(amount_caught), 2),
                 "amount_share": round(amount_caught / amount, 12) if amount else None,
@@ -414,10 +425,14 @@ def budget_metrics(scores: DataFrame, score: str = "score", alerts_per_day: int 
     return {"precision": _share(caught or 0, alerts), "recall": _share(caught or 0, frauds)}
 
 
-def _alerts(scores: DataFrame, score: str, alerts_per_day: int) -> DataFrame:
-    """The alerts of `budget_metrics`, with their ``day`` and their ``rank`` in it, from 1."""
+def _alerts(scores: DataFrame, score: str, alerts_per_day: int, alerts: DataFrame | None = None) -> DataFrame:
+    """The alerts of `budget_metrics`, with their ``day`` and their ``rank`` in it, from 1; out of `alerts` if there
+    are those of a larger budget.
+    """
     from pyspark.sql import functions as F
 
+    if alerts is not None:
+        return alerts.where(F.col("rank") <= alerts_per_day)
     columns = [name for name in ("transaction_id", "tx_datetime", "tx_amount", "tx_fraud") if name in scores.columns]
     known = scores.where(F.col(score).isNotNull()).select(
         *columns, _utc_day().alias("day"), F.col(score).cast("double").alias("score")
