@@ -138,6 +138,7 @@ def _judge(
     for key in context.partition_keys:
         if problem := problem_of(key):
             problems[key] = problem
+            context.log.warning(f"{check.name}: {key}: {problem}")
         evaluation = dg.AssetCheckEvaluation(
             asset_key=check.asset_key,
             check_name=check.name,

@@ -59,7 +59,9 @@ def cleaned_transactions(
     context: dg.AssetExecutionContext, config: CleaningConfig, lake: LakeResource, spark: SparkEngine
 ) -> dg.MaterializeResult:
     """Clean the new or changed files among the run's partitions in one Spark job."""
-    files, _ = lake.list_raw_files()
+    files, ignored = lake.list_raw_files()
+    for name, reason in ignored.items():
+        context.log.warning(f"ignored raw file {name!r}: {reason}")
     epoch = lake.epoch
     reports = lake.reports(CLEANED)
     failed = {key: f"there is no such file in {lake.raw_uri}" for key in context.partition_keys if key not in files}
