@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -404,14 +405,21 @@ def test_mlflow_and_dagster_name_each_other(trained: Trained) -> None:
 
 def test_mlflow_has_every_grid_point_and_the_winner(trained: Trained) -> None:
     _, run = champion_run(trained)
-    points = [json.loads(run.data.params[f"grid.{number}"]) for number in range(9)]
+    points = [json.loads(run.data.params[f"grid.{number}"]) for number in range(12)]
+    assert Counter(point["learner"] for point in points) == {
+        "logistic_regression": 9,
+        "gbt": 2,
+        "random_forest": 1,
+    }
     expected = itertools.product([0, 0.1, 0.5], [100, 500, 1000])
-    assert sorted((point["regParam"], point["maxIter"]) for point in points) == sorted(expected)
-    scores = [run.data.metrics[f"grid.{number}.validation_average_precision"] for number in range(9)]
+    baseline = [point for point in points if point["learner"] == "logistic_regression"]
+    assert sorted((point["regParam"], point["maxIter"]) for point in baseline) == sorted(expected)
+    scores = [run.data.metrics[f"grid.{number}.validation_average_precision"] for number in range(12)]
     assert run.data.metrics["validation_average_precision"] == max(scores)
     best = points[scores.index(max(scores))]
-    assert float(run.data.params["best.regParam"]) == best["regParam"]
-    assert int(run.data.params["best.maxIter"]) == best["maxIter"]
+    assert {name: run.data.params[f"best.{name}"] for name in best} == {
+        name: str(value) for name, value in best.items()
+    }
 
 
 def test_logged_metrics_are_those_of_the_test_scores(trained: Trained) -> None:
