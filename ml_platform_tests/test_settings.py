@@ -55,8 +55,10 @@ def test_every_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    unset = load_settings()
     names = [field.alias for field in Settings.model_fields.values() if field.alias]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    unset = load_settings()
     assert load(monkeypatch, **dict.fromkeys(names, "")) == unset
 
 
