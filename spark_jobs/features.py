@@ -188,12 +188,18 @@ def _registry() -> list[Feature]:
     features = [
         row(
             "tx_during_weekend",
-            "double(dayofweek(tx_datetime) IN (1, 7))",
+            "double(pmod(floor(CAST(tx_datetime AS BIGINT) / 86400) + 4, 7) IN (0, 6))",
             "handbook",
             "0 or 1",
             "Saturday or Sunday (UTC).",
         ),
-        row("tx_during_night", "double(hour(tx_datetime) <= 6)", "handbook", "0 or 1", "00:00 to 06:59 (UTC)."),
+        row(
+            "tx_during_night",
+            "double(pmod(CAST(tx_datetime AS BIGINT), 86400) < 7 * 3600)",
+            "handbook",
+            "0 or 1",
+            "00:00 to 06:59 (UTC).",
+        ),
     ]
     for days in WINDOW_DAYS:
         features += [

@@ -41,6 +41,8 @@ SESSION_SETTINGS = {
     "spark.sql.legacy.codingErrorAction": "true",
     # Features pass through pandas; a batch of 10,000 rows, the default, costs more than its rows.
     "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
+    # No limit, so that Spark (4.1 and later) does not add up the bytes of a batch after every row.
+    "spark.sql.execution.arrow.maxBytesPerBatch": "2147483647",
 }
 
 
@@ -115,12 +117,21 @@ class Files:
         fs.delete(path, True)
 
     def write_json(self, uri: str, value: Any) -> None:
-        """Write `value` as JSON. Readers find the whole file or none: it is renamed into its place."""
+        """Write `value` as JSON. Readers find the whole file or none.
+
+        On S3 an object appears whole, when it is closed; elsewhere the file is renamed into its place.
+        """
         fs, path = self._open(uri)
+        content = bytearray(json.dumps(value, indent=1, sort_keys=True).encode("utf-8"))
+        if path.toUri().getScheme() == "s3a":
+            stream = fs.create(path, True)
+            stream.write(content)
+            stream.close()  # and not after an error: closing is what makes the object
+            return
         draft = self._jvm.org.apache.hadoop.fs.Path(path.getParent(), f"_{uuid.uuid4().hex}.tmp")
         stream = fs.create(draft, True)
         try:
-            stream.write(bytearray(json.dumps(value, indent=1, sort_keys=True).encode("utf-8")))
+            stream.write(content)
         finally:
             stream.close()
         fs.delete(path, False)
@@ -227,6 +238,8 @@ def main(run: Callable[[SparkSession, dict[str, Any]], dict[str, Any]], app_name
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("py4j").setLevel(logging.WARNING)
     spark = SparkSession.builder.appName(app_name).getOrCreate()
+    # The driver's log is shown to people: Spark itself says dozens of lines a second.
+    spark.sparkContext.setLogLevel("WARN")
     try:
         files = Files(spark)
         request = json.loads(files.read(arguments.request).decode("utf-8"))

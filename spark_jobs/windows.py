@@ -86,19 +86,35 @@ class History:
     def __init__(self, key: Array, time: Array, transaction_id: Array, amount: Array, fraud: Array) -> None:
         import numpy as np
 
-        self.order = np.lexsort((transaction_id, time, key))
-        key = key[self.order]
+        self._first = int(time.min()) if len(key) else 0
+        self._span = (int(time.max()) - self._first if len(key) else 0) + 1
+        if len(key) and int(key.max()) >= 2**62 // self._span:
+            # One number for key and time would not fit: number the keys.
+            ranks = np.unique(key[key != NO_KEY], return_inverse=True)[1]
+            numbered = np.full(len(key), NO_KEY)
+            numbered[key != NO_KEY] = ranks
+            key = numbered
+        place = key * self._span + (time - self._first)
+        self.order = np.argsort(place, kind="stable")
+        # One number for key and time, sorted.
+        self._place = place[self.order]
+        self._sort_ties(transaction_id)
         self.time = time[self.order]
         self.amount = amount[self.order]
         self.fraud = fraud[self.order].astype("int64")
-        self.known = key != NO_KEY
+        self.known = key[self.order] != NO_KEY
         self.cents = np.rint(np.minimum(self.amount, LARGEST_AMOUNT) / CENT).astype("int64")
-        self._first = int(self.time.min()) if len(key) else 0
-        self._span = (int(self.time.max()) - self._first if len(key) else 0) + 1
-        # One sorted number for key and time: position of the key times the span of time, plus the time.
-        self._base = np.cumsum(np.r_[False, key[1:] != key[:-1]]) * self._span if len(key) else self.time
-        self._place = self._base + (self.time - self._first)
+        self._base = self._place - (self.time - self._first)
         self._found: dict[int, Array] = {}
+
+    def _sort_ties(self, transaction_id: Array) -> None:
+        """Bring the few rows of the same key and second into the order of their ids."""
+        import numpy as np
+
+        same = self._place[1:] == self._place[:-1]
+        tied = np.flatnonzero(np.r_[same, False] | np.r_[False, same])
+        rows = self.order[tied]
+        self.order[tied] = rows[np.lexsort((transaction_id[rows], self._place[tied]))]
 
     def _position(self, seconds: int) -> Array:
         """For each row, the first position of its key whose time is at least the row's own plus `seconds`."""
@@ -135,13 +151,14 @@ def with_columns(
     are handed on, and the column is dropped.
     """
     import numpy as np
+    import pandas as pd
 
-    frames = [frame for frame in batches if len(frame)]
+    frames = [{name: frame[name].to_numpy() for name in frame.columns} for frame in batches if len(frame)]
     if not frames:
         return
 
     def column(name: str) -> Array:
-        return np.concatenate([frame[name].to_numpy() for frame in frames])
+        return np.concatenate([frame[name] for frame in frames])
 
     history = History(
         column(key), column("tx_time_seconds"), column("transaction_id"), column("tx_amount"), column("tx_fraud")
@@ -152,7 +169,12 @@ def with_columns(
         computed[name][history.order] = values
     start = 0
     for frame in frames:
-        stop = start + len(frame)
-        added = frame.assign(**{name: values[start:stop] for name, values in computed.items()})
+        stop = start + len(frame[key])
+        added = {**frame, **{name: values[start:stop] for name, values in computed.items()}}
         start = stop
-        yield added if keep is None else added[added[keep]].drop(columns=keep)
+        if keep is not None:
+            kept = added.pop(keep)
+            if not kept.all():
+                added = {name: values[kept] for name, values in added.items()}
+        # From whole columns: pandas' own ways to add and to filter copy everything.
+        yield pd.DataFrame(added, copy=False)

@@ -1,0 +1,102 @@
+"""What building features costs, per million rows: growing partitions, and few terminals with a large share of them.
+
+One warm Spark session; each size is timed in turn, and the whole round is repeated, so that a disturbance of the
+machine meets all of them. The marginal cost between two sizes is what a further million rows takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import clean, features, markdown, say, simulate, spark_session, write_results
+from ml_platform.simulator import Simulation
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+EPOCH = date(2019, 8, 22)
+
+#: Of the second data set of each size: so many terminals carry this share of all rows.
+HOT_TERMINALS = 10
+HOT_SHARE = 0.3
+
+#: Transactions of a simulated customer in the 30 days of a file, about.
+ROWS_PER_CUSTOMER = 57.6
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--million-rows", type=float, nargs="+", default=[2, 8, 16], metavar="N", help="sizes (default: 2 8 16)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
+    parser.add_argument("--driver-memory", help="memory of Spark's driver (default: a third of the machine's, to 8 GB)")
+    parser.add_argument("--work", type=Path, help="directory to keep the data in (default: none)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
+        work = (arguments.work or Path(temporary)).absolute()
+        spark = spark_session(arguments.driver_memory)
+        results = measure(spark, sorted(arguments.million_rows), arguments.rounds, work)
+    write_results(arguments.json, results, lambda: table(results))
+
+
+def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) -> list[dict[str, Any]]:
+    """Seconds of each size and distribution, `rounds` times."""
+    from pyspark.sql import functions as F
+
+    data = {}
+    for size in sizes:
+        customers = round(size * 1e6 / ROWS_PER_CUSTOMER)
+        simulation = Simulation(start=EPOCH, customers=customers, terminals=10_000, fault_rate=0)
+        lake = work / f"{size:g}"
+        data[size, "even"] = lake, clean(spark, simulate(lake / "raw", simulation, 1), lake, EPOCH)
+        hot = work / f"{size:g}-hot"
+        for key in data[size, "even"][1]:
+            table = f"cleaned_transactions/raw_file={key}"
+            drawn = f"pmod(xxhash64(transaction_id), {round(HOT_TERMINALS / HOT_SHARE)})"
+            spark.read.parquet(f"file://{lake}/{table}").withColumn(
+                "terminal_id", F.expr(f"IF({drawn} < {HOT_TERMINALS}, {drawn}, terminal_id)")
+            ).write.mode("overwrite").parquet(f"file://{hot}/{table}")
+        data[size, f"{HOT_TERMINALS} terminals carry {HOT_SHARE:.0%}"] = hot, data[size, "even"][1]
+    say("warming up")
+    lake, reports = data[sizes[0], "even"]
+    features(spark, reports, lake)
+    results = []
+    for number in range(rounds):
+        for (size, terminals), (lake, reports) in data.items():
+            started = time.monotonic()
+            built = features(spark, reports, lake)
+            seconds = time.monotonic() - started
+            rows = sum(report["counts"]["rows"] for report in built.values())
+            results.append({"size": size, "terminals": terminals, "rows": rows, "seconds": seconds})
+            say(f"round {number + 1}: {results[-1]}")
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row for each size and distribution: median seconds, and the marginal cost against the next smaller size."""
+    lines = []
+    for terminals in dict.fromkeys(result["terminals"] for result in results):
+        before: tuple[int, float] | None = None
+        for size in dict.fromkeys(result["size"] for result in results):
+            same = [result for result in results if (result["size"], result["terminals"]) == (size, terminals)]
+            rows = same[0]["rows"]
+            seconds = [result["seconds"] for result in same]
+            median = statistics.median(seconds)
+            marginal = "" if before is None else f"{(median - before[1]) / (rows - before[0]) * 1e6:.2f}"
+            before = rows, median
+            spread = f"{median:.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+            lines.append([terminals, f"{rows:,}", spread, f"{median / rows * 1e6:.2f}", marginal])
+    return markdown(["terminals", "rows", "seconds", "s per million rows", "s per further million rows"], lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""How good the models are: learners and sets of inputs on weekly folds, trained and scored by the platform's own jobs.
+
+Each fold is that of the Fraud Detection Handbook: training ends on a given day, labels are 7 days late, the test is
+the 7 days after that, without cards that are known as compromised. Intervals are those of the promotion rule: 95 %,
+bootstrap over customers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import clean, features, markdown, say, simulate, spark_session, write_results
+from ml_platform.promotion import average_precision_interval
+from ml_platform.simulator import Simulation
+from spark_jobs import train_model
+from spark_jobs.features import FEATURES, REGISTRY
+
+HANDBOOK = ("tx_amount", *[feature.name for feature in REGISTRY if feature.source == "handbook"])
+
+#: What the pipeline before this one trained on.
+OLD_PIPELINE = ("tx_amount", "tx_time_seconds", "is_terminal_0", "second_of_day")
+
+CANDIDATES = {candidate["learner"]: [candidate] for candidate in train_model.DEFAULTS["candidates"]}
+
+#: Name of a row of the table → its inputs and learner.
+MODELS = {
+    "old pipeline's inputs, logistic_regression": (OLD_PIPELINE, "logistic_regression"),
+    "handbook's inputs, logistic_regression": (HANDBOOK, "logistic_regression"),
+    "handbook's inputs, gbt": (HANDBOOK, "gbt"),
+    "all inputs, logistic_regression": (FEATURES, "logistic_regression"),
+    "all inputs, random_forest": (FEATURES, "random_forest"),
+    "all inputs, gbt": (FEATURES, "gbt"),
+}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw", type=Path, help="directory of raw files (default: simulated ones)")
+    parser.add_argument("--epoch", type=date.fromisoformat, default=date(2018, 4, 1), help="first day of the data")
+    parser.add_argument(
+        "--train-ends",
+        type=date.fromisoformat,
+        nargs="+",
+        default=[date(2018, 6, 26), date(2018, 7, 3), date(2018, 7, 10)],
+        metavar="DATE",
+        help="last days of training, one a fold (default: 2018-06-26 2018-07-03 2018-07-10)",
+    )
+    parser.add_argument("--customers", type=int, default=5_000, help="customers to simulate (default: 5000)")
+    parser.add_argument("--work", type=Path, help="directory to keep cleaned data and features in (default: none)")
+    parser.add_argument("--only", default="", help="only the rows of the table whose name has this in it")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
+        work = (arguments.work or Path(temporary)).absolute()
+        if arguments.raw is None:
+            simulation = Simulation(
+                start=arguments.epoch, customers=arguments.customers, terminals=2 * arguments.customers
+            )
+            raw = simulate(work / "raw", simulation, 4)
+        else:
+            raw = sorted(arguments.raw.absolute().glob("*.txt"))
+        models = {name: model for name, model in MODELS.items() if arguments.only in name}
+        results = measure(raw, arguments.epoch, arguments.train_ends, work, models)
+    write_results(arguments.json, results, lambda: table(results))
+
+
+def measure(
+    raw: list[Path], epoch: date, train_ends: list[date], work: Path, models: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Train and score every model on every fold; one dict of figures each."""
+    from pyspark.sql import functions as F
+
+    spark = spark_session()
+    lake = work / "lake"
+    features(spark, clean(spark, raw, lake, epoch), lake)
+    rows = spark.read.parquet(f"file://{lake}/transaction_features").drop("raw_file")
+    rows = rows.withColumns(
+        {
+            "is_terminal_0": F.expr("double(coalesce(terminal_id, 0) = 0)"),
+            "second_of_day": F.expr("double(tx_time_seconds % 86400)"),
+        }
+    )
+    results = []
+    for train_end in train_ends:
+        # The test ends 7 days of delay and 7 of test later; what comes after is unknown.
+        last = train_end + timedelta(days=14)
+        fold = f"file://{work}/fold={train_end}"
+        rows.where(F.col("tx_datetime") < F.lit(last + timedelta(days=1)).cast("timestamp")).write.mode(
+            "overwrite"
+        ).parquet(fold)
+        for name, (inputs, learner) in models.items():
+            report = train_model.run(
+                spark,
+                {
+                    "run_id": "benchmark",
+                    "cutoff": train_end.isoformat(),
+                    "feature_uris": [fold],
+                    "cutoff_uri": fold,
+                    "features": list(inputs),
+                    "output_uri": f"file://{work}/models/{train_end}/{name.replace(' ', '_')}",
+                    "candidates": CANDIDATES[learner],
+                },
+            )
+            if report["outcome"] != "trained":
+                raise SystemExit(f"{name}, training until {train_end}: {report['reason']}")
+            scores = spark.read.parquet(report["scores_uri"]).toPandas()
+            interval = average_precision_interval(scores["tx_fraud"], scores["score"], scores["customer_id"])
+            metrics = report["metrics"]
+            figures = {
+                "model": name,
+                "train_end": train_end.isoformat(),
+                "train_rows": report["windows"]["train"]["rows"],
+                "test_rows": metrics["test_rows"],
+                "test_frauds": metrics["test_frauds"],
+                "average_precision": metrics["test_average_precision"],
+                "interval": [interval.lower, interval.upper],
+                "roc_auc": metrics["test_roc_auc"],
+                "card_precision_at_100": metrics["test_card_precision_at_100"],
+                "best": {"learner": report["best"]["learner"], **report["best"]["params"]},
+                "seconds": report["seconds"]["total"],
+            }
+            say(f"{train_end} {name}: {figures}")
+            results.append(figures)
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row for each model: average precision of each fold with its interval, and the means."""
+    folds = list(dict.fromkeys(figures["train_end"] for figures in results))
+    models = list(dict.fromkeys(figures["model"] for figures in results))
+    by = {(figures["model"], figures["train_end"]): figures for figures in results}
+
+    def mean(model: str, figure: str) -> float:
+        return sum(by[model, fold][figure] for fold in folds) / len(folds)
+
+    def with_interval(figures: dict[str, Any]) -> str:
+        lower, upper = figures["interval"]
+        return f"{figures['average_precision']:.3f} [{lower:.3f}, {upper:.3f}]"
+
+    return markdown(
+        ["model", *[f"AP, trained until {fold}" for fold in folds], "mean AP", "mean AUC", "mean CP@100", "seconds"],
+        [
+            [
+                model,
+                *[with_interval(by[model, fold]) for fold in folds],
+                mean(model, "average_precision"),
+                mean(model, "roc_auc"),
+                mean(model, "card_precision_at_100"),
+                f"{mean(model, 'seconds'):.0f}",
+            ]
+            for model in models
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
