@@ -6,16 +6,21 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import dagster as dg
 import pytest
 
+from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.resources.lake import LakeResource
+from ml_platform_tests.standalone import StandaloneCluster
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+#: Why the S3 of the tests is a mock; empty if it is none.
+MOCK_REASON = pytest.StashKey[str]()
 
 FOREIGN = ("ML_PLATFORM_", "DAGSTER_", "MLFLOW_", "AWS_", "YC_", "DATAPROC_", "SPARK_", "PYSPARK_")
 
@@ -28,6 +33,20 @@ def pytest_configure() -> None:
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]
     os.environ.update(TELEMETRY_OFF)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say so where the tests of S3 prove less than they should."""
+    if reason := config.stash.get(MOCK_REASON, ""):
+        terminalreporter.write_sep("=", "S3 tests ran against moto's mock", yellow=True)
+        terminalreporter.write_line(reason)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker of pytest-xdist found out, for the summary."""
+    if reason := getattr(node, "workeroutput", {}).get("mock_reason"):
+        node.config.stash[MOCK_REASON] = reason
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +92,29 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     runtime.configure(session)
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[LocalS3]:
+    """One S3 server for all tests, each of which makes its own buckets. The environment does not name it."""
+    server, reason = start_s3_server(tmp_path_factory.mktemp("s3"))
+    pytestconfig.stash[MOCK_REASON] = reason
+    if hasattr(pytestconfig, "workeroutput"):
+        pytestconfig.workeroutput["mock_reason"] = reason
+    with server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> LocalS3:
+    """The S3 server that the environment leads to."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture(scope="session")
+def standalone_cluster(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandaloneCluster]:
+    """A Spark cluster of one master and two workers, which may use the S3 server."""
+    with StandaloneCluster(tmp_path_factory.mktemp("cluster"), s3_server.environment()) as cluster:
+        yield cluster

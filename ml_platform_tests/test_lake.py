@@ -6,12 +6,13 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
-from unittest import mock
 
 import pytest
 
+from ml_platform.dev_cloud.s3_server import LocalS3
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, LocalStore, Store, open_store
 
 REPORT = {"schema_version": 1, "raw": {"fingerprint": "1-x"}}
@@ -58,13 +59,8 @@ class Bucket:
         self._client.put_object(Bucket=self._name, Key=self._prefix + name, Body=content)
 
     def put_many(self, names: list[str]) -> None:
-        """Put objects of one byte into the server's memory, past its slow HTTP."""
-        from moto.core import DEFAULT_ACCOUNT_ID
-        from moto.s3.models import s3_backends
-
-        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
-        for name in names:
-            backend.put_object(self._name, self._prefix + name, b"x")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: self.put(name, b"x"), names))
 
     def names(self) -> list[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name)
@@ -73,34 +69,13 @@ class Bucket:
 
 
 @pytest.fixture(scope="module")
-def s3_settings() -> Iterator[dict[str, str]]:
-    """Environment variables for an S3 server of the test's own."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield {
-        "AWS_ENDPOINT_URL_S3": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": secrets.token_hex(10),
-        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def own_client(s3_settings: dict[str, str]) -> Any:
+def own_client(s3_server: LocalS3) -> Any:
     """The test's own way to the server; making a client takes long."""
-    import boto3
-
-    with mock.patch.dict(os.environ, s3_settings):
-        return boto3.Session().client("s3")
+    return s3_server.client()
 
 
 @pytest.fixture
-def s3_client(own_client: Any, s3_settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, value in s3_settings.items():
-        monkeypatch.setenv(name, value)
+def s3_client(own_client: Any, s3: LocalS3) -> Any:
     return own_client
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,15 @@ FEATURES = "transaction_features"
 
 #: Reports read at a time; each is one small request.
 READERS = 32
+
+#: An S3 that is away is an error within a minute, which is what Dagster gives a sensor.
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 18
+S3_ATTEMPTS = 3
+
+
+class StorageError(OSError):
+    """S3 cannot be used as the settings say; the message names the variable to look at."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,10 @@ class _Draft:
 
 
 class S3Store:
-    """A prefix of an S3 bucket, through dagster-aws. Credentials, region and endpoint are those of boto3."""
+    """A prefix of an S3 bucket. Credentials, region and endpoint are those of boto3.
+
+    What S3 refuses is a StorageError.
+    """
 
     def __init__(self, uri: str) -> None:
         self._bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -162,9 +175,8 @@ class S3Store:
 
     @cached_property
     def _client(self) -> Any:
-        from dagster_aws.s3 import S3Resource
-
-        return S3Resource().get_client()
+        with _named_variables(self._bucket):
+            return _s3_resource().get_client()
 
     def spark_uri(self, name: str = "") -> str:
         return f"s3a://{self._bucket}/{self._prefix}{name}".rstrip("/")
@@ -173,8 +185,9 @@ class S3Store:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._prefix + prefix, Delimiter=delimiter
         )
-        for page in pages:
-            yield from page.get("Contents", [])
+        with _named_variables(self._bucket):
+            for page in pages:
+                yield from page.get("Contents", [])
 
     def list_directory(self, name: str = "") -> Iterator[StoredFile]:
         prefix = f"{name}/" if name else ""
@@ -191,13 +204,12 @@ class S3Store:
                 yield below
 
     def read(self, name: str) -> bytes:
-        try:
+        with _named_variables(self._bucket, self._prefix + name):
             return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
-        except self._client.exceptions.NoSuchKey:
-            raise FileNotFoundError(f"s3://{self._bucket}/{self._prefix}{name}") from None
 
     def write(self, name: str, content: bytes) -> None:
-        self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
+        with _named_variables(self._bucket, self._prefix + name):
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
 
     def open_new(self, name: str) -> BinaryIO:
         return _Upload(self._client, self._bucket, self._prefix + name)  # type: ignore[return-value]
@@ -205,15 +217,103 @@ class S3Store:
     def download(self, name: str, target: Path) -> None:
         prefix = f"{name}/"
         for item in self._objects(prefix):
-            path = target / item["Key"][len(self._prefix + prefix) :]
+            below = item["Key"][len(self._prefix + prefix) :]
+            if below.endswith("/") or not below:  # a directory's placeholder
+                continue
+            path = target / below
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._client.download_file(self._bucket, item["Key"], str(path))
+            with _named_variables(self._bucket, item["Key"]):
+                self._client.download_file(self._bucket, item["Key"], str(path))
 
     def upload(self, source: Path, name: str) -> None:
         for path in source.rglob("*"):
             if path.is_file():
                 key = f"{self._prefix}{name}/{path.relative_to(source).as_posix()}"
-                self._client.upload_file(str(path), self._bucket, key)
+                with _named_variables(self._bucket, key):
+                    self._client.upload_file(str(path), self._bucket, key)
+
+
+def _s3_resource() -> Any:
+    """dagster-aws's S3Resource, with timeouts, which it lacks, and heeding AWS_CA_BUNDLE."""
+    import boto3
+    from botocore.config import Config
+    from dagster_aws.s3 import S3Resource
+
+    class TimedS3Resource(S3Resource):
+        def get_client(self) -> Any:
+            return boto3.Session(profile_name=self.profile_name).client(
+                "s3",
+                config=Config(
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    read_timeout=READ_TIMEOUT_S,
+                    retries={"mode": "standard", "total_max_attempts": self.max_attempts},
+                    max_pool_connections=READERS,
+                ),
+            )
+
+    return TimedS3Resource(max_attempts=S3_ATTEMPTS)
+
+
+@contextmanager
+def _named_variables(bucket: str, key: str = "") -> Generator[None]:
+    """Turn boto3's errors into a StorageError that names the variable at fault; no such object: FileNotFoundError."""
+    import boto3.exceptions
+    import botocore.exceptions as boto
+
+    try:
+        yield
+    except boto3.exceptions.S3UploadFailedError as error:
+        cause = error.__context__ if isinstance(error.__context__, boto.ClientError) else error
+        raise _storage_error(cause, bucket, key) from error
+    except (boto.BotoCoreError, boto.ClientError) as error:
+        raise _storage_error(error, bucket, key) from error
+    except ValueError as error:
+        if "endpoint" in str(error):
+            raise StorageError(f"{error}: AWS_ENDPOINT_URL_S3 takes https://host") from error
+        raise
+
+
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_S3_REFUSALS = {
+    "InvalidAccessKeyId": f"S3 does not know the access key: check {_KEYS}",
+    "XAdminUserNotFound": f"S3 does not know the access key: check {_KEYS}",  # the same, of versitygw
+    "SignatureDoesNotMatch": f"the secret does not belong to the access key: check {_KEYS}",
+    "ExpiredToken": "the credentials have expired: renew AWS_SESSION_TOKEN and the keys that go with it",
+    "InvalidToken": "the session token is not valid: check AWS_SESSION_TOKEN",
+    "RequestTimeTooSkewed": "the clock of this machine differs too much from that of S3",
+    "AuthorizationHeaderMalformed": "S3 expects another region: check AWS_DEFAULT_REGION",
+    "PermanentRedirect": "the bucket is in another region: check AWS_DEFAULT_REGION",
+    "IllegalLocationConstraintException": "the bucket is in another region: check AWS_DEFAULT_REGION",
+}
+
+
+def _storage_error(error: Exception, bucket: str, key: str) -> OSError:
+    import botocore.exceptions as boto
+
+    where = f"s3://{bucket}/{key}"
+    if isinstance(error, boto.ClientError):
+        code = str(error.response.get("Error", {}).get("Code"))
+        if code == "NoSuchBucket":
+            return StorageError(
+                f"there is no bucket {bucket}: create it, or check ML_PLATFORM_RAW_URI, ML_PLATFORM_LAKE_URI and "
+                "AWS_ENDPOINT_URL_S3"
+            )
+        if code in ("NoSuchKey", "404"):
+            return FileNotFoundError(where)
+        if code in ("AccessDenied", "403"):
+            doing = f"{error.operation_name} on {where}"
+            return StorageError(f"S3 denies {doing}: check {_KEYS}, and what this key may do")
+        refusal = _S3_REFUSALS.get(code, str(error))
+        return StorageError(f"{refusal} ({code}, {where})")
+    if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
+        return StorageError(f"there are no credentials for S3: set {_KEYS}, or AWS_PROFILE")
+    if isinstance(error, boto.ProfileNotFound):
+        return StorageError(f"{error}: check AWS_PROFILE")
+    if isinstance(error, boto.SSLError):
+        return StorageError(f"{error}: for a private authority, set AWS_CA_BUNDLE to its certificate (docs/s3.md)")
+    if isinstance(error, (boto.ConnectionError, boto.HTTPClientError)):
+        return StorageError(f"S3 does not answer: {error}: check AWS_ENDPOINT_URL_S3 and the network")
+    return StorageError(f"{type(error).__name__}: {error} ({where})")
 
 
 class _Upload:
@@ -232,7 +332,8 @@ class _Upload:
         with self._file:
             if error_type is None:
                 self._file.flush()
-                self._client.upload_file(self._file.name, self._bucket, self._key)
+                with _named_variables(self._bucket, self._key):
+                    self._client.upload_file(self._file.name, self._bucket, self._key)
 
 
 def open_store(uri: str) -> Store:

@@ -10,14 +10,18 @@ import importlib
 import logging
 import os
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
+from ml_platform import s3a
+from ml_platform.code_archive import ARCHIVE_NAME, build_archive
 from ml_platform.resources.lake import LakeResource
 from ml_platform.run_processes import note_process
 
@@ -25,8 +29,8 @@ MEGABYTE = 1 << 20
 
 
 def job_file(run_id: str, job: str, label: str, kind: str) -> str:
-    """Name in the lake of a job's request or report."""
-    return f"_runs/{run_id}/{job}{'-' if label else ''}{label}.{kind}.json"
+    """Name in the lake of a job's request, report or driver log; `kind` is its name's ending."""
+    return f"_runs/{run_id}/{job}{'-' if label else ''}{label}.{kind}"
 
 
 class SparkEngine(dg.ConfigurableResource, ABC):
@@ -45,14 +49,23 @@ class SparkEngine(dg.ConfigurableResource, ABC):
 
         A `label` tells several jobs of the same name in one run apart. Raises what the job raises.
         """
-        request = {"run_id": context.run.run_id, **request}
-        lake.write_json(job_file(context.run.run_id, job, label, "request"), request)
-        report = self._execute(context, job, request)
-        lake.write_json(job_file(context.run.run_id, job, label, "report"), report)
+        run_id = context.run.run_id
+        request = {"run_id": run_id, **request}
+        lake.write_json(job_file(run_id, job, label, "request.json"), request)
+        report = self._execute(context, lake, job, request, label)
+        if not isinstance(report, dict) or report.get("run_id") != run_id:
+            raise dg.Failure(
+                f"the report of {job} in {lake.store.spark_uri(job_file(run_id, job, label, 'report.json'))} is not of "
+                "this run, so the job counts as failed",
+                allow_retries=False,
+            )
         return report
 
     @abstractmethod
-    def _execute(self, context: dg.AssetExecutionContext, job: str, request: dict[str, Any]) -> dict[str, Any]: ...
+    def _execute(
+        self, context: dg.AssetExecutionContext, lake: LakeResource, job: str, request: dict[str, Any], label: str
+    ) -> dict[str, Any]:
+        """Run the job and return its report, which is then in the lake."""
 
 
 class LocalSparkEngine(SparkEngine):
@@ -65,7 +78,16 @@ class LocalSparkEngine(SparkEngine):
     spark_config: dict[str, str] = Field(
         default_factory=dict, description="More Spark properties; they win over the platform's own."
     )
+    with_s3: bool = Field(
+        default=False,
+        description="Raw files or lake are on S3: Spark gets the connector, at the endpoint that boto3 finds.",
+    )
+    cache_directory: str = Field(
+        default=str(s3a.DEFAULT_CACHE), description="Where the jars for S3 are kept, which are downloaded once."
+    )
     _pyspark: Any = PrivateAttr(default=None)
+    #: What the executors fetch from this process while the session lasts.
+    _code: ExitStack = PrivateAttr(default_factory=ExitStack)
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[LocalSparkEngine]:
@@ -77,22 +99,36 @@ class LocalSparkEngine(SparkEngine):
             if self._pyspark is not None:
                 self._pyspark.spark_session.stop()
                 self._pyspark = None
+            self._code.close()
 
-    def _execute(self, context: dg.AssetExecutionContext, job: str, request: dict[str, Any]) -> dict[str, Any]:
+    def _execute(
+        self, context: dg.AssetExecutionContext, lake: LakeResource, job: str, request: dict[str, Any], label: str
+    ) -> dict[str, Any]:
         with _forward_log(context.log):
-            return importlib.import_module(f"spark_jobs.{job}").run(self._session(context), request)
+            report = importlib.import_module(f"spark_jobs.{job}").run(self._session(context), request)
+        lake.write_json(job_file(context.run.run_id, job, label, "report.json"), report)
+        return report
 
     def _session(self, context: dg.AssetExecutionContext) -> Any:
         if self._pyspark is None:
             from dagster_pyspark import LazyPySparkResource
 
             context.log.info(f"starting Spark on {self.master}")
-            config = default_spark_config(self.master, self.driver_memory) | self.spark_config
+            config = default_spark_config(self.master, self.driver_memory)
+            if self.with_s3:
+                config |= s3a.s3a_properties(s3a.S3Connection.of_boto3())
+            config |= self.spark_config
+            if self.with_s3:
+                config |= s3a.connector_properties(self.spark_config, cache=Path(self.cache_directory))
             pyspark = LazyPySparkResource(spark_config={"spark.app.name": "ml_platform", **config})
             pyspark.spark_session.sparkContext.setLogLevel("ERROR")
             if self.master.startswith("local"):
                 # PySpark's default is whichever python3 comes first in PATH.
                 pyspark.spark_session.sparkContext.pythonExec = sys.executable
+            else:
+                archive = Path(self._code.enter_context(tempfile.TemporaryDirectory())) / ARCHIVE_NAME
+                archive.write_bytes(build_archive())
+                pyspark.spark_session.sparkContext.addPyFile(str(archive))
             self._pyspark = pyspark
         return self._pyspark.spark_session
 

@@ -1,0 +1,90 @@
+"""Processes that end with the one that started them, however that one ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+#: Kills the process group once the pipe from the parent breaks. An interrupted or killed parent closes it, too.
+_TETHER = 'exec 3<&0 </dev/null; { cat <&3 >/dev/null; kill -KILL 0; } & exec 3<&-; exec "$@"'
+
+#: What the last lines of a log are good for in an error.
+LOG_TAIL_BYTES = 2000
+
+
+class TetheredProcess:
+    """A process in a group of its own, with its output in a file."""
+
+    def __init__(self, command: Sequence[str | Path], *, log: Path, env: Mapping[str, str] | None = None) -> None:
+        """Start `command` with the environment `env` (default: this process's)."""
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", _TETHER, "sh", *map(str, command)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=None if env is None else dict(env),
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Id of the process and of its group."""
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_until(self, is_ready: Callable[[], bool], *, what: str, timeout_s: float = 60) -> None:
+        """Wait for `is_ready`. Raises RuntimeError, with the end of the log, if the process ends or time is up."""
+        deadline = time.monotonic() + timeout_s
+        while not is_ready():
+            if not self.is_running():
+                raise RuntimeError(f"{what} ended while starting: {self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{what} did not answer within {timeout_s:.0f} s: {self.log_tail()}")
+            time.sleep(0.05)
+
+    def log_tail(self) -> str:
+        return self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
+
+    def stop(self, *, grace_s: float = 5) -> None:
+        """End the process and its group: by SIGTERM, and by SIGKILL what is left after `grace_s`."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process and its group by SIGKILL."""
+        # Until the pipe is closed the group has a member, so its id is nobody else's.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    """Whether a server takes connections on a port of this machine."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False

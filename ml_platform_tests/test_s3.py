@@ -1,0 +1,816 @@
+"""S3 for real: the server that the tests start, what the platform says when S3 fails, and Spark on ``s3a://``."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import dagster as dg
+import pytest
+
+from ml_platform import cli, s3a
+from ml_platform.dev_cloud import s3_server as s3_server_module
+from ml_platform.dev_cloud.processes import TetheredProcess, listens
+from ml_platform.dev_cloud.s3_server import (
+    BuildError,
+    LocalS3,
+    MotoServer,
+    S3Server,
+    build_versitygw,
+    start_s3_server,
+)
+from ml_platform.partitions import raw_files
+from ml_platform.resources import lake as lake_module
+from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource, StorageError, open_store
+from ml_platform.resources.mlflow import MlflowResource
+from ml_platform.sensors import new_raw_files
+from ml_platform.simulator import Simulation
+from ml_platform_tests.standalone import StandaloneCluster
+
+PROJECT = Path(__file__).resolve().parent.parent
+SIMULATION = Simulation(days_per_file=10, customers=200, terminals=200, radius=10, fault_rate=300, seed=5)
+KEYS = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(2)]
+CONNECTION = s3a.S3Connection("https://s3.example.org", "ru-central1")
+
+
+@pytest.fixture
+def bucket(s3: LocalS3) -> str:
+    """A new bucket on the server that the environment leads to."""
+    name = f"bucket-{secrets.token_hex(6)}"
+    s3.client().create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def real_s3(tmp_path: Path, s3_server: LocalS3) -> Iterator[S3Server]:
+    """A server of the test's own, to be broken; skipped where there is only the mock."""
+    if s3_server.kind != S3Server.kind:
+        pytest.skip("versitygw cannot be built here")
+    with S3Server(tmp_path / "own s3", ["own-bucket"]) as server:
+        yield server  # type: ignore[misc]
+
+
+def use(server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+
+
+def executable(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain until {what}"
+        time.sleep(0.02)
+    return value
+
+
+def with_real_go_missing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """A PATH with the system's tools, and no `go` but the one that `path` may hold."""
+    tools = path / "tools"
+    tools.mkdir(parents=True)
+    for tool in ("env", "sh", "cat", "touch", "sleep", "mkdir"):
+        (tools / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
+    monkeypatch.setenv("PATH", f"{path}:{tools}")
+
+
+class TestServer:
+    def test_only_its_credentials_open_it(self, real_s3: S3Server):
+        client = real_s3.client()
+        client.put_object(Bucket="own-bucket", Key="a", Body=b"x")
+        other = S3Server(real_s3.directory, region=real_s3.region)
+        other.port = real_s3.port
+        with pytest.raises(client.exceptions.ClientError, match="No user exists"):
+            other.client().get_object(Bucket="own-bucket", Key="a")
+
+    def test_its_secret_is_nowhere_to_be_seen(self, real_s3: S3Server):
+        assert real_s3._process is not None
+        arguments = Path(f"/proc/{real_s3._process.pid}/cmdline").read_text()
+        for secret in (real_s3.secret_key, real_s3.access_key):
+            assert secret not in repr(real_s3)
+            assert secret not in arguments
+            assert secret not in (real_s3.directory / "log").read_text()
+        assert "versitygw" in arguments
+
+    def test_objects_outlive_a_crash(self, real_s3: S3Server):
+        client, url = real_s3.client(), real_s3.endpoint_url
+        client.put_object(Bucket="own-bucket", Key="a/b", Body=b"kept")
+        real_s3.kill()
+        assert not listens(real_s3.port)
+        real_s3.start()
+        assert real_s3.endpoint_url == url
+        assert client.get_object(Bucket="own-bucket", Key="a/b")["Body"].read() == b"kept"
+
+    def test_another_server_on_the_same_directory_has_the_same_objects(self, tmp_path: Path):
+        for body in (b"first", b"second"):
+            with S3Server(tmp_path, ("bucket",)) as server:
+                server.client().put_object(Bucket="bucket", Key=body.decode(), Body=body)
+        with S3Server(tmp_path, ("bucket",)) as server:
+            assert server.client().get_object(Bucket="bucket", Key="first")["Body"].read() == b"first"
+
+    def test_it_ends_with_a_process_that_is_killed(self, tmp_path: Path, s3_server: LocalS3):
+        program = (
+            "import sys, pathlib, time; from ml_platform.dev_cloud import s3_server as s\n"
+            f"server = s.{type(s3_server).__name__}(pathlib.Path(sys.argv[1]))\n"
+            "server.start(); print(server.port, flush=True); time.sleep(600)"
+        )
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as owner:
+            assert owner.stdout is not None
+            port = int(owner.stdout.readline())
+            assert listens(port)
+            owner.send_signal(signal.SIGKILL)
+        wait_until(lambda: not listens(port), "the server is gone")
+
+    def test_the_mock_has_the_same_interface(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        with MotoServer(tmp_path, ["some-bucket"]) as server:
+            use(server, monkeypatch)
+            store = open_store("s3://some-bucket/x")
+            store.write("a.json", b"1")
+            assert store.read("a.json") == b"1"
+            port = server.port
+        assert not listens(port)
+
+    def test_metadata_beside_the_files_where_they_can_hold_none(
+        self, tmp_path: Path, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
+    ):
+        if s3_server.kind != S3Server.kind:
+            pytest.skip("versitygw cannot be built here")
+        monkeypatch.setattr(s3_server_module, "_has_extended_attributes", lambda directory: False)
+        with S3Server(tmp_path, ["some-bucket"]) as server:
+            client = server.client()
+            etag = client.put_object(Bucket="some-bucket", Key="a/b", Body=b"x")["ETag"]
+            assert client.head_object(Bucket="some-bucket", Key="a/b")["ETag"] == etag
+        assert any((tmp_path / "metadata").iterdir())
+
+    def test_a_process_that_cannot_start_says_why(self, tmp_path: Path):
+        process = TetheredProcess(["/bin/sh", "-c", "echo the port is taken; exit 3"], log=tmp_path / "log")
+        with pytest.raises(RuntimeError, match="it ended while starting: the port is taken"):
+            process.wait_until(lambda: False, what="it")
+        process.stop()
+
+
+class TestBuild:
+    def test_without_go_there_is_the_mock_and_the_reason(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        with_real_go_missing(monkeypatch, tmp_path / "bin")
+        server, reason = start_s3_server(tmp_path / "s3", cache=tmp_path / "cache")
+        assert server.kind == "moto"
+        assert "Go is missing" in reason
+
+    def test_a_build_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        with_real_go_missing(monkeypatch, tmp_path / "bin")
+        executable(tmp_path / "bin" / "go", "echo one >&2; echo no such module >&2; exit 1")
+        with pytest.raises(BuildError, match=r"versitygw@v[0-9.]+ failed: no such module"):
+            build_versitygw(tmp_path / "cache")
+        assert start_s3_server(tmp_path / "s3", cache=tmp_path / "cache")[0].kind == "moto"
+
+    def test_two_at_once_build_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        with_real_go_missing(monkeypatch, tmp_path / "bin")
+        builds = tmp_path / "builds"
+        executable(tmp_path / "bin" / "go", f'echo build >> "{builds}"; sleep 0.3; echo program > "$GOBIN/versitygw"')
+        with ThreadPoolExecutor(4) as pool:
+            programs = set(pool.map(lambda _: build_versitygw(tmp_path / "cache"), range(4)))
+        assert [program.read_text() for program in programs] == ["program\n"]
+        assert builds.read_text() == "build\n"
+        build_versitygw(tmp_path / "cache")
+        assert builds.read_text() == "build\n"
+
+
+class TestListing:
+    def test_more_than_a_page_while_objects_come_and_go(self, s3: LocalS3, bucket: str):
+        client = s3.client()
+        lake = LakeResource(raw_uri=f"s3://{bucket}/raw", lake_uri=f"s3://{bucket}/lake", epoch="2020-01-01")
+        names = [f"file-{number:04}.txt" for number in range(1_500)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: client.put_object(Bucket=bucket, Key=f"raw/{name}", Body=b"x"), names))
+        assert list(lake.list_raw_files()[0]) == [name.removesuffix(".txt") for name in names]
+
+        listing = lake.raw.list_directory()
+        seen = [next(listing).name]  # the first page, of 1,000, is here now
+        for name in (names[1], names[1_400]):
+            client.delete_object(Bucket=bucket, Key=f"raw/{name}")
+        client.put_object(Bucket=bucket, Key="raw/new.txt", Body=b"xy")
+        seen += [file.name for file in listing]
+        assert set(seen) >= set(names) - {names[1], names[1_400]}
+        assert len(seen) == len(set(seen))
+        with pytest.raises(FileNotFoundError, match=names[1]):
+            lake.raw.read(names[1])
+        files, _ = lake.list_raw_files()
+        assert len(files) == 1_499
+        assert files["new"].size == 2
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "two words.txt",
+            " leading and trailing .txt",
+            "100%.txt",
+            "a%2Fb%20c.txt",
+            "a+b&c=d;e.txt",
+            "what?.txt",
+            "number#1.txt",
+            'it\'s "quoted".txt',
+            "back\\slash.txt",
+            "new\nline.txt",
+            "<tag>&amp;.txt",
+            "[a-z]{x,y}*.txt",
+            "$(rm -rf).txt",
+            "..txt",
+            "…ünï—😀.txt",
+            "n" * 200 + ".txt",
+        ],
+    )
+    def test_hostile_names(self, s3: LocalS3, bucket: str, name: str):
+        lake = LakeResource(raw_uri=f"s3://{bucket}/r a%w", lake_uri=f"s3://{bucket}/lake", epoch="2020-01-01")
+        s3.client().put_object(Bucket=bucket, Key=f"r a%w/{name}", Body=b"content")
+        assert [file.name for file in lake.raw.list_directory()] == [name]
+        assert lake.raw.read(name) == b"content"
+        files, ignored = lake.list_raw_files()
+        assert files == {}
+        assert list(ignored) == [name]
+        lake.raw.write(name, b"new")
+        assert [(file.name, file.size) for file in lake.raw.list_directory()] == [(name, 3)]
+
+
+class TestWriting:
+    def test_a_reader_sees_the_old_or_the_new(self, s3: LocalS3, bucket: str):
+        contents = [bytes([letter]) * 3_000_000 for letter in b"ab"]
+        store = open_store(f"s3://{bucket}/lake")
+        store.write("x.json", contents[0])
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(lambda: [store.write("x.json", contents[n % 2]) for n in range(12)])
+            reads = [store.read("x.json")]
+            while not writing.done():
+                reads.append(store.read("x.json"))
+            writing.result()
+        assert set(reads) <= set(contents)
+
+    def test_a_writer_that_dies_halfway_changes_nothing(self, s3: LocalS3, bucket: str):
+        from botocore.auth import S3SigV4Auth
+        from botocore.awsrequest import AWSRequest
+        from botocore.credentials import Credentials
+
+        if s3.kind != S3Server.kind:
+            pytest.skip("moto checks no content")
+        store = open_store(f"s3://{bucket}")
+        store.write("x.json", b"old")
+        content = b"n" * 2_000_000
+        request = AWSRequest("PUT", f"{s3.endpoint_url}/{bucket}/x.json", data=content)
+        S3SigV4Auth(Credentials(s3.access_key, s3.secret_key), "s3", s3.region).add_auth(request)
+        headers = {**request.headers, "Host": f"127.0.0.1:{s3.port}", "Content-Length": str(len(content))}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        with socket.create_connection(("127.0.0.1", s3.port)) as connection:
+            connection.sendall(f"PUT /{bucket}/x.json HTTP/1.1\r\n{head}\r\n".encode() + content[:1_000_000])
+        time.sleep(0.3)
+        assert store.read("x.json") == b"old"
+
+    def test_a_directory_there_and_back(self, s3: LocalS3, bucket: str, tmp_path: Path):
+        source = tmp_path / "source"
+        for name in ("metadata/part-00000", "stages/0_a b/data/x", "empty"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(name.encode() if name != "empty" else b"")
+        store = open_store(f"s3://{bucket}/lake")
+        store.upload(source, "models/k/run")
+        # Hadoop leaves such placeholders of directories.
+        s3.client().put_object(Bucket=bucket, Key="lake/models/k/run/", Body=b"")
+        s3.client().put_object(Bucket=bucket, Key="lake/models/k/run/stages/", Body=b"")
+        store.download("models/k/run", tmp_path / "target")
+        found = {p.relative_to(tmp_path / "target") for p in (tmp_path / "target").rglob("*") if p.is_file()}
+        assert found == {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
+        assert (tmp_path / "target/stages/0_a b/data/x").read_bytes() == b"stages/0_a b/data/x"
+
+
+def tls_endpoint(directory: Path) -> Iterator[str]:
+    """An HTTPS endpoint whose certificate nobody vouches for; yields its URL."""
+    import datetime
+    import http.server
+    import ssl
+    import threading
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = directory / "server.pem"
+    encoding, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
+    pem.write_bytes(
+        certificate.public_bytes(encoding) + key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, no_password)
+    )
+
+    class NoBucket(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b"<Error><Code>NoSuchBucket</Code><Message>none</Message></Error>"
+            self.send_response(404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoBucket)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://localhost:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+#: What is wrong, as changes of the environment (None: unset), and what the error must say.
+WRONG: dict[str, tuple[dict[str, str | None], str]] = {
+    "wrong secret": ({"AWS_SECRET_ACCESS_KEY": "x" * 40}, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "wrong key": ({"AWS_ACCESS_KEY_ID": "nobody"}, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "no credentials": (
+        {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None, "AWS_EC2_METADATA_DISABLED": "true"},
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    ),
+    "half of the credentials": ({"AWS_SECRET_ACCESS_KEY": None}, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "no such profile": ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE"),
+    "nobody listens": ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}, "AWS_ENDPOINT_URL_S3"),
+    "no such host": ({"AWS_ENDPOINT_URL_S3": "http://s3.invalid"}, "AWS_ENDPOINT_URL_S3"),
+    "no URL": ({"AWS_ENDPOINT_URL_S3": "127.0.0.1:9"}, "AWS_ENDPOINT_URL_S3"),
+    "no such bucket": (
+        {"ML_PLATFORM_LAKE_URI": "s3://no-such-bucket", "ML_PLATFORM_RAW_URI": "s3://no-such-bucket"},
+        "there is no bucket no-such-bucket",
+    ),
+}
+#: moto takes any credentials.
+NOT_CHECKED_BY_MOTO = {"wrong secret", "wrong key"}
+
+
+class TestErrors:
+    @pytest.fixture(params=WRONG)
+    def wrong(
+        self, request: pytest.FixtureRequest, s3: LocalS3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> str:
+        """Break the environment; what the error must say."""
+        if s3.kind != S3Server.kind and request.param in NOT_CHECKED_BY_MOTO:
+            pytest.skip("moto does not check that")
+        changes, words = WRONG[request.param]
+        monkeypatch.setenv("HOME", str(tmp_path))  # no profiles of the developer's
+        monkeypatch.setenv("ML_PLATFORM_RAW_URI", f"s3://{bucket}/raw")
+        monkeypatch.setenv("ML_PLATFORM_LAKE_URI", f"s3://{bucket}/lake")
+        for name, value in changes.items():
+            if value is None:
+                monkeypatch.delenv(name)
+            else:
+                monkeypatch.setenv(name, value)
+        return words
+
+    def test_of_every_operation(self, wrong: str, tmp_path: Path):
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source" / "a").touch()
+        store = open_store(os.environ["ML_PLATFORM_RAW_URI"])
+
+        def open_new() -> None:
+            with store.open_new("a") as file:
+                file.write(b"x")
+
+        operations: list[Callable[[], object]] = [
+            lambda: list(store.list_directory()),
+            lambda: list(store.list_reports("t")),
+            lambda: store.read("a"),
+            lambda: store.write("a", b"x"),
+            lambda: store.download("a", tmp_path / "target"),
+            lambda: store.upload(tmp_path / "source", "b"),
+            open_new,
+        ]
+        for operation in operations:
+            with pytest.raises(StorageError) as error:
+                operation()
+            assert wrong in str(error.value)
+            assert "\n" not in str(error.value)
+            assert os.environ.get("AWS_SECRET_ACCESS_KEY", "no secret") not in str(error.value)
+
+    def test_of_a_tick(self, wrong: str):
+        lake = LakeResource(
+            raw_uri=os.environ["ML_PLATFORM_RAW_URI"], lake_uri=os.environ["ML_PLATFORM_LAKE_URI"], epoch="2020-01-01"
+        )
+        with dg.DagsterInstance.ephemeral() as instance:
+            context = dg.build_sensor_context(instance=instance, resources={"lake": lake})
+            with pytest.raises(StorageError) as error:
+                new_raw_files(context)
+        assert wrong in str(error.value)
+
+    @pytest.mark.parametrize("command", ["sync", "doctor"])
+    def test_of_a_command(self, wrong: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
+        monkeypatch.setattr(sys, "argv", ["ml-platform", command])
+        for console in (cli.console, cli.errors):
+            monkeypatch.setattr(console, "width", 400)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 1
+        output = capfd.readouterr()
+        lines = [line for line in (output.out + output.err).splitlines() if wrong in line]
+        assert lines
+        assert "Traceback" not in output.err
+
+    def test_a_server_that_hangs(self, s3: LocalS3, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(lake_module, "READ_TIMEOUT_S", 0.2)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
+            started = time.monotonic()
+            with pytest.raises(StorageError, match="AWS_ENDPOINT_URL_S3"):
+                open_store("s3://some-bucket").read("a")
+        assert time.monotonic() - started < 15
+
+    def test_the_longest_wait_fits_a_tick(self):
+        waits = lake_module.S3_ATTEMPTS * lake_module.READ_TIMEOUT_S
+        assert waits <= 55
+
+    def test_a_private_authority(self, s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        for url in tls_endpoint(tmp_path):
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+            with pytest.raises(StorageError, match="AWS_CA_BUNDLE"):
+                open_store("s3://some-bucket").read("a")
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "server.pem"))
+            with pytest.raises(StorageError, match="there is no bucket some-bucket"):
+                open_store("s3://some-bucket").read("a")
+
+
+def test_mlflow_keeps_artifacts_there(s3: LocalS3, bucket: str, tmp_path: Path):
+    """MLflow's client needs no settings beyond those of boto3."""
+    resource = MlflowResource(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = resource.client()
+    run = client.create_run(client.create_experiment("x", artifact_location=f"s3://{bucket}/artifacts"))
+    client.log_text(run.info.run_id, "content", "model/MLmodel")
+    key = f"artifacts/{run.info.run_id}/artifacts/model/MLmodel"
+    assert s3.client().get_object(Bucket=bucket, Key=key)["Body"].read() == b"content"
+    assert client.list_artifacts(run.info.run_id, "model")[0].path == "model/MLmodel"
+
+
+class TestConnection:
+    @pytest.fixture(autouse=True)
+    def no_profiles(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+
+    def test_default_is_aws(self):
+        assert s3a.S3Connection.of_boto3() == s3a.S3Connection(None, "us-east-1")
+
+    @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+    def test_of_the_environment(self, name: str, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv(name, "https://s3.example.org")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "ru-central1")
+        assert s3a.S3Connection.of_boto3() == CONNECTION
+
+    def test_of_a_profile(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / ".aws").mkdir()
+        text = "[profile fraud]\nregion = ru-central1\nendpoint_url = https://s3.example.org\n"
+        (tmp_path / ".aws" / "config").write_text(text)
+        monkeypatch.setenv("AWS_PROFILE", "fraud")
+        assert s3a.S3Connection.of_boto3() == CONNECTION
+
+    def test_a_region_of_aws(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-north-1")
+        assert s3a.S3Connection.of_boto3() == s3a.S3Connection(None, "eu-north-1")
+
+
+class TestProperties:
+    @pytest.mark.parametrize(
+        ("url", "path_style", "expected"),
+        [
+            ("https://s3.example.org", None, ("https://s3.example.org", "true", "true")),
+            ("http://127.0.0.1:1", None, ("http://127.0.0.1:1", "false", "true")),
+            ("https://s3.example.org", False, ("https://s3.example.org", "true", "false")),
+            (None, None, (None, None, "false")),
+        ],
+    )
+    def test_endpoint(self, url: str | None, path_style: bool | None, expected: tuple[str | None, ...]):
+        found = s3a.s3a_properties(s3a.S3Connection(url, "r"), path_style=path_style)
+        names = ("endpoint", "connection.ssl.enabled", "path.style.access")
+        assert tuple(found.get(f"spark.hadoop.fs.s3a.{name}") for name in names) == expected
+        assert found["spark.hadoop.fs.s3a.endpoint.region"] == "r"
+
+    def test_no_secret_is_among_them(self, s3: LocalS3):
+        found = json.dumps(s3a.s3a_properties(s3a.S3Connection.of_boto3()))
+        assert s3.endpoint_url in found
+        assert s3.secret_key not in found
+        assert s3.access_key not in found
+
+
+FAKE_SPARK_SUBMIT = """
+echo resolving >> "$0.calls"
+for word; do case "$word" in spark.jars.ivy=*) ivy="${word#spark.jars.ivy=}" ;; esac; done
+sleep 0.3
+mkdir -p "$ivy/jars"
+touch "$ivy/jars/org.apache.hadoop_hadoop-aws-3.5.0.jar" "$ivy/jars/another.jar"
+printf '%s\\n' "$@" > "$0.arguments"
+"""
+
+
+class TestJars:
+    @pytest.fixture
+    def spark_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A Spark without S3 whose spark-submit takes the place of Ivy."""
+        home = tmp_path / "spark home"
+        (home / "jars").mkdir(parents=True)
+        (home / "jars" / "hadoop-client-api-3.5.0.jar").touch()
+        executable(home / "bin" / "spark-submit", FAKE_SPARK_SUBMIT)
+        monkeypatch.setenv("SPARK_HOME", str(home))
+        return home
+
+    def calls(self, spark_home: Path) -> int:
+        log = spark_home / "bin" / "spark-submit.calls"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def test_are_resolved_once_however_many_ask(self, spark_home: Path, tmp_path: Path):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda _: s3a.connector_jars(cache=tmp_path / "cache"), range(3)))
+        assert [jar.name for jar in found[0]] == ["another.jar", "org.apache.hadoop_hadoop-aws-3.5.0.jar"]
+        assert found[1:] == found[:1] * 2
+        assert self.calls(spark_home) == 1
+        arguments = (spark_home / "bin" / "spark-submit.arguments").read_text().splitlines()
+        packages = arguments[arguments.index("--packages") + 1].split(",")
+        assert packages[0] == "org.apache.hadoop:hadoop-aws:3.5.0"
+        assert "software.amazon.awssdk:s3:2.35.4" in packages
+        assert "software.amazon.awssdk:bundle" in arguments[arguments.index("--exclude-packages") + 1]
+
+    def test_where_packages_come_from(self, spark_home: Path, tmp_path: Path):
+        config = {"spark.jars.ivySettings": "/etc/ivy.xml", "spark.jars.ivy": "/x", "spark.executor.memory": "1g"}
+        s3a.connector_jars(config, cache=tmp_path / "cache")
+        arguments = (spark_home / "bin" / "spark-submit.arguments").read_text()
+        assert "spark.jars.ivySettings=/etc/ivy.xml" in arguments
+        assert "spark.jars.ivy=/x" not in arguments
+        assert "memory" not in arguments
+
+    def test_beside_the_jars_of_the_user(self, spark_home: Path, tmp_path: Path):
+        found = s3a.connector_properties({"spark.jars": "/own.jar"}, cache=tmp_path / "cache")
+        assert found["spark.jars"].split(",")[0] == "/own.jar"
+        assert "hadoop-aws" in found["spark.jars"]
+
+    @pytest.mark.parametrize("name", ["spark.jars", "spark.jars.packages"])
+    def test_none_where_the_user_brings_the_connector(self, spark_home: Path, tmp_path: Path, name: str):
+        assert s3a.connector_properties({name: "org.apache.hadoop:hadoop-aws:3.5.0"}, cache=tmp_path) == {}
+        assert self.calls(spark_home) == 0
+
+    def test_none_where_spark_has_the_connector(self, spark_home: Path, tmp_path: Path):
+        (spark_home / "jars" / "hadoop-aws-3.5.0.jar").touch()
+        assert s3a.connector_properties(cache=tmp_path) == {}
+        assert self.calls(spark_home) == 0
+
+    def test_of_a_hadoop_nobody_knows(self, spark_home: Path, tmp_path: Path):
+        (spark_home / "jars" / "hadoop-client-api-3.5.0.jar").rename(
+            spark_home / "jars" / "hadoop-client-api-9.9.9.jar"
+        )
+        with pytest.raises(s3a.S3AError, match=r"Hadoop 9\.9\.9.*hadoop-aws:9\.9\.9"):
+            s3a.connector_jars(cache=tmp_path)
+
+    def test_a_spark_without_hadoop(self, spark_home: Path, tmp_path: Path):
+        (spark_home / "jars" / "hadoop-client-api-3.5.0.jar").unlink()
+        with pytest.raises(s3a.S3AError, match="has no Hadoop"):
+            s3a.connector_jars(cache=tmp_path)
+
+    def test_a_download_that_fails_leaves_nothing(self, spark_home: Path, tmp_path: Path):
+        executable(spark_home / "bin" / "spark-submit", "echo one; echo 'Host maven.invalid not found. url=x'; exit 1")
+        with pytest.raises(s3a.S3AError, match=r"\(Host maven.invalid not found.*DEFAULT_ARTIFACT_REPOSITORY") as error:
+            s3a.connector_jars(cache=tmp_path / "cache")
+        assert "\n" not in str(error.value)
+        executable(spark_home / "bin" / "spark-submit", FAKE_SPARK_SUBMIT)
+        assert len(s3a.connector_jars(cache=tmp_path / "cache")) == 2
+
+    @pytest.mark.spark
+    def test_what_ivy_says_is_one_sentence_without_the_password(self, tmp_path: Path):
+        settings = tmp_path / "ivy.xml"
+        settings.write_text(
+            '<ivysettings><settings defaultResolver="mirror"/><resolvers><ibiblio name="mirror" m2compatible="true" '
+            'root="http://user:hunter2@127.0.0.1:9/maven/"/></resolvers></ivysettings>'
+        )
+        with pytest.raises(s3a.S3AError, match=r"127\.0\.0\.1:9.*Connection refused") as error:
+            s3a.connector_jars({"spark.jars.ivySettings": str(settings)}, cache=tmp_path / "cache")
+        assert "\n" not in str(error.value)
+        assert "hunter2" not in str(error.value)
+        assert len(str(error.value)) < 700
+
+
+# --- Spark -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Deployment:
+    """A user's settings, and Dagster's own command under them."""
+
+    directory: Path
+    raw_uri: str
+    lake_uri: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "JAVA_HOME") if name in os.environ}
+        (self.directory / "home").mkdir(exist_ok=True)
+        settings = {
+            "DAGSTER_HOME": str(self.directory / "home"),
+            "DAGSTER_DISABLE_TELEMETRY": "true",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{self.directory / 'mlflow.db'}",
+            "ML_PLATFORM_RAW_URI": self.raw_uri,
+            "ML_PLATFORM_LAKE_URI": self.lake_uri,
+            "PYTHONPATH": str(PROJECT),
+            "SPARK_DRIVER_MEMORY": "1g",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=self.directory,
+            env=kept | settings | self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str, timeout_s: float = 300) -> str:
+        """Output of a command that must succeed."""
+        with self.start(*arguments) as process:
+            output, _ = process.communicate(timeout=timeout_s)
+        assert process.returncode == 0, output[-5000:]
+        return output
+
+    def register(self) -> None:
+        """What `ml-platform sync` does, without its seconds."""
+        (self.directory / "home").mkdir(parents=True, exist_ok=True)
+        home = {"DAGSTER_HOME": str(self.directory / "home")}
+        with mock.patch.dict(os.environ, home), dg.DagsterInstance.get() as instance:
+            instance.add_dynamic_partitions(str(raw_files.name), KEYS)
+
+    def materialize(self, assets: str, keys: str) -> list[str]:
+        which = ["--partition-range", keys] if "..." in keys else ["--partition", keys]
+        return ["dagster", "asset", "materialize", "-m", "ml_platform.definitions", "--select", assets, *which]
+
+
+def rows(directory: Path, table: str) -> list[list[dict[str, Any]]]:
+    """The rows of a table in a copy of a lake, by partition, in order."""
+    import pyarrow.parquet as pq
+
+    tables = []
+    for key in KEYS:
+        # One by one: pyarrow would take the directory's name for a column.
+        files = sorted((directory / table / f"raw_file={key}").glob("*.parquet"))
+        found = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+        tables.append(sorted(found, key=lambda row: json.dumps(row, default=str, sort_keys=True)))
+    return tables
+
+
+def comparable(report: dict[str, Any]) -> dict[str, Any]:
+    """What two reports of the same data agree on."""
+    left_out = {"run_id", "seconds", "raw", "inputs"}
+    return {name: value for name, value in report.items() if name not in left_out}
+
+
+@pytest.fixture(scope="module")
+def raw_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("raw")
+    for index, key in enumerate(KEYS):
+        with (directory / f"{key}.txt").open("wb") as file:
+            SIMULATION.write_file(index, file)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, raw_directory: Path) -> Path:
+    """The lake that two raw files give on local directories."""
+    directory = tmp_path_factory.mktemp("local")
+    local = Deployment(directory, str(raw_directory), str(directory / "lake"))
+    local.register()
+    local.run(*local.materialize("cleaned_transactions,transaction_features", f"{KEYS[0]}...{KEYS[1]}"))
+    return directory / "lake"
+
+
+def check_lake(server: LocalS3, bucket: str, expected: Path, target: Path) -> None:
+    """The lake in the bucket is the expected one, and in each partition the report is what came last."""
+    with mock.patch.dict(os.environ, server.environment()):
+        store = open_store(f"s3://{bucket}/lake")
+        for table in (CLEANED, REJECTED, FEATURES):
+            store.download(table, target / table)
+        lake = LakeResource(raw_uri=f"s3://{bucket}/raw", lake_uri=f"s3://{bucket}/lake", epoch="2019-08-22")
+        local = LakeResource(raw_uri=str(target), lake_uri=str(expected), epoch="2019-08-22")
+        for table in (CLEANED, FEATURES):
+            found = {key: comparable(report) for key, report in lake.reports(table).items()}
+            assert found == {key: comparable(report) for key, report in local.reports(table).items()}
+            assert list(found) == KEYS
+    for table in (CLEANED, REJECTED, FEATURES):
+        wanted = rows(expected, table)
+        assert all(wanted), table
+        assert rows(target, table) == wanted
+    pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="lake/")
+    changed = {item["Key"]: item["LastModified"] for page in pages for item in page["Contents"]}
+    for table in (CLEANED, FEATURES):
+        for key in KEYS:
+            times = {name: at for name, at in changed.items() if name.startswith(f"lake/{table}/raw_file={key}/p")}
+            assert times
+            assert max(times.values()) <= changed[f"lake/{table}/raw_file={key}/_report.json"]
+    assert not [name for name in changed if "_temporary" in name]
+
+
+def upload_raw(server: LocalS3, bucket: str, raw_directory: Path) -> None:
+    for path in raw_directory.iterdir():
+        server.client().upload_file(str(path), bucket, f"raw/{path.name}")
+
+
+@pytest.mark.spark
+class TestSpark:
+    def test_row_for_row_with_a_profile(
+        self, s3_server: LocalS3, bucket: str, raw_directory: Path, expected: Path, tmp_path: Path
+    ):
+        """Credentials, region and endpoint are in files alone: Python and Java find them there."""
+        upload_raw(s3_server, bucket, raw_directory)
+        credentials, config = tmp_path / "credentials", tmp_path / "config"
+        credentials.write_text(
+            f"[fraud]\naws_access_key_id = {s3_server.access_key}\naws_secret_access_key = {s3_server.secret_key}\n"
+        )
+        credentials.chmod(stat.S_IRUSR | stat.S_IWUSR)
+        config.write_text(f"[profile fraud]\nregion = {s3_server.region}\nendpoint_url = {s3_server.endpoint_url}\n")
+        profile = {
+            "AWS_PROFILE": "fraud",
+            "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
+            "AWS_CONFIG_FILE": str(config),
+        }
+        user = Deployment(tmp_path / "user", f"s3://{bucket}/raw", f"s3://{bucket}/lake", profile)
+        user.run("ml_platform.cli", "sync")
+        output = user.run(*user.materialize("cleaned_transactions,transaction_features", f"{KEYS[0]}...{KEYS[1]}"))
+        assert s3_server.secret_key not in output
+        check_lake(s3_server, bucket, expected, tmp_path / "copy")
+
+    def test_a_cluster_of_two_workers(
+        self,
+        s3_server: LocalS3,
+        standalone_cluster: StandaloneCluster,
+        bucket: str,
+        raw_directory: Path,
+        expected: Path,
+        tmp_path: Path,
+    ):
+        """The executors have neither the project nor the connector; the driver brings both."""
+        upload_raw(s3_server, bucket, raw_directory)
+        environment = s3_server.environment() | {
+            "SPARK_MASTER": standalone_cluster.master,
+            "SPARK_LOCAL_IP": "127.0.0.1",
+            "PYSPARK_PYTHON": sys.executable,
+        }
+        user = Deployment(tmp_path / "user", f"s3://{bucket}/raw", f"s3://{bucket}/lake", environment)
+        user.register()
+        user.run(*user.materialize("cleaned_transactions,transaction_features", f"{KEYS[0]}...{KEYS[1]}"))
+        check_lake(s3_server, bucket, expected, tmp_path / "copy")
+        executors = list(standalone_cluster.directory.glob("worker-*/app-*/*/stderr"))
+        assert len(executors) == 2
+
+    def test_an_endpoint_that_dies_leaves_no_partition(
+        self, real_s3: S3Server, raw_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        use(real_s3, monkeypatch)
+        upload_raw(real_s3, "own-bucket", raw_directory)
+        user = Deployment(tmp_path / "user", "s3://own-bucket/raw", "s3://own-bucket/lake", real_s3.environment())
+        user.register()
+        partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={KEYS[0]}"
+        with user.start(*user.materialize("cleaned_transactions", KEYS[0])) as process:
+            wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", 120)
+            real_s3.kill()
+            killed = time.monotonic()
+            output, _ = process.communicate(timeout=240)
+            seconds = time.monotonic() - killed
+        assert process.returncode != 0, output[-5000:]
+        assert "AWS_ENDPOINT_URL_S3" in output
+        real_s3.start()
+        lake = LakeResource(raw_uri=user.raw_uri, lake_uri=user.lake_uri, epoch="2019-08-22")
+        assert lake.reports(CLEANED) == {}
+        assert seconds < 120
+        # Nothing of what lies there now is in the way.
+        user.run(*user.materialize("cleaned_transactions", KEYS[0]))
+        assert list(lake.reports(CLEANED)) == KEYS[:1]
+        assert lake.reports(CLEANED)[KEYS[0]]["counts"]["clean_rows"] > 0
