@@ -35,7 +35,7 @@ dev: setup .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's UI 
 	@$(WITH_JAVA) exec bash scripts/dev.sh
 
 test: setup ## run all tests
-	@$(WITH_JAVA) $(BIN)/python -m pytest
+	@$(WITH_JAVA) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -233,7 +233,7 @@ def enough_data(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> d
     for key in context.partition_keys:
         # Where there is none, the run's model is that of another partition.
         with suppress(FileNotFoundError):
-            reports[key] = lake.read_json(job_file(context.run.run_id, "train_model", key, "report"))
+            reports[key] = lake.read_json(job_file(context.run.run_id, "train_model", key, "report.json"))
 
     def problem_of(key: str) -> str | None:
         trained = key not in reports or reports[key]["outcome"] == "trained"

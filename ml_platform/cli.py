@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import dagster as dg
     from rich.status import Status
 
+    from ml_platform.resources.dataproc import DataprocEngine
     from ml_platform.resources.lake import LakeResource
     from ml_platform.resources.mlflow import MlflowResource
 
@@ -62,8 +63,13 @@ def main() -> None:
     except Exception as error:
         if "--traceback" in sys.argv:
             raise
+        # Here, because a command that succeeds need not wait for them.
+        from ml_platform.dataproc_api import DataprocError
+        from ml_platform.resources.lake import StorageError
+        from ml_platform.s3a import S3AError
+
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        known = isinstance(error, (CommandError, SettingsError))
+        known = isinstance(error, (CommandError, SettingsError, DataprocError, StorageError, S3AError))
         prefix = "" if known else f"{type(error).__name__}: "
         errors.print(f"error: {prefix}{lines[0]}", style="red", markup=False, highlight=False, soft_wrap=True)
         if not known:
@@ -303,13 +309,129 @@ def _move_champion(resource: MlflowResource, version: str, who: str | None, why:
     console.print(f"version {version} is the champion of {MODEL_NAME}")
 
 
+clusters_app = typer.Typer(help="Clusters that this deployment made.", no_args_is_help=True)
+app.add_typer(clusters_app, name="clusters")
+
+
+def _engine(settings: Settings) -> DataprocEngine:
+    from dagster import EnvVar
+
+    from ml_platform.definitions import build_engine
+    from ml_platform.resources.dataproc import DataprocEngine
+
+    engine = build_engine(settings)
+    if not isinstance(engine, DataprocEngine):
+        raise CommandError(
+            "this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex, and YC_* as in .env.example"
+        )
+    if isinstance(engine.iam_token, EnvVar):
+        # Nobody resolves it here: Dagster does for runs, sensors and jobs.
+        return DataprocEngine(**engine.model_dump() | {"iam_token": engine.iam_token.get_value()})
+    return engine
+
+
+@clusters_app.command("list")
+def clusters_list() -> None:
+    """Show the clusters, their runs, and which of them are left over."""
+    from datetime import datetime, timezone
+
+    from ml_platform.orphans import why_orphaned
+
+    settings = load_settings()
+    engine = _engine(settings)
+    table = Table("cluster", "id", "state", "made", "run", "", title="Clusters of this deployment")
+    clusters = engine.clusters()
+    with _instance(settings) as instance:
+        for cluster in clusters:
+            reason = why_orphaned(instance, cluster)
+            made = datetime.fromtimestamp(cluster.created_at, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            verdict = Text(f"left over: {reason}", style="red") if reason else Text("in use", style="green")
+            run_id = cluster.labels.get("dagster-run-id", "")
+            table.add_row(Text(cluster.name), Text(cluster.id), cluster.status, made, Text(run_id), verdict)
+    console.print(table if clusters else "This deployment has no clusters.")
+
+
+@clusters_app.command("delete")
+def clusters_delete(
+    cluster_ids: Annotated[list[str] | None, typer.Argument(help="Ids of clusters.")] = None,
+    orphaned: Annotated[bool, typer.Option("--orphaned", help="All that are left over.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even a cluster whose run still needs it.")] = False,
+) -> None:
+    """Delete clusters of this deployment, and wait until they are gone."""
+    from ml_platform.orphans import why_orphaned
+
+    if bool(cluster_ids) == orphaned:
+        raise CommandError("name clusters (ml-platform clusters list shows them), or give --orphaned")
+    settings = load_settings()
+    engine = _engine(settings)
+    own = {cluster.id: cluster for cluster in engine.clusters()}
+    strangers = [cluster_id for cluster_id in cluster_ids or [] if cluster_id not in own]
+    if strangers:
+        raise CommandError(f"no cluster of this deployment: {', '.join(strangers)}; nothing was deleted")
+    with _instance(settings) as instance:
+        reasons = {cluster_id: why_orphaned(instance, cluster) for cluster_id, cluster in own.items()}
+    wanted = cluster_ids or [cluster_id for cluster_id, reason in reasons.items() if reason]
+    needed = [cluster_id for cluster_id in wanted if not reasons[cluster_id]]
+    if needed and not force:
+        raise CommandError(f"a run still needs {', '.join(needed)}: terminate it, or give --force; nothing was deleted")
+    for cluster_id in wanted:
+        engine.api.request_deletion(cluster_id)
+    for cluster_id in wanted:
+        with console.status(f"deleting {cluster_id}") as status:
+            engine.api.delete_cluster(
+                cluster_id, timeout_s=engine.delete_timeout_s, poll_s=engine.poll_s, say=_updater(status)
+            )
+        console.print(f"deleted {escape(own[cluster_id].name)} ({cluster_id}): {reasons[cluster_id] or 'by force'}")
+    if not wanted:
+        console.print("No cluster is left over.")
+
+
+def _updater(status: Status) -> Callable[[str], None]:
+    return lambda text: status.update(escape(text))
+
+
+@app.command("dev-cloud")
+def dev_cloud(
+    directory: Annotated[Path, typer.Option(help="Where its data and keys are kept.")] = Path("data/dev-cloud"),
+    create_seconds: Annotated[float, typer.Option(min=0, help="How long a cluster takes to be created.")] = 10,
+) -> None:
+    """A stand-in for the cloud on this machine: the Data Proc API and an S3 server. Runs until it is interrupted."""
+    import time
+
+    from ml_platform.dev_cloud import DevCloud
+
+    with (
+        console.status("starting; the first time, the S3 server is built"),
+        DevCloud(directory, create_seconds=create_seconds) as cloud,
+    ):
+        path = cloud.write_environment()
+        console.print(
+            f"The cloud is up. In another shell:\n\n  set -a; . {escape(str(path))}; set +a\n", soft_wrap=True
+        )
+        console.print("Then ml-platform simulate, ml-platform process-new-files, make dev … work on it.")
+        if cloud.mock_reason:
+            console.print(
+                f"S3 is only a mock, and empty after Ctrl-C: {cloud.mock_reason}", style="yellow", markup=False
+            )
+        else:
+            console.print("It runs until Ctrl-C; what is in its buckets stays.", style="dim")
+        if (Path.cwd() / ".env").exists():
+            console.print("There is a .env here: what it sets wins over the cloud's settings.", style="red")
+        while True:
+            time.sleep(3600)
+
+
 @app.command()
 def doctor() -> None:
     """Check settings, Java, storage and MLflow, and say what is wrong and what to do."""
     checks: list[tuple[str, Callable[[], str]]] = []
     settings = load_settings()
-    checks.append(("settings", lambda: f"deployment {settings.deployment}, Spark on {settings.spark_master}"))
-    checks.append(("Java", lambda: _check_java(settings)))
+    if settings.deployment == "yandex":
+        checks.append(("settings", lambda: f"deployment {settings.deployment}, clusters made for each run"))
+        checks.append(("Data Proc", lambda: _check_dataproc(settings)))
+    else:
+        checks.append(("settings", lambda: f"deployment {settings.deployment}, Spark on {settings.spark_master}"))
+        checks.append(("Java", lambda: _check_java(settings)))
     checks.append(("raw files", lambda: _check_raw_files(settings)))
     checks.append(("lake", lambda: _check_lake(settings)))
     checks.append(("MLflow", lambda: _check_mlflow(settings)))
@@ -342,6 +464,12 @@ def _check_java(settings: Settings) -> str:
     if not re.search(r'"(17|21)\b', version):
         raise CommandError(f"{java} is {version}; Spark needs Java 17 or 21: set JAVA_HOME to one")
     return f"{version} ({java})"
+
+
+def _check_dataproc(settings: Settings) -> str:
+    engine = _engine(settings)
+    engine.api.retry_for_s = 15
+    return f"the API answers; {len(engine.clusters())} clusters of this deployment in folder {engine.spec.folder_id}"
 
 
 def _check_raw_files(settings: Settings) -> str:

@@ -1,8 +1,10 @@
 """Jobs. A run is one process with one Spark session, hence the in-process executor."""
 
-from __future__ import annotations
-
 import dagster as dg
+
+from ml_platform.orphans import delete_orphans
+from ml_platform.resources.dataproc import DataprocEngine
+from ml_platform.resources.spark import SparkEngine
 
 process_new_files = dg.define_asset_job(
     "process_new_files",
@@ -10,3 +12,18 @@ process_new_files = dg.define_asset_job(
     executor_def=dg.in_process_executor,
     description="Clean the partitions' files, build their features, train a model.",
 )
+
+
+@dg.op(description="Ask for the deletion of clusters whose run has ended, is unknown, or is past their lifetime.")
+def delete_clusters(context: dg.OpExecutionContext, spark: dg.ResourceParam[SparkEngine]) -> None:
+    if not isinstance(spark, DataprocEngine):
+        raise dg.Failure("this deployment makes no clusters (ML_PLATFORM_DEPLOYMENT)", allow_retries=False)
+    context.log.info(delete_orphans(context.instance, spark, context.log))
+
+
+@dg.job(
+    executor_def=dg.in_process_executor,
+    description="What the sensor orphaned_clusters does, by hand.",
+)
+def delete_orphaned_clusters() -> None:
+    delete_clusters()

@@ -1,4 +1,5 @@
 """What starts runs: the sensor ``new_raw_files`` and its twin on a fixed hour, ``process_new_files_daily``.
+And what clears up after killed ones: the sensor ``orphaned_clusters``.
 
 The lake decides what is cleaned, not Dagster's memory: a file needs a run when the lake has no report of it as it is
 now. Dagster's memory only adds what a failed run left unfinished, and keeps two runs off the same file.
@@ -15,11 +16,15 @@ from ml_platform.assets.cleaned import is_cleaned
 from ml_platform.assets.common import some_of
 from ml_platform.assets.raw import raw_file_observation
 from ml_platform.jobs import process_new_files
+from ml_platform.orphans import delete_orphans
 from ml_platform.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
+from ml_platform.resources.dataproc import DataprocEngine
 from ml_platform.resources.lake import CLEANED, LakeResource, RawFile
+from ml_platform.resources.spark import SparkEngine
 from ml_platform.run_processes import fail_dead_runs
 
 DAY_S = 24 * 60 * 60
+REAPER_INTERVAL_S = 5 * 60
 
 #: Runs of the past that are looked at for unfinished work.
 REMEMBERED_RUNS = 200
@@ -151,3 +156,22 @@ def process_new_files_daily(
     log_plan(context.log, plan)
     prepare(context.instance, plan)
     return run_requests(plan) or dg.SkipReason(plan.reason)
+
+
+def build_orphaned_clusters(default_status: dg.DefaultSensorStatus) -> dg.SensorDefinition:
+    """The sensor ``orphaned_clusters``, which is on by default where clusters are made.
+
+    It asks for deletions itself: a run would wait in the queue behind the very run whose cluster is left over.
+    """
+
+    @dg.sensor(
+        minimum_interval_seconds=REAPER_INTERVAL_S,
+        default_status=default_status,
+        description="Deletes clusters whose run has ended, is unknown, or is past their lifetime. Starts no run.",
+    )
+    def orphaned_clusters(context: dg.SensorEvaluationContext, spark: dg.ResourceParam[SparkEngine]) -> dg.SkipReason:
+        if not isinstance(spark, DataprocEngine):
+            return dg.SkipReason("this deployment makes no clusters (ML_PLATFORM_DEPLOYMENT)")
+        return dg.SkipReason(delete_orphans(context.instance, spark, context.log))
+
+    return orphaned_clusters

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ml_platform.dataproc_api import ClusterSpec
 
 _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
 
@@ -22,10 +25,15 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
 
-    deployment: Literal["local"] = Field(
+    deployment: Literal["local", "yandex"] = Field(
         "local",
         alias="ML_PLATFORM_DEPLOYMENT",
-        description="Where Spark runs: local, or the cluster of SPARK_MASTER.",
+        description="Where Spark runs: local (embedded, or the cluster of SPARK_MASTER), or an ephemeral cluster.",
+    )
+    deployment_name: str | None = Field(
+        None,
+        alias="ML_PLATFORM_DEPLOYMENT_NAME",
+        description="Name of this deployment among those that share a folder of the cloud; default: the deployment.",
     )
     raw_uri: str = Field(
         "data/raw",
@@ -89,14 +97,95 @@ class Settings(BaseSettings):
         return None if self.mlflow_tracking_uri else (self.default_mlflow_directory / "mlflow-artifacts").as_uri()
 
 
+#: Fields of `ClusterSettings` whose variables begin with YC_; those of the others begin with DATAPROC_.
+_YC_FIELDS = {
+    *("folder_id", "zone", "subnet_id", "security_group_ids", "service_account_id", "ssh_public_key"),
+    *("service_account_key_file", "iam_token", "api_endpoint", "root_certificates_file", "console_url"),
+}
+
+
+class ClusterSettings(ClusterSpec, BaseSettings):
+    """Settings of the yandex deployment: what the cluster is made of, how the API is called, how long things take.
+
+    A list is comma-separated; a mapping, or a list of mappings, is JSON.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        env_ignore_empty=True,
+        extra="ignore",
+        enable_decoding=False,
+        alias_generator=lambda name: ("YC_" if name in _YC_FIELDS else "DATAPROC_") + name.upper(),
+    )
+
+    service_account_key_file: Path | None = Field(None, description="Authorized key that the API is called with.")
+    iam_token: str | None = Field(None, repr=False, description="IAM token that the API is called with.")
+    api_endpoint: str | None = Field(None, description="host:port of another installation of the API.")
+    root_certificates_file: Path | None = Field(None, description="Authorities that its certificate is from (PEM).")
+    console_url: str = Field("https://console.yandex.cloud", description="Where links to the console lead.")
+    create_timeout_s: float = Field(1800, gt=0, description="Longest wait for a cluster.")
+    job_timeout_s: float = Field(4 * 3600, gt=0, description="Longest time of a job; then it is cancelled.")
+    max_lifetime_s: float = Field(8 * 3600, gt=0, description="A cluster older than this is deleted.")
+    delete_timeout_s: float = Field(900, gt=0, description="Longest wait for a cluster to be gone.")
+    poll_s: float = Field(10, gt=0, description="Longest pause between two looks.")
+    job_properties: dict[str, str] = Field({}, description="More Spark properties of each job.")
+    prices: dict[str, float] = Field({}, description="Per hour: of a host of a preset, of a GB of a disk type.")
+    currency: str = Field("RUB", description="What the prices are in.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _decode(cls, value: Any, info: ValidationInfo) -> Any:
+        """Lists and mappings from one text."""
+        kind = str(cls.model_fields[info.field_name or ""].annotation)
+        if not isinstance(value, str) or not ("dict" in kind or "list" in kind):
+            return value
+        if kind == "list[str]":
+            return [item for part in value.split(",") if (item := part.strip())]
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("takes JSON") from None
+
+    @model_validator(mode="after")
+    def _lifetime_covers_creation(self) -> ClusterSettings:
+        if self.max_lifetime_s <= self.create_timeout_s:
+            raise ValueError("DATAPROC_MAX_LIFETIME_S must be above DATAPROC_CREATE_TIMEOUT_S")
+        return self
+
+    def cluster_spec(self) -> ClusterSpec:
+        """What the cluster is made of."""
+        return ClusterSpec(**{name: getattr(self, name) for name in ClusterSpec.model_fields})
+
+
 def load_settings() -> Settings:
     """Read the settings from the environment.
 
     Raises:
         SettingsError: a variable has an unusable value. The message does not repeat the value.
     """
+    settings = _load(Settings)
+    if settings.deployment == "yandex":
+        here = [
+            name
+            for name, uri in (("ML_PLATFORM_RAW_URI", settings.raw_uri), ("ML_PLATFORM_LAKE_URI", settings.lake_uri))
+            if not uri.startswith("s3://")
+        ]
+        if here:
+            raise SettingsError(f"{', '.join(here)}: a cluster reaches no directory; set s3://bucket/prefix")
+    return settings
+
+
+def load_cluster_settings() -> ClusterSettings:
+    """Read the settings of the yandex deployment from the environment; raises SettingsError as `load_settings` does."""
+    return _load(ClusterSettings)
+
+
+def _load(kind: Any) -> Any:
     try:
-        return Settings()  # type: ignore[call-arg]
+        return kind()
     except ValidationError as error:
-        problems = [f"{item['loc'][0]}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()]
+        problems = [
+            ": ".join([*map(str, item["loc"][:1]), item["msg"].removeprefix("Value error, ")])
+            for item in error.errors()
+        ]
         raise SettingsError("; ".join(problems)) from None

@@ -28,7 +28,7 @@ from ml_platform.jobs import process_new_files
 from ml_platform.partitions import range_tags
 from ml_platform.resources.lake import CLEANED, LakeResource
 from ml_platform.resources.mlflow import MlflowResource
-from ml_platform.resources.spark import SparkEngine
+from ml_platform.resources.spark import SparkEngine, job_file
 from spark_jobs import build_features
 from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
 
@@ -129,10 +129,14 @@ class FakeEngine(SparkEngine):
     champion_skill: float = Field(2.0, description="The same of the champion.")
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
-    def _execute(self, context: dg.AssetExecutionContext, job: str, request: dict[str, Any]) -> dict[str, Any]:
+    def _execute(
+        self, context: dg.AssetExecutionContext, lake: LakeResource, job: str, request: dict[str, Any], label: str
+    ) -> dict[str, Any]:
         if job == self.breaks_down:
             raise RuntimeError(f"{job} broke down")
-        return getattr(self, f"_{job}")(request)
+        report = getattr(self, f"_{job}")(request)
+        lake.write_json(job_file(request["run_id"], job, label, "report.json"), report)
+        return report
 
     def _clean_transactions(self, request: dict[str, Any]) -> dict[str, Any]:
         def clean(item: dict[str, Any]) -> dict[str, Any]:

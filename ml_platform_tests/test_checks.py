@@ -300,7 +300,7 @@ class TestThroughDagster:
         run_id = "11111111-2222-3333-4444-555555555555"
         put = {"file-1": {"outcome": "trained"}, "file-2": {"outcome": "too_little_data", "reason": "4 frauds"}}
         for key, training in put.items():
-            lake.write_json(job_file(run_id, "train_model", key, "report"), training)
+            lake.write_json(job_file(run_id, "train_model", key, "report.json"), training)
         evaluation = evaluate(instance, lake, "enough_data", (three[0], three[-1]), run_id)
         assert not evaluation.passed
         assert not evaluation.blocking

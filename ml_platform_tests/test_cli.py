@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -15,12 +16,15 @@ import dagster as dg
 import pytest
 
 from ml_platform import cli
+from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript
+from ml_platform.resources import lake as lake_module
 from ml_platform.resources.lake import FEATURES
 from ml_platform.resources.mlflow import MlflowResource
+from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("simulate", "sync", "process-new-files", "summary", "doctor")
+COMMANDS = ("simulate", "sync", "process-new-files", "summary", "doctor", "dev-cloud", "clusters")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -460,3 +464,139 @@ class TestChampion:
         assert code == 1
         assert says in error
         assert registry.champion() is None
+
+
+class TestClusters:
+    """On the stand-in for the API; what counts as left over is test_orphans.py's."""
+
+    @pytest.fixture
+    def cloud(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDataproc]:
+        with FakeDataproc(tmp_path / "cloud", run_job=lambda request: JobScript(), delete_seconds=0.1) as cloud:
+            settings = {
+                "ML_PLATFORM_DEPLOYMENT": "yandex",
+                "ML_PLATFORM_RAW_URI": "s3://bucket/raw",
+                "ML_PLATFORM_LAKE_URI": "s3://bucket/lake",
+                "DATAPROC_POLL_S": "0.1",
+                **cloud.environment(),
+            }
+            for name, value in settings.items():
+                monkeypatch.setenv(name, value)
+            yield cloud
+
+    @staticmethod
+    def add(cloud: FakeDataproc, name: str, status: dg.DagsterRunStatus | None, deployment: str = "yandex") -> str:
+        """A cluster of a deployment, of a run with a status; None: of no known run."""
+        run_id = f"{name}-run"
+        if status:
+            with dg.DagsterInstance.get() as instance:
+                instance.add_run(dg.DagsterRun("process_new_files", run_id=run_id, status=status))
+        engine = cli._engine(load_settings()).model_copy(update={"deployment": deployment})
+        return cloud.add_cluster(name, engine.labels(run_id, time.time() + 3600))
+
+    @pytest.fixture
+    def ids(self, run: Run, cloud: FakeDataproc, tmp_path: Path) -> dict[str, str]:
+        (tmp_path / "dagster home").mkdir()
+        statuses = {"busy": dg.DagsterRunStatus.STARTED, "done": dg.DagsterRunStatus.SUCCESS, "lost": None}
+        ids = {name: self.add(cloud, f"{name}-1", status) for name, status in statuses.items()}
+        ids["others"] = self.add(cloud, "others-1", None, "staging")
+        ids["stranger"] = cloud.add_cluster("stranger-1")
+        return ids
+
+    @pytest.mark.parametrize("way", ["key", "token"])
+    def test_list(self, run: Run, cloud: FakeDataproc, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch, way: str):
+        if way == "token":
+            monkeypatch.delenv("YC_SERVICE_ACCOUNT_KEY_FILE")
+            monkeypatch.setenv("YC_IAM_TOKEN", cloud.iam_token())
+        code, out, err = run("clusters", "list")
+        assert (code, err) == (0, "")
+        lines = {name: line for name in ids for line in out.splitlines() if f"{name}-1 " in line}
+        assert set(lines) == {"busy", "done", "lost"}
+        assert all(ids[name] in line for name, line in lines.items())
+        assert "in use" in lines["busy"]
+        assert "left over: its run done-1-run has ended (SUCCESS)" in lines["done"]
+        assert "left over: its run lost-1-run is unknown" in lines["lost"]
+        assert cloud.calls("ClusterService.Delete") == []
+
+    def test_nothing_to_list_or_to_delete(self, run: Run, cloud: FakeDataproc):
+        assert only_line(run("clusters", "list")[1]) == "This deployment has no clusters."
+        assert only_line(run("clusters", "delete", "--orphaned")[1]) == "No cluster is left over."
+
+    def test_delete_what_is_left_over(self, run: Run, cloud: FakeDataproc, ids: dict[str, str]):
+        code, out, _ = run("clusters", "delete", "--orphaned")
+        assert code == 0
+        assert f"deleted done-1 ({ids['done']}): its run done-1-run has ended (SUCCESS)" in out
+        assert f"deleted lost-1 ({ids['lost']})" in out
+        assert set(cloud.clusters) == {ids["busy"], ids["others"], ids["stranger"]}
+
+    def test_delete_one(self, run: Run, cloud: FakeDataproc, ids: dict[str, str]):
+        assert run("clusters", "delete", ids["lost"])[0] == 0
+        assert set(cloud.clusters) == set(ids.values()) - {ids["lost"]}
+
+    @pytest.mark.parametrize("name", ["others", "stranger"])
+    @pytest.mark.parametrize("force", [(), ("--force",)])
+    def test_strangers_are_left_alone(
+        self, run: Run, cloud: FakeDataproc, ids: dict[str, str], name: str, force: tuple[str, ...]
+    ):
+        code, _, err = run("clusters", "delete", ids["lost"], ids[name], *force)
+        assert code == 1
+        assert only_line(err) == f"error: no cluster of this deployment: {ids[name]}; nothing was deleted"
+        assert set(cloud.clusters) == set(ids.values())
+
+    def test_a_cluster_in_use_needs_force(self, run: Run, cloud: FakeDataproc, ids: dict[str, str]):
+        code, _, err = run("clusters", "delete", ids["lost"], ids["busy"])
+        assert code == 1
+        assert only_line(err).startswith(f"error: a run still needs {ids['busy']}: terminate it, or give --force")
+        assert set(cloud.clusters) == set(ids.values())
+        code, out, _ = run("clusters", "delete", ids["busy"], "--force")
+        assert (code, only_line(out)) == (0, f"deleted busy-1 ({ids['busy']}): by force")
+        assert ids["busy"] not in cloud.clusters
+
+    @pytest.mark.parametrize("arguments", [(), ("some-id", "--orphaned")])
+    def test_what_to_delete_must_be_clear(self, run: Run, cloud: FakeDataproc, arguments: tuple[str, ...]):
+        code, _, err = run("clusters", "delete", *arguments)
+        assert code == 1
+        assert only_line(err).startswith("error: name clusters")
+        assert cloud.journal == []
+
+    @pytest.mark.parametrize("command", [("list",), ("delete", "--orphaned")])
+    def test_the_local_deployment_makes_none(self, run: Run, command: tuple[str, ...]):
+        code, _, err = run("clusters", *command)
+        assert code == 1
+        assert only_line(err).startswith("error: this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex")
+
+    def test_a_refusal_is_one_line_and_what_to_do(self, run: Run, cloud: FakeDataproc, ids: dict[str, str]):
+        cloud.fail("ClusterService.Delete", "PERMISSION_DENIED", "not you")
+        code, _, err = run("clusters", "delete", ids["lost"])
+        assert code == 1
+        assert re.match(r"error: .*PERMISSION_DENIED: not you \(give the service account the roles", err)
+        assert "Traceback" not in err
+
+    @pytest.mark.parametrize("refused", [False, True])
+    def test_doctor(
+        self,
+        run: Run,
+        cloud: FakeDataproc,
+        ids: dict[str, str],
+        mlflow_ready: None,
+        monkeypatch: pytest.MonkeyPatch,
+        refused: bool,
+    ):
+        # No S3 is there; that is told in rows of its own.
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+        monkeypatch.setattr(lake_module, "S3_ATTEMPTS", 1)
+        if refused:
+            cloud.fail("ClusterService.List", "PERMISSION_DENIED", "not you")
+        code, out, _ = run("doctor")
+        rows = TestDoctor.rows(out)
+        assert code == 1
+        assert "Java" not in rows
+        verdict, found = rows["Data Proc"]
+        if refused:
+            assert verdict == "wrong"
+            assert "PERMISSION_DENIED: not you" in found
+        else:
+            assert (verdict, found) == (
+                "ok",
+                f"the API answers; 3 clusters of this deployment in folder {cloud.folder_id}",
+            )
+        assert cloud.calls("ClusterService.Create") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,9 @@ HEAVY = (
     "pandas",
     "pyspark",
     "sklearn",
+    "google.protobuf",
+    "grpc",
+    "yandex",
     "yandexcloud",
 )
 ASSETS = ("raw_transactions", "cleaned_transactions", "transaction_features", "fraud_model")
@@ -76,8 +80,9 @@ def test_names():
     graph = defs.resolve_asset_graph()
     assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ASSETS)
     repository = defs.get_repository_def()
-    assert [job.name for job in repository.get_all_jobs() if not job.name.startswith("__")] == ["process_new_files"]
-    assert [sensor.name for sensor in repository.sensor_defs] == ["new_raw_files"]
+    jobs = {job.name for job in repository.get_all_jobs() if not job.name.startswith("__")}
+    assert jobs == {"process_new_files", "delete_orphaned_clusters"}
+    assert {sensor.name for sensor in repository.sensor_defs} == {"new_raw_files", "orphaned_clusters"}
     assert [schedule.name for schedule in repository.schedule_defs] == ["process_new_files_daily"]
     assert {key.name for key in graph.asset_check_keys} == {
         "promotion",
@@ -102,6 +107,52 @@ def test_automation():
     assert sensor.job_name == schedule.job_name == "process_new_files"
     assert sensor.description
     assert schedule.description
+
+
+def test_the_sensor_of_left_over_clusters():
+    sensor = defs.resolve_sensor_def("orphaned_clusters")
+    assert sensor.minimum_interval_seconds == 5 * 60
+    # It starts no run: one would wait in the queue behind that whose cluster is left over.
+    assert not sensor.has_jobs
+    assert sensor.description
+    assert defs.resolve_job_def("delete_orphaned_clusters").description
+
+
+@pytest.mark.parametrize("deployment", ["local", "yandex"])
+def test_deployments(tmp_path: Path, deployment: str):
+    """The same keys of resources in each; clusters are looked after where they are made, and nothing is called."""
+    code = """
+import json, sys
+from ml_platform.definitions import defs
+print(json.dumps({
+    "sensor": defs.resolve_sensor_def("orphaned_clusters").default_status.value,
+    "resources": sorted(defs.resources),
+    "engine": type(defs.resources["spark"]).__name__,
+    "shown": repr(defs.resources),
+    "heavy": sorted(name for name in sys.argv[1].split() if name in sys.modules),
+}))
+"""
+    environment = (
+        {}
+        if deployment == "local"
+        else {
+            "ML_PLATFORM_DEPLOYMENT": "yandex",
+            "ML_PLATFORM_RAW_URI": "s3://bucket/raw",
+            "ML_PLATFORM_LAKE_URI": "s3://bucket/lake",
+            "YC_FOLDER_ID": "folder",
+            "YC_SUBNET_ID": "subnet",
+            "YC_SERVICE_ACCOUNT_ID": "account",
+            "YC_IAM_TOKEN": "t1.very-secret",
+        }
+    )
+    done = run_python(code.replace("sys.argv[1]", repr(" ".join(HEAVY))), tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["sensor"] == ("RUNNING" if deployment == "yandex" else "STOPPED")
+    assert found["engine"] == ("DataprocEngine" if deployment == "yandex" else "LocalSparkEngine")
+    assert found["resources"] == ["lake", "limits", "mlflow", "spark"]
+    assert found["heavy"] == []
+    assert "very-secret" not in done.stdout + done.stderr
 
 
 def test_job():

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,18 @@ import dagster as dg
 import pytest
 
 from ml_platform.simulator import HEADER, FileTruth, Simulation
+from ml_platform_tests.world import (
+    COMMAND_TIMEOUT_S,
+    DAGSTER,
+    ML_PLATFORM,
+    ModificationTimes,
+    World,
+    daemon,
+    materialize_command,
+    no_process_left,
+    ticks,
+    wait_until,
+)
 
 pytestmark = [
     pytest.mark.e2e,
@@ -30,9 +37,6 @@ pytestmark = [
     pytest.mark.timeout(1200),
     pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of a test through /proc"),
 ]
-
-PROJECT = Path(__file__).resolve().parents[1]
-COMMAND_TIMEOUT_S = 600
 
 SIMULATION = Simulation(days_per_file=20, customers=400, terminals=400, radius=10, fault_rate=300, seed=3)
 KEYS = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(4)]
@@ -49,230 +53,7 @@ SCORE_COLUMNS = [
     "champion_score",
 ]
 
-ModificationTimes = dict[str, int]
-
-
 # --- what the tests stand on ------------------------------------------------------------------------------------
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120) -> Any:
-    """The first true value of `condition()`; fails the test if there is none in time."""
-    deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout} s in vain until {what}")
-        time.sleep(0.1)
-    return value
-
-
-def command(name: str, module: str) -> list[str]:
-    """A command of this Python's environment, installed or not."""
-    installed = Path(sys.executable).parent / name
-    return [str(installed)] if installed.exists() else [sys.executable, "-m", module]
-
-
-DAGSTER = command("dagster", "dagster")
-DAGSTER_DAEMON = command("dagster-daemon", "dagster._daemon")
-ML_PLATFORM = command("ml-platform", "ml_platform.cli")
-
-
-@dataclass(frozen=True)
-class World:
-    """A user's directory: raw files, lake, DAGSTER_HOME, and nothing of this project's."""
-
-    root: Path
-    home_name: str = "dagster home"
-
-    def __post_init__(self) -> None:
-        self.raw.mkdir(parents=True, exist_ok=True)
-        self.home.mkdir(exist_ok=True)
-        shutil.copy(PROJECT / "dagster.yaml", self.home)
-
-    @property
-    def raw(self) -> Path:
-        return self.root / "raw files"
-
-    @property
-    def lake(self) -> Path:
-        return self.root / "lake"
-
-    @property
-    def home(self) -> Path:
-        return self.root / self.home_name
-
-    @property
-    def tracking_uri(self) -> str:
-        return f"sqlite:///{self.root / 'mlflow.db'}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """All that a process of this world gets to see of the environment."""
-        kept = {name: os.environ[name] for name in ("PATH", "JAVA_HOME", "LANG", "TMPDIR") if name in os.environ}
-        return kept | {
-            "HOME": str(self.root),
-            "PYTHONPATH": str(PROJECT),
-            "DAGSTER_HOME": str(self.home),
-            "ML_PLATFORM_RAW_URI": str(self.raw),
-            "ML_PLATFORM_LAKE_URI": str(self.lake),
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        }
-
-    def copy(self, root: Path) -> World:
-        """The same files, modification times included, and a Dagster that has seen none of them."""
-        for directory in (self.raw, self.lake):
-            shutil.copytree(directory, root / directory.name)
-        return World(root)
-
-    def add(self, file: Path, name: str | None = None) -> None:
-        """Put a raw file here."""
-        shutil.copy2(file, self.raw / (name or file.name))
-
-    def start(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
-        """Start a command, its output in `log`."""
-        with log.open("wb") as out:
-            return subprocess.Popen(
-                arguments,
-                cwd=self.root,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-
-    def run(self, *arguments: str, fails: bool = False, **environment: str) -> str:
-        """Run a command to its end and return what it printed; fails the test unless it ends as expected."""
-        done = subprocess.run(
-            arguments,
-            cwd=self.root,
-            env=self.environment | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=COMMAND_TIMEOUT_S,
-            check=False,
-        )
-        assert (done.returncode != 0) == fails, f"{arguments} ended with {done.returncode}:\n{done.stdout[-20_000:]}"
-        return done.stdout
-
-    def sync(self) -> str:
-        """`ml-platform sync`"""
-        return self.run(*ML_PLATFORM, "sync")
-
-    def materialize(self, selection: str, first: str, last: str, *, fails: bool = False) -> str:
-        """`dagster asset materialize` over a range of partitions."""
-        return self.run(*materialize_command(selection, first, last), fails=fails)
-
-    @contextmanager
-    def instance(self) -> Generator[dg.DagsterInstance]:
-        """What Dagster has stored."""
-        with dg.DagsterInstance.from_config(str(self.home)) as instance:
-            yield instance
-
-    def partitions(self) -> list[str]:
-        """The registered partitions."""
-        with self.instance() as instance:
-            return list(instance.get_dynamic_partitions("raw_files"))
-
-    def runs(self) -> list[dg.DagsterRun]:
-        """Dagster's runs, oldest first."""
-        with self.instance() as instance:
-            return list(reversed(instance.get_runs()))
-
-    def metadata(self, asset: str, key: str) -> dict[str, Any]:
-        """Metadata of a partition's latest materialization, as plain values."""
-        with self.instance() as instance:
-            filters = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[key])
-            records = instance.fetch_materializations(filters, limit=1).records
-        assert records, f"{asset} of {key} was never materialized"
-        materialization = records[0].asset_materialization
-        assert materialization is not None
-        return {name: value.value for name, value in materialization.metadata.items()}
-
-    def materialized(self, run_id: str, asset: str) -> list[str]:
-        """Partitions of an asset that a run materialized, sorted."""
-        with self.instance() as instance:
-            events = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
-        found = [event.dagster_event for event in events]
-        return sorted(
-            event.partition for event in found if event and event.asset_key == dg.AssetKey(asset) and event.partition
-        )
-
-    def report_file(self, key: str, table: str = "cleaned_transactions") -> Path:
-        """Where the report of a partition is."""
-        return self.lake / table / f"raw_file={key}" / "_report.json"
-
-    def report(self, key: str, table: str = "cleaned_transactions") -> dict[str, Any]:
-        """The report of a partition."""
-        return json.loads(self.report_file(key, table).read_text())
-
-    def modification_times(self, key: str = "*", table: str = "cleaned_transactions") -> ModificationTimes:
-        """All files of a table, or of one of its partitions."""
-        files = (self.lake / table).glob(f"raw_file={key}/**/*")
-        times = {str(file.relative_to(self.lake)): file.stat().st_mtime_ns for file in files if file.is_file()}
-        assert times
-        return times
-
-    def processes(self) -> dict[int, str]:
-        """Processes that are alive and were started here, by whomever: their DAGSTER_HOME tells them."""
-        mark = f"DAGSTER_HOME={self.home}".encode()
-        found = {}
-        for directory in Path("/proc").iterdir():
-            if not directory.name.isdigit():
-                continue
-            try:
-                if mark in (directory / "environ").read_bytes().split(b"\0"):
-                    found[int(directory.name)] = (directory / "comm").read_text().strip()
-            except OSError:  # it has ended, or is another user's
-                continue
-        return found
-
-
-def materialize_command(selection: str, first: str, last: str) -> list[str]:
-    options = ["-m", "ml_platform.definitions", "--select", selection, "--partition-range", f"{first}...{last}"]
-    return [*DAGSTER, "asset", "materialize", *options]
-
-
-@contextmanager
-def no_process_left(world: World, timeout: float = 30) -> Generator[None]:
-    """Fails the test if processes outlive the block by more than `timeout` seconds; ends them, whatever happens."""
-    try:
-        yield
-        wait_until(lambda: not world.processes(), "all processes have ended", timeout)
-    finally:
-        for process in world.processes():
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-
-
-@contextmanager
-def daemon(world: World) -> Generator[Path]:
-    """Dagster's daemon on the project's workspace.yaml until the block ends; gives its log."""
-    log = world.root / f"{world.home_name}.log"
-    with no_process_left(world):
-        process = world.start(*DAGSTER_DAEMON, "run", "-w", str(PROJECT / "workspace.yaml"), log=log)
-        try:
-            yield log
-        except BaseException:
-            print(log.read_text(errors="replace")[-20_000:])  # pytest shows it with the failure
-            raise
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                raise
-
-
-def ticks(world: World) -> list[Any]:
-    """Finished ticks of the sensor new_raw_files."""
-    with world.instance() as instance:
-        states = [state for state in instance.all_instigator_state() if state.instigator_name == "new_raw_files"]
-        found = [tick for state in states for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id)]
-    return [tick for tick in found if tick.status.value != "STARTED"]
 
 
 @dataclass(frozen=True)
@@ -467,6 +248,48 @@ def test_champion_can_be_loaded_and_scores_rows(trained: Trained, tmp_path: Path
     expected = pd.read_parquet(scores_directory(trained)).set_index("transaction_id")["score"]
     assert len(found) == world.report(THIRD)["counts"]["clean_rows"]
     assert (found[expected.index] - expected).abs().max() < 1e-12
+
+
+# --- the gate ----------------------------------------------------------------------------------------------------
+
+#: A model that can hardly learn: one step of a heavily regularised regression.
+WEAK = [{"learner": "logistic_regression", "grid": {"regParam": [100.0], "elasticNetParam": [1.0], "maxIter": [1]}}]
+
+
+#: One that learns, in seconds.
+FAIR = [{"learner": "gbt", "grid": {"maxIter": [10], "maxDepth": [3], "maxBins": [256]}}]
+
+
+def retrain(world: World, candidates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Train again at the last cut-off; returns the partition's metadata."""
+    config = {"ops": {"fraud_model": {"config": {"candidates": candidates}}}}
+    world.run(*materialize_command("fraud_model", THIRD, THIRD), "--config-json", json.dumps(config))
+    return world.metadata("fraud_model", THIRD)
+
+
+def test_champion_changes_only_for_a_better_model(trained: Trained, tmp_path: Path) -> None:
+    """The same data again change nothing; a champion made worse is replaced, one that is better is not."""
+    world = trained.world.copy(tmp_path / "gate")
+    world.sync()
+
+    first = retrain(world, FAIR)
+    assert (first["promotion"], first["is_champion"]) == ("first_model", True)
+
+    again = retrain(world, FAIR)
+    assert (again["promotion"], again["is_champion"]) == ("no_difference", False)
+    assert again["test_average_precision"] == first["test_average_precision"]
+    assert "as the champion" in again["promotion_reasons"]
+
+    weak = retrain(world, WEAK)
+    assert (weak["promotion"], weak["is_champion"]) == ("not_better", False)
+    assert "worse" in weak["promotion_reasons"]
+    assert weak["champion_version"] == first["model_version"]
+
+    world.run(*ML_PLATFORM, "champion", "set", str(weak["model_version"]), "--why", "made worse on purpose")
+    better = retrain(world, FAIR)
+    assert (better["promotion"], better["is_champion"]) == ("better", True)
+    shown = world.run(*ML_PLATFORM, "champion", "show")
+    assert f"version {better['model_version']}" in shown
 
 
 # --- sensor and daemon -------------------------------------------------------------------------------------------

@@ -13,13 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the bottom up. A module imports from its own layer or below; the first name that fits counts.
 LAYERS = [
-    ("settings", "partitions", "dataproc_api", "figures", "promotion", "run_processes", "simulator"),
+    ("dataproc_api", "s3a", "code_archive", "partitions", "figures", "promotion", "run_processes", "simulator"),
+    ("settings", "dev_cloud"),
     ("resources",),
+    ("orphans",),
     ("assets", "checks", "jobs", "sensors"),
     ("definitions",),
     ("cli",),
 ]
-ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "spark_jobs"}
+#: The images have pandas and PyArrow too, through which the features pass.
+ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "spark_jobs"}
 
 
 def modules_of(package: str) -> list[Path]:

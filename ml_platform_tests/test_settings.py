@@ -6,10 +6,19 @@ from datetime import date
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import dagster as dg
 import pytest
 
 from ml_platform.definitions import build_resources
-from ml_platform.settings import Settings, SettingsError, load_settings
+from ml_platform.resources.dataproc import DataprocEngine
+from ml_platform.settings import (
+    ClusterSettings,
+    ClusterSpec,
+    Settings,
+    SettingsError,
+    load_cluster_settings,
+    load_settings,
+)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
@@ -141,3 +150,198 @@ def test_resources(monkeypatch: pytest.MonkeyPatch):
         "http://mlflow.example",
         None,
     )
+
+
+# --- The yandex deployment
+
+YANDEX = {
+    "ML_PLATFORM_DEPLOYMENT": "yandex",
+    "ML_PLATFORM_RAW_URI": "s3://bucket/raw",
+    "ML_PLATFORM_LAKE_URI": "s3://bucket/lake",
+    "YC_FOLDER_ID": "folder",
+    "YC_SUBNET_ID": "subnet",
+    "YC_SERVICE_ACCOUNT_ID": "account",
+}
+
+#: Each variable of the cluster: its text, the field, the value.
+CLUSTER_VARIABLES = {
+    "YC_FOLDER_ID": ("f", "folder_id", "f"),
+    "YC_ZONE": ("ru-central1-d", "zone", "ru-central1-d"),
+    "YC_SUBNET_ID": ("s", "subnet_id", "s"),
+    "YC_SECURITY_GROUP_IDS": ("g1, g2,", "security_group_ids", ["g1", "g2"]),
+    "YC_SERVICE_ACCOUNT_ID": ("a", "service_account_id", "a"),
+    "YC_SSH_PUBLIC_KEY": ("ssh-ed25519 AAAA me", "ssh_public_key", "ssh-ed25519 AAAA me"),
+    "YC_SERVICE_ACCOUNT_KEY_FILE": ("/key.json", "service_account_key_file", Path("/key.json")),
+    "YC_IAM_TOKEN": ("t1.x", "iam_token", "t1.x"),
+    "YC_API_ENDPOINT": ("localhost:1", "api_endpoint", "localhost:1"),
+    "YC_ROOT_CERTIFICATES_FILE": ("/ca.pem", "root_certificates_file", Path("/ca.pem")),
+    "YC_CONSOLE_URL": ("https://console.example", "console_url", "https://console.example"),
+    "DATAPROC_AUTOSCALING_SERVICE_ACCOUNT_ID": ("b", "autoscaling_service_account_id", "b"),
+    "DATAPROC_BUCKET": ("logs", "bucket", "logs"),
+    "DATAPROC_DESCRIPTION": ("mine", "description", "mine"),
+    "DATAPROC_LABELS": ('{"team": "fraud"}', "labels", {"team": "fraud"}),
+    "DATAPROC_IMAGE_VERSION": ("2.1", "image_version", "2.1"),
+    "DATAPROC_SERVICES": ("YARN,SPARK", "services", ["YARN", "SPARK"]),
+    "DATAPROC_PROPERTIES": ('{"spark:a.b": "c"}', "properties", {"spark:a.b": "c"}),
+    "DATAPROC_OSLOGIN": ("true", "oslogin", True),
+    "DATAPROC_UI_PROXY": ("false", "ui_proxy", False),
+    "DATAPROC_LOG_GROUP_ID": ("group", "log_group_id", "group"),
+    "DATAPROC_HOST_GROUP_IDS": ("h", "host_group_ids", ["h"]),
+    "DATAPROC_PUBLIC_IP": ("1", "public_ip", True),
+    "DATAPROC_ENVIRONMENT": ("PRESTABLE", "environment", "PRESTABLE"),
+    **{
+        f"DATAPROC_{role}_{name}": (text, f"{role.lower()}_{name.lower()}", value)
+        for role in ("MASTER", "DATA", "COMPUTE")
+        for name, text, value in (
+            ("PRESET", "m3-c8-m64", "m3-c8-m64"),
+            ("DISK_TYPE", "network-ssd-io-m3", "network-ssd-io-m3"),
+            ("DISK_SIZE_GB", "93", 93),
+        )
+    },
+    "DATAPROC_DATA_COUNT": ("0", "data_count", 0),
+    "DATAPROC_COMPUTE_COUNT": ("2", "compute_count", 2),
+    "DATAPROC_COMPUTE_MAX_COUNT": ("9", "compute_max_count", 9),
+    "DATAPROC_COMPUTE_PREEMPTIBLE": ("yes", "compute_preemptible", True),
+    "DATAPROC_COMPUTE_MEASUREMENT_S": ("90", "compute_measurement_s", 90),
+    "DATAPROC_COMPUTE_WARMUP_S": ("91", "compute_warmup_s", 91),
+    "DATAPROC_COMPUTE_STABILIZATION_S": ("92", "compute_stabilization_s", 92),
+    "DATAPROC_COMPUTE_CPU_TARGET": ("70", "compute_cpu_target", 70.0),
+    "DATAPROC_COMPUTE_DECOMMISSION_S": ("93", "compute_decommission_s", 93),
+    "DATAPROC_CREATE_TIMEOUT_S": ("100", "create_timeout_s", 100.0),
+    "DATAPROC_JOB_TIMEOUT_S": ("101", "job_timeout_s", 101.0),
+    "DATAPROC_MAX_LIFETIME_S": ("5000", "max_lifetime_s", 5000.0),
+    "DATAPROC_DELETE_TIMEOUT_S": ("102", "delete_timeout_s", 102.0),
+    "DATAPROC_POLL_S": ("0.5", "poll_s", 0.5),
+    "DATAPROC_JOB_PROPERTIES": ('{"spark.x": "y"}', "job_properties", {"spark.x": "y"}),
+    "DATAPROC_PRICES": ('{"s3-c2-m8": 9.5}', "prices", {"s3-c2-m8": 9.5}),
+    "DATAPROC_CURRENCY": ("EUR", "currency", "EUR"),
+}
+ACTIONS = '[{"uri": "s3a://bucket/init.sh", "args": ["x"]}]'
+
+
+@pytest.fixture
+def yandex(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name, value in YANDEX.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_every_variable_of_the_cluster_is_tested():
+    fields = {field for _, field, _ in CLUSTER_VARIABLES.values()} | {"initialization_actions"}
+    assert fields == set(ClusterSettings.model_fields)
+
+
+NEEDS_COMPUTE_NODES = {"DATAPROC_COMPUTE_MAX_COUNT": "5", "DATAPROC_COMPUTE_PREEMPTIBLE": "true"}
+
+
+@pytest.mark.parametrize(("variable", "value"), NEEDS_COMPUTE_NODES.items())
+def test_autoscaling_without_compute_nodes_is_refused(yandex: pytest.MonkeyPatch, variable: str, value: str):
+    """It would have no effect, and nobody would notice."""
+    yandex.setenv(variable, value)
+    with pytest.raises(SettingsError, match="DATAPROC_COMPUTE_COUNT"):
+        load_cluster_settings()
+
+
+def test_fewer_compute_nodes_at_most_than_at_first(yandex: pytest.MonkeyPatch):
+    yandex.setenv("DATAPROC_COMPUTE_COUNT", "3")
+    yandex.setenv("DATAPROC_COMPUTE_MAX_COUNT", "2")
+    with pytest.raises(SettingsError, match="DATAPROC_COMPUTE_MAX_COUNT"):
+        load_cluster_settings()
+
+
+@pytest.mark.parametrize("variable", CLUSTER_VARIABLES)
+def test_a_variable_of_the_cluster(yandex: pytest.MonkeyPatch, variable: str):
+    text, field, value = CLUSTER_VARIABLES[variable]
+    assert getattr(load_cluster_settings(), field) != value
+    if variable in NEEDS_COMPUTE_NODES:
+        yandex.setenv("DATAPROC_COMPUTE_COUNT", "1")
+    yandex.setenv(variable, text)
+    assert getattr(load_cluster_settings(), field) == value
+
+
+def test_initialization_actions(yandex: pytest.MonkeyPatch):
+    yandex.setenv("DATAPROC_INITIALIZATION_ACTIONS", ACTIONS)
+    (action,) = load_cluster_settings().initialization_actions
+    assert (action.uri, action.args, action.timeout) == ("s3a://bucket/init.sh", ["x"], 600)
+
+
+def test_everything_reaches_the_engine(yandex: pytest.MonkeyPatch):
+    for name, (text, _, _) in CLUSTER_VARIABLES.items():
+        yandex.setenv(name, text)
+    yandex.setenv("DATAPROC_INITIALIZATION_ACTIONS", ACTIONS)
+    settings = load_cluster_settings()
+    engine = build_resources(load_settings())["spark"]
+    assert isinstance(engine, DataprocEngine)
+    values = {field: value for _, field, value in CLUSTER_VARIABLES.values()}
+    for field in ClusterSpec.model_fields:
+        assert getattr(engine.spec, field) == getattr(settings, field)
+    assert engine.endpoint == values["api_endpoint"]
+    assert engine.root_certificates_file == "/ca.pem"
+    assert engine.service_account_key_file == "/key.json"
+    for field in DataprocEngine.model_fields.keys() & values.keys() - {"iam_token", "service_account_key_file"}:
+        if field != "root_certificates_file":
+            assert getattr(engine, field) == values[field], field
+    with dg.build_resources({"spark": engine}) as opened:
+        assert opened.spark.iam_token == "t1.x"
+    assert "t1.x" not in repr(engine) + repr(settings)
+    assert (engine.deployment, engine.lake_uri) == ("yandex", "s3://bucket/lake")
+
+
+def test_a_deployment_may_have_a_name(yandex: pytest.MonkeyPatch):
+    yandex.setenv("ML_PLATFORM_DEPLOYMENT_NAME", "team a")
+    engine = build_resources(load_settings())["spark"]
+    assert isinstance(engine, DataprocEngine)
+    assert engine.deployment == "team a"
+
+
+@pytest.mark.parametrize("variable", ["YC_FOLDER_ID", "YC_SUBNET_ID", "YC_SERVICE_ACCOUNT_ID"])
+def test_what_a_cluster_cannot_do_without(yandex: pytest.MonkeyPatch, variable: str):
+    yandex.delenv(variable)
+    with pytest.raises(SettingsError, match=f"^{variable}: "):
+        load_cluster_settings()
+
+
+@pytest.mark.parametrize("variable", ["ML_PLATFORM_RAW_URI", "ML_PLATFORM_LAKE_URI"])
+def test_a_cluster_reaches_no_directory(yandex: pytest.MonkeyPatch, variable: str):
+    yandex.setenv(variable, "data/x")
+    with pytest.raises(SettingsError, match=rf"^{variable}: .*s3://bucket/prefix"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DATAPROC_PROPERTIES", "spark:a=b"),
+        ("DATAPROC_PROPERTIES", "[1]"),
+        ("DATAPROC_LABELS", '{"a": {}}'),
+        ("DATAPROC_PRICES", '{"s3-c2-m8": "cheap"}'),
+        ("DATAPROC_INITIALIZATION_ACTIONS", "s3a://bucket/init.sh"),
+        ("DATAPROC_INITIALIZATION_ACTIONS", '[{"args": []}]'),
+        ("DATAPROC_DATA_COUNT", "33"),
+        ("DATAPROC_DATA_COUNT", "-1"),
+        ("DATAPROC_MASTER_DISK_SIZE_GB", "big"),
+        ("DATAPROC_ENVIRONMENT", "MOON"),
+        ("DATAPROC_POLL_S", "0"),
+        ("DATAPROC_CREATE_TIMEOUT_S", "-5"),
+        ("DATAPROC_COMPUTE_CPU_TARGET", "101"),
+        ("DATAPROC_PUBLIC_IP", "perhaps"),
+    ],
+)
+def test_an_unusable_value_of_the_cluster_is_named(yandex: pytest.MonkeyPatch, variable: str, value: str):
+    yandex.setenv(variable, value)
+    with pytest.raises(SettingsError) as caught:
+        load_cluster_settings()
+    message = str(caught.value)
+    assert message.startswith(f"{variable}: ")
+    assert "\n" not in message
+
+
+def test_a_cluster_must_live_until_it_is_made(yandex: pytest.MonkeyPatch):
+    yandex.setenv("DATAPROC_MAX_LIFETIME_S", "1800")
+    with pytest.raises(SettingsError, match="DATAPROC_MAX_LIFETIME_S must be above DATAPROC_CREATE_TIMEOUT_S"):
+        load_cluster_settings()
+
+
+def test_the_local_deployment_asks_for_nothing_of_the_cloud():
+    assert load_settings().deployment == "local"
+    assert not isinstance(build_resources(load_settings())["spark"], DataprocEngine)

@@ -1,0 +1,914 @@
+"""The cluster engine on the stand-in for the API: runs of real assets, and what may go wrong with them.
+
+Whatever happens, the end is the same: no cluster, no partition that is half there, and a recovery or a clear error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from ml_platform.code_archive import build_archive, content_hash
+from ml_platform.dataproc_api import cluster_name
+from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, Outcome, Quotas
+from ml_platform.dev_cloud.s3_server import LocalS3
+from ml_platform.orphans import delete_orphans
+from ml_platform.resources.dataproc import CLUSTER_ID_TAG, CLUSTER_NAME_TAG, JOB_PROPERTIES, expired
+from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, StorageError
+from ml_platform.resources.spark import job_file
+from ml_platform_tests.fakes import local_path, put_raw, raw_spec, recorded
+from ml_platform_tests.fakes_cloud import FakeClock, Platform, Result, ScriptedJobs, engine_of, platform_on
+
+ROOT = Path(__file__).resolve().parent.parent
+HOUR = 3600.0
+RUN_ID = "7f9c24e5-1d3b-4c5a-9e8f-0a1b2c3d4e5f"
+
+Arrange = Callable[[Platform], object]
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def platform(tmp_path: Path, lake: LakeResource, instance: dg.DagsterInstance, clock: FakeClock) -> Iterator[Platform]:
+    with platform_on(tmp_path / "cloud", lake, instance, clock) as platform:
+        yield platform
+
+
+def driver_log(platform: Platform, result: Result) -> str:
+    return platform.lake.store.read(job_file(result.run_id, "clean_transactions", "", "driver.log")).decode()
+
+
+def report_file(platform: Platform, run_id: str) -> Path:
+    return local_path(platform.lake.store.spark_uri(job_file(run_id, "clean_transactions", "", "report.json")))
+
+
+def leave(content: str | bytes) -> Arrange:
+    """Let the next job leave `content` as its report, and claim to have done everything."""
+
+    def arrange(platform: Platform) -> None:
+        def effect() -> None:
+            # Of the run under way, which the stand-in was told in the arguments of the job.
+            (job,) = platform.cloud.calls("JobService.Create")[-1:]
+            target = local_path(job["request"]["pyspark_job"]["args"][3])
+            target.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+        platform.jobs.changes.append({"effect": effect})
+
+    return arrange
+
+
+def next_job(**changes: Any) -> Arrange:
+    return lambda platform: platform.jobs.changes.append(changes)
+
+
+def fail(method: str, code: str, **details: Any) -> Arrange:
+    return lambda platform: platform.cloud.fail(method, code, **details)
+
+
+def fault(name: str, arrange: Arrange, *expected: Any, **settings: Any) -> Any:
+    return pytest.param(arrange, *expected, settings, id=name)
+
+
+# --- What a run does
+
+
+class TestARun:
+    def test_cleans_on_a_cluster_that_is_gone_afterwards(self, platform: Platform):
+        result = platform.run(keys=("a", "c"))
+        assert result.success, result.errors
+        assert platform.cleaned == ["a", "b", "c"]
+        assert platform.cloud.clusters == {}
+        assert len(platform.accepted("ClusterService.Create")) == 1
+        assert platform.jobs.names == ["clean_transactions"]
+
+    def test_its_steps_share_one_cluster(self, platform: Platform):
+        result = platform.run("cleaned_transactions", "transaction_features", keys=("a", "c"))
+        assert result.success, result.errors
+        assert platform.jobs.names == ["clean_transactions", "build_features"]
+        (created,) = platform.accepted("ClusterService.Create")
+        assert [job["request"]["cluster_id"] for job in platform.cloud.calls("JobService.Create")] == [
+            result.run.tags[CLUSTER_ID_TAG]
+        ] * 2
+        assert created["name"] == result.run.tags[CLUSTER_NAME_TAG]
+        assert len(platform.accepted("ClusterService.Delete")) == 1
+        assert platform.cloud.clusters == {}
+
+    def test_without_work_it_asks_for_nothing(self, platform: Platform):
+        assert platform.run().success
+        calls = len(platform.cloud.journal)
+        # Everything is clean: the asset runs, and has no job for Spark.
+        assert platform.run().success
+        assert len(platform.cloud.journal) == calls
+
+    def test_a_resource_that_is_opened_again_makes_no_cluster(self, platform: Platform):
+        # `dagster job execute` opens a run's resources twice.
+        engine = platform.engine()
+        for _ in range(2):
+            context = dg.build_init_resource_context(instance=platform.instance)
+            with engine.yield_for_execution(context):
+                pass
+        assert platform.cloud.journal == []
+
+    def test_identity_is_recorded_before_the_wait(self, platform: Platform):
+        tags: list[dict[str, str]] = []
+
+        def look(request: Any) -> bool:
+            run = platform.instance.get_run_by_id(RUN_ID)
+            assert run is not None
+            tags.append(dict(run.tags))
+            return False
+
+        platform.cloud.fail("ClusterService.Create", "INTERNAL", when=look)
+        platform.cloud.fail("ClusterService.Get", "INTERNAL", when=look)
+        result = platform.run(run_id=RUN_ID)
+        assert result.success, result.errors
+        name = cluster_name("test", RUN_ID, 1)
+        assert [found.get(CLUSTER_NAME_TAG) for found in tags[:2]] == [name, name]
+        (cluster_id,) = {found[CLUSTER_ID_TAG] for found in tags[1:]}
+        assert CLUSTER_ID_TAG not in tags[0]
+        assert platform.accepted("ClusterService.Delete") == [{"cluster_id": cluster_id}]
+
+    def test_metadata_of_a_step(self, platform: Platform):
+        prices = {"s3-c2-m8": 10, "s3-c4-m16": 20, "network-ssd": 0.02, "network-hdd": 0.005}
+        result = platform.run(prices=prices, currency="EUR", poll_s=10)
+        metadata = recorded(platform.instance, "cleaned_transactions", result.run_id)["a"]
+        url = f"https://console.yandex.cloud/folders/{platform.cloud.folder_id}/data-proc/cluster"
+        cluster_id = result.run.tags[CLUSTER_ID_TAG]
+        assert metadata["cluster_id"] == cluster_id
+        assert metadata["cluster"] == f"{url}/{cluster_id}"
+        ((job_id, record),) = platform.cloud.jobs.items()
+        (job,) = metadata["cluster_jobs"]
+        assert job == {
+            "name": record.proto.name,
+            "id": job_id,
+            "url": f"{url}/{cluster_id}/jobs/{job_id}",
+            "seconds": job["seconds"],
+        }
+        assert 70 <= job["seconds"] <= 70 + 12
+        hours = metadata["cluster_node_hours"] / 4
+        assert (60 + 70) / HOUR <= hours <= (60 + 70 + 30) / HOUR
+        # One master with 40 GB, three nodes with 128 GB.
+        per_hour = 10 + 40 * 0.02 + 3 * (20 + 128 * 0.005)
+        assert metadata["cluster_cost"] == pytest.approx(per_hour * hours, abs=0.02)
+        assert metadata["cluster_cost_currency"] == "EUR"
+        assert any(re.search(r"is deleted; it took 0\.\d\d node-hours, \d\.\d\d EUR", line) for line in result.log)
+
+    @pytest.mark.parametrize("prices", [{}, {"s3-c2-m8": 10.0, "network-ssd": 0.02}], ids=["no table", "gaps"])
+    def test_a_price_that_is_not_known_is_not_made_up(self, platform: Platform, prices: dict[str, float]):
+        result = platform.run(prices=prices)
+        metadata = recorded(platform.instance, "cleaned_transactions", result.run_id)["a"]
+        assert metadata["cluster_node_hours"] > 0
+        assert "cluster_cost" not in metadata
+
+    def test_the_driver_log_comes_as_it_grows_and_is_kept(self, platform: Platform):
+        lines = [(second, f"line at {second}\n") for second in range(0, 60, 15)]
+        platform.jobs.changes.append({"log": lines})
+        result = platform.run(poll_s=10)
+        assert driver_log(platform, result) == "".join(text for _, text in lines)
+        log = result.log
+        positions = [log.index(f"line at {second}") for second, _ in lines]
+        done = next(index for index, line in enumerate(log) if re.match(r"job .*: DONE", line))
+        assert positions == sorted(positions)
+        assert positions[-1] < done + 2
+        running = [line for line in log if re.match(r"job \S+: RUNNING", line)]
+        assert len(running) == 1, "transitions, not polls"
+
+    def test_a_huge_driver_log(self, platform: Platform):
+        text = "".join(f"{number:07} héllo\n" for number in range(100_000))
+        platform.jobs.changes.append({"log": text})
+        result = platform.run()
+        assert result.success, result.errors
+        assert driver_log(platform, result) == text
+        assert max(map(len, result.log)) <= 20_000
+
+    def test_what_a_job_is_given(self, platform: Platform):
+        result = platform.run(job_properties={"spark.executor.memory": "3g"})
+        (job,) = platform.accepted("JobService.Create")
+        directory = f"{platform.lake.store.spark_uri('_code')}/{content_hash(build_archive())}"
+        files = f"{platform.lake.store.spark_uri('_runs')}/{result.run_id}/clean_transactions"
+        assert job["name"] == "clean-transactions-1"
+        assert job["pyspark_job"] == {
+            "main_python_file_uri": f"{directory}/clean_transactions.py",
+            "python_file_uris": [f"{directory}/spark_jobs.zip"],
+            "args": ["--request", f"{files}.request.json", "--report", f"{files}.report.json"],
+            "properties": {**JOB_PROPERTIES, "spark.executor.memory": "3g"},
+        }
+
+    def test_code_is_uploaded_once(self, platform: Platform):
+        assert platform.run().success
+        code = local_path(platform.lake.store.spark_uri("_code"))
+        (directory,) = code.iterdir()
+        files = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+        assert set(files) == {"spark_jobs.zip", "clean_transactions.py"}
+        platform.advance(10)
+        assert platform.run(keys=("b", "b")).success
+        assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == files
+
+    def test_code_that_is_damaged_is_mended(self, platform: Platform):
+        directory = local_path(platform.lake.store.spark_uri(f"_code/{content_hash(build_archive())}"))
+        directory.mkdir(parents=True)
+        (directory / "spark_jobs.zip").write_bytes(b"half an upl")
+        assert platform.run().success
+        assert (directory / "spark_jobs.zip").read_bytes() == build_archive()
+
+    def test_the_run_after_a_failed_one_has_a_cluster_of_its_own(self, platform: Platform):
+        platform.jobs.changes.append({"status": "ERROR", "effect": None})
+        failed = platform.run()
+        assert not failed.success
+        again = platform.run()
+        assert again.success, again.errors
+        assert failed.run.tags[CLUSTER_NAME_TAG] != again.run.tags[CLUSTER_NAME_TAG]
+        assert platform.cleaned == ["a"]
+        assert platform.cloud.clusters == {}
+
+
+# --- Faults that a run gets over
+
+
+def vanish_at_end(platform: Platform) -> None:
+    def vanish(request: Any) -> bool:
+        platform.cloud.vanish(request.cluster_id)
+        return False
+
+    platform.cloud.fail("ClusterService.Delete", "INTERNAL", when=vanish)
+
+
+GOT_OVER = [
+    *[
+        # A short outage of whatever is called must not cost a run.
+        fault(f"unavailable for 3 calls: {method}", fail(method, "UNAVAILABLE", times=3))
+        for method in (
+            *("ApiEndpointService.List", "IamTokenService.Create", "ClusterService.Create", "ClusterService.Get"),
+            *(
+                "OperationService.Get",
+                "JobService.List",
+                "JobService.Create",
+                "JobService.Get",
+                "ClusterService.Delete",
+            ),
+        )
+    ],
+    *[
+        # The call worked and nobody heard of it: a second one must find what the first has made.
+        fault(f"answer lost: {method}", fail(method, code, after=True))
+        for method, code in (
+            ("ClusterService.Create", "UNAVAILABLE"),
+            ("ClusterService.Create", "DEADLINE_EXCEEDED"),
+            ("ClusterService.Create", "INTERNAL"),
+            ("JobService.Create", "UNAVAILABLE"),
+            ("JobService.Create", "DEADLINE_EXCEEDED"),
+            ("ClusterService.Delete", "UNAVAILABLE"),
+        )
+    ],
+    # Only the operation says why a creation fails, but the cluster's state says whether.
+    fault("operations may not be read", fail("OperationService.Get", "PERMISSION_DENIED", times=1000)),
+    # The outcome of a job does not hang on its log.
+    fault("no log page", fail("JobService.ListLog", "NOT_FOUND", times=1000)),
+    fault("log pages away for a while", fail("JobService.ListLog", "UNAVAILABLE", times=3)),
+    fault("deletion refused twice", fail("ClusterService.Delete", "INTERNAL", times=2)),
+    fault("deletion conflicts twice", fail("ClusterService.Delete", "FAILED_PRECONDITION", times=2)),
+    fault("deletion fails twice", lambda p: p.cloud.script_delete(Outcome(error="INTERNAL"), times=2)),
+    fault("deleted by somebody else meanwhile", vanish_at_end),
+    # Signed in by the key, the client gets itself another token.
+    fault("token expires in mid-run", next_job(seconds=3 * HOUR), poll_s=120),
+]
+
+
+@pytest.mark.parametrize(("arrange", "settings"), GOT_OVER)
+def test_a_fault_is_got_over(platform: Platform, arrange: Arrange, settings: dict[str, Any]):
+    arrange(platform)
+    result = platform.run(**settings)
+    assert result.success, result.errors
+    assert platform.cloud.clusters == {}
+    assert platform.cleaned == ["a"]
+    assert len(platform.accepted("ClusterService.Create")) <= 1
+    assert len(platform.cloud.jobs) == 1
+
+
+def test_a_lost_answer_is_found_in_the_log(platform: Platform):
+    platform.cloud.fail("ClusterService.Create", "UNAVAILABLE", after=True)
+    result = platform.run()
+    assert [call["code"] for call in platform.cloud.calls("ClusterService.Create")] == ["UNAVAILABLE", "ALREADY_EXISTS"]
+    assert any("found from an earlier call" in line for line in result.log)
+
+
+GARBLED = {
+    # A page that leads back to itself, one that shrinks, one of another encoding's leavings, an empty one.
+    "circle": lambda request, page: type(page)(content=page.content, next_page_token="again"),
+    "shrinking": lambda request, page: type(page)(content=page.content[:3]),
+    "garbled": lambda request, page: type(page)(content="\x00\ufffd\x1b[31m" + page.content),
+    "empty": lambda request, page: type(page)(),
+}
+
+
+@pytest.mark.parametrize("answer", GARBLED.values(), ids=GARBLED.keys())
+def test_garbled_log_pages(platform: Platform, answer: Callable[[Any, Any], Any]):
+    platform.cloud.answer("JobService.ListLog", answer, times=1000)
+    # The stand-in itself would refuse the page token that it never gave.
+    platform.cloud.answer("JobService.ListLog", answer, times=1000, when=lambda request: bool(request.page_token))
+    result = platform.run()
+    assert result.success, result.errors
+    assert platform.cloud.clusters == {}
+
+
+def test_a_token_that_expires_is_renewed(platform: Platform):
+    platform.jobs.changes.append({"seconds": 3 * HOUR})
+    assert platform.run(poll_s=120).success
+    calls = platform.cloud.journal
+    expired_at = [call["time"] for call in calls if call["code"] == "UNAUTHENTICATED"]
+    assert 2 <= len(expired_at) <= 4
+    assert len(platform.cloud.calls("IamTokenService.Create")) > len(expired_at)
+
+
+# --- Faults that end a run
+
+
+def another_run(content: dict[str, Any]) -> Arrange:
+    return leave(json.dumps(content))
+
+
+ENDS = [
+    fault(
+        "quota",
+        lambda p: setattr(p.cloud, "quotas", Quotas(hosts=2)),
+        "RESOURCE_EXHAUSTED: The limit on maximum number of hosts.*ask for more",
+    ),
+    fault(
+        "create denied", fail("ClusterService.Create", "PERMISSION_DENIED"), "create cluster .*PERMISSION_DENIED.*roles"
+    ),
+    fault(
+        "create away for good",
+        fail("ClusterService.Create", "UNAVAILABLE", times=1000),
+        "create cluster .*UNAVAILABLE.*YC_API_ENDPOINT",
+    ),
+    fault(
+        "the API is away for good",
+        fail("ApiEndpointService.List", "UNAVAILABLE", times=1000),
+        "UNAVAILABLE.*YC_API_ENDPOINT",
+    ),
+    fault(
+        "creation fails",
+        lambda p: p.cloud.script_create(Outcome(error="INTERNAL", message="no hosts left in zone")),
+        r"could not be created: no hosts left in zone \(its state: ERROR\)",
+    ),
+    fault(
+        "creation fails at once",
+        lambda p: p.cloud.script_create(Outcome(seconds=0, error="INTERNAL", message="no hosts left in zone")),
+        "could not be created: no hosts left in zone",
+    ),
+    fault(
+        "cluster breaks as soon as it is made",
+        lambda p: p.cloud.script_create(Outcome(error_after=0)),
+        r"could not be created: the API does not say why \(its state: ERROR\)",
+    ),
+    fault(
+        "cluster breaks under a job",
+        lambda p: p.cloud.script_create(Outcome(error_after=30)),
+        "job clean-transactions-1 ended as ERROR",
+    ),
+    fault(
+        "cluster gone as soon as it is made",
+        lambda p: p.cloud.script_create(Outcome(vanish_after=0)),
+        r"could not be created: .*(its state: gone\))",
+    ),
+    fault(
+        "cluster gone under a job",
+        lambda p: p.cloud.script_create(Outcome(vanish_after=30)),
+        "cluster c9q.* is gone while its job clean-transactions-1 ran",
+    ),
+    fault(
+        "a state of a cluster that nobody knows",
+        lambda p: p.cloud.answer("ClusterService.Get", lambda request, found: with_status(found, 77)),
+        "in a state that this version does not know: 77",
+    ),
+    fault(
+        "a state of a job that nobody knows",
+        lambda p: p.cloud.answer("JobService.Get", lambda request, found: with_status(found, 77)),
+        "in a state that this version does not know: 77",
+    ),
+    fault(
+        "an answer without the cluster's id",
+        lambda p: p.cloud.answer("ClusterService.Create", lambda request, operation: type(operation)(id="x")),
+        "the API's answer names no cluster",
+    ),
+    fault("job fails", next_job(status="ERROR", effect=None), "job clean-transactions-1 ended as ERROR; .*driver.log"),
+    fault("no report", next_job(effect=None), "is DONE, but left no readable report .*FileNotFoundError"),
+    fault("half a report", leave('{"run_id": '), "is DONE, but left no readable report .*JSONDecodeError"),
+    fault("no text", leave(b"\xff\xfe\x00"), "is DONE, but left no readable report"),
+    fault("another run's report", another_run({"run_id": "other", "partitions": {}}), "is not of this run"),
+    fault("no object", leave("[]"), "is not of this run"),
+    fault(
+        "a job hangs",
+        next_job(seconds=math.inf),
+        r"waited 14400 s in vain for job clean-transactions-1",
+        poll_s=120,
+    ),
+    fault(
+        "a job outlives the cluster", next_job(seconds=9 * HOUR), "in vain for job", job_timeout_s=30 * HOUR, poll_s=120
+    ),
+    fault(
+        "S3 refuses the job's report",
+        next_job(effect=lambda: denied("PutObject on s3://lake/report.json")),
+        "job clean-transactions-1 ended as ERROR",
+    ),
+]
+
+
+def denied(what: str) -> None:
+    raise StorageError(f"S3 denies {what}")
+
+
+def with_status(message: Any, status: int) -> Any:
+    message = type(message).FromString(message.SerializeToString())
+    message.status = status
+    return message
+
+
+@pytest.mark.parametrize(("arrange", "error", "settings"), ENDS)
+def test_a_fault_ends_a_run(platform: Platform, arrange: Arrange, error: str, settings: dict[str, Any]):
+    arrange(platform)
+    result = platform.run(**settings)
+    assert not result.success
+    assert re.search(error, result.errors), result.errors
+    assert platform.cloud.clusters == {}
+    assert platform.cleaned == []
+    assert len(platform.accepted("ClusterService.Create")) <= 1
+
+
+def test_a_quota_is_not_asked_for_again(platform: Platform):
+    platform.cloud.quotas = Quotas(hosts=2)
+    platform.run()
+    assert len(platform.cloud.calls("ClusterService.Create")) == 1
+
+
+def test_a_hanging_job_is_cancelled(platform: Platform, clock: FakeClock):
+    platform.jobs.changes.append({"seconds": math.inf, "log": "before it hung\n"})
+    started = clock.time()
+    result = platform.run(job_timeout_s=1000)
+    (job_id,) = platform.cloud.jobs
+    (cancelled,) = platform.accepted("JobService.Cancel")
+    assert cancelled["job_id"] == job_id
+    assert 1000 <= clock.time() - started <= 1000 + 60 + 20 + 60
+    assert driver_log(platform, result) == "before it hung\n"
+
+
+def test_no_job_is_waited_for_beyond_the_lifetime_of_the_cluster(platform: Platform, clock: FakeClock):
+    platform.jobs.changes.append({"seconds": math.inf})
+    started = clock.time()
+    platform.run(max_lifetime_s=2 * HOUR, poll_s=120)
+    assert 2 * HOUR <= clock.time() - started <= 2 * HOUR + 180
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["deletable while creating", "not deletable while creating"])
+def test_a_creation_that_takes_too_long(platform: Platform, late: bool):
+    platform.cloud.delete_while_creating = late
+    platform.cloud.script_create(Outcome(seconds=1000))
+    result = platform.run(create_timeout_s=600)
+    assert not result.success
+    assert re.search("waited 600 s in vain for cluster .* to be created", result.errors)
+    assert platform.cloud.clusters == {}
+
+
+def test_a_deletion_that_is_denied_is_shouted_about_and_left_to_the_sensor(platform: Platform):
+    platform.cloud.fail("ClusterService.Delete", "PERMISSION_DENIED", "no right to delete")
+    result = platform.run()
+    (cluster_id,) = platform.cloud.clusters
+    (shout,) = [line for line in result.log if "MAY STILL BE THERE AND COST MONEY" in line]
+    assert cluster_id in shout
+    assert "no right to delete" in shout
+    assert platform.cleaned == ["a"]
+    delete_orphans(platform.instance, platform.engine(), logging.getLogger("test"))
+    platform.advance(platform.cloud.delete_seconds)
+    assert platform.cloud.clusters == {}
+
+
+def test_a_deletion_that_never_ends(platform: Platform):
+    platform.cloud.script_delete(Outcome(seconds=10 * HOUR))
+    result = platform.run()
+    assert any("MAY STILL BE THERE AND COST MONEY" in line and "waited 900 s" in line for line in result.log)
+
+
+FOREIGN = {
+    "stranger's": {},
+    "of another deployment": {"owner": "ml-platform", "deployment": "other"},
+    "of another run": {"owner": "ml-platform", "deployment": "test", "dagster-run-id": "other"},
+}
+
+
+@pytest.mark.parametrize("labels", FOREIGN.values(), ids=FOREIGN.keys())
+@pytest.mark.parametrize("code", ["", "UNAVAILABLE"], ids=["", "answer lost"])
+def test_a_name_that_is_taken(platform: Platform, labels: dict[str, str], code: str):
+    taken = cluster_name("test", RUN_ID, 1)
+    cluster_id = platform.cloud.add_cluster(taken, labels)
+    if code:
+        # Never heard whether it worked: what has the name need not be this run's.
+        platform.cloud.fail("ClusterService.Create", code, times=1000)
+    result = platform.run(run_id=RUN_ID)
+    assert not result.success
+    assert ("UNAVAILABLE" if code else f"the name {taken} is taken by a cluster that this run did not make") in (
+        result.errors
+    )
+    assert list(platform.cloud.clusters) == [cluster_id]
+    assert platform.cloud.calls("ClusterService.Delete") == []
+    assert platform.cleaned == []
+
+
+def test_an_own_cluster_that_broke_before_it_was_found(platform: Platform):
+    # The answer to the create is lost, and the creation fails at once.
+    platform.cloud.script_create(Outcome(seconds=0, error="INTERNAL"))
+    platform.cloud.fail("ClusterService.Create", "UNAVAILABLE", after=True)
+    result = platform.run()
+    assert not result.success
+    assert re.search("cluster mlp-.* of an earlier call is ERROR", result.errors)
+    assert platform.cloud.clusters == {}
+
+
+class RefusingStore(LocalStore):
+    """A directory that takes and gives no file of some names."""
+
+    refuses = ""
+
+    def read(self, name: str) -> bytes:
+        if self.refuses.startswith("GetObject") and re.search(self.refuses.split()[1], name):
+            raise StorageError(f"S3 denies GetObject on s3://lake/{name}")
+        return super().read(name)
+
+    def write(self, name: str, content: bytes) -> None:
+        if self.refuses.startswith("PutObject") and re.search(self.refuses.split()[1], name):
+            raise StorageError(f"S3 denies PutObject on s3://lake/{name}")
+        super().write(name, content)
+
+
+@pytest.mark.parametrize(
+    ("refuses", "clusters"),
+    [
+        # Nothing is asked for that could not be used.
+        ("PutObject request.json", 0),
+        ("PutObject spark_jobs.zip", 0),
+        ("PutObject clean_transactions.py", 0),
+        ("GetObject spark_jobs.zip", 0),
+        # After the job, whose work then does not count for the step.
+        ("GetObject report.json", 1),
+    ],
+)
+def test_s3_refuses(platform: Platform, monkeypatch: pytest.MonkeyPatch, refuses: str, clusters: int):
+    class RefusingLake(LakeResource):
+        @property
+        def store(self) -> RefusingStore:  # type: ignore[override]
+            store = RefusingStore(self.lake_uri)
+            store.refuses = refuses
+            return store
+
+        def reports(self, table: str) -> dict[str, dict[str, Any]]:
+            return LakeResource.model_validate(self.model_dump()).reports(table)
+
+    verb, _ = refuses.split()
+    result = platform.run(lake=RefusingLake(**platform.lake.model_dump()))
+    assert not result.success
+    assert f"StorageError: S3 denies {verb}" in result.errors
+    assert len(platform.accepted("ClusterService.Create")) == clusters
+    assert platform.cloud.clusters == {}
+
+
+def test_a_driver_log_that_s3_refuses_fails_no_run(platform: Platform):
+    class RefusingLake(LakeResource):
+        @property
+        def store(self) -> RefusingStore:  # type: ignore[override]
+            store = RefusingStore(self.lake_uri)
+            store.refuses = "PutObject driver.log"
+            return store
+
+    result = platform.run(lake=RefusingLake(**platform.lake.model_dump()))
+    assert result.success, result.errors
+
+
+def s3_lake(s3_server: LocalS3, lake: LakeResource, monkeypatch: pytest.MonkeyPatch, bucket: str) -> LakeResource:
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return LakeResource(raw_uri=lake.raw_uri, lake_uri=f"s3://{bucket}/lake", epoch=lake.epoch)
+
+
+def test_a_bucket_that_is_not_there(platform: Platform, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch):
+    result = platform.run(lake=s3_lake(s3_server, platform.lake, monkeypatch, "nobodys-bucket"))
+    assert not result.success
+    assert "there is no bucket nobodys-bucket: create it" in result.errors
+    assert platform.cloud.journal == []
+
+
+def test_a_bucket_that_is_gone_when_the_job_is_done(
+    platform: Platform, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
+):
+    bucket, client = "gone-while-the-job-ran", s3_server.client()
+    client.create_bucket(Bucket=bucket)
+    uploaded: list[str] = []
+
+    def effect() -> None:
+        for item in client.list_objects_v2(Bucket=bucket)["Contents"]:
+            uploaded.append(item["Key"])
+            client.delete_object(Bucket=bucket, Key=item["Key"])
+        client.delete_bucket(Bucket=bucket)
+
+    platform.jobs.changes.append({"effect": effect})
+    result = platform.run(lake=s3_lake(s3_server, platform.lake, monkeypatch, bucket))
+    assert not result.success
+    assert f"there is no bucket {bucket}" in result.errors
+    assert platform.cloud.clusters == {}
+    directory = f"lake/_code/{content_hash(build_archive())}"
+    assert sorted(uploaded) == [
+        f"{directory}/clean_transactions.py",
+        f"{directory}/spark_jobs.zip",
+        f"lake/_runs/{result.run_id}/clean_transactions.request.json",
+    ]
+    (job,) = platform.accepted("JobService.Create")
+    assert job["pyspark_job"]["main_python_file_uri"] == f"s3a://{bucket}/{directory}/clean_transactions.py"
+
+
+# --- Who calls the API
+
+
+def test_an_iam_token_that_expires_says_so(platform: Platform):
+    token = platform.cloud.iam_token()
+    platform.jobs.changes.append({"seconds": 2 * HOUR})
+    result = platform.run(service_account_key_file=None, iam_token=token, poll_s=120)
+    assert not result.success
+    assert re.search("UNAUTHENTICATED: The token has expired .*YC_IAM_TOKEN", result.errors)
+    assert any("MAY STILL BE THERE" in line for line in result.log)
+    # By another token, the sensor clears up.
+    delete_orphans(platform.instance, platform.engine(), logging.getLogger("test"))
+    platform.advance(platform.cloud.delete_seconds)
+    assert platform.cloud.clusters == {}
+
+
+@pytest.mark.parametrize("way", ["token", "metadata"])
+def test_other_credentials(platform: Platform, monkeypatch: pytest.MonkeyPatch, way: str):
+    monkeypatch.setenv("YC_METADATA_ADDR", platform.cloud.metadata_address)
+    token = platform.cloud.iam_token() if way == "token" else None
+    result = platform.run(service_account_key_file=None, iam_token=token)
+    assert result.success, result.errors
+    assert platform.cloud.calls("IamTokenService.Create") == []
+    assert platform.cloud.clusters == {}
+
+
+@pytest.mark.parametrize("way", ["key", "token"])
+def test_no_credential_leaves_the_process(
+    platform: Platform,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    way: str,
+):
+    secret = "s3-secret-key-of-the-orchestrator"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    token = platform.cloud.iam_token()
+    key = json.loads(platform.cloud.service_account_key_file.read_text())["private_key"]
+    secrets = [secret, token, *[line for line in key.splitlines() if len(line) > 40 and "SA Key" not in line]]
+    assert len(secrets) > 10
+    caplog.set_level(logging.DEBUG)
+    credentials = {"service_account_key_file": None, "iam_token": token} if way == "token" else {}
+    good = platform.run(**credentials)
+    platform.jobs.changes.append({"status": "ERROR", "effect": None})
+    bad = platform.run(keys=("b", "b"), **credentials)
+    assert (good.success, bad.success) == (True, False)
+    tokens = set(platform.cloud._tokens)
+    assert token in tokens
+    places = {
+        "journal": json.dumps(platform.cloud.journal),
+        "run": good.everything + bad.everything,
+        "terminal": "".join(capfd.readouterr()),
+        "log": caplog.text,
+        **{
+            str(path): path.read_text(errors="replace")
+            for directory in ("lake", "raw")
+            for path in (tmp_path / directory).rglob("*")
+            if path.is_file()
+        },
+    }
+    assert "clean-transactions-1" in places["journal"]
+    assert "clean-transactions-1" in places["run"]
+    assert "clean-transactions-1" in places["terminal"] + places["log"]
+    found = {(secret[:12], place) for place, text in places.items() for secret in (*secrets, *tokens) if secret in text}
+    assert found == set()
+
+
+# --- Two at a time, clocks
+
+
+def test_two_runs_at_the_same_time(tmp_path: Path, lake: LakeResource, clock: FakeClock):
+    (tmp_path / "dagster").mkdir()
+    with (
+        dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance,
+        platform_on(tmp_path / "cloud", lake, instance, clock) as platform,
+    ):
+        results: dict[str, Result] = {}
+
+        def run(key: str) -> None:
+            results[key] = platform.run(keys=(key, key))
+
+        threads = [threading.Thread(target=run, args=[key]) for key in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [results[key].success for key in "ab"] == [True, True]
+        assert platform.cleaned == ["a", "b"]
+        clusters = {results[key].run.tags[CLUSTER_ID_TAG] for key in "ab"}
+        assert len(clusters) == 2
+        assert {request["cluster_id"] for request in platform.accepted("ClusterService.Delete")} == clusters
+        assert platform.cloud.clusters == {}
+
+
+@pytest.mark.parametrize("skew", [-86400.0, 86400.0], ids=["a day behind", "a day ahead"])
+def test_the_clock_of_the_api_does_not_matter(
+    tmp_path: Path, lake: LakeResource, instance: dg.DagsterInstance, clock: FakeClock, skew: float
+):
+    settings = {"skew_seconds": skew, "token_lifetime_seconds": 100 * HOUR}
+    with platform_on(tmp_path / "cloud", lake, instance, clock, **settings) as platform:
+        # Signing in by key needs clocks that agree; a token does not.
+        credentials = {"service_account_key_file": None, "iam_token": platform.cloud.iam_token()}
+        engine = platform.engine(**credentials)
+        name, labels = "left-over", engine.labels("some run", clock.time() + engine.max_lifetime_s)
+        cluster_id, _ = engine.api.create_cluster(engine.spec, name, labels)
+
+        def is_expired() -> bool:
+            (cluster,) = engine.clusters()
+            return expired(cluster, clock.time())
+
+        assert not is_expired()
+        clock.sleep(engine.max_lifetime_s - 10)
+        assert not is_expired()
+        clock.sleep(20)
+        assert is_expired()
+        engine.api.delete_cluster(cluster_id, timeout_s=900, poll_s=10, say=lambda text: None)
+        result = platform.run(**credentials)
+        assert result.success, result.errors
+        assert platform.cloud.clusters == {}
+
+
+# --- A process that is told to stop, or is killed
+
+
+class RunProcess:
+    """A run in a process of its own, in real time, on a stand-in in this one."""
+
+    def __init__(self, directory: Path, lake: LakeResource, cloud: FakeDataproc) -> None:
+        self.lake, self.cloud = lake, cloud
+        self.home = directory / "dagster"
+        self.home.mkdir()
+        put_raw(lake, "a", raw_spec(0))
+        with self.instance() as instance:
+            instance.add_dynamic_partitions("raw_files", ["a"])
+        self.engine = engine_of(cloud, lake, poll_s=0.2)
+        settings = {"lake": lake.model_dump(), "engine": self.engine.model_dump(), "run_id": RUN_ID}
+        self.log = directory / "run.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ml_platform_tests.interrupted_run", json.dumps(settings)],
+                cwd=ROOT,
+                env={**os.environ, "DAGSTER_HOME": str(self.home)},
+                stdout=log,
+                stderr=log,
+            )
+
+    def instance(self) -> dg.DagsterInstance:
+        return dg.DagsterInstance.local_temp(str(self.home))
+
+    def wait_until(self, what: str, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, f"waited in vain until {what}: {self.log.read_text()}"
+            time.sleep(0.02)
+
+    def wait_for_clusters(self, *states: str) -> None:
+        self.wait_until(
+            f"clusters are {states}", lambda: tuple(one.state for one in self.cloud.clusters.values()) == states
+        )
+
+    def wait_for_no_cluster(self) -> None:
+        """Also when the process has ended."""
+        deadline = time.monotonic() + 20
+        while self.cloud.clusters:
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def status(self) -> dg.DagsterRunStatus:
+        with self.instance() as instance:
+            run = instance.get_run_by_id(RUN_ID)
+            assert run is not None
+            return run.status
+
+
+@pytest.fixture
+def run_process(tmp_path: Path, lake: LakeResource) -> Iterator[Callable[..., RunProcess]]:
+    started: list[RunProcess] = []
+    clouds: list[FakeDataproc] = []
+
+    def start(**settings: Any) -> RunProcess:
+        times: dict[str, Any] = {"create_seconds": 0.2, "delete_seconds": 0.2}
+        clouds.append(FakeDataproc(tmp_path / "cloud", **times | {"run_job": ScriptedJobs()} | settings).start())
+        started.append(RunProcess(tmp_path, lake, clouds[-1]))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.process.kill()
+        run.process.wait()
+    for cloud in clouds:
+        cloud.stop()
+
+
+def hanging() -> ScriptedJobs:
+    jobs = ScriptedJobs()
+    jobs.changes.append({"seconds": math.inf})
+    return jobs
+
+
+def quick() -> ScriptedJobs:
+    jobs = ScriptedJobs()
+    jobs.changes.append({"seconds": 0})
+    return jobs
+
+
+#: When, how the stand-in is slow enough for it, and how to see that it is the time.
+MOMENTS: dict[str, tuple[dict[str, Any], Callable[[RunProcess], None]]] = {
+    "creating": (
+        {"create_seconds": 1000, "delete_while_creating": True},
+        lambda run: run.wait_for_clusters("CREATING"),
+    ),
+    "running": (
+        {},
+        lambda run: run.wait_until("the job is followed", lambda: run.cloud.calls("JobService.ListLog")),
+    ),
+    "deleting": ({"delete_seconds": 2}, lambda run: run.wait_for_clusters("STOPPING")),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("creating", signal.SIGTERM),
+        ("running", signal.SIGTERM),
+        ("deleting", signal.SIGTERM),
+        ("running", signal.SIGINT),
+    ],
+    ids=lambda value: value if isinstance(value, str) else signal.Signals(value).name,
+)
+def test_a_process_that_is_told_to_stop_clears_up(run_process: Callable[..., RunProcess], moment: str, number: int):
+    settings, wait = MOMENTS[moment]
+    run = run_process(**settings, run_job=quick() if moment == "deleting" else hanging())
+    wait(run)
+    run.process.send_signal(number)
+    run.process.wait(60)
+    assert len(run.cloud.calls("ClusterService.Create")) == 1
+    if moment == "deleting":
+        # It was asked for first, and goes on without anybody who waits.
+        run.wait_for_no_cluster()
+        assert len(run.cloud.calls("ClusterService.Delete")) == 1
+        assert list(run.lake.reports(CLEANED)) == ["a"]
+        assert run.status() == dg.DagsterRunStatus.FAILURE
+    else:
+        assert run.cloud.clusters == {}, run.log.read_text()
+        assert run.status() in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+        assert run.lake.reports(CLEANED) == {}
+    if moment == "running":
+        assert [call["code"] for call in run.cloud.calls("JobService.Cancel")] == ["OK"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("moment", ["creating", "running"])
+def test_the_cluster_of_a_killed_process_is_gone_within_two_ticks(run_process: Callable[..., RunProcess], moment: str):
+    settings, wait = MOMENTS[moment]
+    run = run_process(**settings, run_job=hanging())
+    wait(run)
+    with run.instance() as instance:
+        tick = lambda: delete_orphans(instance, run.engine, logging.getLogger("test"))  # noqa: E731
+        # The run is alive: its cluster is not touched.
+        assert tick() == "no orphans"
+        run.process.kill()
+        run.process.wait()
+        assert len(run.cloud.clusters) == 1
+        said = [tick(), tick()]
+        assert "asked for the deletion of 1 clusters" in said[0]
+        assert run.status() == dg.DagsterRunStatus.FAILURE
+        run.wait_for_no_cluster()
+        assert tick() == "no orphans"
+        assert len(run.cloud.calls("ClusterService.Delete")) == 1

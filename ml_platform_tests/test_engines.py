@@ -1,0 +1,187 @@
+"""What every engine owes the assets: one suite, run on this machine's Spark, on a Spark cluster, and on Data Proc.
+
+The commands are the user's own, in processes of their own; only the settings differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from ml_platform.dev_cloud import DevCloud
+from ml_platform.dev_cloud.s3_server import LocalS3
+from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
+from ml_platform.simulator import FileTruth, Simulation
+from ml_platform_tests.standalone import StandaloneCluster
+from ml_platform_tests.world import ML_PLATFORM, World, materialize_command, no_process_left
+
+pytestmark = [pytest.mark.e2e, pytest.mark.spark, pytest.mark.timeout(900)]
+
+SIMULATION = Simulation(days_per_file=5, customers=200, terminals=300, radius=10, fault_rate=500, seed=5)
+KEYS = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(2)]
+
+ENGINES = ("local", "standalone", "dataproc")
+
+
+@dataclass(frozen=True)
+class EngineWorld(World):
+    """A world with settings of its own, on directories or on S3, and what its engine has started and not ended."""
+
+    overrides: dict[str, str] = field(kw_only=True)
+    truths: dict[str, FileTruth] = field(kw_only=True)
+    left_over: Callable[[], list[str]] = field(kw_only=True)
+    started: Callable[[], int] = field(kw_only=True)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {**super().settings, "SPARK_DRIVER_MEMORY": "1g", "MLFLOW_TRACKING_URI": self.tracking_uri} | {
+            **self.overrides
+        }
+
+    def lake_resource(self) -> LakeResource:
+        """The lake; it needs `environment` while it is used."""
+        return LakeResource(
+            raw_uri=self.settings["ML_PLATFORM_RAW_URI"],
+            lake_uri=self.settings["ML_PLATFORM_LAKE_URI"],
+            epoch="2019-08-22",
+        )
+
+    def put_raw_files(self) -> None:
+        """Simulate the raw files to where they belong."""
+        with mock.patch.dict(os.environ, self.overrides):
+            for index, key in enumerate(KEYS):
+                with self.lake_resource().raw.open_new(f"{key}.txt") as out:
+                    self.truths[key] = SIMULATION.write_file(index, out)
+
+    def json_file(self, name: str) -> Any:
+        with mock.patch.dict(os.environ, self.overrides):
+            return self.lake_resource().read_json(name)
+
+    def reports(self, table: str) -> dict[str, dict[str, Any]]:
+        with mock.patch.dict(os.environ, self.overrides):
+            return self.lake_resource().reports(table)
+
+    def rows(self, table: str, key: str, copy: Path) -> list[dict[str, Any]]:
+        """The rows of a partition, in a fixed order."""
+        import pyarrow.parquet as pq
+
+        with mock.patch.dict(os.environ, self.overrides):
+            self.lake_resource().store.download(f"{table}/raw_file={key}", copy / table / key)
+        files = sorted((copy / table / key).glob("*.parquet"))
+        # One by one: pyarrow would take the directory's name for a column.
+        found = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
+        return sorted(found, key=lambda row: json.dumps(row, default=str, sort_keys=True))
+
+
+def bucket_settings(server: LocalS3, bucket: str) -> dict[str, str]:
+    server.client().create_bucket(Bucket=bucket)
+    uris = {"ML_PLATFORM_RAW_URI": f"s3://{bucket}/raw", "ML_PLATFORM_LAKE_URI": f"s3://{bucket}/lake"}
+    return uris | server.environment()
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> EngineWorld:
+    """Embedded Spark on directories: what the others are compared with."""
+    return prepare(EngineWorld(tmp_path_factory.mktemp("local"), overrides={}, truths={}, **NOTHING))
+
+
+#: Of engines whose processes are children of the run: `no_process_left` watches them.
+NOTHING: dict[str, Any] = {"left_over": list, "started": int}
+
+
+def prepare(world: EngineWorld) -> EngineWorld:
+    """Raw files in place, then cleaned and with features, all in one run."""
+    world.put_raw_files()
+    with no_process_left(world):
+        world.sync()
+        world.materialize("cleaned_transactions,transaction_features", KEYS[0], KEYS[1])
+    return world
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[EngineWorld]:
+    directory = tmp_path_factory.mktemp(request.param)
+    if request.param == "local":
+        yield request.getfixturevalue("local")
+    elif request.param == "standalone":
+        cluster: StandaloneCluster = request.getfixturevalue("standalone_cluster")
+        settings = bucket_settings(request.getfixturevalue("s3_server"), "engines") | {
+            "SPARK_MASTER": cluster.master,
+            "SPARK_LOCAL_IP": "127.0.0.1",
+            "PYSPARK_PYTHON": sys.executable,
+        }
+
+        def executors() -> int:
+            return len(list(cluster.directory.glob("worker-*/app-*/*/stderr")))
+
+        yield prepare(EngineWorld(directory, overrides=settings, truths={}, left_over=list, started=executors))
+    else:
+        with DevCloud(directory / "cloud", create_seconds=1, delete_seconds=1) as cloud:
+            settings = cloud.environment() | {"DATAPROC_POLL_S": "1"}
+            yield prepare(
+                EngineWorld(
+                    directory / "world",
+                    overrides=settings,
+                    truths={},
+                    left_over=lambda: list(cloud.dataproc.clusters),
+                    started=lambda: len(cloud.dataproc.jobs),
+                )
+            )
+
+
+def test_counts_are_the_truth(world: EngineWorld) -> None:
+    reports = world.reports(CLEANED)
+    for key, truth in world.truths.items():
+        counts = reports[key]["counts"]
+        assert {name: counts[name] for name in truth.counts} == truth.counts
+    assert sorted(reports) == sorted(world.reports(FEATURES)) == KEYS
+
+
+def test_rows_are_the_same_on_every_engine(world: EngineWorld, local: EngineWorld, tmp_path: Path) -> None:
+    for table in (CLEANED, REJECTED, FEATURES):
+        for key in KEYS:
+            wanted = local.rows(table, key, tmp_path / "local")
+            assert wanted
+            assert world.rows(table, key, tmp_path / "copy") == wanted
+
+
+def test_requests_and_reports_are_kept(world: EngineWorld) -> None:
+    (run,) = world.runs()[:1]
+    for job in ("clean_transactions", "build_features"):
+        assert world.json_file(f"_runs/{run.run_id}/{job}.request.json")["run_id"] == run.run_id
+        report = world.json_file(f"_runs/{run.run_id}/{job}.report.json")
+        assert report["run_id"] == run.run_id
+        assert list(report["partitions"]) == KEYS
+
+
+def test_nothing_is_left_running(world: EngineWorld) -> None:
+    assert world.left_over() == []
+
+
+def test_nothing_to_do_starts_nothing(world: EngineWorld) -> None:
+    before = world.started()
+    said = world.materialize("cleaned_transactions,transaction_features", KEYS[0], KEYS[1])
+    assert "0 files to clean, 2 already clean" in said
+    assert "starting Spark" not in said
+    assert world.started() == before
+    assert world.left_over() == []
+
+
+def test_a_job_that_fails_fails_the_run_in_its_own_words(world: EngineWorld) -> None:
+    config = {"ops": {"fraud_model": {"config": {"candidates": [{"learner": "oracle", "grid": {}}]}}}}
+    with no_process_left(world):
+        said = world.run(
+            *materialize_command("fraud_model", KEYS[1], KEYS[1]), "--config-json", json.dumps(config), fails=True
+        )
+    assert "there is no learner 'oracle'" in said
+    assert world.runs()[-1].is_failure
+    assert world.left_over() == []
+    assert "No model" in world.run(*ML_PLATFORM, "champion", "show")
