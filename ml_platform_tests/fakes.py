@@ -248,7 +248,13 @@ class FakeEngine(SparkEngine):
         model = local_path(request["model_uri"])
         assert (model / "metadata").is_file()
         assert (model / "stages" / "0").read_text() == "coefficients"
-        return {"rows": 100, "max_difference": self.reload_difference, "spark_version": "4.0.0", "seconds": 0.1}
+        return {
+            "run_id": request["run_id"],
+            "rows": 100,
+            "max_difference": self.reload_difference,
+            "spark_version": "4.0.0",
+            "seconds": 0.1,
+        }
 
 
 def features_report(

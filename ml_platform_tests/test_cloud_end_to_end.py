@@ -186,8 +186,8 @@ TICK = """
 import dagster as dg
 from ml_platform.definitions import defs
 sensor = next(sensor for sensor in defs.sensors if sensor.name == "orphaned_clusters")
-with dg.DagsterInstance.get() as instance:
-    context = dg.build_sensor_context(instance=instance, resources={"spark": defs.resources["spark"]})
+resources = {"spark": defs.resources["spark"]}
+with dg.DagsterInstance.get() as instance, dg.build_sensor_context(instance=instance, resources=resources) as context:
     print(sensor.evaluate_tick(context).skip_message)
 """
 
