@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
+#: Transactions of a simulated customer in the 30 days of a file, about.
+ROWS_PER_CUSTOMER = 57.6
+
+
 def say(text: str) -> None:
     """Progress, on standard error: standard output has the results."""
     print(text, file=sys.stderr, flush=True)

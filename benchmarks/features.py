@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import clean, features, markdown, say, simulate, spark_session, write_results
+from benchmarks.common import ROWS_PER_CUSTOMER, clean, features, markdown, say, simulate, spark_session, write_results
 from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ EPOCH = date(2019, 8, 22)
 #: Of the second data set of each size: so many terminals carry this share of all rows.
 HOT_TERMINALS = 10
 HOT_SHARE = 0.3
-
-#: Transactions of a simulated customer in the 30 days of a file, about.
-ROWS_PER_CUSTOMER = 57.6
 
 
 def main() -> None:

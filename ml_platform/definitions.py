@@ -42,7 +42,7 @@ def build_engine(settings: Settings) -> SparkEngine:
             name: getattr(cluster, name)
             for name in (
                 *("create_timeout_s", "job_timeout_s", "max_lifetime_s", "delete_timeout_s", "poll_s"),
-                *("job_properties", "prices", "currency", "console_url"),
+                *("data_max_count", "target_s", "job_properties", "prices", "currency", "console_url"),
             )
         },
     )

@@ -125,6 +125,8 @@ class ClusterSettings(ClusterSpec, BaseSettings):
     console_url: str = Field("https://console.yandex.cloud", description="Where links to the console lead.")
     create_timeout_s: float = Field(1800, gt=0, description="Longest wait for a cluster.")
     job_timeout_s: float = Field(4 * 3600, gt=0, description="Longest time of a job; then it is cancelled.")
+    data_max_count: int = Field(0, ge=0, le=32, description="Data nodes that a run with much work gets; 0: no more.")
+    target_s: float = Field(900, gt=0, description="Time that a run's work on data is to take, as far as nodes go.")
     max_lifetime_s: float = Field(8 * 3600, gt=0, description="A cluster older than this is deleted.")
     delete_timeout_s: float = Field(900, gt=0, description="Longest wait for a cluster to be gone.")
     poll_s: float = Field(10, gt=0, description="Longest pause between two looks.")
@@ -150,6 +152,12 @@ class ClusterSettings(ClusterSpec, BaseSettings):
     def _lifetime_covers_creation(self) -> ClusterSettings:
         if self.max_lifetime_s <= self.create_timeout_s:
             raise ValueError("DATAPROC_MAX_LIFETIME_S must be above DATAPROC_CREATE_TIMEOUT_S")
+        return self
+
+    @model_validator(mode="after")
+    def _data_nodes_can_grow(self) -> ClusterSettings:
+        if self.data_max_count and not 1 <= self.data_count <= self.data_max_count:
+            raise ValueError("DATAPROC_DATA_COUNT must be from 1 to DATAPROC_DATA_MAX_COUNT")
         return self
 
     def cluster_spec(self) -> ClusterSpec:

@@ -130,7 +130,14 @@ class FakeEngine(SparkEngine):
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
     def _execute(
-        self, context: dg.AssetExecutionContext, lake: LakeResource, job: str, request: dict[str, Any], label: str
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str,
     ) -> dict[str, Any]:
         if job == self.breaks_down:
             raise RuntimeError(f"{job} broke down")

@@ -30,6 +30,7 @@ from ml_platform.orphans import delete_orphans
 from ml_platform.resources.dataproc import CLUSTER_ID_TAG, CLUSTER_NAME_TAG, JOB_PROPERTIES, expired
 from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, StorageError
 from ml_platform.resources.spark import job_file
+from ml_platform.sizing import BYTES_PER_ROW, expected_seconds
 from ml_platform_tests.fakes import local_path, put_raw, raw_spec, recorded
 from ml_platform_tests.fakes_cloud import FakeClock, Platform, Result, ScriptedJobs, engine_of, platform_on
 
@@ -117,6 +118,36 @@ class TestARun:
         assert platform.run().success
         assert len(platform.cloud.journal) == calls
 
+    @pytest.mark.parametrize(
+        ("settings", "role", "hosts"),
+        [
+            pytest.param({}, "data", 3, id="the number is fixed by default"),
+            pytest.param({"data_max_count": 9}, "data", 3, id="little work"),
+            pytest.param({"data_max_count": 9, "target_s": 1e-9}, "data", 9, id="more work than fits the time"),
+            pytest.param(
+                {"cluster": {"compute_count": 1, "compute_max_count": 6}, "target_s": 1e-9},
+                *("compute", 6),
+                id="compute nodes that scale begin with what the work needs",
+            ),
+        ],
+    )
+    def test_the_number_of_nodes_follows_the_work(
+        self, platform: Platform, settings: dict[str, Any], role: str, hosts: int
+    ):
+        result = platform.run(**settings)
+        assert result.success, result.errors
+        (created,) = platform.accepted("ClusterService.Create")
+        made = {one["name"]: int(one["hosts_count"]) for one in created["config_spec"]["subclusters_spec"]}
+        assert made[role] == hosts
+        metadata = recorded(platform.instance, "cleaned_transactions")["a"]
+        assert metadata["cluster_nodes"] == made
+        (job,) = metadata["cluster_jobs"]
+        assert job["rows"] > 0
+        assert job["expected_seconds"] > 0
+        assert job["seconds"] > 0
+        chosen = [line for line in result.log if "the cluster gets" in line]
+        assert len(chosen) == (1 if set(settings) - {"cluster"} else 0), chosen
+
     def test_a_resource_that_is_opened_again_makes_no_cluster(self, platform: Platform):
         # `dagster job execute` opens a run's resources twice.
         engine = platform.engine()
@@ -159,6 +190,9 @@ class TestARun:
             "name": record.proto.name,
             "id": job_id,
             "url": f"{url}/{cluster_id}/jobs/{job_id}",
+            "rows": platform.lake.list_raw_files()[0]["a"].size // BYTES_PER_ROW,
+            # Three nodes of four cores.
+            "expected_seconds": expected_seconds("clean_transactions", job["rows"], 12),
             "seconds": job["seconds"],
         }
         assert 70 <= job["seconds"] <= 70 + 12

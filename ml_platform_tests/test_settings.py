@@ -198,7 +198,9 @@ CLUSTER_VARIABLES = {
             ("DISK_SIZE_GB", "93", 93),
         )
     },
-    "DATAPROC_DATA_COUNT": ("0", "data_count", 0),
+    "DATAPROC_DATA_COUNT": ("2", "data_count", 2),
+    "DATAPROC_DATA_MAX_COUNT": ("7", "data_max_count", 7),
+    "DATAPROC_TARGET_S": ("600", "target_s", 600.0),
     "DATAPROC_COMPUTE_COUNT": ("2", "compute_count", 2),
     "DATAPROC_COMPUTE_MAX_COUNT": ("9", "compute_max_count", 9),
     "DATAPROC_COMPUTE_PREEMPTIBLE": ("yes", "compute_preemptible", True),
@@ -246,6 +248,14 @@ def test_fewer_compute_nodes_at_most_than_at_first(yandex: pytest.MonkeyPatch):
     yandex.setenv("DATAPROC_COMPUTE_COUNT", "3")
     yandex.setenv("DATAPROC_COMPUTE_MAX_COUNT", "2")
     with pytest.raises(SettingsError, match="DATAPROC_COMPUTE_MAX_COUNT"):
+        load_cluster_settings()
+
+
+@pytest.mark.parametrize(("least", "most"), [("3", "2"), ("0", "5")])
+def test_data_nodes_grow_from_some_to_more(yandex: pytest.MonkeyPatch, least: str, most: str):
+    yandex.setenv("DATAPROC_DATA_COUNT", least)
+    yandex.setenv("DATAPROC_DATA_MAX_COUNT", most)
+    with pytest.raises(SettingsError, match="DATAPROC_DATA_MAX_COUNT"):
         load_cluster_settings()
 
 

@@ -39,7 +39,11 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     runtime.configure(spark)
     partitions = runtime.for_each_partition(
-        request["partitions"], lambda item: build_partition(spark, item, request["run_id"]), what="features"
+        spark,
+        request["partitions"],
+        lambda item: build_partition(spark, item, request["run_id"]),
+        what="features",
+        size=lambda item: item["cleaned_bytes"],
     )
     return {
         "run_id": request["run_id"],

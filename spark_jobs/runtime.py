@@ -12,6 +12,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any, Callable, Dict, Tuple
 
+from spark_jobs.progress import Progress
+
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
@@ -198,24 +200,38 @@ def _observed_by_listener(frame: DataFrame, name: str, aggregates: tuple[Column,
 
 
 def for_each_partition(
-    partitions: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]], *, what: str
+    spark: SparkSession,
+    partitions: list[dict[str, Any]],
+    work: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    what: str,
+    size: Callable[[dict[str, Any]], int],
 ) -> dict[str, dict[str, Any]]:
     """Do `work(item)` for each item of a request's `partitions`; one verdict each, whatever befalls the others.
+
+    `size(item)` says how much work it is compared with the others, for the time left that is logged.
 
     Returns {partition: {"status": "succeeded", "report": ...} or {"status": "failed", "error": ...}}.
     """
     verdicts: dict[str, dict[str, Any]] = {}
-    for number, item in enumerate(partitions, start=1):
-        key, started = item["partition"], time.monotonic()
-        try:
-            report = work(item)
-        except Exception as error:
-            log.exception("%s %d/%d: %s failed", what, number, len(partitions), key)
-            verdicts[key] = {"status": "failed", "error": describe(error)}
-        else:
-            seconds = time.monotonic() - started
-            log.info("%s %d/%d: %s done in %.1f s", what, number, len(partitions), key, seconds)
-            verdicts[key] = {"status": "succeeded", "report": report}
+    # One more each: empty files are some work, too.
+    sizes = [size(item) + 1 for item in partitions]
+    done = 0
+    with Progress(spark, what) as progress:
+        for number, item in enumerate(partitions, start=1):
+            key, started = item["partition"], time.monotonic()
+            name = f"{number}/{len(partitions)}: {key}"
+            share = sizes[number - 1]
+            progress.enter(name, done / sum(sizes), (done + share) / sum(sizes))
+            try:
+                report = work(item)
+            except Exception as error:
+                log.exception("%s %s failed", what, name)
+                verdicts[key] = {"status": "failed", "error": describe(error)}
+            else:
+                log.info("%s %s done in %.1f s", what, name, time.monotonic() - started)
+                verdicts[key] = {"status": "succeeded", "report": report}
+            done += share
     return verdicts
 
 

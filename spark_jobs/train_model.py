@@ -25,6 +25,7 @@ from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import evaluation, runtime
+from spark_jobs.progress import Progress
 from spark_jobs.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     """
     runtime.configure(spark)
     settings = _settings(request)
-    clock = _Clock()
+    clock = _Clock(spark)
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run_id": settings["run_id"],
@@ -172,8 +173,9 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         "spark_version": spark.version,
         "seconds": clock.seconds,
     }
-    with clock.phase("total"):
-        report.update(_train(spark, settings, report["windows"], clock))
+    started = time.monotonic()
+    report.update(_train(spark, settings, report["windows"], clock))
+    clock.seconds["total"] = round(time.monotonic() - started, 3)
     return report
 
 
@@ -206,7 +208,7 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
 
     folds = validation_folds(windows, per_day, settings)
     assembler = VectorAssembler(inputCols=settings["features"], outputCol=VECTOR)
-    with clock.phase("search"):
+    with clock.phase("search") as progress:
         rows, sampling = learning_rows(_between(frame, windows["train"]), folds, settings)
         rows = assembler.transform(rows).select("tx_time_days", LABEL, VECTOR, *([WEIGHT] if sampling else []))
         rows = rows.persist()
@@ -223,6 +225,7 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
             settings["candidates"],
             seed=settings["seed"],
             weight=weight,
+            progress=progress,
         )
     # max() keeps the first of equals.
     best = max(grid, key=lambda entry: entry["validation_average_precision"])
@@ -383,6 +386,7 @@ def search(
     candidates: list[dict[str, Any]],
     seed: int = 0,
     weight: str | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Fit every combination of the candidates and judge it on each fold's validation rows; entries in their order.
 
@@ -400,6 +404,7 @@ def search(
         else:
             chains[f"point {index}"] = [index]
 
+    fits = len(points) * len(folds)
     results: dict[tuple[int, int], dict[str, Any]] = {}
 
     def fit_chain(chain: list[int], number: int) -> None:
@@ -412,9 +417,12 @@ def search(
                 estimator = _estimator(learner, params, seed, weight)
                 last = {**_fit_and_validate(estimator, *folds[number]), "maxIter": params.get("maxIter", 0)}
             results[index, number] = last
+            if progress is not None:
+                share = len(results) / fits
+                progress.enter(f"{len(results)} of {fits} fits", share, share)
             log.info(
                 "%d/%d: %s %s, fold %d: average precision %.4f%s, %.1f s",
-                len(results), len(points) * len(folds), learner, params, number + 1, last["average_precision"],
+                len(results), fits, learner, params, number + 1, last["average_precision"],
                 " (same fit)" if last["reused_fit"] else "", last["seconds"],
             )  # fmt: skip
 
@@ -752,16 +760,18 @@ def _pairs(grid: dict[str, list[Any]], values: tuple[Any, ...]) -> Iterator[tupl
 
 
 class _Clock:
-    """Seconds per phase."""
+    """Seconds per phase, and the progress of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, spark: SparkSession) -> None:
+        self._spark = spark
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[Progress]:
         started = time.monotonic()
         try:
-            yield
+            with Progress(self._spark, f"training: {name}") as progress:
+                yield progress
         finally:
             self.seconds[name] = round(time.monotonic() - started, 3)
             log.info("%s: %.1f s", name, self.seconds[name])

@@ -9,6 +9,7 @@ from ml_platform.assets.common import OWNERS, conclude, split_verdicts, table_sc
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import CLEANED, REJECTED, LakeResource, RawFile
 from ml_platform.resources.spark import SparkEngine
+from ml_platform.sizing import BYTES_PER_ROW
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
 #: Counts of a report, in the order in which people read them.
@@ -90,6 +91,7 @@ def cleaned_transactions(
                     for key in wanted
                 ],
             },
+            rows=sum(files[key].size for key in wanted) // BYTES_PER_ROW,
         )
         cleaned, errors = split_verdicts(report["partitions"])
         failed |= errors

@@ -134,6 +134,7 @@ def transaction_features(
                     for key in wanted
                 ]
             },
+            rows=sum(cleaned[part]["counts"]["clean_rows"] for key in wanted for part in [key, *history[key]]),
         )
         built, errors = split_verdicts(report["partitions"])
         failed |= errors

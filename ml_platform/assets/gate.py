@@ -140,6 +140,7 @@ def verify_reload(
             "features": report["features"],
             "scores_uri": report["scores_uri"],
         },
+        rows=report["metrics"]["test_rows"],
         label=report["cutoff"],
     )
     if proof["rows"] == 0 or proof["max_difference"] > SAME_SCORE:

@@ -151,6 +151,7 @@ def _train(
             "output_uri": lake.store.spark_uri(directory),
             "champion": _champion_request(champion),
         },
+        rows=sum(features[key]["counts"]["rows"] for key in used),
         label=cutoff,
     )
     active = run.active_run()

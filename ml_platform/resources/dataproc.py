@@ -37,6 +37,7 @@ from ml_platform.dataproc_api import (
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.spark import SparkEngine, job_file
 from ml_platform.run_processes import note_process
+from ml_platform.sizing import choose_nodes, cores_of, expected_seconds
 
 CLUSTER_ID_TAG = "ml_platform/cluster_id"
 CLUSTER_NAME_TAG = "ml_platform/cluster_name"
@@ -66,6 +67,7 @@ class _RunsCluster:
     """The cluster of this run."""
 
     name: str
+    spec: ClusterSpec
     labels: Mapping[str, str]
     asked_at: float
     expires_at: float
@@ -73,6 +75,12 @@ class _RunsCluster:
     id: str = ""
     usable: bool = False
     jobs: list[dict[str, Any]] = field(default_factory=list)
+
+    def cores(self) -> int:
+        """Cores of the nodes that work on jobs; 0 where the presets' names do not tell."""
+        return sum(
+            (cores_of(preset) or 0) * count for preset, _, _, count, role in self.spec.node_groups() if role != "master"
+        )
 
 
 class DataprocEngine(SparkEngine):
@@ -89,6 +97,10 @@ class DataprocEngine(SparkEngine):
     iam_token: str | None = Field(default=None, description="IAM token to call the API with.")
     create_timeout_s: float = Field(default=1800, gt=0, description="Longest wait for a cluster.")
     job_timeout_s: float = Field(default=4 * HOUR_S, gt=0, description="Longest time of a job; then it is cancelled.")
+    data_max_count: int = Field(default=0, ge=0, le=32, description="Data nodes that a run with much work gets.")
+    target_s: float = Field(
+        default=900, gt=0, description="Time that a run's work on data is to take, as far as the nodes go."
+    )
     max_lifetime_s: float = Field(default=8 * HOUR_S, gt=0, description="A cluster older than this is deleted.")
     delete_timeout_s: float = Field(default=900, gt=0, description="Longest wait for a cluster to be gone.")
     poll_s: float = Field(default=10, gt=0, description="Longest pause between two looks.")
@@ -155,8 +167,8 @@ class DataprocEngine(SparkEngine):
             and cluster.labels.get("lake", lake) == lake
         ]
 
-    def _cluster(self, context: dg.AssetExecutionContext) -> _RunsCluster:
-        """The run's cluster, made if there is none yet."""
+    def _cluster(self, context: dg.AssetExecutionContext, job: str, rows: int) -> _RunsCluster:
+        """The run's cluster, made if there is none yet, of a size for its first `job` and what follows from it."""
         if self._run is not None and self._run.usable:
             return self._run
         # One that a step before this could not bring up: gone first, or it stays and costs.
@@ -165,11 +177,12 @@ class DataprocEngine(SparkEngine):
         now = self._clock.time()
         run_id = context.run.run_id
         name, expires_at = cluster_name(self.deployment, run_id, self._attempts), now + self.max_lifetime_s
-        cluster = _RunsCluster(name, self.labels(run_id, expires_at), now, expires_at)
+        spec = self._sized(context, job, rows)
+        cluster = _RunsCluster(name, spec, self.labels(run_id, expires_at), now, expires_at)
         self._run = cluster
         context.instance.add_run_tags(run_id, {CLUSTER_NAME_TAG: cluster.name})
         try:
-            cluster.id, operation_id = self.api.create_cluster(self.spec, cluster.name, cluster.labels)
+            cluster.id, operation_id = self.api.create_cluster(spec, cluster.name, cluster.labels)
         except DataprocError as error:
             if error.code in REFUSALS:
                 self._run = None
@@ -189,6 +202,22 @@ class DataprocEngine(SparkEngine):
         cluster.usable = True
         context.log.info(f"cluster {cluster.name} is ready after {self._clock.time() - now:.0f} s")
         return cluster
+
+    def _sized(self, context: dg.AssetExecutionContext, job: str, rows: int) -> ClusterSpec:
+        """What the cluster is made of, with as many nodes as the work needs where the settings leave a choice.
+
+        The choice is between numbers of data nodes. Of compute nodes that scale it is the number to begin with.
+        """
+        spec = self.spec
+        role, least, most = "data", spec.data_count, max(spec.data_count, self.data_max_count)
+        if spec.compute_max_count and not self.data_max_count:
+            role, least, most = "compute", spec.compute_count, min(spec.compute_max_count, 32)
+        cores = cores_of(getattr(spec, f"{role}_preset"))
+        if least == most or not rows or cores is None:
+            return spec
+        sizing = choose_nodes(job, rows, cores=cores, least=least, most=most, target_s=self.target_s)
+        context.log.info(f"the cluster gets {role} nodes: {sizing.reason}")
+        return spec.model_copy(update={f"{role}_count": sizing.nodes})
 
     def _delete_own(self, log: Any) -> None:
         """Delete the run's cluster, if there is one; the request first, then the wait."""
@@ -220,10 +249,17 @@ class DataprocEngine(SparkEngine):
     # jobs
 
     def _execute(
-        self, context: dg.AssetExecutionContext, lake: LakeResource, job: str, request: dict[str, Any], label: str
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str,
     ) -> dict[str, Any]:
         code = self._upload_code(lake, job)
-        cluster = self._cluster(context)
+        cluster = self._cluster(context, job, rows)
         run_id = context.run.run_id
         files = {kind: job_file(run_id, job, label, kind) for kind in ("request.json", "report.json", "driver.log")}
         name = job_name(job, label, context.retry_number + 1)
@@ -246,7 +282,8 @@ class DataprocEngine(SparkEngine):
         )
         url = f"{self._cluster_url(cluster.id)}/jobs/{job_id}"
         context.log.info(f"job {name} ({job_id}) submitted: {url}")
-        cluster.jobs.append({"name": name, "id": job_id, "url": url})
+        expected = expected_seconds(job, rows, cluster.cores())
+        cluster.jobs.append({"name": name, "id": job_id, "url": url, "rows": rows, "expected_seconds": expected})
         finished = self._follow(context, lake, cluster, job_id, name, files["driver.log"])
         cluster.jobs[-1]["seconds"] = round(self._clock.time() - started, 1)
         context.add_asset_metadata(self._metadata(cluster))
@@ -352,7 +389,7 @@ class DataprocEngine(SparkEngine):
         """Node-hours since the cluster was asked for, and their price, None where the table lacks one."""
         hours = (self._clock.time() - cluster.asked_at) / HOUR_S
         nodes, price, known = 0, 0.0, bool(self.prices)
-        for preset, disk_type, disk_size_gb, count, _ in self.spec.node_groups():
+        for preset, disk_type, disk_size_gb, count, _ in cluster.spec.node_groups():
             nodes += count
             known = known and preset in self.prices and disk_type in self.prices
             price += count * (self.prices.get(preset, 0) + disk_size_gb * self.prices.get(disk_type, 0))
@@ -369,6 +406,7 @@ class DataprocEngine(SparkEngine):
         metadata: dict[str, Any] = {
             "cluster_id": cluster.id,
             "cluster": dg.MetadataValue.url(self._cluster_url(cluster.id)),
+            "cluster_nodes": dg.MetadataValue.json({group[-1]: group[-2] for group in cluster.spec.node_groups()}),
             "cluster_jobs": dg.MetadataValue.json(list(cluster.jobs)),
             "cluster_node_hours": round(node_hours, 3),
         }

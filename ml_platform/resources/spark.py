@@ -43,16 +43,19 @@ class SparkEngine(dg.ConfigurableResource, ABC):
         job: str,
         request: dict[str, Any],
         *,
+        rows: int,
         label: str = "",
     ) -> dict[str, Any]:
         """Run ``spark_jobs.<job>`` with `request`, to which the run id is added, and return its report.
 
-        A `label` tells several jobs of the same name in one run apart. Raises what the job raises.
+        `rows` is about how many rows the job works through, history included: an engine that makes its own cluster
+        chooses its size by them. A `label` tells several jobs of the same name in one run apart. Raises what the job
+        raises.
         """
         run_id = context.run.run_id
         request = {"run_id": run_id, **request}
         lake.write_json(job_file(run_id, job, label, "request.json"), request)
-        report = self._execute(context, lake, job, request, label)
+        report = self._execute(context, lake, job, request, rows=rows, label=label)
         if not isinstance(report, dict) or report.get("run_id") != run_id:
             raise dg.Failure(
                 f"the report of {job} in {lake.store.spark_uri(job_file(run_id, job, label, 'report.json'))} is not of "
@@ -63,7 +66,14 @@ class SparkEngine(dg.ConfigurableResource, ABC):
 
     @abstractmethod
     def _execute(
-        self, context: dg.AssetExecutionContext, lake: LakeResource, job: str, request: dict[str, Any], label: str
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str,
     ) -> dict[str, Any]:
         """Run the job and return its report, which is then in the lake."""
 
@@ -102,7 +112,14 @@ class LocalSparkEngine(SparkEngine):
             self._code.close()
 
     def _execute(
-        self, context: dg.AssetExecutionContext, lake: LakeResource, job: str, request: dict[str, Any], label: str
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str,
     ) -> dict[str, Any]:
         with _forward_log(context.log):
             report = importlib.import_module(f"spark_jobs.{job}").run(self._session(context), request)

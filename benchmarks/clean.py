@@ -1,0 +1,211 @@
+"""What cleaning one new file costs: this platform, its predecessor with files already done, DuckDB and Polars.
+
+Each is timed as a whole process, and the platform's job in a warm session, too; the rounds are interleaved, so that a
+disturbance of the machine meets all of them. First it is checked that the platform, DuckDB and Polars give the same
+rows and counts. Memory is the largest sum of resident memory over a process and its children, sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import cleaners
+from benchmarks.common import ROWS_PER_CUSTOMER, clean, markdown, say, simulate, spark_session, write_results
+from ml_platform.simulator import Simulation
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+EPOCH = date(2019, 8, 22)
+WARM = "this platform, warm job"
+PLATFORM = "this platform"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--million-rows", type=float, default=4.9, help="size of the new file (default: 4.9)")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
+    parser.add_argument(
+        "--done", type=int, nargs="*", default=[5, 12], help="files that its predecessor has done before (5 12)"
+    )
+    parser.add_argument("--work", type=Path, help="directory to keep the data in (default: none)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
+        work = (arguments.work or Path(temporary)).absolute()
+        customers = round(arguments.million_rows * 1e6 / ROWS_PER_CUSTOMER)
+        simulation = Simulation(start=EPOCH, customers=customers, terminals=1000)
+        (raw,) = simulate(work / "raw", simulation, 1)
+        require_equal_results(raw, work)
+        results = measure(raw, work, arguments.rounds, arguments.done)
+    write_results(arguments.json, results, lambda: table(results))
+
+
+def require_equal_results(raw: Path, work: Path) -> None:
+    """Raise SystemExit if the three that follow the same rules do not give the same rows and counts."""
+    import duckdb
+
+    outputs = {
+        cleaners.platform: "cleaned_transactions/*/*.parquet",
+        cleaners.duckdb: "clean.parquet",
+        cleaners.polars: "clean.parquet",
+    }
+    names = [cleaner.__name__ for cleaner in outputs]
+    say("checking that all give the same rows")
+    counts = [_process(name, raw, work / name)[1] for name in names]
+    tables = [f"read_parquet('{work / cleaner.__name__ / files}')" for cleaner, files in outputs.items()]
+    con = duckdb.connect()
+    con.execute("SET TimeZone = 'UTC'")
+    columns = ", ".join(cleaners.FIELDS).replace("tx_datetime", "tx_datetime::TIMESTAMP AS tx_datetime")
+    for name, count, rows in zip(names[1:], counts[1:], tables[1:], strict=True):
+        if count != counts[0]:
+            raise SystemExit(f"{name} counts {count}, the platform {counts[0]}")
+        for one, other in ((rows, tables[0]), (tables[0], rows)):
+            differing = con.execute(
+                f"SELECT count(*) FROM (SELECT {columns} FROM {one} EXCEPT ALL SELECT {columns} FROM {other})"
+            ).fetchall()[0][0]
+            if differing:
+                raise SystemExit(f"{differing} rows of {one} are not in {other}")
+
+
+def measure(raw: Path, work: Path, rounds: int, done: list[int]) -> list[dict[str, Any]]:
+    """Seconds and memory of each, `rounds` times."""
+    spark = spark_session()
+    for _ in range(2):
+        warm_job(spark, raw, work)
+
+    def old(files: int) -> dict[str, Any]:
+        make_done(raw, work, files)
+        return _process("old_pipeline", raw, work / "old_pipeline")[0]
+
+    contestants: dict[str, Callable[[], dict[str, Any]]] = {
+        WARM: lambda: warm_job(spark, raw, work),
+        PLATFORM: lambda: _process("platform", raw, work / "platform")[0],
+        **{f"its predecessor, {files} files done": lambda files=files: old(files) for files in done},  # type: ignore[misc]
+        "DuckDB": lambda: _process("duckdb", raw, work / "duckdb")[0],
+        "Polars": lambda: _process("polars", raw, work / "polars")[0],
+    }
+    results = []
+    for number in range(rounds):
+        for name, run in contestants.items():
+            results.append({"name": name, **run()})
+            say(f"round {number + 1}: {results[-1]}")
+    return results
+
+
+def warm_job(spark: SparkSession, raw: Path, work: Path) -> dict[str, Any]:
+    """Seconds of the platform's job in a session that has run before."""
+    started = time.monotonic()
+    counts = clean(spark, [raw], work / "warm", EPOCH)[raw.stem]["counts"]
+    return {"rows": counts["raw_rows"], "seconds": time.monotonic() - started, "memory_mb": None}
+
+
+def make_done(raw: Path, work: Path, files: int) -> None:
+    """Put rows of `files` files into the predecessor's CLEANED, under other ids, as it would have left them."""
+    import shutil
+
+    import duckdb
+
+    out = work / "old_pipeline"
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "CLEANED").mkdir(parents=True)
+    con = duckdb.connect()
+    con.execute("SET TimeZone = 'UTC'")
+    for index in range(files):
+        con.execute(
+            f"""
+            COPY (
+                SELECT * REPLACE (
+                    transaction_id - {(index + 1) * 10**9} AS transaction_id, tx_time_days::BIGINT AS tx_time_days,
+                    coalesce(terminal_id, 0) AS terminal_id, coalesce(customer_id, 999999) AS customer_id
+                ) FROM read_parquet('{work}/platform/cleaned_transactions/*/*.parquet', hive_partitioning = false)
+            ) TO '{out}/CLEANED/part-{index}.parquet' (FORMAT parquet, COMPRESSION snappy)
+            """
+        )
+
+
+def _process(name: str, raw: Path, out: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Figures and counts of one cleaner as a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.cleaners", name, str(raw), str(out), "--epoch", EPOCH.isoformat()]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak = _watch_memory(process.pid)
+    printed, errors = process.communicate()
+    seconds = time.monotonic() - started
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{errors}")
+    return {"rows": None, "seconds": seconds, "memory_mb": peak()}, json.loads(printed)
+
+
+def _watch_memory(pid: int) -> Callable[[], float]:
+    """Follow the resident memory of a process and its children; the result gives the largest sum, in MB."""
+    import psutil
+
+    largest = 0.0
+
+    def follow() -> None:
+        nonlocal largest
+        try:
+            root = psutil.Process(pid)
+            while root.is_running() and root.status() != psutil.STATUS_ZOMBIE:
+                total = 0
+                for process in [root, *root.children(recursive=True)]:
+                    try:
+                        total += process.memory_info().rss
+                    except psutil.NoSuchProcess:
+                        continue
+                largest = max(largest, total / 1e6)
+                time.sleep(0.1)
+        except psutil.NoSuchProcess:
+            return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+
+    def get() -> float:
+        thread.join()
+        return largest
+
+    return get
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row each: median seconds with their range, how many times the platform's process, and memory."""
+    rows = next(result["rows"] for result in results if result["rows"])
+    by_name = {
+        name: [result for result in results if result["name"] == name]
+        for name in dict.fromkeys(result["name"] for result in results)
+    }
+    medians = {name: statistics.median(result["seconds"] for result in same) for name, same in by_name.items()}
+    lines = []
+    for name, same in by_name.items():
+        seconds = [result["seconds"] for result in same]
+        memory = [result["memory_mb"] for result in same if result["memory_mb"]]
+        lines.append(
+            [
+                name,
+                f"{medians[name]:.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+                f"{rows / medians[name] / 1e3:,.0f}",
+                f"{medians[name] / medians[PLATFORM]:.2f}",
+                f"{medians[name] / medians['DuckDB']:.2f}",
+                f"{statistics.median(memory):,.0f}" if memory else "",
+            ]
+        )
+    header = ["", "seconds", "thousand rows/s", "× this platform", "× DuckDB", "peak MB"]
+    return f"{rows:,} rows\n\n" + markdown(header, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""How many nodes a run's cluster gets: from the rows to work through and what a row was measured to cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+#: Bytes of a raw row: 112 GiB hold 1.88 billion.
+BYTES_PER_ROW = 64
+
+#: Core-seconds for a million input rows of each job, history included (see docs/scaling.md).
+CORE_SECONDS_PER_MILLION_ROWS = {"clean_transactions": 4.0, "build_features": 10.0, "train_model": 770.0}
+
+#: Seconds of a job that no node shortens: starting Spark, planning, writing the reports.
+FIXED_S = 30.0
+
+#: Rows that features are built from for each new row: its file's own, and those of the two files before.
+ROWS_WITH_HISTORY = 3
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The chosen number of nodes and why. `seconds` is what the work is expected to take on them."""
+
+    nodes: int
+    seconds: float
+    reason: str
+
+
+def expected_seconds(job: str, rows: int, cores: int) -> float:
+    """What a job is expected to take with `cores` at work on `rows` input rows."""
+    return FIXED_S + CORE_SECONDS_PER_MILLION_ROWS.get(job, 0) * rows / 1e6 / max(cores, 1)
+
+
+def choose_nodes(job: str, rows: int, *, cores: int, least: int, most: int, target_s: float) -> Sizing:
+    """Nodes for a run whose first job is `job` with `rows` input rows.
+
+    `cores` is how many a node has. Of `least` to `most` nodes it is the fewest with which the work on the data is
+    expected to take `target_s`: a cluster of twice the nodes works half the time for the same money, but starting it
+    is paid for by each. Training is not reckoned with: it works on a window, not on what is new.
+    """
+    work = CORE_SECONDS_PER_MILLION_ROWS.get(job, 0) * rows / 1e6
+    if job == "clean_transactions":
+        work += CORE_SECONDS_PER_MILLION_ROWS["build_features"] * rows * ROWS_WITH_HISTORY / 1e6
+    wanted = math.ceil(work / (cores * target_s))
+    nodes = min(max(wanted, least), most)
+    seconds = FIXED_S + work / (cores * nodes)
+    reason = (
+        f"{nodes} nodes of {cores} cores (of {least} to {most}): {rows:,} rows are {work:,.0f} core-seconds of work, "
+        f"expected to take {seconds:,.0f} s; {target_s:,.0f} s are aimed at"
+    )
+    return Sizing(nodes, seconds, reason)
+
+
+def cores_of(preset: str) -> int | None:
+    """Cores of a host of a preset such as ``s3-c4-m16``; None if its name does not tell."""
+    found = re.search(r"-c([1-9][0-9]*)-", preset)
+    return int(found[1]) if found else None
