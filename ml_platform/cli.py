@@ -65,11 +65,13 @@ def main() -> None:
             raise
         # Here, because a command that succeeds need not wait for them.
         from ml_platform.dataproc_api import DataprocError
-        from ml_platform.resources.lake import StorageError
+        from ml_platform.resources.lake import SchemaVersionError, StorageError
         from ml_platform.s3a import S3AError
 
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        known = isinstance(error, (CommandError, SettingsError, DataprocError, StorageError, S3AError))
+        known = isinstance(
+            error, (CommandError, SettingsError, DataprocError, SchemaVersionError, StorageError, S3AError)
+        )
         prefix = "" if known else f"{type(error).__name__}: "
         errors.print(f"error: {prefix}{lines[0]}", style="red", markup=False, highlight=False, soft_wrap=True)
         if not known:
@@ -181,6 +183,7 @@ def process_new_files() -> None:
     settings = load_settings()
     with _instance(settings) as instance:
         from ml_platform.definitions import defs
+        from ml_platform.jobs import RUN_CONFIG
         from ml_platform.partitions import range_tags
         from ml_platform.sensors import plan_runs, prepare
 
@@ -193,7 +196,7 @@ def process_new_files() -> None:
         for start, end in plan.ranges:
             console.print(f"processing {start} to {end}", style="bold")
             result = defs.resolve_job_def("process_new_files").execute_in_process(
-                instance=instance, tags=range_tags(start, end), raise_on_error=False
+                instance=instance, tags=range_tags(start, end), run_config=RUN_CONFIG, raise_on_error=False
             )
             if not result.success:
                 failed.append(result.run_id)
@@ -222,6 +225,29 @@ def summary() -> None:
         table.add_row(key, *[f"{count:,}" for count in shown], "yes" if key in features else "no")
     console.print(table)
     _show_champion(settings)
+
+
+@app.command()
+def migrate(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Move what an older version left in the lake to this version, after an upgrade. May be run again at any time."""
+    from ml_platform.migrations import migrate_lake
+    from ml_platform.sensors import has_active_runs
+
+    settings = load_settings()
+    if not dry_run:
+        with _instance(settings) as instance:
+            if has_active_runs(instance):
+                raise CommandError("runs are queued or running: wait for them, or stop them, and try again")
+    lake = _lake(settings)
+    table = Table("table", "raw file", "schema", "", title="Partitions of an older version")
+    outcomes = list(migrate_lake(lake, dry_run=dry_run))
+    for item in outcomes:
+        table.add_row(item.table, Text(item.key), str(item.version), Text(item.outcome))
+    console.print(table if outcomes else f"Nothing of an older version is in {escape(settings.lake_uri)}.")
+    if dry_run and any(item.can_move for item in outcomes):
+        console.print("This was a dry run: without --dry-run it is done.")
 
 
 champion_app = typer.Typer(help="See and move the alias champion of the fraud model.", no_args_is_help=True)
@@ -421,9 +447,13 @@ def dev_cloud(
             time.sleep(3600)
 
 
+#: A check that takes longer is wrong. It is above what the slowest of them allows itself, an S3 that is away.
+CHECK_TIMEOUT_S = 75
+
+
 @app.command()
 def doctor() -> None:
-    """Check settings, Java, storage and MLflow, and say what is wrong and what to do."""
+    """Check settings, Java, storage, MLflow, Dagster and alerts, and say what is wrong and what to do."""
     checks: list[tuple[str, Callable[[], str]]] = []
     settings = load_settings()
     if settings.deployment == "yandex":
@@ -436,11 +466,13 @@ def doctor() -> None:
     checks.append(("lake", lambda: _check_lake(settings)))
     checks.append(("MLflow", lambda: _check_mlflow(settings)))
     checks.append(("Dagster", lambda: _check_dagster(settings)))
+    checks += _alert_checks()
     table = Table("what", "", "found", show_lines=False)
     failures = 0
     for name, check in checks:
         try:
-            found, verdict = check(), "[green]ok[/green]"
+            with console.status(f"checking {name}"):
+                found, verdict = _within(CHECK_TIMEOUT_S, check), "[green]ok[/green]"
         except Exception as error:
             failures += 1
             found, verdict = (
@@ -451,6 +483,46 @@ def doctor() -> None:
     console.print(table)
     if failures:
         raise CommandError(f"{failures} of {len(checks)} checks failed")
+
+
+def _within(timeout_s: float, check: Callable[[], str]) -> str:
+    """What `check` returns or raises, unless it takes too long: some libraries wait for ever, or nearly so."""
+    import threading
+
+    outcome: list[str | BaseException] = []
+
+    def call() -> None:
+        try:
+            outcome.append(check())
+        except BaseException as error:
+            outcome.append(error)
+
+    # A daemon, which does not keep the command from ending.
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not outcome:
+        raise CommandError(f"no answer within {timeout_s:g} s: check its address and the network")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _alert_checks() -> list[tuple[str, Callable[[], str]]]:
+    """A check of each place where failed runs are reported; settings that cannot be used are a check of their own."""
+    from ml_platform.alerts import build_destinations
+    from ml_platform.settings import load_alert_settings
+
+    try:
+        destinations = build_destinations(load_alert_settings())
+    except SettingsError as error:
+        text = str(error)
+
+        def fail() -> str:
+            raise CommandError(text)
+
+        return [("alerts", fail)]
+    return [(f"alerts: {destination.name}", destination.check) for destination in destinations]
 
 
 def _check_java(settings: Settings) -> str:
@@ -473,12 +545,18 @@ def _check_dataproc(settings: Settings) -> str:
 
 
 def _check_raw_files(settings: Settings) -> str:
-    files, ignored = _lake(settings).list_raw_files()
+    from ml_platform.partitions import RAW_SUFFIX
+
+    lake = _lake(settings)
+    files, ignored = lake.list_raw_files()
     if not files:
         raise CommandError(
             f"no raw file (*.txt) in {settings.raw_uri}: put some there, run ml-platform simulate, "
             "or set ML_PLATFORM_RAW_URI"
         )
+    # To list is one permission, to read another.
+    if filled := [file.key for file in files.values() if file.size]:
+        lake.raw.read_start(f"{filled[0]}{RAW_SUFFIX}")
     size = sum(file.size for file in files.values()) / 1e6
     return f"{len(files)} files, {size:,.1f} MB in {settings.raw_uri}, {len(ignored)} with unusable names"
 
@@ -490,19 +568,53 @@ def _check_lake(settings: Settings) -> str:
     lake.write_json("_runs/doctor.json", {"written_by": "ml-platform doctor"})
     if lake.read_json("_runs/doctor.json")["written_by"] != "ml-platform doctor":
         raise CommandError(f"what was written to {settings.lake_uri} could not be read back")
-    return f"writable, {len(lake.reports(CLEANED))} cleaned partitions in {settings.lake_uri}"
+    cleaned, outdated = lake.split_reports(CLEANED)
+    older = f", {len(outdated)} of an older version (ml-platform migrate)" if outdated else ""
+    return f"writable, {len(cleaned)} cleaned partitions in {settings.lake_uri}{older}"
 
 
 def _check_mlflow(settings: Settings) -> str:
+    kind = re.split("[:+]", settings.tracking_uri)[0]
+    if kind in ("postgresql", "mysql", "mssql"):
+        _check_database(settings.tracking_uri)
     champion = _mlflow(settings).champion()
-    return "no champion yet" if champion is None else f"champion is version {champion.version}"
+    found = "no champion yet" if champion is None else f"champion is version {champion.version}"
+    return f"{kind}: {found}"
+
+
+def _check_database(url: str) -> None:
+    """Connect once, for MLflow itself tries for minutes."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    arguments = {"connect_timeout": 10} if url.startswith("postgresql") else {}
+    try:
+        engine = create_engine(url, connect_args=arguments)
+        engine.connect().close()
+        engine.dispose()
+    except ImportError as error:
+        raise CommandError(f"MLFLOW_TRACKING_URI needs the driver {error.name}: install it") from None
+    except SQLAlchemyError as error:
+        cause = str(getattr(error, "orig", None) or type(error).__name__).strip().splitlines()[0]
+        raise CommandError(f"the database of MLFLOW_TRACKING_URI refuses: {cause}") from None
 
 
 def _check_dagster(settings: Settings) -> str:
     from ml_platform.partitions import raw_files
 
-    with _instance(settings) as instance:
-        return f"{len(instance.get_dynamic_partitions(str(raw_files.name)))} partitions in {settings.dagster_home}"
+    try:
+        with _instance(settings) as instance:
+            partitions = len(instance.get_dynamic_partitions(str(raw_files.name)))
+            storage = type(instance.event_log_storage).__name__
+    except CommandError:
+        raise
+    except Exception as error:
+        # Dagster hides what the database says behind "too many retries".
+        cause = error.__cause__ or error.__context__ or error
+        said = (str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise CommandError(f"{said}: check storage in {settings.dagster_home}/dagster.yaml") from error
+    kind = "PostgreSQL" if "Postgres" in storage else "MySQL" if "MySQL" in storage else str(settings.dagster_home)
+    return f"{partitions} partitions in {kind}"
 
 
 if __name__ == "__main__":

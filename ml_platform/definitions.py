@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import dagster as dg
 
+from ml_platform.alerts import build_destinations
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.model import fraud_model
@@ -16,8 +19,13 @@ from ml_platform.resources.dataproc import DataprocEngine
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.mlflow import MlflowResource
 from ml_platform.resources.spark import LocalSparkEngine, SparkEngine
-from ml_platform.sensors import build_orphaned_clusters, new_raw_files, process_new_files_daily
-from ml_platform.settings import Settings, load_cluster_settings, load_settings
+from ml_platform.sensors import (
+    build_orphaned_clusters,
+    build_report_failed_runs,
+    new_raw_files,
+    process_new_files_daily,
+)
+from ml_platform.settings import Settings, load_alert_settings, load_cluster_settings, load_settings
 
 
 def build_engine(settings: Settings) -> SparkEngine:
@@ -67,10 +75,28 @@ def build_resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
     }
 
 
+#: What the sensor's daily look and the run itself add to the age of the newest data.
+LATE_AFTER_DAYS = 2
+
+
+def freshness_policy(files_every_days: int) -> dg.FreshnessPolicy:
+    """Late (WARN) when the next file should have been processed; overdue (FAIL) when that after it should have."""
+    return dg.FreshnessPolicy.time_window(
+        warn_window=timedelta(days=files_every_days + LATE_AFTER_DAYS),
+        fail_window=timedelta(days=2 * files_every_days + LATE_AFTER_DAYS),
+    )
+
+
 _settings = load_settings()
+_with_freshness = partial(dg.apply_freshness_policy, policy=freshness_policy(_settings.files_every_days))
 
 defs = dg.Definitions(
-    assets=[raw_transactions, cleaned_transactions, transaction_features, fraud_model],
+    assets=[
+        raw_transactions,
+        cleaned_transactions.map_asset_specs(_with_freshness),
+        transaction_features,
+        fraud_model.map_asset_specs(_with_freshness),
+    ],
     asset_checks=ASSET_CHECKS,
     jobs=[process_new_files, delete_orphaned_clusters],
     sensors=[
@@ -78,8 +104,10 @@ defs = dg.Definitions(
         build_orphaned_clusters(
             dg.DefaultSensorStatus.RUNNING if _settings.deployment == "yandex" else dg.DefaultSensorStatus.STOPPED
         ),
+        build_report_failed_runs(build_destinations(load_alert_settings()), _settings.dagster_ui_url),
     ],
     schedules=[process_new_files_daily],
     resources=build_resources(_settings),
     executor=dg.in_process_executor,
+    loggers={"console": dg.json_console_logger} if _settings.log_format == "json" else None,
 )

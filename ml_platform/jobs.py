@@ -14,6 +14,11 @@ process_new_files = dg.define_asset_job(
 )
 
 
+#: Of the runs that a sensor, a schedule or a command starts. It names the logger: otherwise Dagster takes its own
+#: default and not that of the definitions, which writes text or JSON.
+RUN_CONFIG = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
+
+
 @dg.op(description="Ask for the deletion of clusters whose run has ended, is unknown, or is past their lifetime.")
 def delete_clusters(context: dg.OpExecutionContext, spark: dg.ResourceParam[SparkEngine]) -> None:
     if not isinstance(spark, DataprocEngine):

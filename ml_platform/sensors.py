@@ -1,30 +1,38 @@
 """What starts runs: the sensor ``new_raw_files`` and its twin on a fixed hour, ``process_new_files_daily``.
-And what clears up after killed ones: the sensor ``orphaned_clusters``.
+And what clears up after killed ones: the sensor ``orphaned_clusters``. And what tells people of failed ones:
+``report_failed_runs``.
 
 The lake decides what is cleaned, not Dagster's memory: a file needs a run when the lake has no report of it as it is
 now. Dagster's memory only adds what a failed run left unfinished, and keeps two runs off the same file.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from logging import Logger
 
 import dagster as dg
 
+from ml_platform.alerts import AlertError, Destination, FailedRun, describe_failed_run
 from ml_platform.assets.cleaned import is_cleaned
 from ml_platform.assets.common import some_of
 from ml_platform.assets.raw import raw_file_observation
-from ml_platform.jobs import process_new_files
+from ml_platform.jobs import RUN_CONFIG, process_new_files
 from ml_platform.orphans import delete_orphans
 from ml_platform.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
 from ml_platform.resources.dataproc import DataprocEngine
 from ml_platform.resources.lake import CLEANED, LakeResource, RawFile
 from ml_platform.resources.spark import SparkEngine
 from ml_platform.run_processes import fail_dead_runs
+from ml_platform.settings import SettingsError
 
 DAY_S = 24 * 60 * 60
 REAPER_INTERVAL_S = 5 * 60
+ALERT_INTERVAL_S = 60
+
+#: Failed runs that one message tells of; the next tick tells of the next.
+RUNS_PER_ALERT = 25
 
 #: Runs of the past that are looked at for unfinished work.
 REMEMBERED_RUNS = 200
@@ -57,7 +65,7 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     """
     dead = fail_dead_runs(instance)
     files, ignored = lake.list_raw_files()
-    reports = lake.reports(CLEANED)
+    reports, outdated = lake.split_reports(CLEANED)
     registered = list(instance.get_dynamic_partitions(str(raw_files.name)))
     known = set(registered)
     new = [key for key in files if key not in known]
@@ -80,9 +88,19 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
         parts.append(f"{len(active & (uncleaned | unfinished))} are in a queued or running run")
     if dead:
         parts.append(f"{len(dead)} runs reported as failed because their process died")
+    if stranded := sorted(outdated.keys() - files.keys()):
+        parts.append(
+            f"{len(stranded)} of an older version are left out, for their raw files are gone "
+            f"(see ml-platform migrate): {some_of(stranded)}"
+        )
     if ignored:
         parts.append(f"{len(ignored)} ignored for their names: {some_of(sorted(ignored))}")
     return Plan(new, ranges, [files[key] for key in wanted], ignored, ", ".join(parts))
+
+
+def has_active_runs(instance: dg.DagsterInstance) -> bool:
+    """Whether a run may still write to the lake, or is about to."""
+    return bool(instance.get_runs(dg.RunsFilter(statuses=[*_WAITING, *_RUNNING]), limit=1))
 
 
 def _partitions_of_active_runs(instance: dg.DagsterInstance, order: list[str]) -> Iterable[str]:
@@ -115,7 +133,7 @@ def prepare(instance: dg.DagsterInstance, plan: Plan) -> None:
 
 def run_requests(plan: Plan) -> list[dg.RunRequest]:
     """One run per range of the plan."""
-    return [dg.RunRequest(tags=range_tags(start, end)) for start, end in plan.ranges]
+    return [dg.RunRequest(tags=range_tags(start, end), run_config=RUN_CONFIG) for start, end in plan.ranges]
 
 
 def log_plan(log: Logger, plan: Plan) -> None:
@@ -175,3 +193,72 @@ def build_orphaned_clusters(default_status: dg.DefaultSensorStatus) -> dg.Sensor
         return dg.SkipReason(delete_orphans(context.instance, spark, context.log))
 
     return orphaned_clusters
+
+
+def build_report_failed_runs(destinations: Sequence[Destination], ui_url: str | None) -> dg.SensorDefinition:
+    """The sensor ``report_failed_runs``, which is on by default where there is somebody to tell.
+
+    Dagster's own run failure sensors count a run as reported even if the report raised. This one keeps, per
+    destination, how far the reports were delivered, and goes on from there at the next tick.
+    """
+
+    @dg.sensor(
+        minimum_interval_seconds=ALERT_INTERVAL_S,
+        default_status=dg.DefaultSensorStatus.RUNNING if destinations else dg.DefaultSensorStatus.STOPPED,
+        description="Reports failed runs by e-mail or webhook (ML_PLATFORM_ALERT_...). Starts no run.",
+    )
+    def report_failed_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        if not destinations:
+            return dg.SkipReason("nobody to tell: set ML_PLATFORM_ALERT_EMAIL_TO or ML_PLATFORM_ALERT_WEBHOOK_URL")
+        delivered = _delivered(context.cursor)
+        newest = _newest_failure(context.instance)
+        done, troubles = [], []
+        for destination in destinations:
+            name = destination.name
+            # A new destination starts with what fails from now on. Ids start anew where all runs were deleted.
+            delivered[name] = min(delivered.get(name, newest), newest)
+            try:
+                runs, last = _failed_runs(context.instance, delivered[name], ui_url)
+                if runs:
+                    destination.send(runs)
+                    done.append(f"{name}: {len(runs)} failed runs reported")
+                delivered[name] = last
+            except Exception as error:
+                # Of any kind: the trouble of one destination must not repeat the messages of the other.
+                known = isinstance(error, (AlertError, SettingsError))
+                troubles.append(f"{name}: {error}" if known else f"{name}: {type(error).__name__}")
+        cursor = json.dumps(delivered, sort_keys=True)
+        if troubles and cursor == context.cursor:
+            raise AlertError(f"{'; '.join(troubles)}. The next tick tries again.")
+        # A failed tick would not keep the cursor, so here there is none.
+        for trouble in troubles:
+            context.log.error(trouble)
+        context.update_cursor(cursor)
+        return dg.SkipReason("; ".join([*done, *troubles]) or "no run has failed")
+
+    return report_failed_runs
+
+
+def _delivered(cursor: str | None) -> dict[str, int]:
+    try:
+        found = json.loads(cursor or "{}")
+    except ValueError:
+        return {}
+    return {name: last for name, last in found.items() if type(last) is int} if isinstance(found, dict) else {}
+
+
+def _newest_failure(instance: dg.DagsterInstance) -> int:
+    records = instance.fetch_run_status_changes(dg.DagsterEventType.RUN_FAILURE, limit=1).records
+    return records[0].storage_id if records else 0
+
+
+def _failed_runs(instance: dg.DagsterInstance, after: int, ui_url: str | None) -> tuple[list[FailedRun], int]:
+    """The next failed runs after an event, and the last event that was looked at. A deleted run is left out."""
+    newer = dg.RunStatusChangeRecordsFilter(dg.DagsterEventType.RUN_FAILURE, after_storage_id=after)
+    records = instance.fetch_run_status_changes(newer, limit=RUNS_PER_ALERT, ascending=True).records
+    found = []
+    for record in records:
+        event = record.event_log_entry
+        if run := instance.get_run_by_id(event.run_id):
+            found.append(describe_failed_run(instance, event, run, ui_url))
+    return found, records[-1].storage_id if records else after

@@ -6,14 +6,16 @@ import json
 import re
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from ml_platform.dataproc_api import ClusterSpec
 
 _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
+_EMAIL_ADDRESS = re.compile(r"[!-~]+@[A-Za-z0-9.-]+")
 
 
 class SettingsError(Exception):
@@ -69,6 +71,16 @@ class Settings(BaseSettings):
         description="Memory of the embedded Spark, e.g. 4g; default: a third of the machine's, from 1 to 8 GB.",
     )
     dagster_home: Path | None = Field(None, alias="DAGSTER_HOME", description="Directory of Dagster's own storage.")
+    dagster_ui_url: str | None = Field(None, alias="DAGSTER_UI_URL", description="Dagster's UI, for links in alerts.")
+    log_format: Literal["text", "json"] = Field(
+        "text", alias="ML_PLATFORM_LOG_FORMAT", description="What runs write to their process's output."
+    )
+    files_every_days: int = Field(
+        30,
+        ge=1,
+        alias="ML_PLATFORM_FILES_EVERY_DAYS",
+        description="Days from one raw file to the next; the freshness policies count by it.",
+    )
 
     @field_validator("raw_uri", "lake_uri")
     @classmethod
@@ -163,6 +175,111 @@ class ClusterSettings(ClusterSpec, BaseSettings):
     def cluster_spec(self) -> ClusterSpec:
         """What the cluster is made of."""
         return ClusterSpec(**{name: getattr(self, name) for name in ClusterSpec.model_fields})
+
+
+def _webhook_url(value: str) -> str:
+    """`value`, if it is an address that a secret may be sent to; the message never repeats it."""
+    try:
+        parts = urlsplit(value)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError:
+        raise ValueError("takes https://host/path") from None
+    if not value.isascii() or not value.isprintable() or " " in value or not host:
+        raise ValueError("takes https://host/path")
+    if parts.scheme != "https" and not (parts.scheme == "http" and host in ("localhost", "127.0.0.1", "::1")):
+        raise ValueError("takes https://host/path, or http:// of this machine alone")
+    return value
+
+
+class AlertSettings(BaseSettings):
+    """Where failed runs are reported: by e-mail, to a webhook, both, or (nothing set) nowhere.
+
+    Secrets come from a variable or from the file that a variable names; a file is read when it is needed.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        env_ignore_empty=True,
+        extra="ignore",
+        alias_generator=lambda name: "ML_PLATFORM_ALERT_" + name.upper(),
+    )
+
+    email_to: Annotated[list[str], NoDecode] = Field([], description="Recipients, comma-separated.")
+    email_from: str | None = Field(None, description="Sender.")
+    smtp_host: str | None = Field(None, description="SMTP server.")
+    smtp_port: int | None = Field(None, ge=1, le=65535, description="Default: 587, 465 or 25, by smtp_security.")
+    smtp_security: Literal["starttls", "tls", "none"] = Field("starttls", description="How the connection is secured.")
+    smtp_user: str | None = Field(None, description="User, if the server asks for one.")
+    smtp_password: SecretStr | None = Field(None, description="The user's password.")
+    smtp_password_file: Path | None = Field(None, description="File that holds it.")
+    webhook_url: SecretStr | None = Field(None, description="Address that takes a POST of JSON.")
+    webhook_url_file: Path | None = Field(None, description="File that holds it.")
+
+    @field_validator("email_to", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [item for part in value.split(",") if (item := part.strip())] if isinstance(value, str) else value
+
+    @field_validator("email_to", "email_from")
+    @classmethod
+    def _addresses(cls, value: Any) -> Any:
+        for address in [value] if isinstance(value, str) else value or []:
+            if not _EMAIL_ADDRESS.fullmatch(address):
+                raise ValueError("takes addresses like me@example.com")
+        return value
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _address(cls, value: SecretStr | None) -> SecretStr | None:
+        return value and SecretStr(_webhook_url(value.get_secret_value()))
+
+    @model_validator(mode="after")
+    def _complete(self) -> AlertSettings:
+        name = "ML_PLATFORM_ALERT_"
+        for secret in ("smtp_password", "webhook_url"):
+            if getattr(self, secret) and getattr(self, f"{secret}_file"):
+                raise ValueError(f"set {name}{secret.upper()} or {name}{secret.upper()}_FILE, not both")
+        if (self.email_to or self.smtp_host) and not (self.email_to and self.email_from and self.smtp_host):
+            raise ValueError(f"alerts by e-mail need {name}EMAIL_TO, {name}EMAIL_FROM and {name}SMTP_HOST")
+        if bool(self.smtp_user) != bool(self.smtp_password or self.smtp_password_file):
+            raise ValueError(f"{name}SMTP_USER and {name}SMTP_PASSWORD (or …_FILE) go together")
+        if self.smtp_user and self.smtp_security == "none":
+            raise ValueError(f"{name}SMTP_SECURITY=none would send the password readable for all: starttls or tls")
+        return self
+
+    def read_smtp_password(self) -> str | None:
+        """The password; None if the server asks for none. Raises SettingsError: its file cannot be used."""
+        return self._read("smtp_password")
+
+    def read_webhook_url(self) -> str | None:
+        """The webhook's address; None if there is none. Raises SettingsError: its file cannot be used."""
+        url = self._read("webhook_url")
+        try:
+            return url and _webhook_url(url)
+        except ValueError as error:
+            raise SettingsError(f"ML_PLATFORM_ALERT_WEBHOOK_URL_FILE: its file {error}") from None
+
+    def _read(self, name: str) -> str | None:
+        secret: SecretStr | None = getattr(self, name)
+        file: Path | None = getattr(self, f"{name}_file")
+        if file is None:
+            return secret.get_secret_value() if secret else None
+        variable = f"ML_PLATFORM_ALERT_{name.upper()}_FILE"
+        try:
+            content = file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise SettingsError(f"{variable}: cannot read {file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise SettingsError(f"{variable}: {file} is no text") from None
+        if not content:
+            raise SettingsError(f"{variable}: {file} is empty")
+        return content
+
+
+def load_alert_settings() -> AlertSettings:
+    """Read the settings of alerts from the environment; raises SettingsError as `load_settings` does."""
+    return _load(AlertSettings)
 
 
 def load_settings() -> Settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("simulate", "sync", "process-new-files", "summary", "doctor", "dev-cloud", "clusters")
+COMMANDS = ("simulate", "sync", "process-new-files", "summary", "doctor", "dev-cloud", "clusters", "migrate")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -302,15 +303,15 @@ class TestDoctor:
         cells = [[cell.strip() for cell in re.split("[│┃|]", line)[1:-1]] for line in out.splitlines()]
         return {row[0]: (row[1], row[2]) for row in cells if len(row) == 3 and row[1] in ("ok", "wrong")}
 
-    def wrong(self, run: Run, *arguments: str) -> dict[str, str]:
-        """What the doctor says is wrong; the exit code must agree."""
-        code, out, err = run("doctor", *arguments)
+    def wrong(self, run: Run, *alerts: str) -> dict[str, str]:
+        """What the doctor says is wrong; the exit code must agree. `alerts` are the checks after the usual ones."""
+        code, out, err = run("doctor")
         rows = self.rows(out)
-        assert list(rows) == ["settings", "Java", "raw files", "lake", "MLflow", "Dagster"]
+        assert list(rows) == ["settings", "Java", "raw files", "lake", "MLflow", "Dagster", *alerts]
         wrong = {name: found for name, (verdict, found) in rows.items() if verdict == "wrong"}
         assert code == (1 if wrong else 0)
         if wrong:
-            assert f"error: {len(wrong)} of 6 checks failed" in err
+            assert f"error: {len(wrong)} of {6 + len(alerts)} checks failed" in err
         return wrong
 
     def test_all_is_well(self, run: Run, healthy: None):
@@ -388,6 +389,63 @@ class TestDoctor:
         wrong = self.wrong(run)
         assert list(wrong) == ["MLflow"]
         assert "127.0.0.1" in wrong["MLflow"]
+
+    def test_a_check_that_never_ends(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(cli, "CHECK_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(MlflowResource, "champion", lambda self: time.sleep(5))
+        started = time.monotonic()
+        assert self.wrong(run) == {"MLflow": "no answer within 0.5 s: check its address and the network"}
+        assert time.monotonic() - started < 4
+
+    def test_a_database_that_is_not_there(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+        """MLflow itself would try for minutes; the password stays out of what is said."""
+        pytest.importorskip("psycopg2")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://me:very-secret@127.0.0.1:9/mlflow")
+        wrong = self.wrong(run)
+        assert list(wrong) == ["MLflow"]
+        assert "Connection refused" in wrong["MLflow"]
+        assert "very-secret" not in wrong["MLflow"]
+
+    def test_raw_files_that_may_be_listed_but_not_read(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+        def denied(*_: object) -> bytes:
+            raise lake_module.StorageError("S3 denies GetObject")
+
+        monkeypatch.setattr(lake_module.LocalStore, "read_start", denied)
+        assert self.wrong(run) == {"raw files": "S3 denies GetObject"}
+
+    def test_a_lake_of_another_version(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+        lake = lake_module.LakeResource(raw_uri="data/raw", lake_uri="data/lake", epoch="2020-01-01")
+        lake.write_json("cleaned_transactions/raw_file=a/_report.json", {"schema_version": 1})
+        monkeypatch.setattr(lake_module, "SCHEMA_VERSION", 2)
+        assert "0 cleaned partitions" in (found := self.rows(run("doctor")[1])["lake"][1])
+        assert "1 of an older version (ml-platform migrate)" in found
+        monkeypatch.setattr(lake_module, "SCHEMA_VERSION", 0)
+        assert "newer version of ml_platform" in self.wrong(run)["lake"]
+
+    def test_dagsters_storage_is_away(self, run: Run, healthy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        home = tmp_path / "broken home"
+        (home / "history").mkdir(parents=True)
+        (home / "history" / "runs.db").mkdir()
+        monkeypatch.setenv("DAGSTER_HOME", str(home))
+        wrong = self.wrong(run)
+        assert list(wrong) == ["Dagster"]
+        assert wrong["Dagster"].endswith(f": check storage in {home}/dagster.yaml")
+
+    def test_alerts(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            monkeypatch.setenv("ML_PLATFORM_ALERT_WEBHOOK_URL", f"http://localhost:{port}/very-secret")
+            assert self.wrong(run, "alerts: webhook") == {}
+        wrong = self.wrong(run, "alerts: webhook")
+        assert "Connection refused" in wrong["alerts: webhook"]
+        assert "very-secret" not in str(run("doctor"))
+        for name, value in {"EMAIL_TO": "a@b.example", "EMAIL_FROM": "c@d.example", "SMTP_HOST": "127.0.0.1"}.items():
+            monkeypatch.setenv(f"ML_PLATFORM_ALERT_{name}", value)
+        monkeypatch.setenv("ML_PLATFORM_ALERT_SMTP_PORT", str(port))
+        assert set(self.wrong(run, "alerts: email", "alerts: webhook")) == {"alerts: email", "alerts: webhook"}
+        monkeypatch.delenv("ML_PLATFORM_ALERT_SMTP_HOST")
+        wrong = self.wrong(run, "alerts")
+        assert "need ML_PLATFORM_ALERT_EMAIL_TO" in wrong["alerts"]
 
     def test_everything_is_wrong_at_once(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         from ml_platform.resources.mlflow import MlflowResource

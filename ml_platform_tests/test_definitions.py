@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
-from ml_platform.definitions import defs
+from ml_platform.definitions import defs, freshness_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = (
@@ -82,7 +83,11 @@ def test_names():
     repository = defs.get_repository_def()
     jobs = {job.name for job in repository.get_all_jobs() if not job.name.startswith("__")}
     assert jobs == {"process_new_files", "delete_orphaned_clusters"}
-    assert {sensor.name for sensor in repository.sensor_defs} == {"new_raw_files", "orphaned_clusters"}
+    assert {sensor.name for sensor in repository.sensor_defs} == {
+        "new_raw_files",
+        "orphaned_clusters",
+        "report_failed_runs",
+    }
     assert [schedule.name for schedule in repository.schedule_defs] == ["process_new_files_daily"]
     assert {key.name for key in graph.asset_check_keys} == {
         "promotion",
@@ -116,6 +121,58 @@ def test_the_sensor_of_left_over_clusters():
     assert not sensor.has_jobs
     assert sensor.description
     assert defs.resolve_job_def("delete_orphaned_clusters").description
+
+
+def test_the_sensor_of_failed_runs(tmp_path: Path):
+    """It is on where somebody is to be told, and whoever loads the definitions learns no secret."""
+    assert defs.resolve_sensor_def("report_failed_runs").default_status == dg.DefaultSensorStatus.STOPPED
+    code = """
+from ml_platform.definitions import defs
+print(defs.resolve_sensor_def("report_failed_runs").default_status.value, repr(defs))
+"""
+    done = run_python(code, tmp_path, ML_PLATFORM_ALERT_WEBHOOK_URL="https://hooks.example/very-secret")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("RUNNING ")
+    assert "very-secret" not in done.stdout + done.stderr
+
+
+def test_freshness():
+    """Data and model are late two days after the next file, and overdue two days after that after it."""
+    for name in ASSETS:
+        policy = defs.resolve_asset_graph().get(dg.AssetKey(name)).freshness_policy
+        if name in ("cleaned_transactions", "fraud_model"):
+            assert policy == dg.FreshnessPolicy.time_window(
+                warn_window=timedelta(days=32), fail_window=timedelta(days=62)
+            )
+        else:
+            assert policy is None
+    assert freshness_policy(1) == dg.FreshnessPolicy.time_window(
+        warn_window=timedelta(days=3), fail_window=timedelta(days=4)
+    )
+
+
+@pytest.mark.parametrize(("log_format", "is_json"), [("text", False), ("json", True)])
+def test_logs_of_runs(tmp_path: Path, log_format: str, is_json: bool):
+    """A run of the sensor's configuration writes JSON lines where that is asked for."""
+    code = """
+import dagster as dg
+from ml_platform.definitions import defs
+from ml_platform.jobs import RUN_CONFIG
+from ml_platform.partitions import range_tags
+with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:
+    instance.add_dynamic_partitions("raw_files", ["a", "b"])
+    job = defs.resolve_job_def("process_new_files")
+    job.execute_in_process(
+        instance=instance, tags=range_tags("a", "b"), run_config=RUN_CONFIG, raise_on_error=False
+    )
+"""
+    done = run_python(code, tmp_path, ML_PLATFORM_LOG_FORMAT=log_format)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "there is no such file" in line]
+    assert lines
+    assert lines[0].startswith("{") is is_json
+    if is_json:
+        assert json.loads(lines[0])["dagster_meta"]["job_name"] == "process_new_files"
 
 
 @pytest.mark.parametrize("deployment", ["local", "yandex"])

@@ -16,7 +16,7 @@ LAYERS = [
     ("dataproc_api", "s3a", "code_archive", "partitions", "figures", "promotion", "run_processes", "simulator", "sizing"),
     ("settings", "dev_cloud"),
     ("resources",),
-    ("orphans",),
+    ("alerts", "migrations", "orphans"),
     ("assets", "checks", "jobs", "sensors"),
     ("definitions",),
     ("cli",),

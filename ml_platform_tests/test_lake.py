@@ -106,6 +106,12 @@ class TestStore:
         with pytest.raises(FileNotFoundError):
             store.read("no/such.json")
 
+    def test_the_first_byte(self, site: Site, store: Store):
+        site.put("a.txt", b"0,2019-08-22")
+        assert store.read_start("a.txt") == b"0"
+        with pytest.raises(FileNotFoundError):
+            store.read_start("b.txt")
+
     def test_write_and_read(self, site: Site, store: Store):
         store.write("a/b c/d.json", b"first")
         store.write("a/b c/d.json", b"\x00second")

@@ -188,8 +188,13 @@ class TestOnePartitionAlone:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"schema_version": SCHEMA_VERSION + 1},
             {"schema_version": None},
+            {"schema_version": str(SCHEMA_VERSION)},
+            {"schema_version": True},
+            {"schema_version": 0},
+            {"schema_version": -1},
+            {"schema_version": SCHEMA_VERSION + 0.5},
+            {"schema_version": [SCHEMA_VERSION]},
             {"raw": {}},
             {"epoch": None},
         ],

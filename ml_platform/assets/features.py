@@ -93,7 +93,7 @@ def transaction_features(
     context: dg.AssetExecutionContext, config: FeaturesConfig, lake: LakeResource, spark: SparkEngine
 ) -> dg.MaterializeResult:
     """Build what is missing or stale among the run's partitions, and what is stale beyond them, in one Spark job."""
-    cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
+    cleaned, (features, outdated) = lake.reports(CLEANED), lake.split_reports(FEATURES)
     inputs, history = expected_inputs(cleaned), history_of(cleaned)
     failed = {
         key: "it has no cleaned data; materialize cleaned_transactions first"
@@ -101,9 +101,12 @@ def transaction_features(
         if key not in cleaned
     }
     stale = stale_features(features, inputs)
+    stale += [key for key in outdated if key in inputs]
     beyond = [key for key in stale if key not in context.partition_keys]
     if beyond:
-        context.log.info(f"the history of {some_of(beyond)} changed: their features are built again")
+        context.log.info(
+            f"{some_of(beyond)}: the history changed, or the version of the platform; their features are built again"
+        )
     current = [
         key
         for key in context.partition_keys

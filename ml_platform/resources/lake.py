@@ -17,7 +17,7 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.partitions import RAW_SUFFIX, partition_key
-from spark_jobs.schema import REPORT_NAME
+from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 CLEANED = "cleaned_transactions"
 REJECTED = "rejected_transactions"
@@ -34,6 +34,10 @@ S3_ATTEMPTS = 3
 
 class StorageError(OSError):
     """S3 cannot be used as the settings say; the message names the variable to look at."""
+
+
+class SchemaVersionError(Exception):
+    """The lake was written by a newer version of the platform, which this one must neither read nor replace."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Store(Protocol):
 
     def read(self, name: str) -> bytes:
         """Content of a small file. Raises FileNotFoundError."""
+
+    def read_start(self, name: str) -> bytes:
+        """The first byte of a file that is not empty. Raises FileNotFoundError."""
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all."""
@@ -123,6 +130,10 @@ class LocalStore:
 
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
+
+    def read_start(self, name: str) -> bytes:
+        with (self._root / name).open("rb") as file:
+            return file.read(1)
 
     def write(self, name: str, content: bytes) -> None:
         with self.open_new(name) as file:
@@ -206,6 +217,11 @@ class S3Store:
     def read(self, name: str) -> bytes:
         with _named_variables(self._bucket, self._prefix + name):
             return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
+
+    def read_start(self, name: str) -> bytes:
+        with _named_variables(self._bucket, self._prefix + name):
+            item = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range="bytes=0-0")
+            return item["Body"].read()
 
     def write(self, name: str, content: bytes) -> None:
         with _named_variables(self._bucket, self._prefix + name):
@@ -377,23 +393,45 @@ class LakeResource(dg.ConfigurableResource):
         return f"{table}/raw_file={key}"
 
     def reports(self, table: str) -> dict[str, dict[str, Any]]:
-        """Reports of all complete partitions of a table, by key. An unreadable report marks nothing as complete."""
-        names = list(self.store.list_reports(table))
+        """Reports of all complete partitions of a table, by key.
+
+        An unreadable report marks nothing as complete, and neither does one of an older version: see
+        `outdated_reports`. Raises SchemaVersionError: there is one of a newer version.
+        """
+        return self.split_reports(table)[0]
+
+    def outdated_reports(self, table: str) -> dict[str, dict[str, Any]]:
+        """Reports of a table that an older version of the platform wrote, by key. Raises as `reports` does."""
+        return self.split_reports(table)[1]
+
+    def split_reports(self, table: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+        """What `reports` and `outdated_reports` return, each report read once."""
+        prefix = f"{table}/raw_file="
+        names = [name for name in self.store.list_reports(table) if name.startswith(prefix)]
+        current: dict[str, dict[str, Any]] = {}
+        outdated: dict[str, dict[str, Any]] = {}
         with ThreadPoolExecutor(READERS) as pool:
-            reports = pool.map(self._read_report, names)
-            prefix = f"{table}/raw_file="
-            return {
-                name.removeprefix(prefix).removesuffix(f"/{REPORT_NAME}"): report
-                for name, report in zip(names, reports, strict=True)
-                if report is not None and name.startswith(prefix)
-            }
+            for name, report in zip(names, pool.map(self._read_report, names), strict=True):
+                if report is None:
+                    continue
+                key, version = name.removeprefix(prefix).removesuffix(f"/{REPORT_NAME}"), report["schema_version"]
+                if version > SCHEMA_VERSION:
+                    raise SchemaVersionError(
+                        f"{self.partition_path(table, key)} in {self.lake_uri} was written by a newer version of "
+                        f"ml_platform (schema {version}; this one knows up to {SCHEMA_VERSION}): run that version "
+                        "here, or set ML_PLATFORM_LAKE_URI to another lake"
+                    )
+                (current if version == SCHEMA_VERSION else outdated)[key] = report
+        return current, outdated
 
     def _read_report(self, name: str) -> dict[str, Any] | None:
         try:
             report = self.read_json(name)
         except (FileNotFoundError, ValueError, RecursionError):
             return None
-        return report if isinstance(report, dict) and "schema_version" in report else None
+        version = report.get("schema_version") if isinstance(report, dict) else None
+        # True is no version, though Python takes it for 1.
+        return report if type(version) is int and version >= 1 else None
 
     def read_json(self, name: str) -> Any:
         """A small JSON file of the lake. Raises FileNotFoundError, or ValueError if it is no JSON."""
