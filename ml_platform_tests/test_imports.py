@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the bottom up. A module imports from its own layer or below; the first name that fits counts.
 LAYERS = [
-    ("dataproc_api", "s3a", "code_archive", "partitions", "figures", "promotion", "run_processes", "simulator", "sizing"),
-    ("settings", "dev_cloud"),
+    ("dataproc_api", "s3a", "code_archive", "partitions", "figures", "promotion", "run_processes"),
+    ("simulator", "sizing", "settings", "dev_cloud"),
     ("resources",),
     ("alerts", "migrations", "orphans"),
     ("assets", "checks", "jobs", "sensors"),
