@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test lint clean constraints
+.PHONY: help setup demo dev test lint benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -41,6 +41,13 @@ lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+benchmark: setup ## small versions of the benchmarks (docs/performance.md has the large ones)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
+	@$(WITH_JAVA) \
+	  $(BIN)/python -m benchmarks.clean --million-rows 0.5 --rounds 1 --done 2 && \
+	  $(BIN)/python -m benchmarks.features --million-rows 0.25 0.5 --rounds 1 && \
+	  $(BIN)/python -m benchmarks.model_quality --customers 500 --only logistic
 
 clean: ## remove .venv, data, Dagster's state and caches
 	rm -rf .venv data .dagster_home build *.egg-info spark-warehouse metastore_db derby.log mlruns mlartifacts
