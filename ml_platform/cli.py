@@ -183,7 +183,7 @@ def process_new_files() -> None:
     settings = load_settings()
     with _instance(settings) as instance:
         from ml_platform.definitions import defs
-        from ml_platform.jobs import RUN_CONFIG
+        from ml_platform.jobs import run_config
         from ml_platform.partitions import range_tags
         from ml_platform.sensors import plan_runs, prepare
 
@@ -196,7 +196,7 @@ def process_new_files() -> None:
         for start, end in plan.ranges:
             console.print(f"processing {start} to {end}", style="bold")
             result = defs.resolve_job_def("process_new_files").execute_in_process(
-                instance=instance, tags=range_tags(start, end), run_config=RUN_CONFIG, raise_on_error=False
+                instance=instance, tags=range_tags(start, end), run_config=run_config(), raise_on_error=False
             )
             if not result.success:
                 failed.append(result.run_id)

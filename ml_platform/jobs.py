@@ -1,10 +1,13 @@
 """Jobs. A run is one process with one Spark session, hence the in-process executor."""
 
+from typing import Any
+
 import dagster as dg
 
 from ml_platform.orphans import delete_orphans
 from ml_platform.resources.dataproc import DataprocEngine
 from ml_platform.resources.spark import SparkEngine
+from ml_platform.settings import SettingsError, load_settings
 
 process_new_files = dg.define_asset_job(
     "process_new_files",
@@ -14,9 +17,21 @@ process_new_files = dg.define_asset_job(
 )
 
 
-#: Of the runs that a sensor, a schedule or a command starts. It names the logger: otherwise Dagster takes its own
-#: default and not that of the definitions, which writes text or JSON.
-RUN_CONFIG = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
+def run_config() -> dict[str, Any]:
+    """Run config of the runs that a sensor, a schedule or a command starts: that of ML_PLATFORM_RUN_CONFIG.
+
+    Raises:
+        SettingsError: the file cannot be read, or is no YAML.
+    """
+    # The logger by its name: otherwise Dagster takes its own default and not that of the definitions.
+    config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
+    path = load_settings().run_config_file
+    if path is not None:
+        try:
+            config |= dg.config_from_files([str(path)])
+        except Exception as error:  # whatever is wrong with a file that people write
+            raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: cannot read {path}: {error}") from None
+    return config
 
 
 @dg.op(description="Ask for the deletion of clusters whose run has ended, is unknown, or is past their lifetime.")

@@ -18,7 +18,7 @@ from ml_platform.alerts import AlertError, Destination, FailedRun, describe_fail
 from ml_platform.assets.cleaned import is_cleaned
 from ml_platform.assets.common import some_of
 from ml_platform.assets.raw import raw_file_observation
-from ml_platform.jobs import RUN_CONFIG, process_new_files
+from ml_platform.jobs import process_new_files, run_config
 from ml_platform.orphans import delete_orphans
 from ml_platform.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
 from ml_platform.resources.dataproc import DataprocEngine
@@ -133,7 +133,8 @@ def prepare(instance: dg.DagsterInstance, plan: Plan) -> None:
 
 def run_requests(plan: Plan) -> list[dg.RunRequest]:
     """One run per range of the plan."""
-    return [dg.RunRequest(tags=range_tags(start, end), run_config=RUN_CONFIG) for start, end in plan.ranges]
+    config = run_config() if plan.ranges else {}
+    return [dg.RunRequest(tags=range_tags(start, end), run_config=config) for start, end in plan.ranges]
 
 
 def log_plan(log: Logger, plan: Plan) -> None:

@@ -72,6 +72,11 @@ class Settings(BaseSettings):
     )
     dagster_home: Path | None = Field(None, alias="DAGSTER_HOME", description="Directory of Dagster's own storage.")
     dagster_ui_url: str | None = Field(None, alias="DAGSTER_UI_URL", description="Dagster's UI, for links in alerts.")
+    run_config_file: Path | None = Field(
+        None,
+        alias="ML_PLATFORM_RUN_CONFIG",
+        description="YAML file with run config for the runs that a sensor, the schedule or process-new-files starts.",
+    )
     log_format: Literal["text", "json"] = Field(
         "text", alias="ML_PLATFORM_LOG_FORMAT", description="What runs write to their process's output."
     )

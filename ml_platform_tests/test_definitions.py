@@ -157,13 +157,13 @@ def test_logs_of_runs(tmp_path: Path, log_format: str, is_json: bool):
     code = """
 import dagster as dg
 from ml_platform.definitions import defs
-from ml_platform.jobs import RUN_CONFIG
+from ml_platform.jobs import run_config
 from ml_platform.partitions import range_tags
 with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:
     instance.add_dynamic_partitions("raw_files", ["a", "b"])
     job = defs.resolve_job_def("process_new_files")
     job.execute_in_process(
-        instance=instance, tags=range_tags("a", "b"), run_config=RUN_CONFIG, raise_on_error=False
+        instance=instance, tags=range_tags("a", "b"), run_config=run_config(), raise_on_error=False
     )
 """
     done = run_python(code, tmp_path, ML_PLATFORM_LOG_FORMAT=log_format)

@@ -20,9 +20,11 @@ from dagster._core.remote_origin import (
 
 from ml_platform import sensors
 from ml_platform.definitions import defs
+from ml_platform.jobs import run_config
 from ml_platform.partitions import PARTITION_TAG, range_tags
 from ml_platform.resources.lake import CLEANED, LakeResource, StoredFile
-from ml_platform.sensors import new_raw_files, plan_runs, process_new_files_daily
+from ml_platform.sensors import new_raw_files, plan_runs, process_new_files_daily, run_requests
+from ml_platform.settings import SettingsError
 from ml_platform_tests.fakes import cleaned_report, put_cleaned, put_raw, raw_spec
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
@@ -492,3 +494,27 @@ class TestManyPartitions:
         add_run(instance, Status.FAILURE, keys[0], keys[-1])
         plan_runs(instance, lake)
         assert hashed["times"] <= 20 * len(keys)
+
+
+class TestRunConfig:
+    def test_a_file_of_run_config_reaches_the_runs(self, lake, instance, tmp_path, monkeypatch):
+        path = tmp_path / "run config.yaml"
+        path.write_text("ops: {fraud_model: {config: {max_train_rows: 7}}}")
+        monkeypatch.setenv("ML_PLATFORM_RUN_CONFIG", str(path))
+        put_raw(lake, "a", raw_spec(0))
+        (request,) = run_requests(plan_runs(instance, lake))
+        assert request.run_config["ops"] == {"fraud_model": {"config": {"max_train_rows": 7}}}
+        assert "loggers" in request.run_config
+
+    @pytest.mark.parametrize("content", [None, "a: [", "- only\n- a list"], ids=["missing", "no YAML", "no mapping"])
+    def test_a_file_that_is_none_is_named(self, tmp_path, monkeypatch, content):
+        path = tmp_path / "run.yaml"
+        if content is not None:
+            path.write_text(content)
+        monkeypatch.setenv("ML_PLATFORM_RUN_CONFIG", str(path))
+        with pytest.raises(SettingsError, match=r"ML_PLATFORM_RUN_CONFIG.*run\.yaml"):
+            run_config()
+
+    def test_without_one_the_defaults_hold(self, monkeypatch):
+        monkeypatch.delenv("ML_PLATFORM_RUN_CONFIG", raising=False)
+        assert set(run_config()) == {"loggers"}

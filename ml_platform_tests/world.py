@@ -87,6 +87,8 @@ class World:
             "PYTHONPATH": str(PROJECT),
             "DAGSTER_HOME": str(self.home),
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            # The whole search would be most of a test's time.
+            "ML_PLATFORM_RUN_CONFIG": str(Path(__file__).with_name("small_search.yaml")),
             **self.settings,
         }
 
