@@ -377,7 +377,7 @@ class TestTooLittleData:
 def test_candidates_are_judged_on_the_validation_windows(spark, uris, trained, tmp_path, monkeypatch):
     seen = []
 
-    def search(folds, candidates, seed, weight):
+    def search(folds, candidates, seed, weight, progress):
         seen.extend([[(fitted_on.count(), validated_on.count()) for fitted_on, validated_on in folds], candidates])
         seen.extend([seed, weight])
         raise InterruptedError
