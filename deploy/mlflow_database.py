@@ -1,0 +1,25 @@
+#!/usr/bin/env python3
+"""Create MLflow's tables in the database that MLFLOW_BACKEND_STORE_URI names, or bring them to this MLflow's version.
+
+Does nothing if they are of this version. Stop MLflow's server and make a backup first: an upgrade may not be undone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Do it; exits with a message if the variable is missing."""
+    uri = os.environ.get("MLFLOW_BACKEND_STORE_URI")
+    if not uri:
+        sys.exit("mlflow_database: set MLFLOW_BACKEND_STORE_URI, e.g. postgresql+psycopg2://mlflow@host:5432/mlflow")
+    from mlflow.db import commands
+
+    # The command is called in this process: on a command line everybody could read the address, maybe with a password.
+    commands.main(["upgrade", uri], prog_name="mlflow db")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# Installs MLflow's server on a plain virtual machine with systemd, or brings an installed one to this clone's version:
+# its own virtual environment, its tables in the database, a service that starts with the machine. Run as root; may be
+# run again at any time. Settings that are not given again stay as they are.
+#
+# Variables, kept in /etc/mlflow/server.env, which only root can read:
+#   MLFLOW_BACKEND_STORE_URI       needed at first: postgresql+psycopg2://mlflow@host:5432/mlflow
+#   PGPASSWORD                     password of that database; or PGPASSWORD_FILE, a file that holds it
+#   PGSSLMODE, PGSSLROOTCERT       as libpq reads them: verify-full and the authority's certificate
+#   MLFLOW_ARTIFACTS_DESTINATION   needed at first: s3://bucket/prefix or a directory below /var/lib/mlflow
+#   AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION   for s3://
+#   MLFLOW_PORT                    default 5000; the server listens on 127.0.0.1 only
+#   MLFLOW_SERVER_ALLOWED_HOSTS    default localhost:*,127.0.0.1:*; behind a proxy: its name, too
+# PYTHON: interpreter, 3.10 to 3.13; default python3.
+# DESTDIR: write the files below that directory, install and start nothing.
+set -euo pipefail
+
+clone=$(cd "$(dirname "$0")/.." && pwd)
+root=${DESTDIR:-}
+home=/opt/mlflow
+settings=$root/etc/mlflow/server.env
+unit=$root/etc/systemd/system/mlflow.service
+kept=(MLFLOW_BACKEND_STORE_URI PGPASSWORD PGSSLMODE PGSSLROOTCERT MLFLOW_ARTIFACTS_DESTINATION AWS_ENDPOINT_URL_S3
+    AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_DEFAULT_REGION MLFLOW_PORT MLFLOW_SERVER_ALLOWED_HOSTS)
+
+say() { printf 'mlflow_server: %s\n' "$*" >&2; }
+
+fail() {
+    say "$*"
+    exit 1
+}
+
+# Fills in what the environment leaves open from an earlier run's settings.
+load_settings() {
+    local name
+    local -A given=()
+    for name in "${kept[@]}"; do
+        [ -z "${!name:-}" ] || given[$name]=${!name}
+    done
+    if [ -n "${PGPASSWORD_FILE:-}" ]; then
+        [ -z "${PGPASSWORD:-}" ] || fail "set PGPASSWORD or PGPASSWORD_FILE, not both"
+        given[PGPASSWORD]=$(cat -- "$PGPASSWORD_FILE") || fail "PGPASSWORD_FILE: that file cannot be read"
+    fi
+    # shellcheck source=/dev/null # written by this script
+    [ ! -f "$settings" ] || . "$settings"
+    for name in "${!given[@]}"; do
+        printf -v "$name" %s "${given[$name]}"
+    done
+    MLFLOW_PORT=${MLFLOW_PORT:-5000}
+    MLFLOW_SERVER_ALLOWED_HOSTS=${MLFLOW_SERVER_ALLOWED_HOSTS:-localhost:*,127.0.0.1:*}
+}
+
+check_settings() {
+    local name
+    case ${MLFLOW_BACKEND_STORE_URI:-} in
+    postgresql+psycopg2://?*) ;;
+    "") fail "no database: set MLFLOW_BACKEND_STORE_URI, e.g. postgresql+psycopg2://mlflow@host:5432/mlflow" ;;
+    *) fail "MLFLOW_BACKEND_STORE_URI takes postgresql+psycopg2://user@host:5432/database" ;;
+    esac
+    case ${MLFLOW_ARTIFACTS_DESTINATION:-} in
+    s3://?* | /var/lib/mlflow/?*) ;;
+    *) fail "set MLFLOW_ARTIFACTS_DESTINATION to s3://bucket/prefix or a directory below /var/lib/mlflow" ;;
+    esac
+    if ! [[ $MLFLOW_PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((MLFLOW_PORT > 65535)); then
+        fail "MLFLOW_PORT takes a port, e.g. 5000"
+    fi
+    for name in "${kept[@]}"; do
+        [[ ${!name:-} != *$'\n'* ]] || fail "$name takes one line"
+    done
+}
+
+# Puts standard input into file $2 with mode $1, at once and only if it differs.
+install_file() {
+    local new
+    install -d "$(dirname "$2")"
+    new=$(mktemp "$2.XXXXXX")
+    cat >"$new"
+    chmod "$1" "$new"
+    if cmp -s "$new" "$2"; then
+        rm "$new"
+        chmod "$1" "$2"
+    else
+        mv "$new" "$2"
+        say "wrote $2"
+    fi
+}
+
+# One value in quotation marks, so that systemd and the shell read it alike.
+quoted() {
+    local value=$1
+    value=${value//\\/\\\\}
+    value=${value//\"/\\\"}
+    value=${value//\$/\\\$}
+    value=${value//\`/\\\`}
+    printf '"%s"\n' "$value"
+}
+
+write_settings() {
+    local name
+    {
+        for name in "${kept[@]}"; do
+            [ -z "${!name:-}" ] || printf '%s=%s' "$name" "$(quoted "${!name}")"$'\n'
+        done
+        printf '%s\n' MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
+    } | install_file 600 "$settings"
+}
+
+write_unit() {
+    install_file 644 "$unit" <<UNIT
+[Unit]
+Description=MLflow tracking server
+After=network-online.target postgresql.service
+Wants=network-online.target
+StartLimitIntervalSec=0
+
+[Service]
+DynamicUser=yes
+StateDirectory=mlflow
+StateDirectoryMode=0700
+WorkingDirectory=%S/mlflow
+EnvironmentFile=/etc/mlflow/server.env
+ExecStart=$home/venv/bin/mlflow server --host 127.0.0.1 --port \${MLFLOW_PORT} --workers 2
+Restart=always
+RestartSec=5
+MemoryMax=3G
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+
+[Install]
+WantedBy=multi-user.target
+UNIT
+}
+
+install_packages() {
+    local python=${PYTHON:-python3}
+    "$python" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null ||
+        fail "$python is no Python 3.10 to 3.13 with venv: apt-get install python3-venv, or set PYTHON"
+    [ -x "$home/venv/bin/python" ] || "$python" -m venv "$home/venv"
+    "$home/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$clone/constraints.txt" \
+        boto3 mlflow psycopg2-binary
+}
+
+prepare_database() (
+    set -a
+    # shellcheck source=/dev/null # written by this script
+    . "$settings"
+    exec "$home/venv/bin/python" "$clone/deploy/mlflow_database.py"
+)
+
+wait_until_healthy() {
+    local i
+    for ((i = 0; i < 60; i++)); do
+        if "$home/venv/bin/python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
+            "http://127.0.0.1:$MLFLOW_PORT/health" 2>/dev/null; then
+            say "MLflow answers on http://127.0.0.1:$MLFLOW_PORT"
+            return
+        fi
+        sleep 2
+    done
+    fail "MLflow does not answer: journalctl -u mlflow"
+}
+
+load_settings
+check_settings
+if [ -z "$root" ]; then
+    [ "$(id -u)" = 0 ] || fail "run it as root: sudo --preserve-env $0"
+    [ -d /run/systemd/system ] || fail "systemd does not run here"
+fi
+write_settings
+write_unit
+if [ -n "$root" ]; then
+    exit
+fi
+systemctl daemon-reload
+# The tables are changed while nobody uses them; a server that runs would also keep old modules.
+systemctl stop mlflow.service
+install_packages
+prepare_database
+systemctl enable --quiet mlflow.service
+systemctl start mlflow.service
+wait_until_healthy

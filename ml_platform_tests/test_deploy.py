@@ -1,0 +1,371 @@
+"""deploy/: what can be said of it without a Docker engine, a database or systemd."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dagster._config import process_config
+from dagster._core.instance.ref import InstanceRef
+from dagster._core.run_coordinator import QueuedRunCoordinator
+from dagster._core.workspace.load import location_origins_from_yaml_paths
+from dagster_postgres import DagsterPostgresStorage
+from dotenv import dotenv_values
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+SCRIPTS = sorted(DEPLOY.glob("*.sh"))
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+
+#: ${NAME}, ${NAME:-default}, ${NAME:?message}
+VARIABLE = re.compile(r"\$\{(\w+)(?:(:[-?])([^}]*))?\}")
+SECRET = re.compile(r"PASSWORD|SECRET(?!S_DIRECTORY)|TOKEN|CREDENTIALS|ACCESS_KEY|WEBHOOK")
+DATABASES = {
+    "DAGSTER_POSTGRES_URL": "postgresql+psycopg2://dagster@localhost:5432/dagster",
+    "DAGSTER_MAX_CONCURRENT_RUNS": "3",
+}
+MLFLOW = {
+    "MLFLOW_BACKEND_STORE_URI": "postgresql+psycopg2://mlflow@db.example:5432/mlflow",
+    "MLFLOW_ARTIFACTS_DESTINATION": "s3://example-artifacts/mlflow",
+}
+
+
+def texts(node: Any) -> Iterator[str]:
+    """All values of a parsed file that are texts."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        for value in node:
+            yield from texts(value)
+    elif isinstance(node, str):
+        yield node
+
+
+def tool(name: str) -> str:
+    """A program that a package of the extra `dev` brings, or the system's; skips without one."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command with the environment of the tests and `environment`."""
+    return subprocess.run(
+        [str(word) for word in command],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+
+
+# compose.yaml
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_watched_limited_and_has_few_rights(name: str) -> None:
+    service = SERVICES[name]
+    assert service["restart"] == "unless-stopped"
+    assert service["init"] is True
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert not {"privileged", "network_mode", "pid", "user", "cap_add"} & service.keys() or name == "postgres"
+    limits = service["deploy"]["resources"]["limits"]
+    assert float(VARIABLE.sub(r"\3", limits["cpus"])) > 0
+    assert re.fullmatch(r"\d+[mg]", VARIABLE.sub(r"\3", limits["memory"]))
+    assert service["pids_limit"] > 0
+    check = service["healthcheck"]
+    assert check["test"][0] == "CMD"
+    assert {"interval", "timeout", "retries", "start_period"} <= check.keys()
+    assert service["logging"]["options"]["max-size"]
+
+
+def test_ports_are_open_to_this_machine_alone() -> None:
+    ports = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert ports.keys() == {"mlflow", "webserver"}
+    assert all(port.startswith("127.0.0.1:") for published in ports.values() for port in published)
+    assert COMPOSE["networks"]["database"]["internal"] is True
+    assert SERVICES["postgres"]["networks"] == ["database"]
+
+
+def test_images_are_pinned() -> None:
+    images = {VARIABLE.sub(r"\3", service["image"]) for service in SERVICES.values()}
+    images |= set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE))
+    assert len(images) == 3
+    for image in images:
+        assert re.search(r":\d+\.\d+[\w.-]*$", image), image
+
+
+def test_no_secret_has_a_value_or_a_default() -> None:
+    for service in SERVICES.values():
+        for name, value in service.get("environment", {}).items():
+            if SECRET.search(name):
+                assert name.endswith("_FILE"), name
+                assert value.removeprefix("/run/secrets/") in service["secrets"], name
+    for text in texts(COMPOSE):
+        assert not re.search(r"//[^/@\s]*:[^/@\s]*@", text), text  # no password in an address
+        assert not any(SECRET.search(name) for name, _, _ in VARIABLE.findall(text)), text
+    assert all(secret.keys() == {"file"} for secret in COMPOSE["secrets"].values())
+    used = {name for service in SERVICES.values() for name in service.get("secrets", [])}
+    assert used == COMPOSE["secrets"].keys()
+
+
+def test_a_service_gets_only_the_passwords_that_it_needs() -> None:
+    secrets = {name: set(service["secrets"]) for name, service in SERVICES.items()}
+    assert "mlflow_password" not in secrets["code"] | secrets["daemon"] | secrets["webserver"]
+    assert "dagster_password" not in secrets["mlflow"]
+    assert all("postgres_password" not in names for name, names in secrets.items() if name != "postgres")
+    assert "env_file" not in {key for name, service in SERVICES.items() if name != "code" for key in service}
+
+
+def test_every_variable_is_documented_and_no_other() -> None:
+    example = (DEPLOY / ".env.example").read_text()
+    documented = dict(re.findall(r"^#?([A-Z_0-9]+)=(.*)$", example, re.MULTILINE))
+    defaults = {name: default for text in texts(COMPOSE) for name, kind, default in VARIABLE.findall(text)}
+    needed = {name for text in texts(COMPOSE) for name, kind, _ in VARIABLE.findall(text) if kind == ":?"}
+    passed_on = {
+        name for service in SERVICES.values() for name, value in service.get("environment", {}).items() if value is None
+    }
+    assert documented.keys() - {"COMPOSE_PROJECT_NAME"} == defaults.keys() | passed_on
+    for name, default in defaults.items():
+        assert documented[name] == ("" if name in needed else default), name
+    assert not any(SECRET.search(name) for name in documented)
+
+
+def test_mounts_and_secrets_exist() -> None:
+    volumes = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
+    files = {volume for volume in volumes if volume.startswith("./")}
+    assert all((DEPLOY / file).is_file() for file in files)
+    assert volumes - files == COMPOSE["volumes"].keys()
+    ignored = (DEPLOY / ".gitignore").read_text().split()
+    assert {".env", "secrets/"} <= set(ignored)
+
+
+def test_services_find_each_other() -> None:
+    code, mlflow = SERVICES["code"], SERVICES["mlflow"]
+    environment = SERVICES["daemon"]["environment"]
+    port = code["command"][code["command"].index("--port") + 1]
+    assert (environment["DAGSTER_CODE_HOST"], environment["DAGSTER_CODE_PORT"]) == ("code", port)
+    assert code["healthcheck"]["test"][-1] == port
+    # MLflow answers to the names that it is told of; any other is refused.
+    address = code["environment"]["MLFLOW_TRACKING_URI"].removeprefix("http://")
+    assert address in mlflow["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    for service in (code, mlflow, SERVICES["webserver"]):
+        assert service["command"][service["command"].index("--host") + 1] == "0.0.0.0"
+    # Runs that a restarted container left behind are recognised by their host.
+    assert code["hostname"]
+    # To stop reaches the runs, which are not the process that init started, and leaves them time.
+    assert code["environment"]["TINI_KILL_PROCESS_GROUP"] == "1"
+    assert code["stop_grace_period"] == "2m"
+
+
+def test_docker_compose_accepts_it(tmp_path: Path) -> None:
+    compose = shutil.which("docker-compose")
+    if not compose:
+        pytest.skip("docker-compose is not installed")
+    for name in ("compose.yaml", "create_databases.sh"):
+        shutil.copy(DEPLOY / name, tmp_path)
+    example = (DEPLOY / ".env.example").read_text()
+    (tmp_path / ".env").write_text(example)
+    command = (compose, "-f", tmp_path / "compose.yaml", "config", "--quiet")
+    refused = run(*command)
+    assert refused.returncode != 0
+    assert re.search(r"set it to s3://bucket/prefix in deploy/\.env", refused.stderr)
+    filled = re.sub(r"^([A-Z_]+)=$", r"\1=s3://example/prefix", example, flags=re.MULTILINE)
+    (tmp_path / ".env").write_text(filled)
+    assert dotenv_values(tmp_path / ".env")["MLFLOW_ARTIFACTS_DESTINATION"] == "s3://example/prefix"
+    accepted = run(*command)
+    assert accepted.returncode == 0, accepted.stderr
+
+
+# Dockerfile
+
+
+def test_hadolint_accepts_the_dockerfile() -> None:
+    done = run(tool("hadolint"), "--no-color", DEPLOY / "Dockerfile")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_runs_without_root_and_holds_no_secret() -> None:
+    users = re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE)
+    assert users[-1].split(":")[0].isdigit()
+    assert int(users[-1].split(":")[0]) >= 1000
+    assert not re.search(r"^ADD ", DOCKERFILE, re.MULTILINE)
+    assert not re.search(r"^(ENV|ARG) .*(PASSWORD|SECRET|TOKEN|KEY)", DOCKERFILE, re.MULTILINE)
+    assert not re.search(r"curl|wget", DOCKERFILE)
+    assert "-c constraints.txt" in DOCKERFILE
+    assert "'.[postgres]'" in DOCKERFILE
+
+
+def test_the_build_sees_what_it_copies_and_nothing_else() -> None:
+    rules = (DEPLOY / "Dockerfile.dockerignore").read_text().split("*\n", 1)
+    allowed = set(re.findall(r"^!(\S+)$", rules[1], re.MULTILINE))
+    copied = {
+        source
+        for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
+        for source in [word for word in line.split() if not word.startswith("--")][:-1]
+    }
+    assert copied == allowed
+    assert all((ROOT / path).exists() for path in copied)
+
+
+# Dagster
+
+
+def test_dagster_takes_the_instance_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in DATABASES.items():
+        monkeypatch.setenv(name, value)
+    reference = InstanceRef.from_dir(str(tmp_path), config_dir=str(DEPLOY))
+    assert reference.settings["telemetry"] == {"enabled": False}
+    coordinator = reference.run_coordinator
+    assert isinstance(coordinator, QueuedRunCoordinator)
+    assert coordinator.get_run_queue_config().max_concurrent_runs == 3
+    assert SERVICES["daemon"]["environment"]["DAGSTER_MAX_CONCURRENT_RUNS"] == "${DAGSTER_MAX_CONCURRENT_RUNS:-1}"
+
+    storage = yaml.safe_load(reference.storage_data.config_yaml)
+    taken = process_config(DagsterPostgresStorage.config_type(), storage)
+    assert taken.value["postgres_url"] == DATABASES["DAGSTER_POSTGRES_URL"]
+    monkeypatch.delenv("DAGSTER_POSTGRES_URL")
+    missing = process_config(DagsterPostgresStorage.config_type(), storage)
+    assert "DAGSTER_POSTGRES_URL" in str(missing.errors)
+
+
+def test_monitoring_and_retention_are_those_of_the_clone() -> None:
+    deployed, local = (yaml.safe_load((directory / "dagster.yaml").read_text()) for directory in (DEPLOY, ROOT))
+    for key in ("telemetry", "nux", "python_logs", "run_monitoring", "retention"):
+        assert deployed[key] == local[key], key
+
+
+def test_the_workspace_is_the_code_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_CODE_HOST", "code")
+    monkeypatch.setenv("DAGSTER_CODE_PORT", "4000")
+    (origin,) = location_origins_from_yaml_paths([str(DEPLOY / "workspace.yaml")])
+    local = yaml.safe_load((ROOT / "workspace.yaml").read_text())["load_from"][0]["python_module"]
+    # Sensors are known by the name of their location: turned off here is turned off there.
+    assert origin.location_name == local["location_name"]
+    assert (origin.host, origin.port) == ("code", 4000)  # type: ignore[attr-defined]
+    assert SERVICES["code"]["command"][-1] == local["module_name"]
+
+
+# Scripts
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_clean(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    shell = script.read_text().splitlines()[0].split("/")[-1].split()[-1]
+    assert run(shell, "-n", script).returncode == 0
+    done = run(tool("shellcheck"), script)
+    assert done.returncode == 0, done.stdout
+
+
+def test_entrypoint_hands_on_the_password_of_a_file(tmp_path: Path) -> None:
+    password = "a'b \"c$d\\"
+    file = tmp_path / "password"
+    file.write_text(password + "\n")
+    show = ("sh", "-c", 'printf %s "$PGPASSWORD:${PGPASSWORD_FILE-unset}"')
+    assert run(DEPLOY / "entrypoint.sh", *show, PGPASSWORD_FILE=str(file)).stdout == f"{password}:unset"
+    assert run(DEPLOY / "entrypoint.sh", *show, PGPASSWORD="own").stdout == "own:unset"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "says"),
+    [
+        ({"PGPASSWORD_FILE": "/nowhere"}, ["true"], "make that file readable"),
+        ({"PGPASSWORD_FILE": "/dev/null"}, ["true"], "is empty"),
+        ({"PGPASSWORD_FILE": "/dev/null", "PGPASSWORD": "secret"}, ["true"], "not both"),
+        ({}, [], "which command"),
+    ],
+)
+def test_entrypoint_refuses(environment: dict[str, str], words: list[str], says: str) -> None:
+    done = run(DEPLOY / "entrypoint.sh", *words, **environment)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "secret" not in done.stderr
+
+
+def test_databases_need_their_passwords(tmp_path: Path) -> None:
+    (tmp_path / "dagster_password").touch()
+    done = run(DEPLOY / "create_databases.sh", SECRETS_DIRECTORY=str(tmp_path))
+    assert done.returncode == 1
+    assert "dagster_password is empty" in done.stderr
+
+
+def mlflow_server(directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Let the script write its files below `directory`."""
+    return run(DEPLOY / "mlflow_server.sh", DESTDIR=str(directory), **environment)
+
+
+def shell_reads(file: Path, name: str) -> str:
+    """A variable of a file, as a shell reads it."""
+    return run("sh", "-c", f'. "$0"; printf %s "${name}"', file).stdout
+
+
+def test_mlflow_server_keeps_secrets_in_a_file_of_root_alone(tmp_path: Path) -> None:
+    password = "a'b \"c$d`e\\ %f"
+    done = mlflow_server(tmp_path, PGPASSWORD=password, **MLFLOW)
+    assert done.returncode == 0, done.stderr
+    settings, unit = tmp_path / "etc/mlflow/server.env", tmp_path / "etc/systemd/system/mlflow.service"
+    assert settings.stat().st_mode & 0o777 == 0o600
+    assert shell_reads(settings, "PGPASSWORD") == password
+    assert password not in unit.read_text() + done.stderr
+    assert "EnvironmentFile=/etc/mlflow/server.env" in unit.read_text()
+    assert "--host 127.0.0.1" in unit.read_text()
+    assert "DynamicUser=yes" in unit.read_text()
+
+
+def test_mlflow_server_again_changes_only_what_is_given(tmp_path: Path) -> None:
+    mlflow_server(tmp_path, PGPASSWORD="first", **MLFLOW)
+    settings = tmp_path / "etc/mlflow/server.env"
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
+    again = mlflow_server(tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    settings.chmod(0o644)
+    assert mlflow_server(tmp_path, MLFLOW_PORT="5001").returncode == 0
+    assert settings.stat().st_mode & 0o777 == 0o600
+    assert shell_reads(settings, "MLFLOW_PORT") == "5001"
+    assert shell_reads(settings, "PGPASSWORD") == "first"
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"MLFLOW_BACKEND_STORE_URI": ""}, "no database: set MLFLOW_BACKEND_STORE_URI"),
+        ({"MLFLOW_BACKEND_STORE_URI": "postgresql://mlflow:secret@db/mlflow"}, "takes postgresql+psycopg2://"),
+        ({"MLFLOW_BACKEND_STORE_URI": "sqlite:///mlflow.db"}, "takes postgresql+psycopg2://"),
+        ({"MLFLOW_ARTIFACTS_DESTINATION": "/tmp/artifacts"}, "set MLFLOW_ARTIFACTS_DESTINATION"),
+        ({"MLFLOW_PORT": "0"}, "MLFLOW_PORT takes a port"),
+        ({"MLFLOW_PORT": "5000; reboot"}, "MLFLOW_PORT takes a port"),
+        ({"MLFLOW_PORT": "65536"}, "MLFLOW_PORT takes a port"),
+        ({"PGPASSWORD": "secret\nUser=root"}, "PGPASSWORD takes one line"),
+        ({"PGPASSWORD": "secret", "PGPASSWORD_FILE": "/dev/null"}, "not both"),
+    ],
+)
+def test_mlflow_server_refuses(tmp_path: Path, change: dict[str, str], says: str) -> None:
+    done = mlflow_server(tmp_path, **MLFLOW | change)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "secret" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_mlflow_database_needs_an_address() -> None:
+    done = run(sys.executable, DEPLOY / "mlflow_database.py")
+    assert done.returncode == 1
+    assert "set MLFLOW_BACKEND_STORE_URI" in done.stderr
