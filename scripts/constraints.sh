@@ -10,7 +10,7 @@ cp constraints.txt "$new"
 # shellcheck disable=SC2086 # UV_ARGS is a list of options
 printf '%s\n' setuptools wheel uv |
     UV_SYSTEM_CERTS=1 .venv/bin/uv pip compile --quiet --universal --python-version 3.10 --all-extras \
-        --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+        --no-annotate --no-header \
         ${UV_ARGS:-} --output-file "$new" pyproject.toml -
 {
     echo '# Every version that the project is tested with, on Python 3.10 to 3.13.'

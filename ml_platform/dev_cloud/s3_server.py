@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ def build_versitygw(cache: Path = DEFAULT_CACHE) -> Path:
 
 
 @dataclass
-class LocalS3:
+class LocalS3(ABC):
     """What all S3 servers of this machine have. A context manager; the buckets are there once it is entered."""
 
     directory: Path
@@ -113,12 +114,13 @@ class LocalS3:
             aws_secret_access_key=self.secret_key,
         )
 
+    @abstractmethod
     def start(self) -> None:
         """Start, or start again after `stop` or `kill`: on the same port, with the same objects."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
-        raise NotImplementedError
+        """End the server; its objects stay."""
 
     def __enter__(self) -> LocalS3:
         self.start()
