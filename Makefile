@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test lint benchmark clean constraints
+.PHONY: help setup classes demo dev test lint benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -21,20 +21,26 @@ help: ## show this list
 setup: ## create or update .venv (every other target does it, too)
 	@sh scripts/setup.sh
 
+# Lets Spark start in less time; made again when the packages change. All works without it.
+classes: setup
+	@[ .venv/spark.jsa -nt .venv/ml-platform-installed ] || { \
+	  echo 'setup: archiving the classes of Spark (half a minute, once)' >&2; \
+	  $(WITH_JAVA) $(BIN)/python -m ml_platform.class_archive; }
+
 .dagster_home/dagster.yaml: dagster.yaml
 	@mkdir -p .dagster_home && cp dagster.yaml .dagster_home/dagster.yaml
 
-demo: setup .dagster_home/dagster.yaml ## from simulated raw files to a promoted model
+demo: classes .dagster_home/dagster.yaml ## from simulated raw files to a promoted model
 	@$(WITH_JAVA) \
 	  $(BIN)/ml-platform simulate && \
 	  $(BIN)/ml-platform process-new-files && \
 	  $(BIN)/ml-platform summary
 	@echo 'Open the UI with: make dev'
 
-dev: setup .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's UI on port 5000
+dev: classes .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's UI on port 5000
 	@$(WITH_JAVA) exec bash scripts/dev.sh
 
-test: setup ## run all tests
+test: classes ## run all tests
 	@$(WITH_JAVA) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup ## check style, formatting and types
@@ -42,7 +48,7 @@ lint: setup ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-benchmark: setup ## small versions of the benchmarks (docs/performance.md has the large ones)
+benchmark: classes ## small versions of the benchmarks (docs/performance.md has the large ones)
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
 	@$(WITH_JAVA) \
 	  $(BIN)/python -m benchmarks.clean --million-rows 0.5 --rounds 1 --done 2 && \

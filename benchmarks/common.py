@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ml_platform.resources.spark import default_spark_config
+from ml_platform.local_spark import default_spark_config
 from ml_platform.simulator import Simulation
 from spark_jobs import build_features, clean_transactions
 

@@ -13,6 +13,7 @@ import dagster as dg
 import pytest
 
 from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
+from ml_platform.local_spark import default_spark_config
 from ml_platform.resources.lake import LakeResource
 from ml_platform_tests.standalone import StandaloneCluster
 
@@ -76,17 +77,11 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
 
     from spark_jobs import runtime
 
-    session = (
-        SparkSession.builder.master("local[2]")
-        .appName("ml_platform_tests")
-        .config("spark.driver.memory", "2g")
-        .config("spark.driver.bindAddress", "127.0.0.1")
-        .config("spark.driver.host", "127.0.0.1")
-        .config("spark.sql.warehouse.dir", str(tmp_path_factory.mktemp("warehouse")))
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .getOrCreate()
-    )
+    builder = SparkSession.builder.appName("ml_platform_tests")
+    config = default_spark_config("local[2]", "2g")
+    for name, value in (config | {"spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse"))}).items():
+        builder = builder.config(name, value)
+    session = builder.getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     session.sparkContext.pythonExec = sys.executable
     runtime.configure(session)

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the bottom up. A module imports from its own layer or below; the first name that fits counts.
 LAYERS = [
-    ("dataproc_api", "s3a", "code_archive", "partitions", "figures", "promotion", "run_processes"),
+    ("dataproc_api", "local_spark", "s3a", "code_archive", "partitions", "figures", "promotion", "run_processes"),
     ("simulator", "sizing", "settings", "dev_cloud"),
+    ("class_archive",),
     ("resources",),
     ("alerts", "migrations", "orphans"),
     ("assets", "checks", "jobs", "sensors"),

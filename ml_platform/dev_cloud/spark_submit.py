@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ml_platform.dev_cloud.processes import TetheredProcess
+from ml_platform.local_spark import default_spark_config
 
 #: Seconds between the request to end and the order to.
 GRACE_SECONDS = 10.0
@@ -112,12 +113,7 @@ class SparkSubmit:
             return ",".join(f"{paths[_plain(uri)]}{''.join(uri.partition('#')[1:])}" for uri in uris)
 
         properties = {
-            "spark.master": self.master,
-            "spark.driver.memory": self.driver_memory,
-            "spark.driver.bindAddress": "127.0.0.1",
-            "spark.driver.host": "127.0.0.1",
-            "spark.ui.enabled": "false",
-            "spark.ui.showConsoleProgress": "false",
+            **default_spark_config(self.master, self.driver_memory),
             **self.spark_properties,
             **{name: value for name, value in spec.properties.items() if name not in NOT_HERE},
         }

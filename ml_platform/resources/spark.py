@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -22,10 +21,9 @@ from pydantic import Field, PrivateAttr
 
 from ml_platform import s3a
 from ml_platform.code_archive import ARCHIVE_NAME, build_archive
+from ml_platform.local_spark import default_spark_config
 from ml_platform.resources.lake import LakeResource
 from ml_platform.run_processes import note_process
-
-MEGABYTE = 1 << 20
 
 
 def job_file(run_id: str, job: str, label: str, kind: str) -> str:
@@ -148,27 +146,6 @@ class LocalSparkEngine(SparkEngine):
                 pyspark.spark_session.sparkContext.addPyFile(str(archive))
             self._pyspark = pyspark
         return self._pyspark.spark_session
-
-
-def default_spark_config(master: str, driver_memory: str | None = None) -> dict[str, str]:
-    """Properties of a session that this process drives."""
-    config = {
-        "spark.master": master,
-        "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": "false",
-        # Nothing here is served to others; without this Spark wants a host name that resolves.
-        "spark.driver.bindAddress": "127.0.0.1",
-        "spark.driver.host": "127.0.0.1",
-    }
-    if not master.startswith("local"):
-        config = {"spark.master": master, "spark.ui.showConsoleProgress": "false"}
-    return config | {"spark.driver.memory": driver_memory or f"{default_driver_memory_mb()}m"}
-
-
-def default_driver_memory_mb() -> int:
-    """Memory for an embedded Spark: a third of the machine's, from 1 to 8 GB."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEGABYTE
-    return min(8192, max(1024, total // 3))
 
 
 @contextmanager

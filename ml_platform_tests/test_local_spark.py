@@ -1,0 +1,84 @@
+"""Properties of an embedded session, and the archive of Spark's classes: used where it fits, never in the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ml_platform import class_archive
+from ml_platform.dev_cloud.spark_submit import spark_home
+from ml_platform.local_spark import CLASS_ARCHIVE, class_archive_config, default_spark_config
+
+
+def java_command(config: dict[str, str]) -> list[str]:
+    """The command that Spark's own launcher makes of the properties, up to the main class."""
+    conf = [word for name, value in config.items() for word in ("--conf", f"{name}={value}")]
+    java = f"{os.environ['JAVA_HOME']}/bin/java" if "JAVA_HOME" in os.environ else "java"
+    launcher = [java, "-cp", f"{spark_home()}/jars/*", "org.apache.spark.launcher.Main"]
+    done = subprocess.run(
+        [*launcher, "org.apache.spark.deploy.SparkSubmit", *conf, "pyspark-shell"],
+        env={**os.environ, "SPARK_HOME": spark_home(), "SPARK_SCALA_VERSION": "2.13"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    words = [word.strip("\n") for word in done.stdout.split("\0")]
+    start = next(index for index, word in enumerate(words) if word.endswith("java"))
+    return words[start : words.index("org.apache.spark.deploy.SparkSubmit")]
+
+
+def test_without_an_archive_java_is_told_of_none(tmp_path: Path) -> None:
+    assert class_archive_config(tmp_path / "none.jsa") == {}
+    (tmp_path / "failed.jsa").touch()
+    assert class_archive_config(tmp_path / "failed.jsa") == {}
+
+
+@pytest.mark.parametrize("name", ["plain", "two words", 'a "quoted" one', "back\\slash", "single's"])
+def test_java_is_given_the_path_as_it_is(tmp_path: Path, name: str) -> None:
+    archive = tmp_path / name / "spark.jsa"
+    archive.parent.mkdir()
+    archive.write_bytes(b"x")
+
+    assert f"-XX:SharedArchiveFile={archive}" in java_command(class_archive_config(archive))
+
+
+def test_java_takes_the_archive_of_this_environment() -> None:
+    if not class_archive_config(CLASS_ARCHIVE):
+        pytest.skip("no archive was made in this environment: make classes")
+    command = [*java_command(default_spark_config("local[2]")), "-Xshare:on", "-Xlog:cds=info", "-version"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Mapped dynamic" in done.stdout, done.stdout
+
+
+def test_other_jars_go_without_it(tmp_path: Path) -> None:
+    if not class_archive_config(CLASS_ARCHIVE):
+        pytest.skip("no archive was made in this environment: make classes")
+    command = java_command(default_spark_config("local[2]"))
+    command[command.index("-cp") + 1] = str(tmp_path)
+
+    done = subprocess.run([*command, "-version"], capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert "archive" not in done.stdout + done.stderr
+
+
+def test_a_failure_is_said_in_one_line_and_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "no java"))
+    monkeypatch.setattr(sys, "argv", ["class_archive", "--output", str(tmp_path / "spark.jsa")])
+
+    class_archive.main()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["spark.jsa"]
+    assert (tmp_path / "spark.jsa").read_bytes() == b""
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Spark's class archive was not made; each start of Spark takes longer: ")
