@@ -129,6 +129,15 @@ def test_a_file_made_alone_is_the_same() -> None:
     assert files[2] == write(in_sequence, 2)
 
 
+def test_a_fault_can_be_left_out() -> None:
+    settings = {**SMALL, "fault_rate": 1000}
+    _, everything = write(Simulation(**settings), 0)
+    _, truth = write(Simulation(**settings, without=("conflicting_duplicate",)), 0)
+    assert everything.counts["conflicting_duplicate"] > 0
+    assert truth.counts["conflicting_duplicate"] == 0
+    assert truth.counts["duplicate"] > 0
+
+
 def test_seeds_differ() -> None:
     assert write(Simulation(**SMALL, seed=1))[0] != write(Simulation(**SMALL, seed=2))[0]
 
@@ -374,6 +383,7 @@ def test_files_are_named_by_their_first_day() -> None:
         ({"fault_rate": -0.1}, "fault_rate is -0.1: give a number from 0"),
         ({"fault_rate": 1001}, "fault_rate is 1001: give a number from 0"),
         ({"fault_rate": float("nan")}, "fault_rate is nan"),
+        ({"without": ("duplicates",)}, "without names duplicates: the faults are duplicate, "),
         ({"large_amount": -1.0}, "large_amount is -1.0: give 0 or more"),
         ({"compromised_terminal_days": -1}, "compromised_terminal_days is -1: give 0"),
         ({"compromised_customer_days": -1}, "compromised_customer_days is -1: give 0"),
