@@ -1,0 +1,87 @@
+"""What a new file costs in a lake that has grown: the files that Spark opens, by Spark's own metrics."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import dagster as dg
+import pytest
+
+from ml_platform.assets.cleaned import cleaned_transactions
+from ml_platform.assets.features import transaction_features
+from ml_platform.assets.raw import raw_transactions
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
+from ml_platform.resources.spark import SparkEngine
+from ml_platform.simulator import Simulation
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+pytestmark = pytest.mark.spark
+
+#: Files of 30 days; the history of features reaches into two of them.
+SIMULATION = Simulation(customers=20, terminals=40, fault_rate=0)
+
+
+class SessionEngine(SparkEngine):
+    """Runs the jobs in the tests' own session."""
+
+    session: ClassVar[SparkSession]
+
+    def _execute(
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str,
+    ) -> dict[str, Any]:
+        report: dict[str, Any] = importlib.import_module(f"spark_jobs.{job}").run(self.session, request)
+        return report
+
+
+def files_read(spark: SparkSession) -> int:
+    """Files that all queries of the session have opened so far."""
+    spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
+    store = spark._jsparkSession.sharedState().statusStore()
+    executions = store.executionsList()
+    # By accumulator: a plan that was adapted while it ran lists the same scan several times.
+    found: dict[tuple[int, int], int] = {}
+    for execution in (executions.apply(number) for number in range(executions.size())):
+        metrics, values = execution.metrics(), store.executionMetrics(execution.executionId())
+        for metric in (metrics.apply(number) for number in range(metrics.size())):
+            value = values.get(metric.accumulatorId())
+            if metric.name() == "number of files read" and value.isDefined():
+                found[execution.executionId(), metric.accumulatorId()] = int(value.get().replace(",", ""))
+    return sum(found.values())
+
+
+def test_old_partitions_are_not_read(
+    spark: SparkSession, lake: LakeResource, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SessionEngine, "session", spark, raising=False)
+    keys = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(5)]
+    read: dict[str, list[int]] = {CLEANED: [], FEATURES: []}
+    for index, key in enumerate(keys):
+        with lake.raw.open_new(f"{key}.txt") as out:
+            SIMULATION.write_file(index, out)
+        instance.add_dynamic_partitions("raw_files", [key])
+        for asset in (cleaned_transactions, transaction_features):
+            before = files_read(spark)
+            done = dg.materialize(
+                [raw_transactions, cleaned_transactions, transaction_features],
+                selection=[asset],
+                partition_key=key,
+                instance=instance,
+                resources={"lake": lake, "spark": SessionEngine()},
+            )
+            assert done.success
+            read[asset.key.to_user_string()].append(files_read(spark) - before)
+    assert read[CLEANED] == [1] * len(keys)
+    # The history reaches into the two partitions before; Spark reads both, and the partition itself.
+    first, second, *others = read[FEATURES]
+    assert 0 < first < second < others[0]
+    assert others == others[:1] * len(others)
