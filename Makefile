@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup classes demo dev test lint benchmark clean constraints
+.PHONY: help setup classes demo dev test lint audit benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -48,6 +48,12 @@ lint: setup ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: setup ## look up the pinned versions among known vulnerabilities (needs PyPI itself, no mirror)
+	@$(BIN)/python -m pip check
+	@$(BIN)/python -m venv .audit
+	@.audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@.audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
 benchmark: classes ## small versions of the benchmarks (docs/performance.md has the large ones)
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
 	@$(WITH_JAVA) \
@@ -59,7 +65,7 @@ benchmark: classes ## small versions of the benchmarks (docs/performance.md has 
 
 clean: ## remove .venv, data, Dagster's state and caches
 	rm -rf .venv data .dagster_home build *.egg-info spark-warehouse metastore_db derby.log mlruns mlartifacts
-	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .audit .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 constraints: setup ## renew constraints.txt for changed dependencies (UV_ARGS=--upgrade: all of them)

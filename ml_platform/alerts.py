@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import dagster as dg
 
+from ml_platform.outside_text import chat
 from ml_platform.partitions import PARTITION_TAG, RANGE_END_TAG, RANGE_START_TAG
 from ml_platform.settings import AlertSettings
 
@@ -238,7 +239,7 @@ class Webhook:
 
     def send(self, runs: Sequence[FailedRun]) -> None:
         url = str(self._settings.read_webhook_url())
-        body = {"text": as_text(runs), "runs": [{**asdict(run), "steps": dict(run.steps)} for run in runs]}
+        body = {"text": chat(as_text(runs)), "runs": [{**asdict(run), "steps": dict(run.steps)} for run in runs]}
         try:
             request = urllib.request.Request(
                 url,

@@ -12,6 +12,7 @@ from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import Reports, instant, transaction_features
 from ml_platform.assets.gate import DECISION_FILE
 from ml_platform.assets.model import fraud_model
+from ml_platform.outside_text import markdown, printable
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.spark import job_file
@@ -138,13 +139,13 @@ def _judge(
     for key in context.partition_keys:
         if problem := problem_of(key):
             problems[key] = problem
-            context.log.warning(f"{check.name}: {key}: {problem}")
+            context.log.warning(f"{check.name}: {printable(key)}: {printable(problem)}")
         evaluation = dg.AssetCheckEvaluation(
             asset_key=check.asset_key,
             check_name=check.name,
             passed=key not in problems,
             severity=severity,
-            description=problem,
+            description=markdown(problem) if problem else None,
             metadata=dict(measure(key)),
             partition=key,
         )
@@ -153,7 +154,7 @@ def _judge(
     return dg.AssetCheckResult(
         passed=not problems,
         severity=severity,
-        description="; ".join(f"{key}: {problem}" for key, problem in problems.items()) or None,
+        description=markdown("; ".join(f"{key}: {problem}" for key, problem in problems.items())) or None,
         metadata={"partitions_checked": len(context.partition_keys), "problems": dg.JsonMetadataValue(problems)},
     )
 
@@ -267,7 +268,7 @@ def promotion(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.
         return {
             "outcome": decision["outcome"],
             "promoted": decision["apply"],
-            "reasons": dg.MetadataValue.md("\n".join(f"* {reason}" for reason in decision["reasons"])),
+            "reasons": dg.MetadataValue.text(" ".join(decision["reasons"])),
             "figures": dg.JsonMetadataValue(decision["figures"]),
         }
 

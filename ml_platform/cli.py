@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ml_platform.outside_text import printable
 from ml_platform.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
@@ -73,10 +74,16 @@ def main() -> None:
             error, (CommandError, SettingsError, DataprocError, SchemaVersionError, StorageError, S3AError)
         )
         prefix = "" if known else f"{type(error).__name__}: "
-        errors.print(f"error: {prefix}{lines[0]}", style="red", markup=False, highlight=False, soft_wrap=True)
+        line = printable(f"error: {prefix}{lines[0]}")
+        errors.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
         if not known:
             errors.print("(ml-platform --traceback … shows where it happened)", style="dim", soft_wrap=True)
         sys.exit(1)
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """`text` as it stands: neither rich nor the terminal finds anything in it to obey."""
+    return Text(printable(text), style=style)
 
 
 def _lake(settings: Settings) -> LakeResource:
@@ -244,7 +251,7 @@ def migrate(
     table = Table("table", "raw file", "schema", "", title="Partitions of an older version")
     outcomes = list(migrate_lake(lake, dry_run=dry_run))
     for item in outcomes:
-        table.add_row(item.table, Text(item.key), str(item.version), Text(item.outcome))
+        table.add_row(item.table, _plain(item.key), str(item.version), _plain(item.outcome))
     console.print(table if outcomes else f"Nothing of an older version is in {escape(settings.lake_uri)}.")
     if dry_run and any(item.can_move for item in outcomes):
         console.print("This was a dry run: without --dry-run it is done.")
@@ -285,7 +292,7 @@ def _show_champion(settings: Settings) -> None:
         ("learner", "learner"),
         ("Dagster run", "dagster.run_id"),
     ):
-        table.add_row(label, Text(champion.tags.get(tag, "not recorded")))
+        table.add_row(label, _plain(champion.tags.get(tag, "not recorded")))
     table.add_section()
     for name, value in sorted(run.data.metrics.items()):
         if name.startswith("test_"):
@@ -371,9 +378,9 @@ def clusters_list() -> None:
         for cluster in clusters:
             reason = why_orphaned(instance, cluster)
             made = datetime.fromtimestamp(cluster.created_at, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-            verdict = Text(f"left over: {reason}", style="red") if reason else Text("in use", style="green")
+            verdict = _plain(f"left over: {reason}", "red") if reason else _plain("in use", "green")
             run_id = cluster.labels.get("dagster-run-id", "")
-            table.add_row(Text(cluster.name), Text(cluster.id), cluster.status, made, Text(run_id), verdict)
+            table.add_row(_plain(cluster.name), _plain(cluster.id), cluster.status, made, _plain(run_id), verdict)
     console.print(table if clusters else "This deployment has no clusters.")
 
 
@@ -413,7 +420,7 @@ def clusters_delete(
 
 
 def _updater(status: Status) -> Callable[[str], None]:
-    return lambda text: status.update(escape(text))
+    return lambda text: status.update(_plain(text))
 
 
 @app.command("dev-cloud")
@@ -479,7 +486,7 @@ def doctor() -> None:
                 (str(error).strip().splitlines() or [type(error).__name__])[0],
                 "[red]wrong[/red]",
             )
-        table.add_row(name, verdict, Text(found))
+        table.add_row(name, verdict, _plain(found))
     console.print(table)
     if failures:
         raise CommandError(f"{failures} of {len(checks)} checks failed")

@@ -67,7 +67,8 @@ def build_resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
         "lake": LakeResource(raw_uri=settings.raw_uri, lake_uri=settings.lake_uri, epoch=settings.epoch.isoformat()),
         "spark": build_engine(settings),
         "mlflow": MlflowResource(
-            tracking_uri=settings.tracking_uri,
+            # By the variable's name where it is set: it may hold a password, and Dagster shows what it is given.
+            tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if settings.mlflow_tracking_uri else settings.tracking_uri,
             artifact_root=settings.artifact_root,
             ui_url=settings.mlflow_ui_url,
         ),

@@ -37,6 +37,14 @@ def partition_key(object_name: str) -> str:
     return key
 
 
+def is_partition_key(text: str) -> bool:
+    """Whether `text` is the key of some raw file's partition."""
+    try:
+        return partition_key(text + RAW_SUFFIX) == text
+    except ValueError:
+        return False
+
+
 def range_tags(start: str, end: str) -> dict[str, str]:
     """Run tags of a run over the partitions from `start` to `end`, both included, in order of registration."""
     return {RANGE_START_TAG: start, RANGE_END_TAG: end}

@@ -7,6 +7,7 @@ import email.policy
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import threading
@@ -551,6 +552,17 @@ class TestSensor:
         tick(found)
         (shown,) = json.loads(hook.posts[0][2])["runs"]
         assert shown["partitions"] == "a [31m"
+
+    def test_nothing_in_a_chat_is_a_link_or_calls_everybody(
+        self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance
+    ):
+        found = settings(webhook_url=hook.url)
+        tick(found)
+        fail(instance, **{"dagster/partition": "<!channel> @all ![x](https://evil.example/p.png)"})
+        tick(found)
+        body = json.loads(hook.posts[0][2])
+        assert not re.search(r"[<>@]|\]\(", body["text"])
+        assert body["runs"][0]["partitions"].startswith("<!channel>")
 
     def test_a_destination_that_is_down_loses_nothing(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance):
         found = settings(webhook_url=hook.url)

@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the bottom up. A module imports from its own layer or below; the first name that fits counts.
 LAYERS = [
-    ("dataproc_api", "local_spark", "s3a", "code_archive", "partitions", "figures", "promotion", "run_processes"),
+    ("dataproc_api", "local_spark", "s3a", "code_archive", "partitions", "figures", "promotion"),
+    ("run_processes", "outside_text"),
     ("simulator", "sizing", "settings", "dev_cloud"),
     ("class_archive",),
     ("resources",),
     ("alerts", "migrations", "orphans"),
     ("assets", "checks", "jobs", "sensors"),
     ("definitions",),
-    ("cli",),
+    ("cli", "webserver"),
 ]
 #: The images have pandas and PyArrow too, through which the features pass.
 ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "spark_jobs"}

@@ -149,10 +149,9 @@ def test_resources(monkeypatch: pytest.MonkeyPatch):
     values = {key: resource.model_dump() for key, resource in resources.items()}
     assert values["lake"] == {"raw_uri": "s3://bucket/raw", "lake_uri": "/lake", "epoch": "2018-04-01"}
     assert values["spark"]["master"] == "local[3]"
-    assert (values["mlflow"]["tracking_uri"], values["mlflow"]["artifact_root"]) == (
-        "http://mlflow.example",
-        None,
-    )
+    assert values["mlflow"]["artifact_root"] is None
+    with dg.build_resources({"mlflow": resources["mlflow"]}) as opened:
+        assert opened.mlflow.tracking_uri == "http://mlflow.example"
 
 
 # --- The yandex deployment

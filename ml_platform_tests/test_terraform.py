@@ -264,6 +264,18 @@ def test_the_roles_are_those_of_the_readme():
     assert granted_roles() == listed
 
 
+def test_the_calls_of_the_readme_are_those_of_the_client():
+    """Whoever adds a call looks whether the roles allow it."""
+    source = (DIRECTORY.parents[1] / "ml_platform" / "dataproc_api.py").read_text()
+    called = set(re.findall(r'\b(Cluster|Job|Operation)ServiceStub,\s*"(\w+)"', source))
+    called |= {(service, "List") for service in re.findall(r"_pages\(\s*(Cluster|Job)ServiceStub", source)}
+    # Which service, and any number of its methods.
+    cells = re.findall(r"(Cluster|Job|Operation)Service ((?:[A-Z]\w+(?:, )?)+)", README)
+    listed = {(service, method) for service, methods in cells for method in re.findall(r"\w+", methods)}
+    assert called
+    assert called == listed
+
+
 def test_no_role_is_wider_than_its_use():
     granted = granted_roles()
     assert not [role for role, _, _ in granted if TOO_WIDE.search(role)]

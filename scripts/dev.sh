@@ -115,7 +115,9 @@ else
     say "MLflow  http://127.0.0.1:$mlflow_port"
 fi
 say "Dagster http://127.0.0.1:$port (Ctrl-C stops both)"
-start INT .venv/bin/dagster dev -w workspace.yaml -h 127.0.0.1 -p "$port"
+# `dagster dev`, but for a webserver that does not obey the pages of other sites.
+start INT .venv/bin/python -c 'from ml_platform.webserver import dev; dev()' \
+    -w workspace.yaml -h 127.0.0.1 -p "$port"
 status=0
 wait -n || status=$?
 say "a service ended with status $status"

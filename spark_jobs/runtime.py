@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Tuple
 from spark_jobs.progress import Progress
 
 if TYPE_CHECKING:
+    from pyspark.ml import PipelineModel
     from pyspark.sql import Column, DataFrame, SparkSession
 
     Observed = Tuple[DataFrame, Callable[[], Dict[str, Any]]]
@@ -84,6 +85,57 @@ def set_shuffle_partitions(spark: SparkSession, input_bytes: int) -> None:
 def literal_path(uri: str) -> str:
     """`uri` as Spark's readers take it: they expand glob characters, which here are part of a name."""
     return re.sub(r"([\[\]{}*?\\])", r"\\\1", uri)
+
+
+def read_parquet(spark: SparkSession, *uris: str) -> DataFrame:
+    """Rows of Parquet files, whose columns are of Spark's own types.
+
+    Raises ValueError if a column is of a user-defined type: the file names the Python class of such a type, which
+    PySpark imports and calls, and before 4.3 it unpickles what the file holds. Whoever may write to the lake could so
+    run code here.
+    """
+    frame = spark.read.parquet(*[literal_path(uri) for uri in uris])
+    # The JVM's schema: to ask for PySpark's would be to run that code.
+    jdf: Any = frame._jdf
+    if '"udt"' in jdf.schema().json():
+        raise ValueError(f"{uris[0]} has a column of a user-defined type, which no job has written")
+    return frame
+
+
+#: What the models of train_model are made of, and `PipelineModel` as either language calls it.
+_MODEL_CLASSES = {
+    "pyspark.ml.pipeline.PipelineModel",
+    "org.apache.spark.ml.PipelineModel",
+    "org.apache.spark.ml.feature.VectorAssembler",
+    "org.apache.spark.ml.classification.LogisticRegressionModel",
+    "org.apache.spark.ml.classification.GBTClassificationModel",
+    "org.apache.spark.ml.classification.RandomForestClassificationModel",
+}
+
+
+def load_model(spark: SparkSession, uri: str) -> PipelineModel:
+    """A saved model.
+
+    Raises ValueError if it is made of something that train_model does not save: a saved model names its classes, and
+    PySpark imports whatever is named, and calls its method ``load``.
+    """
+    from pyspark.ml import PipelineModel
+    from pyspark.ml.pipeline import PipelineSharedReadWrite
+    from pyspark.ml.util import DefaultParamsReader
+
+    context = spark.sparkContext
+    metadata = DefaultParamsReader.loadMetadata(uri, context)
+    uids = metadata["paramMap"]["stageUids"]
+    classes = {metadata["class"]}
+    for number, uid in enumerate(uids):
+        if not re.fullmatch("[A-Za-z0-9_]+", uid):
+            raise ValueError(f"the model in {uri} names a stage {uid!r}")
+        path = PipelineSharedReadWrite.getStagePath(uid, number, len(uids), f"{uri}/stages")
+        classes.add(DefaultParamsReader.loadMetadata(path, context)["class"])
+    foreign = sorted(classes - _MODEL_CLASSES)
+    if foreign:
+        raise ValueError("the model in {} has parts that no job has written: {}".format(uri, ", ".join(foreign)))
+    return PipelineModel.load(uri)
 
 
 class Files:
@@ -236,11 +288,12 @@ def for_each_partition(
 
 
 def describe(error: BaseException) -> str:
-    """An error in at most a few hundred characters: its own words, without the JVM's stack."""
+    """An error in at most a few hundred printable characters: its own words, without the JVM's stack."""
     java = getattr(error, "java_exception", None)
     text = (java.toString() if java is not None else None) or str(error) or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "{}: {}".format(type(error).__name__, lines[0] if lines else "")[:500]
+    line = "".join(char if char.isprintable() else " " for char in lines[0]) if lines else ""
+    return f"{type(error).__name__}: {line}"[:500]
 
 
 def main(run: Callable[[SparkSession, dict[str, Any]], dict[str, Any]], app_name: str) -> None:

@@ -244,7 +244,7 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
         scores_uri = settings["output_uri"].rstrip("/") + "/test_scores"
         champion = write_scores(spark, test, pipeline, settings["champion"], scores_uri)
     with clock.phase("evaluate"):
-        scores = spark.read.parquet(runtime.literal_path(scores_uri))
+        scores = runtime.read_parquet(spark, scores_uri)
         metrics = _metrics(scores, champion, settings["alerts_per_day"])
         tables = evaluation.tables(scores, test.where("tx_fraud = 1"), "score", settings["alerts_per_day"])
     log.info("test: %s", metrics)
@@ -505,7 +505,7 @@ def write_scores(
     def write(scored: DataFrame, champion_score: Column) -> tuple[int, int, int]:
         frame = scored.select(*SCORED_COLUMNS, "score", champion_score.cast("double").alias("champion_score"))
         frame.write.mode("overwrite").parquet(scores_uri)
-        counts = spark.read.parquet(runtime.literal_path(scores_uri)).agg(
+        counts = runtime.read_parquet(spark, scores_uri).agg(
             F.count(F.lit(1)), _numbers("score"), _numbers("champion_score")
         )
         rows, scores, champion_scores = counts.collect()[0]
@@ -537,12 +537,10 @@ def write_scores(
 
 
 def _champion_scored(scored: DataFrame, champion: dict[str, Any]) -> DataFrame:
-    from pyspark.ml import PipelineModel
-
     missing = [name for name in champion["features"] if name not in scored.columns]
     if missing:
         raise ValueError("it needs features that these partitions do not have: {}".format(", ".join(missing)))
-    model = PipelineModel.load(champion["model_uri"])
+    model = runtime.load_model(runtime.session(scored), champion["model_uri"])
     return model.transform(scored).withColumn("champion_score", _probability())
 
 
@@ -595,7 +593,7 @@ def _points(candidates: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]
 
 
 def _read_features(spark: SparkSession, settings: dict[str, Any]) -> DataFrame:
-    frame = spark.read.parquet(*[runtime.literal_path(uri) for uri in settings["feature_uris"]])
+    frame = runtime.read_parquet(spark, *settings["feature_uris"])
     missing = [
         name for name in (*SCORED_COLUMNS, "tx_fraud_scenario", *settings["features"]) if name not in frame.columns
     ]

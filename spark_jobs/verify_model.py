@@ -27,17 +27,16 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     Returns ``schema_version``, ``run_id``, ``rows`` (scored again), ``max_difference`` (of a row's two scores; None
     without rows), ``spark_version``, ``seconds``. Raises if the model cannot be loaded.
     """
-    from pyspark.ml import PipelineModel
     from pyspark.ml.functions import vector_to_array
     from pyspark.sql import functions as F
 
     started = time.monotonic()
     runtime.configure(spark)
-    model = PipelineModel.load(request["model_uri"])
-    scores = spark.read.parquet(runtime.literal_path(request["scores_uri"])).select("transaction_id", "score")
+    model = runtime.load_model(spark, request["model_uri"])
+    scores = runtime.read_parquet(spark, request["scores_uri"]).select("transaction_id", "score")
     share = max(1, scores.count() // SAMPLE_ROWS)
     sample = scores.where(F.expr(f"pmod(xxhash64(transaction_id), {share}) = 0"))
-    features = spark.read.parquet(runtime.literal_path(request["features_uri"]))
+    features = runtime.read_parquet(spark, request["features_uri"])
     rows = features.select("transaction_id", *request["features"]).join(F.broadcast(sample), "transaction_id")
     again = model.transform(rows).select("score", vector_to_array(F.col("probability"))[1].alias("again"))
     found = again.agg(F.count(F.lit(1)).alias("rows"), F.expr("max(abs(score - again))").alias("difference")).first()

@@ -5,6 +5,8 @@ from typing import Any
 
 import dagster as dg
 
+from ml_platform.outside_text import printable
+
 OWNERS = ["team:ml-platform"]
 
 
@@ -48,7 +50,7 @@ def conclude(
         else:
             context.log_event(dg.AssetMaterialization(context.asset_key, metadata=metadata, partition=key))
     if failed:
-        listed = "; ".join(f"{key}: {reason}" for key, reason in failed.items())
+        listed = printable("; ".join(f"{key}: {reason}" for key, reason in failed.items()))
         raise dg.Failure(
             f"{len(failed)} of {len(succeeded) + len(failed)} partitions of {context.asset_key.to_user_string()} "
             f"failed ({len(succeeded)} are done): {listed}",
@@ -67,4 +69,4 @@ def split_verdicts(verdicts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str,
 def some_of(keys: Sequence[str], limit: int = 5) -> str:
     """A list of partitions, cut where it gets long."""
     rest = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + rest
+    return printable(", ".join(keys[:limit])) + rest

@@ -222,7 +222,7 @@ def _train(
         "outcome": report["outcome"],
         "is_champion": decision.apply,
         "promotion": decision.outcome,
-        "promotion_reasons": dg.MetadataValue.md("\n".join(f"* {reason}" for reason in decision.reasons)),
+        "promotion_reasons": dg.MetadataValue.text(" ".join(decision.reasons)),
         "model_version": int(version.version),
         "champion_version": int(version.version if decision.apply or champion is None else champion.version),
         **metadata,

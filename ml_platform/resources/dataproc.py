@@ -34,6 +34,7 @@ from ml_platform.dataproc_api import (
     job_name,
     slug,
 )
+from ml_platform.outside_text import printable
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.spark import SparkEngine, job_file
 from ml_platform.run_processes import note_process
@@ -362,7 +363,7 @@ class DataprocEngine(SparkEngine):
             return
         text.append(new)
         for start in range(0, len(new), LOG_PIECE):
-            context.log.info(new[start : start + LOG_PIECE].rstrip("\n"))
+            context.log.info(printable(new[start : start + LOG_PIECE].rstrip("\n"), keep="\n\t"))
 
     def _upload_code(self, lake: LakeResource, job: str) -> str:
         """Directory in the lake with the code that jobs run; uploaded where it is not there yet, and read back."""

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.partitions import RAW_SUFFIX, partition_key
+from ml_platform.partitions import RAW_SUFFIX, is_partition_key, partition_key
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 CLEANED = "cleaned_transactions"
@@ -63,8 +63,15 @@ class RawFile:
         return {"uri": self.uri, "size": self.size, "fingerprint": self.fingerprint}
 
 
+def checked(name: str) -> str:
+    """`name`, if it stays below the root of a store. Raises ValueError: it leads out of it."""
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"{name!r} is no name in the lake: it leads out of it")
+    return name
+
+
 class Store(Protocol):
-    """A tree of files. Names are relative to its root and separated by ``/``."""
+    """A tree of files. Names are relative to its root and separated by ``/``; others are a ValueError."""
 
     def spark_uri(self, name: str = "") -> str:
         """URI of `name` as Spark takes it."""
@@ -100,12 +107,15 @@ class LocalStore:
     def __init__(self, root: str) -> None:
         self._root = Path(root)
 
+    def _path(self, name: str) -> Path:
+        return self._root / checked(name)
+
     def spark_uri(self, name: str = "") -> str:
-        return f"file://{self._root / name}".rstrip("/")
+        return f"file://{self._path(name)}".rstrip("/")
 
     def list_directory(self, name: str = "") -> Iterator[StoredFile]:
         try:
-            entries = os.scandir(self._root / name)
+            entries = os.scandir(self._path(name))
         except FileNotFoundError:
             return
         with entries:
@@ -119,20 +129,20 @@ class LocalStore:
 
     def list_reports(self, name: str) -> Iterator[str]:
         try:
-            entries = os.scandir(self._root / name)
+            entries = os.scandir(self._path(name))
         except FileNotFoundError:
             return
         with entries:
             for entry in entries:
                 report = f"{name}/{entry.name}/{REPORT_NAME}"
-                if (self._root / report).is_file():
+                if self._path(report).is_file():
                     yield report
 
     def read(self, name: str) -> bytes:
-        return (self._root / name).read_bytes()
+        return self._path(name).read_bytes()
 
     def read_start(self, name: str) -> bytes:
-        with (self._root / name).open("rb") as file:
+        with self._path(name).open("rb") as file:
             return file.read(1)
 
     def write(self, name: str, content: bytes) -> None:
@@ -140,17 +150,17 @@ class LocalStore:
             file.write(content)
 
     def open_new(self, name: str) -> BinaryIO:
-        return _Draft(self._root / name)  # type: ignore[return-value]
+        return _Draft(self._path(name))  # type: ignore[return-value]
 
     def download(self, name: str, target: Path) -> None:
         import shutil
 
-        shutil.copytree(self._root / name, target, dirs_exist_ok=True)
+        shutil.copytree(self._path(name), target, dirs_exist_ok=True)
 
     def upload(self, source: Path, name: str) -> None:
         import shutil
 
-        shutil.copytree(source, self._root / name, dirs_exist_ok=True)
+        shutil.copytree(source, self._path(name), dirs_exist_ok=True)
 
 
 class _Draft:
@@ -190,11 +200,14 @@ class S3Store:
             return _s3_resource().get_client()
 
     def spark_uri(self, name: str = "") -> str:
-        return f"s3a://{self._bucket}/{self._prefix}{name}".rstrip("/")
+        return f"s3a://{self._bucket}/{self._key(name)}".rstrip("/")
+
+    def _key(self, name: str) -> str:
+        return self._prefix + checked(name)
 
     def _objects(self, prefix: str, delimiter: str = "") -> Iterator[Mapping[str, Any]]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix, Delimiter=delimiter
+            Bucket=self._bucket, Prefix=self._key(prefix), Delimiter=delimiter
         )
         with _named_variables(self._bucket):
             for page in pages:
@@ -215,20 +228,20 @@ class S3Store:
                 yield below
 
     def read(self, name: str) -> bytes:
-        with _named_variables(self._bucket, self._prefix + name):
-            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
+        with _named_variables(self._bucket, self._key(name)):
+            return self._client.get_object(Bucket=self._bucket, Key=self._key(name))["Body"].read()
 
     def read_start(self, name: str) -> bytes:
-        with _named_variables(self._bucket, self._prefix + name):
-            item = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range="bytes=0-0")
+        with _named_variables(self._bucket, self._key(name)):
+            item = self._client.get_object(Bucket=self._bucket, Key=self._key(name), Range="bytes=0-0")
             return item["Body"].read()
 
     def write(self, name: str, content: bytes) -> None:
-        with _named_variables(self._bucket, self._prefix + name):
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
+        with _named_variables(self._bucket, self._key(name)):
+            self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=content)
 
     def open_new(self, name: str) -> BinaryIO:
-        return _Upload(self._client, self._bucket, self._prefix + name)  # type: ignore[return-value]
+        return _Upload(self._client, self._bucket, self._key(name))  # type: ignore[return-value]
 
     def download(self, name: str, target: Path) -> None:
         prefix = f"{name}/"
@@ -236,7 +249,8 @@ class S3Store:
             below = item["Key"][len(self._prefix + prefix) :]
             if below.endswith("/") or not below:  # a directory's placeholder
                 continue
-            path = target / below
+            # An object may have any name, with which it would leave the directory.
+            path = target / checked(below)
             path.parent.mkdir(parents=True, exist_ok=True)
             with _named_variables(self._bucket, item["Key"]):
                 self._client.download_file(self._bucket, item["Key"], str(path))
@@ -244,7 +258,7 @@ class S3Store:
     def upload(self, source: Path, name: str) -> None:
         for path in source.rglob("*"):
             if path.is_file():
-                key = f"{self._prefix}{name}/{path.relative_to(source).as_posix()}"
+                key = self._key(f"{name}/{path.relative_to(source).as_posix()}")
                 with _named_variables(self._bucket, key):
                     self._client.upload_file(str(path), self._bucket, key)
 
@@ -407,7 +421,12 @@ class LakeResource(dg.ConfigurableResource):
     def split_reports(self, table: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """What `reports` and `outdated_reports` return, each report read once."""
         prefix = f"{table}/raw_file="
-        names = [name for name in self.store.list_reports(table) if name.startswith(prefix)]
+        names = [
+            name
+            for name in self.store.list_reports(table)
+            # Whoever writes to the lake may name a directory as he likes; the platform only makes keys.
+            if name.startswith(prefix) and is_partition_key(name.removeprefix(prefix).removesuffix(f"/{REPORT_NAME}"))
+        ]
         current: dict[str, dict[str, Any]] = {}
         outdated: dict[str, dict[str, Any]] = {}
         with ThreadPoolExecutor(READERS) as pool:

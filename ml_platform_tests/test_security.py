@@ -1,0 +1,669 @@
+"""What docs/security.md promises: names that lead elsewhere, text that is more than text, data as code, secrets."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import dagster as dg
+import pytest
+import yaml
+
+from ml_platform import checks, outside_text, webserver
+from ml_platform.partitions import is_partition_key
+from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, S3Store, Store
+from ml_platform.sensors import plan_runs
+from ml_platform.webserver import OwnPagesOnly
+from ml_platform_tests.fakes import definitions, put_cleaned, put_raw, put_report, raw_spec, run_assets
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Names that would lead out of the lake.
+OUTWARD = ["../x", "..", "a/../../b", "/etc/passwd", "models/../../x", "a/..", "a\0b"]
+
+#: Keys that no raw file has; Dagster takes them from a program.
+HOSTILE_KEYS = [
+    "../../outside",
+    "..",
+    "a/../../../outside",
+    "/etc/passwd",
+    "%2e%2e%2foutside",
+    "raw_file=good",
+    "*",
+    "good/../good",
+    "good\nINFO forged",
+    "\x1b[2Jgood",
+    "good\0",
+    "<b>good</b>",
+    "x" * 1000,
+]
+
+#: What a file, a note or an error may say.
+HOSTILE_TEXTS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "![pixel](https://evil.example/p.png)",
+    "[click](https://evil.example)",
+    "[a]: https://evil.example\n\n[a]",
+    "https://evil.example www.evil.example me@evil.example <https://evil.example>",
+    "`code` **bold** _emphasis_ ~~gone~~ | cell | \\` &lt;b&gt;",
+    "# heading\n---\n    code\n```\nfence\n```",
+    "a\n\n<b>next</b>",
+]
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", OUTWARD)
+@pytest.mark.parametrize("kind", ["directory", "bucket"])
+def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str, kind: str):
+    store: Store = LocalStore(str(tmp_path / "lake")) if kind == "directory" else S3Store("s3://bucket/lake")
+    client = mock.Mock()
+    store.__dict__["_client"] = client
+    calls = [
+        lambda: store.spark_uri(name),
+        lambda: list(store.list_directory(name)),
+        lambda: list(store.list_reports(name)),
+        lambda: store.read(name),
+        lambda: store.read_start(name),
+        lambda: store.write(name, b""),
+        lambda: store.open_new(name).__enter__(),
+        lambda: store.download(name, tmp_path / "target"),
+        lambda: store.upload(Path(__file__).parent / "spark", name),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="leads out of it"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+    assert not {"get_object", "put_object", "upload_file", "download_file"} & {call[0] for call in client.method_calls}
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "stages/../../evil"])
+def test_an_object_with_such_a_name_is_not_downloaded(tmp_path: Path, name: str):
+    """S3 keeps objects of any name, and a download makes files of them."""
+    store = S3Store("s3://bucket/lake")
+    client = store.__dict__["_client"] = mock.Mock()
+    client.get_paginator().paginate.return_value = [{"Contents": [{"Key": f"lake/models/a/{name}"}]}]
+    target = tmp_path / "a" / "b"
+    with pytest.raises(ValueError, match="leads out of it"):
+        store.download("models/a", target)
+    client.download_file.assert_not_called()
+
+
+def test_the_lake_has_no_partitions_but_those_of_keys(lake: LakeResource, tmp_path: Path):
+    put_report(lake, CLEANED, "good", {"schema_version": 1})
+    for key in ("..", "a b", "\x1b[2Jgone", "new\nline", "[red]", "<b>", ".hidden", "x" * 101, "a...b"):
+        assert not is_partition_key(key)
+        directory = tmp_path / "lake" / CLEANED / f"raw_file={key}"
+        directory.mkdir()
+        (directory / "_report.json").write_text('{"schema_version": 1}')
+    assert list(lake.reports(CLEANED)) == ["good"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "%2e%2e%2fx",
+        "..\\x",
+        "raw_file=x",
+        "a...b",
+        "x\nINFO forged",
+        "x\x1b[2J",
+        "\u202etxt",
+        "$(id)",
+        "=1+1",
+        "n" * 200,
+    ],
+)
+def test_a_raw_file_of_such_a_name_is_left_alone(lake: LakeResource, instance: dg.DagsterInstance, name: str):
+    lake.raw.write(f"{name}.txt", b"")
+    files, ignored = lake.list_raw_files()
+    assert (files, list(ignored)) == ({}, [f"{name}.txt"])
+    plan = plan_runs(instance, lake)
+    assert (plan.new_partitions, plan.ranges) == ([], [])
+    assert plan.reason.isprintable()
+
+
+def files_beside(lake: LakeResource, root: Path) -> dict[str, bytes]:
+    """All files below `root` that are not in the lake's ``_runs``."""
+    runs = root / "lake" / "_runs"
+    return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file() and runs not in path.parents}
+
+
+def test_keys_that_were_registered_by_hand(lake: LakeResource, instance: dg.DagsterInstance, tmp_path: Path):
+    """They fail, and nothing is read, written or deleted on their behalf."""
+    put_raw(lake, "good", raw_spec(0))
+    put_cleaned(lake, "good")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "promotion.json").write_text("{")
+    (outside / "_report.json").write_text("{")
+    before = files_beside(lake, tmp_path)
+    instance.add_dynamic_partitions("raw_files", HOSTILE_KEYS)
+    for asset in ("cleaned_transactions", "transaction_features", "fraud_model"):
+        result = run_assets(definitions(lake), instance, asset, keys=(HOSTILE_KEYS[0], HOSTILE_KEYS[-1]), config=None)
+        assert not result.success
+        assert [event.step_key for event in result.get_step_failure_events()][:1] == [asset]
+        error = result.get_step_failure_events()[0].step_failure_data.error
+        assert error is not None
+        assert (error.cause or error).message.strip().isprintable()
+        assert not list((tmp_path / "lake").rglob("*.request.json"))
+    assert files_beside(lake, tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["promotion", "champion_health"])
+def test_checks_read_nothing_outside_either(lake: LakeResource, tmp_path: Path, name: str):
+    """They can be run without their asset, for any partition that is registered."""
+    (tmp_path / "lake" / "models").mkdir(parents=True)
+    (tmp_path / "outside" / "r").mkdir(parents=True)
+    (tmp_path / "outside" / "r" / "promotion.json").write_text("{}")
+    context = mock.Mock(partition_keys=["../../outside"], **{"run.run_id": "r"})
+    with pytest.raises(ValueError, match="leads out of it"):
+        getattr(checks, name).op.compute_fn.decorated_fn(context, lake)
+
+
+# Text
+
+
+def rendered(text: str) -> list[Any]:
+    """What a reader of Markdown like that of Dagster's UI makes of `text`, flat."""
+    from markdown_it import MarkdownIt
+
+    reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    return [part for token in reader.parse(text) for part in (token, *(token.children or []))]
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+def test_markdown_shows_what_was_said(text: str):
+    shown = outside_text.markdown(f"model: {text}")
+    assert {token.type for token in rendered(shown)} <= {"paragraph_open", "paragraph_close", "inline", "text"}
+    plain = "".join(token.content for token in rendered(shown) if token.type == "text")
+    assert plain.replace("\u200b", "") == " ".join(f"model: {text}".split())
+    # As GitHub's readers find addresses in plain text.
+    assert not re.search(r"(?i)https?://[-.\w]|\bwww\.|[-.\w+]@[-\w]", plain)
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202eright", "\x9b31m", "\u200f", "a\x00"])
+def test_control_characters_are_shown_and_not_obeyed(text: str):
+    assert outside_text.printable(text).isprintable()
+    assert outside_text.markdown(text).replace("\u200b", "").isprintable()
+    assert outside_text.printable("a\n\tb" + text, keep="\n\t").startswith("a\n\tb")
+
+
+def test_nothing_in_a_chat_is_a_link_or_calls_everybody():
+    said = outside_text.chat("<!channel> <https://evil.example|click> @all ![x](https://evil.example/p.png) a -> b")
+    assert not re.search(r"[<>@]|\]\(", said)
+    assert outside_text.chat("run: 1\nstep a: it broke (b/c.txt)") == "run: 1\nstep a: it broke (b/c.txt)"
+
+
+def test_what_a_check_says_is_text(lake: LakeResource, instance: dg.DagsterInstance):
+    """Dagster's UI reads the description of a check as Markdown."""
+    reason = HOSTILE_TEXTS[2]
+    report = {"outcome": "too_little_data", "reason": reason}
+    decision = {"outcome": "champion_unreadable", "apply": False, "reasons": [reason], "figures": {}, "champion": None}
+    context = mock.Mock(partition_keys=["a"], **{"run.run_id": "r"})
+    check = mock.Mock(asset_key=dg.AssetKey("fraud_model"))
+    context.op_execution_context.selected_asset_check_keys = [check]
+    for name in ("enough_data", "promotion"):
+        check.name = name
+        with mock.patch.object(LakeResource, "read_json", lambda self, file: report if "_runs" in file else decision):
+            result = getattr(checks, name).op.compute_fn.decorated_fn(context, lake)
+        evaluation = context.op_execution_context.log_event.call_args.args[0]
+        assert not result.passed
+        for description in (result.description, evaluation.description):
+            assert "image" not in {token.type for token in rendered(description)}
+            assert "pixel" in description
+        assert not [value for value in evaluation.metadata.values() if isinstance(value, dg.MarkdownMetadataValue)]
+
+
+def test_only_the_summary_with_pictures_is_markdown():
+    """Its names stand in code spans: test_figures.py."""
+    uses = [
+        (path.name, ast.unparse(node))
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and re.search(r"MetadataValue\.md$|MarkdownMetadata", ast.unparse(node.func))
+    ]
+    assert uses == [("model.py", "dg.MetadataValue.md(summary)")]
+
+
+def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    from ml_platform import cli
+    from ml_platform.resources.mlflow import MlflowResource
+
+    note = "\x1b]0;owned\x07[red]fine[/red]\x1b[2J"
+    champion = mock.Mock(version=1, run_id="r", tags={"champion_why": note})
+    client = mock.Mock()
+    client.get_run.return_value.data.metrics = {}
+    monkeypatch.setattr(MlflowResource, "champion", lambda self: champion)
+    monkeypatch.setattr(MlflowResource, "client", lambda self: client)
+    cli.champion_show()
+    shown = capfd.readouterr().out
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert "[red]fine[/red]" in shown
+
+
+def test_an_error_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    from ml_platform import cli
+
+    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=cli.CommandError("no \x1b[2J[red]file")))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capfd.readouterr().err == "error: no \\x1b[2J[red]file\n"
+
+
+# Data that are code
+
+
+def modules() -> list[Path]:
+    found = [path for package in ("ml_platform", "spark_jobs", "deploy") for path in (ROOT / package).rglob("*.py")]
+    assert len(found) > 40
+    return found
+
+
+#: Modules that make objects, or programs, of bytes.
+UNSAFE_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "torch",
+    "jsonpickle",
+}
+UNSAFE_CALLS = re.compile(
+    r"^(eval|exec|compile|__import__|os\.(system|popen|exec\w*|spawn\w*))$"
+    r"|read_pickle$|to_pickle$|(^|\.)yaml\.(load|load_all|unsafe_load|full_load)$|torch\.load$|PipelineModel\.load$"
+    r"|(pyfunc|sklearn|xgboost|lightgbm|pytorch|transformers|mlflow\.spark)\.load_model$"
+)
+
+
+def unsafe_uses(source: str) -> Iterator[str]:
+    """What a module does that would run what data say."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in UNSAFE_MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            if (node.module or "").split(".")[0] in UNSAFE_MODULES:
+                yield str(node.module)
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+            unsafe = options.get("shell") == "True" or options.get("allow_pickle") == "True"
+            if unsafe or UNSAFE_CALLS.search(name) or name.endswith("read.parquet"):
+                yield name
+
+
+def test_nothing_runs_what_data_say():
+    # The two functions that look before they load: see the tests below.
+    allowed = {("runtime.py", "spark.read.parquet"), ("runtime.py", "PipelineModel.load")}
+    found = {(path.name, use) for path in modules() for use in unsafe_uses(path.read_text())}
+    assert found == allowed
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "import torch.nn",
+        "pd.read_pickle(x)",
+        "yaml.load(x)",
+        "eval(x)",
+        "subprocess.run(x, shell=True)",
+        "np.load(x, allow_pickle=True)",
+        "mlflow.pyfunc.load_model(x)",
+        "os.system(x)",
+        "spark.read.parquet(x)",
+        "PipelineModel.load(x)",
+    ],
+)
+def test_such_uses_are_found(source: str):
+    assert list(unsafe_uses(source))
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that exists once Python has imported the module ``trap_of_the_test``."""
+    (tmp_path / "code").mkdir()
+    sprung = tmp_path / "sprung"
+    (tmp_path / "code" / "trap_of_the_test.py").write_text(f"open({str(sprung)!r}, 'w').close()\nclass Trap: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    monkeypatch.delitem(sys.modules, "trap_of_the_test", raising=False)
+    return sprung
+
+
+@pytest.mark.spark
+def test_parquet_that_names_a_class(spark: Any, tmp_path: Path, trap: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from spark_jobs import runtime
+
+    kind = {"type": "udt", "pyClass": "trap_of_the_test.Trap", "serializedClass": "", "sqlType": "double"}
+    fields = [{"name": "score", "nullable": True, "metadata": {}, "type": kind}]
+    schema = json.dumps({"type": "struct", "fields": fields})
+    table = pa.table({"score": [0.5]}).replace_schema_metadata({"org.apache.spark.sql.parquet.row.metadata": schema})
+    (tmp_path / "rows").mkdir()
+    parquet.write_table(table, tmp_path / "rows" / "part-0.parquet")
+    uri = f"file://{tmp_path}/rows"
+    with pytest.raises(ValueError, match="user-defined type"):
+        runtime.read_parquet(spark, uri)
+    assert spark.read.schema("score double").parquet(uri).collect()[0].score == 0.5
+    assert parquet.read_table(tmp_path / "rows" / "part-0.parquet").column("score").to_pylist() == [0.5]
+    assert not trap.exists()
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever becomes of it, PySpark alone walks into it
+        _ = spark.read.parquet(uri).schema.fields[0].dataType.no_such_attribute
+    assert trap.exists()
+
+
+@pytest.mark.spark
+def test_a_model_that_names_a_class(spark: Any, tmp_path: Path, trap: Path):
+    from pyspark.ml import PipelineModel
+    from pyspark.ml.feature import VectorAssembler
+
+    from spark_jobs import runtime
+
+    uri = f"file://{tmp_path}/model"
+    PipelineModel(stages=[VectorAssembler(inputCols=["a"], outputCol="b")]).save(uri)
+    assert len(runtime.load_model(spark, uri).stages) == 1
+    (stage,) = (tmp_path / "model" / "stages").iterdir()
+    (part,) = (stage / "metadata").glob("part-*")
+    said = json.loads(part.read_text())
+    for checksum in (tmp_path / "model").rglob(".*.crc"):
+        checksum.unlink()
+    part.write_text(json.dumps({**said, "class": "trap_of_the_test.Trap"}))
+    with pytest.raises(ValueError, match=r"parts that no job has written: trap_of_the_test\.Trap"):
+        runtime.load_model(spark, uri)
+    assert not trap.exists()
+    with pytest.raises(AttributeError):
+        PipelineModel.load(uri)
+    assert trap.exists()
+    (part,) = (tmp_path / "model" / "metadata").glob("part-*")
+    said = json.loads(part.read_text())
+    part.write_text(json.dumps({**said, "paramMap": {**said["paramMap"], "stageUids": ["../../elsewhere"]}}))
+    with pytest.raises(ValueError, match="names a stage"):
+        runtime.load_model(spark, uri)
+
+
+@pytest.mark.spark
+def test_what_raw_lines_say_stays_among_the_rejects(spark: Any, tmp_path: Path):
+    from spark_jobs import clean_transactions
+
+    lines = [*HOSTILE_TEXTS, '=HYPERLINK("https://evil.example","x")', "\x1b[2J,1,2", "' OR 1=1 --,x"]
+    raw = tmp_path / "raw.txt"
+    raw.write_text("\n".join(lines))
+    item = {
+        "partition": "a",
+        "raw": {"uri": f"file://{raw}", "size": raw.stat().st_size, "fingerprint": "1"},
+        "output_uri": f"file://{tmp_path}/cleaned",
+        "rejected_uri": f"file://{tmp_path}/rejected",
+    }
+    report = clean_transactions.run(spark, {"run_id": "r", "epoch": "2020-01-01", "partitions": [item]})
+    said = json.dumps(report)
+    assert report["partitions"]["a"]["report"]["counts"]["clean_rows"] == 0
+    assert not re.search(r"evil|script|\\u001b|HYPERLINK|1=1", said)
+    kept = {
+        row.raw_line for row in spark.read.schema("raw_line string").parquet(f"file://{tmp_path}/rejected").collect()
+    }
+    assert lines[-3] in kept
+
+
+# Secrets and addresses
+
+SECRETS = {
+    "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*[A-Za-z0-9+/=]{20}",
+    "AWS key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "static key of Yandex": r"\bYC[A-Z][A-Za-z0-9_-]{22,}\b",
+    "token of Yandex": r"\bt1\.[A-Z0-9a-z_-]{20,}|\by[0-3]_[A-Za-z0-9_-]{30,}",
+    "token of a service": r"\b(gh[pousr]_\w{30,}|github_pat_\w{30,}|xox[abp]-[\w-]{10,}|pypi-\w{30,})",
+    "webhook": r"hooks\.slack\.com/services/T\w+/B\w+/\w+",
+    "JSON web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+    "password in an address": r"[a-z]://[^/@\s:'\"{}$<]+:[^/@\s'\"{}$<…]+@(?!localhost|127\.0\.0\.1|[\w.-]+\.(example|invalid)\b)",
+    "default password": r"(?i)\b(changeme|minioadmin|admin:admin|root:root|postgres:postgres|mlflow:mlflow|passw0rd)\b",
+    "password with a value": (
+        # Except for that of every Java's list of certificate authorities, which are no secret.
+        r"(?i)(password|passwd|secret_access_key)['\"]?\s*[=:]\s*['\"]?(?!None|null|str|Secret|changeit\b)[\w!#%+-]{6,}['\"]?\s*$"
+    ),
+}
+
+
+def tracked_files() -> list[Path]:
+    """Text files of the repository."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("this is no clone of the repository")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def secrets_in(text: str, kinds: dict[str, str]) -> list[str]:
+    return [kind for kind, pattern in kinds.items() if re.search(pattern, text, re.MULTILINE)]
+
+
+def test_no_secret_is_in_the_repository():
+    """In tests, passwords have values: those of servers that the test itself starts."""
+    in_tests = {kind: pattern for kind, pattern in SECRETS.items() if "password" not in kind}
+    found = {}
+    for path in tracked_files():
+        if path == Path(__file__):
+            continue
+        of_test = "ml_platform_tests" in path.parts
+        if kinds := secrets_in(path.read_text(errors="replace"), in_tests if of_test else SECRETS):
+            found[str(path.relative_to(ROOT))] = kinds
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-----BEGIN RSA " + "PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7bqAAAA",
+        "AKIA" + "ABCDEFGHIJKLMNOP",
+        "YCAJE" + "abcdefghijklmnopqrstuv",
+        "t1." + "9euelZqNl5WSmZ2XkJ6abcd",
+        "ghp_" + "a" * 36,
+        "postgresql://mlflow:" + "s3cret@db:5432/mlflow",
+        "POSTGRES_PASSWORD=" + "example1",
+        'password: "' + 'letmein99"',
+        "admin:" + "admin",
+    ],
+)
+def test_secrets_are_recognised(text: str):
+    assert secrets_in(text, SECRETS)
+
+
+def test_nothing_listens_to_the_world():
+    """But in containers, of which compose.yaml publishes ports on 127.0.0.1 alone (test_deploy.py)."""
+    found = {
+        str(path.relative_to(ROOT))
+        for path in tracked_files()
+        if "ml_platform_tests" not in path.parts
+        and re.search(r"(?<![\d.])0\.0\.0\.0(?![/.\d])", path.read_text(errors="replace"))
+    }
+    assert found <= {"deploy/compose.yaml", "docs/security.md"}
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    assert "deploy/compose.yaml" in found
+    for service in compose["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        assert "network_mode" not in service
+
+
+def test_dagster_is_not_told_the_password_of_mlflow(monkeypatch: pytest.MonkeyPatch):
+    """Its UI shows the configuration of resources."""
+    from ml_platform.definitions import build_resources
+    from ml_platform.settings import load_settings
+
+    address = "http://me:hunter22@mlflow.example"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    resource = build_resources(load_settings())["mlflow"]
+    assert "hunter22" not in repr(resource) + str(resource.model_dump())
+    with dg.build_resources({"mlflow": resource}) as opened:
+        assert opened.mlflow.tracking_uri == address
+
+
+# Dagster's webserver
+
+
+def answer(app: Any, method: str = "POST", path: str = "/graphql", kind: str = "http", **headers: str) -> int:
+    """Status of a request; of a WebSocket 101 or 403."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"} if kind == "websocket" else {"type": "http.request", "body": b""}
+
+    path, _, query = path.partition("?")
+    scope = {
+        "type": kind,
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [
+            (name.lower().encode(), value.encode()) for name, value in {"Host": "localhost:3000", **headers}.items()
+        ],
+        "subprotocols": [],
+    }
+    if kind == "websocket":
+        del scope["method"]
+    asyncio.run(app(scope, receive, send))
+    if kind == "websocket":
+        return 101 if sent[0]["type"] == "websocket.accept" else 403
+    return int(sent[0]["status"])
+
+
+async def any_app(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.accept"})
+    else:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+EVIL = "https://evil.example"
+
+
+class TestWebserver:
+    app = OwnPagesOnly(any_app, ["https://dagster.example"])
+
+    @pytest.mark.parametrize(
+        "request_",
+        [
+            {},
+            {"Origin": "http://localhost:3000"},
+            {"Host": "127.0.0.1:3001", "Origin": "http://127.0.0.1:3001"},
+            {"Host": "[::1]:3000"},
+            {"Host": "dagster.example", "Origin": "https://dagster.example"},
+            # Behind a proxy that asks for this machine.
+            {"Host": "127.0.0.1:3000", "Origin": "https://dagster.example"},
+            {"kind": "websocket", "Origin": "http://localhost:3000"},
+            {"method": "GET", "Accept": "text/html,*/*"},
+            {"method": "GET", "path": "/runs/1"},
+            {"method": "GET", "path": "/server_info"},
+        ],
+    )
+    def test_its_own_pages_and_programs(self, request_: dict[str, str]):
+        assert answer(self.app, **request_) in (200, 101)
+
+    @pytest.mark.parametrize(
+        "request_",
+        [
+            {"Origin": EVIL},
+            {"Origin": "null"},
+            {"Origin": "http://localhost:8080"},
+            {"Origin": "http://["},
+            {"Host": "evil.example"},
+            {"Host": "evil.example", "Origin": EVIL},
+            {"Host": ""},
+            {"Host": "localhost.evil.example:3000"},
+            {"method": "GET"},
+            {"method": "GET", "path": "/graphql/", "Accept": "*/*"},
+            {"method": "GET", "path": "/prefix/graphql"},
+            {"kind": "websocket", "Origin": EVIL},
+            {"kind": "websocket", "Host": "evil.example"},
+            {"path": "/report_asset_materialization/a", "Origin": EVIL},
+            {"method": "GET", "path": "/logs/x", "Host": "evil.example"},
+        ],
+    )
+    def test_what_others_may_have_asked_for(self, request_: dict[str, str]):
+        assert answer(self.app, **request_) == 403
+
+    def test_dagsters_own_webserver_needs_it(self, tmp_path: Path):
+        """When the first of these fails, Dagster looks at the origin itself, and our webserver may go."""
+        from dagster._core.workspace.context import WorkspaceProcessContext
+        from dagster._core.workspace.load_target import EmptyWorkspaceTarget
+        from dagster_webserver.webserver import DagsterWebserver
+
+        with (
+            dg.DagsterInstance.local_temp(str(tmp_path)) as instance,
+            WorkspaceProcessContext(instance, EmptyWorkspaceTarget()) as context,
+        ):
+            app = DagsterWebserver(context).create_asgi_app()
+            foreign: dict[str, str] = {"method": "GET", "path": "/graphql?query={version}", "Origin": EVIL}
+            assert answer(app, **foreign) == 200
+            assert answer(OwnPagesOnly(app), **foreign) == 403
+
+    def test_dagster_dev_starts_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        class StartedError(Exception):
+            pass
+
+        def start(command: list[str], **options: Any) -> None:
+            raise StartedError(command[:4])
+
+        (tmp_path / "workspace.yaml").write_text("load_from: []\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+        monkeypatch.setattr("dagster._cli.dev.open_ipc_subprocess", start)
+        monkeypatch.setattr(sys, "argv", ["dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", "3999"])
+        with pytest.raises(StartedError) as started:
+            webserver.dev()
+        assert started.value.args[0][:3] == [sys.executable, "-m", "ml_platform.webserver"]
+
+
+# What is installed
+
+
+def test_every_installed_dependency_is_pinned():
+    """Of the platform and all its extras, as far as they are installed here: what is tested is what is pinned."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in pins)
+    pinned = {canonicalize_name(pin.name) for pin in pins}
+    wanted, seen = [(canonicalize_name("ml-platform"), "")], set()
+    while wanted:
+        name, extra = wanted.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        extras = found.metadata.get_all("Provides-Extra") or [] if name == "ml-platform" else []
+        wanted += [(name, other) for other in extras]
+        for requirement in map(Requirement, found.requires or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                target = canonicalize_name(requirement.name)
+                wanted += [(target, wish) for wish in ("", *requirement.extras)]
+    names = {name for name, _ in seen} - {"ml-platform"}
+    assert len(names) > 100
+    assert names - pinned == set()
