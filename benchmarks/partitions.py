@@ -1,0 +1,98 @@
+"""What a partition costs beyond its rows: many small files in one session, against one file of as many rows.
+
+The files are cleaned and their features built in two halves, as in two runs that follow each other in a session: the
+first half also pays for warming Spark up. The overhead of a partition is its share of what a half takes longer than the
+one large file, in the then warm session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import ROWS_PER_CUSTOMER, clean, features, markdown, say, simulate, spark_session, write_results
+from ml_platform.simulator import Simulation
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+EPOCH = date(2019, 8, 22)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--partitions", type=int, default=40, help="small files in each half (default: 40)")
+    parser.add_argument("--thousand-rows", type=float, default=100, help="size of a small file (default: 100)")
+    parser.add_argument("--work", type=Path, help="directory to keep the data in (default: none)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
+        work = (arguments.work or Path(temporary)).absolute()
+        spark = spark_session()
+        results = measure(spark, work, arguments.partitions, arguments.thousand_rows * 1e3)
+    write_results(arguments.json, results, lambda: table(results))
+
+
+def measure(spark: SparkSession, work: Path, partitions: int, rows: float) -> list[dict[str, Any]]:
+    """Seconds of both halves and of the large file, for each job."""
+    # Files of 30 days would need decades: the history of these is that of a few of them, as in real data.
+    small = Simulation(start=EPOCH, customers=round(rows / ROWS_PER_CUSTOMER), terminals=1000, fault_rate=0)
+    large = Simulation(
+        start=EPOCH, customers=round(partitions * rows / ROWS_PER_CUSTOMER), terminals=1000, fault_rate=0
+    )
+    files = simulate(work / "small", small, 2 * partitions)
+    halves = {"first half": files[:partitions], "second half": files[partitions:]}
+    reports: dict[str, dict[str, Any]] = {}
+    results = []
+
+    def timed(name: str, job: str, work_on: Callable[[], dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+        started = time.monotonic()
+        done = work_on()
+        seconds = time.monotonic() - started
+        results.append({"name": name, "job": job, "partitions": len(done), "seconds": seconds})
+        say(str(results[-1]))
+        return done
+
+    for name, raw in halves.items():
+        reports |= timed(name, "cleaning", lambda raw=raw: clean(spark, raw, work / "lake", EPOCH))  # type: ignore[misc]
+    for name, raw in halves.items():
+        keys = [path.stem for path in raw]
+        # Without history, which is rows and no overhead.
+        timed(
+            name,
+            "features",
+            lambda keys=keys: {key: features(spark, {key: reports[key]}, work / "lake")[key] for key in keys},  # type: ignore[misc]
+        )
+    whole = simulate(work / "large", large, 1)
+    cleaned = timed("one file", "cleaning", lambda: clean(spark, whole, work / "one", EPOCH))
+    timed("one file", "features", lambda: features(spark, cleaned, work / "one"))
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row for each job and half."""
+    one = {result["job"]: result["seconds"] for result in results if result["name"] == "one file"}
+    lines = [
+        [
+            result["job"],
+            result["name"],
+            result["partitions"],
+            f"{result['seconds']:.1f}",
+            f"{one[result['job']]:.1f}",
+            f"{(result['seconds'] - one[result['job']]) / result['partitions']:.2f}",
+        ]
+        for result in results
+        if result["name"] != "one file"
+    ]
+    header = ["job", "", "partitions", "seconds", "one file of as many rows, seconds", "overhead per partition, s"]
+    return markdown(header, lines)
+
+
+if __name__ == "__main__":
+    main()
