@@ -276,7 +276,7 @@ def promotion(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.
 
 
 def ailing_champion(decision: Mapping[str, Any]) -> str | None:
-    """A champion must not stay for ever by accident: too weak on the newest week, or too old and never compared."""
+    """A champion must not stay for ever by accident: too weak, not to be read, or too old and never compared."""
     champion = decision["champion"]
     if champion is None or decision["apply"]:
         return None
@@ -285,6 +285,8 @@ def ailing_champion(decision: Mapping[str, Any]) -> str | None:
         return (
             f"the champion, version {champion['version']}, has an average precision of {precision:.3f}, below {floor}"
         )
+    if decision["outcome"] == "champion_newer_spark":
+        return str(decision["reasons"][0])
     age, limit = champion["age_days"], champion["max_age_days"]
     if decision["outcome"] not in DECIDED_BY_FIGURES and age is not None and age > limit:
         return f"version {champion['version']} is champion for {age} days and cannot be compared: see promotion"

@@ -22,6 +22,7 @@ from ml_platform.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
     import dagster as dg
+    from mlflow.entities.model_registry import ModelVersion
     from rich.status import Status
 
     from ml_platform.resources.dataproc import DataprocEngine
@@ -306,8 +307,8 @@ def champion_set(
     why: Annotated[str, typer.Option(help="Why; it is recorded with the version.")],
     who: Annotated[str | None, typer.Option(help="Who decides; default: the user who runs this.")] = None,
 ) -> None:
-    """Make a version the champion by hand."""
-    _move_champion(_mlflow(load_settings()), version, who, why)
+    """Make a version the champion by hand; one that this deployment's Spark does not read is refused."""
+    _move_champion(load_settings(), version, who, why)
 
 
 @champion_app.command("rollback")
@@ -316,15 +317,15 @@ def champion_rollback(
     who: Annotated[str | None, typer.Option(help="Who decides; default: the user who runs this.")] = None,
 ) -> None:
     """Give the alias back to the version that was champion before."""
-    resource = _mlflow(load_settings())
-    champion = resource.champion()
+    settings = load_settings()
+    champion = _mlflow(settings).champion()
     before = champion.tags.get("champion_before") if champion else None
     if before is None:
         raise CommandError("there is no earlier champion to go back to; ml-platform champion set VERSION names one")
-    _move_champion(resource, before, who, why)
+    _move_champion(settings, before, who, why)
 
 
-def _move_champion(resource: MlflowResource, version: str, who: str | None, why: str) -> None:
+def _move_champion(settings: Settings, version: str, who: str | None, why: str) -> None:
     import getpass
 
     from mlflow.exceptions import MlflowException
@@ -332,14 +333,49 @@ def _move_champion(resource: MlflowResource, version: str, who: str | None, why:
     from ml_platform.assets.gate import champion_tags
     from ml_platform.resources.mlflow import MODEL_NAME
 
+    resource = _mlflow(settings)
     try:
-        resource.client().get_model_version(MODEL_NAME, version)
+        found = resource.client().get_model_version(MODEL_NAME, version)
     except MlflowException:
         raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
     if not why.strip():
         raise CommandError("--why is empty: say why, for whoever asks later")
+    if problem := _spark_too_old(found, settings):
+        raise CommandError(f"{problem}. The champion is as it was")
     resource.set_champion(version, champion_tags(who=who or getpass.getuser(), why=why))
     console.print(f"version {version} is the champion of {MODEL_NAME}")
+
+
+def _spark_too_old(version: ModelVersion, settings: Settings) -> str | None:
+    """Why the Spark of this deployment does not read a version; None if it does, as far as is known."""
+    saved_by = version.tags.get("spark_version")
+    if not saved_by:
+        return None
+    if settings.deployment == "local":
+        from importlib.metadata import version as installed
+
+        own, where = installed("pyspark"), "the installed PySpark"
+    else:
+        from ml_platform.dataproc_api import IMAGE_SPARK
+        from ml_platform.settings import load_cluster_settings
+
+        cluster = load_cluster_settings()
+        where = f"cluster image {cluster.image_version}"
+        minor = ".".join(cluster.image_version.split(".")[:2])
+        # Another installation of the API has images of its own.
+        if cluster.api_endpoint or minor not in IMAGE_SPARK:
+            errors.print(
+                f"not checked: whether {where} reads version {version.version}, which Spark {saved_by} saved",
+                style="yellow", markup=False, soft_wrap=True,
+            )  # fmt: skip
+            return None
+        own = IMAGE_SPARK[minor]
+    if [int(part) for part in saved_by.split(".")[:2]] <= [int(part) for part in own.split(".")[:2]]:
+        return None
+    return (
+        f"version {version.version} was saved by Spark {saved_by}, and this deployment's older Spark {own} ({where}) "
+        "does not read it: take a newer Spark, or a version that an older one saved"
+    )
 
 
 clusters_app = typer.Typer(help="Clusters that this deployment made.", no_args_is_help=True)
@@ -585,6 +621,8 @@ def _check_mlflow(settings: Settings) -> str:
     if kind in ("postgresql", "mysql", "mssql"):
         _check_database(settings.tracking_uri)
     champion = _mlflow(settings).champion()
+    if champion is not None and (problem := _spark_too_old(champion, settings)):
+        raise CommandError(f"the champion, {problem} (ml-platform champion set)")
     found = "no champion yet" if champion is None else f"champion is version {champion.version}"
     return f"{kind}: {found}"
 

@@ -127,6 +127,7 @@ class FakeEngine(SparkEngine):
     breaks_down: str = Field("", description="Job that raises.")
     challenger_skill: float = Field(2.0, description="How far its scores of frauds are above those of the others.")
     champion_skill: float = Field(2.0, description="The same of the champion.")
+    champion_error: str = Field("", description="Why the champion cannot score: a newer Spark saved it.")
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
     def _execute(
@@ -213,7 +214,9 @@ class FakeEngine(SparkEngine):
             for values in itertools.product(*candidate["grid"].values())
         ]
         grid = [{**point, "validation_average_precision": 0.5 + n / 100} for n, point in enumerate(points)]
-        self._write_scores(output / "test_scores", with_champion=request["champion"] is not None)
+        self._write_scores(
+            output / "test_scores", with_champion=request["champion"] is not None and not self.champion_error
+        )
         return report | {
             "outcome": "trained",
             "grid": grid,
@@ -227,10 +230,15 @@ class FakeEngine(SparkEngine):
                 "test_frauds": 60,
             },
             "tables": {},
-            "champion": request["champion"] and {**request["champion"], "status": "scored"},
+            "champion": request["champion"] and {**request["champion"], **self._champion_verdict()},
             "model_uri": f"{request['output_uri']}/model",
             "scores_uri": f"{request['output_uri']}/test_scores",
         }
+
+    def _champion_verdict(self) -> dict[str, str]:
+        if self.champion_error:
+            return {"status": "newer_spark", "error": self.champion_error}
+        return {"status": "scored"}
 
     def _write_scores(self, directory: Path, *, with_champion: bool) -> None:
         """Scores of 500 rows, 60 of them frauds: the champion's are as good as `champion_skill` says."""

@@ -755,6 +755,7 @@ class TestModel:
             ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"mode": "dry_run"}}, "better"),
             ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"min_frauds": 61}}, "too_few_frauds"),
             ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"margin": 0.9}}, "not_better"),
+            ({"challenger_skill": 3.0, "champion_error": "saved by Spark 4.3.0"}, "champion_newer_spark"),
         ],
     )
     def test_the_champion_stays(

@@ -10,7 +10,7 @@ import pytest
 from ml_platform import checks
 from ml_platform.assets.common import some_of
 from ml_platform.assets.features import expected_inputs
-from ml_platform.checks import QualityLimits
+from ml_platform.checks import QualityLimits, ailing_champion
 from ml_platform.partitions import keys_of_run, range_tags
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.spark import job_file
@@ -308,6 +308,14 @@ class TestThroughDagster:
         assert evaluation.description == "file-2: 4 frauds"
         assert evaluation.metadata["problems"].value == {"file-2": "4 frauds"}
         assert evaluate(instance, lake, "enough_data", (three[0], three[1]), run_id.replace("1", "0")).passed
+
+
+def test_a_champion_that_this_spark_does_not_read_is_ailing_at_once():
+    champion = {"version": "3", "average_precision": None, "min_average_precision": 0.2}
+    champion |= {"age_days": 0, "max_age_days": 120}
+    decision = {"apply": False, "champion": champion, "reasons": ["saved by Spark 4.3.0", "The champion stays."]}
+    assert ailing_champion({**decision, "outcome": "champion_newer_spark"}) == "saved by Spark 4.3.0"
+    assert ailing_champion({**decision, "outcome": "champion_unreadable"}) is None
 
 
 def test_some_of():

@@ -71,6 +71,10 @@ def spark_version(spark: SparkSession) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+class NewerSparkError(ValueError):
+    """A model was saved by a newer Spark than the one that is to score with it."""
+
+
 def set_shuffle_partitions(spark: SparkSession, input_bytes: int) -> None:
     """Let the next shuffles of a session fit `input_bytes` of raw text.
 
@@ -116,8 +120,11 @@ _MODEL_CLASSES = {
 def load_model(spark: SparkSession, uri: str) -> PipelineModel:
     """A saved model.
 
-    Raises ValueError if it is made of something that train_model does not save: a saved model names its classes, and
-    PySpark imports whatever is named, and calls its method ``load``.
+    Raises:
+        NewerSparkError: a newer Spark saved it, by the model's own files. Spark reads what older ones saved; the
+            reverse fails in the middle of the files, or loads something that nobody vouches for.
+        ValueError: it is made of something that train_model does not save: a saved model names its classes, and
+            PySpark imports whatever is named, and calls its method ``load``.
     """
     from pyspark.ml import PipelineModel
     from pyspark.ml.pipeline import PipelineSharedReadWrite
@@ -125,6 +132,12 @@ def load_model(spark: SparkSession, uri: str) -> PipelineModel:
 
     context = spark.sparkContext
     metadata = DefaultParamsReader.loadMetadata(uri, context)
+    saved_by = metadata["sparkVersion"]
+    if tuple(int(part) for part in saved_by.split(".")[:2]) > spark_version(spark):
+        raise NewerSparkError(
+            f"the model was saved by Spark {saved_by}, and this older Spark {spark.version} does not read it: take a "
+            f"cluster image or a PySpark with Spark {saved_by} or newer, or a model that an older Spark saved"
+        )
     uids = metadata["paramMap"]["stageUids"]
     classes = {metadata["class"]}
     for number, uid in enumerate(uids):

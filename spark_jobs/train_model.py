@@ -150,8 +150,9 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
       ``frauds``, ``kept_rows``, ``genuine_weight``), ``feature_importances`` (feature → share, see
       `feature_importances`), ``metrics`` (``test_…``, and ``champion_test_…`` where a champion scored; see
       `evaluation.evaluate`), ``tables`` (of the test rows; see `evaluation.tables`), ``champion`` (null, or the
-      request's with ``status`` scored or unreadable, the latter with ``error``), ``model_uri``, ``scores_uri``;
-      of logistic regression also ``coefficients`` (feature → value, in units of the feature), ``intercept``.
+      request's with ``status`` scored, unreadable or newer_spark, the latter two with ``error``), ``model_uri``,
+      ``scores_uri``; of logistic regression also ``coefficients`` (feature → value, in units of the feature),
+      ``intercept``.
 
     Writes ``output_uri/model`` (PipelineModel) and ``output_uri/test_scores`` (Parquet: `SCORED_COLUMNS`,
     score, champion_score), the latter being the rows that the metrics are computed on.
@@ -497,8 +498,8 @@ def write_scores(
 ) -> dict[str, Any] | None:
     """Write the test rows with the model's scores and the champion's, and say how the champion fared.
 
-    A champion that cannot be loaded or applied leaves champion_score NULL and is reported as unreadable; that
-    is no error, because a model saved by a newer Spark is not readable by an older one.
+    A champion that cannot be loaded or applied leaves champion_score NULL and is reported as unreadable, or as
+    newer_spark if a newer Spark saved it, which an older one does not read; that is no error of this job.
     """
     from pyspark.sql import functions as F
 
@@ -517,10 +518,13 @@ def write_scores(
     if champion is not None:
         try:
             log.info("scoring the champion, version %s", champion.get("version"))
-            written = write(_champion_scored(scored, champion), F.col("champion_score"))
+            written = write(_champion_scored(spark, scored, champion), F.col("champion_score"))
             if written[0] != written[2]:
                 raise ValueError(f"it gives no number for {written[0] - written[2]} of {written[0]} rows")
             verdict = {**champion, "status": "scored"}
+        except runtime.NewerSparkError as error:
+            verdict = {**champion, "status": "newer_spark", "error": str(error)}
+            log.warning("the champion cannot score: %s", error)
         except Exception as error:
             # Whatever is wrong with the champion: if it is not the champion, the write below fails as well.
             reason = runtime.describe(error)
@@ -536,11 +540,11 @@ def write_scores(
     return verdict
 
 
-def _champion_scored(scored: DataFrame, champion: dict[str, Any]) -> DataFrame:
+def _champion_scored(spark: SparkSession, scored: DataFrame, champion: dict[str, Any]) -> DataFrame:
     missing = [name for name in champion["features"] if name not in scored.columns]
     if missing:
         raise ValueError("it needs features that these partitions do not have: {}".format(", ".join(missing)))
-    model = runtime.load_model(runtime.session(scored), champion["model_uri"])
+    model = runtime.load_model(spark, champion["model_uri"])
     return model.transform(scored).withColumn("champion_score", _probability())
 
 

@@ -25,7 +25,8 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     ``transaction_features`` with at least some of the scored rows); ``features``; ``scores_uri`` (``test_scores``).
 
     Returns ``schema_version``, ``run_id``, ``rows`` (scored again), ``max_difference`` (of a row's two scores; None
-    without rows), ``spark_version``, ``seconds``. Raises if the model cannot be loaded.
+    without rows), ``spark_version``, ``seconds``. Raises if the model cannot be loaded; runtime.NewerSparkError: a
+    newer Spark saved it.
     """
     from pyspark.ml.functions import vector_to_array
     from pyspark.sql import functions as F

@@ -70,6 +70,7 @@ def judge(
         facts = Facts(
             champion=champion.version,
             champion_error=None if verdict["status"] == "scored" else verdict["error"],
+            champion_newer_spark=verdict["status"] == "newer_spark",
             champion_features=tuple(json.loads(champion.tags.get("features", "[]"))) or None,
             champion_train_last_date=_date(champion.tags.get("train_last_date")),
             challenger_features=facts.challenger_features,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 import statistics
 from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from spark_jobs import evaluation, train_model
+from spark_jobs import evaluation, runtime, train_model, verify_model
 
 pytestmark = pytest.mark.spark
 
@@ -645,6 +647,47 @@ class TestChampion:
         assert told in verdict["error"]
         assert scores.where("champion_score IS NOT NULL").count() == 0
         assert scores.where("score IS NOT NULL").count() > 50
+
+
+class TestSparkVersions:
+    """A model says itself which Spark saved it; a newer one's is refused before anything of it is loaded."""
+
+    @pytest.fixture
+    def saved_by(self, trained, tmp_path):
+        """The base run's model as if a Spark of that version had saved it; its URI."""
+
+        def saved_by(version):
+            copy = tmp_path / f"a model of {version}"
+            shutil.copytree(trained["model_uri"], str(copy))
+            (metadata,) = copy.glob("metadata/part-*")
+            text = metadata.read_text()
+            assert '"sparkVersion":"' in text
+            metadata.write_text(re.sub('"sparkVersion":"[^"]+"', f'"sparkVersion":"{version}"', text))
+            for checksum in copy.glob("metadata/.*.crc"):
+                checksum.unlink()
+            return str(copy)
+
+        return saved_by
+
+    def test_a_newer_sparks_model_is_refused_by_name(self, spark, uris, trained, saved_by, tmp_path):
+        uri = saved_by("99.1.0")
+        told = f"saved by Spark 99.1.0, and this older Spark {spark.version} does not read it"
+        request = {"run_id": "r", "features_uri": uris[-1], "features": trained["features"], "model_uri": uri}
+        with pytest.raises(runtime.NewerSparkError, match=re.escape(told)):
+            verify_model.run(spark, {**request, "scores_uri": trained["scores_uri"]})
+
+        champion = {"model_uri": uri, "features": trained["features"], "version": "1", "spark_version": "99.1.0"}
+        model = runtime.load_model(spark, trained["model_uri"])
+        test, output = spark.read.parquet(*uris).where("tx_time_days = 25"), str(tmp_path / "test_scores")
+        verdict = train_model.write_scores(spark, test, model, champion, output)
+        assert verdict["status"] == "newer_spark"
+        assert told in verdict["error"]
+        assert spark.read.parquet(output).where("champion_score IS NOT NULL").count() == 0
+
+    def test_an_older_sparks_model_and_that_of_another_patch_are_loaded(self, spark, saved_by):
+        own = ".".join(spark.version.split(".")[:2])
+        for version in ("2.4.8", own + ".99"):
+            assert len(runtime.load_model(spark, saved_by(version)).stages) == 2
 
 
 class TestSearch:
