@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup classes demo dev test lint audit benchmark clean constraints
+.PHONY: help setup classes demo dev test test-images lint audit benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -15,7 +15,7 @@ BIN := .venv/bin
 WITH_JAVA := JAVA_HOME="$$(sh scripts/java.sh)" && export JAVA_HOME &&
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo '  Variables: PYTHON=interpreter, USE_UV=0 (install with pip alone), PORT and MLFLOW_PORT (make dev)'
 
 setup: ## create or update .venv (every other target does it, too)
@@ -42,6 +42,9 @@ dev: classes .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's U
 
 test: classes ## run all tests
 	@$(WITH_JAVA) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see docs/cluster.md)
+	@$(WITH_JAVA) sh scripts/test_images.sh
 
 lint: setup ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ml_platform.dataproc_api import IMAGE_SPARK
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +32,9 @@ ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "spark_jobs"}
 
 def modules_of(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
+
+
+IN_COPIES_OF_THE_IMAGES = [*modules_of("ml_platform_tests/spark"), *modules_of("ml_platform_tests/images")]
 
 
 def dotted(path: Path) -> str:
@@ -107,7 +113,21 @@ def test_spark_jobs_run_on_the_clusters_stock_image(path: Path):
     assert not foreign
 
 
-@pytest.mark.parametrize("path", modules_of("spark_jobs"), ids=dotted)
+@pytest.mark.parametrize("path", IN_COPIES_OF_THE_IMAGES, ids=dotted)
+def test_what_is_tested_in_copies_of_the_images_needs_nothing_of_the_platform(path: Path):
+    """The simulator makes the raw files, before, in the project's own environment."""
+    own = {"ml_platform.simulator.Simulation"} if path.name == "full_pass.py" else set()
+    found = {name for name in imports_of(path) if re.match(r"(dagster|ml_platform)\b", name)}
+    assert {name for name in found if not name.startswith("ml_platform_tests.images")} == own
+
+
+@pytest.mark.parametrize("image", ["2.0", "2.1"])
+def test_the_copies_of_the_images_have_their_spark(image: str):
+    pins = (ROOT / f"ml_platform_tests/images/{image}.txt").read_text().splitlines()
+    assert f"pyspark=={IMAGE_SPARK[image]}" in pins
+
+
+@pytest.mark.parametrize("path", [*modules_of("spark_jobs"), *IN_COPIES_OF_THE_IMAGES], ids=dotted)
 def test_spark_jobs_are_python_3_8(path: Path):
     tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
     # Without it, `X | None` in a signature is evaluated, and fails there.

