@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -563,9 +564,11 @@ class DataprocApi:
                 return answer
             except grpc.RpcError as error:
                 code, details = self._reason(error)
-                if code == "UNAUTHENTICATED" and attempt == 1 and (self._key_file or not self._iam_token):
+                renewable = self._has_worked and (self._key_file or not self._iam_token)
+                if code == "UNAUTHENTICATED" and attempt == 1 and renewable:
                     # The SDK keeps a token for some seconds, in which it may end: get another one.
                     self._sdk = None
+                    _sdk.cache_clear()
                     continue
                 raise DataprocError(_explain(what, code, details), code) from None
             except (KeyError, RuntimeError, ValueError) as error:
@@ -587,18 +590,13 @@ class DataprocApi:
 
     def _connect(self) -> Any:
         if self._sdk is None:
-            import yandexcloud
-
-            options: dict[str, Any] = {"user_agent": OWNER}
-            if self._endpoint:
-                options["endpoint"] = self._endpoint
-            if self._root_certificates_file:
-                options["root_certificates"] = _read(self._root_certificates_file, "YC_ROOT_CERTIFICATES_FILE")
-            if self._key_file:
-                options["service_account_key"] = _authorized_key(self._key_file)
-            elif self._iam_token:
-                options["iam_token"] = self._iam_token
-            self._sdk = yandexcloud.SDK(**options)
+            certificates = self._root_certificates_file
+            self._sdk = _sdk(
+                self._endpoint or None,
+                _read(certificates, "YC_ROOT_CERTIFICATES_FILE") if certificates else None,
+                json.dumps(_authorized_key(self._key_file)) if self._key_file else None,
+                None if self._key_file else self._iam_token or None,
+            )
         return self._sdk
 
     def _pages(self, stub: Any, request: Any, what: str) -> Iterator[Any]:
@@ -730,6 +728,21 @@ def _explain(what: str, code: str, details: str) -> str:
     details = " ".join(details.split())[:500]
     advice = f" ({ADVICE[code]})" if code in ADVICE else ""
     return f"{what}: {code}: {details}{advice}"
+
+
+@lru_cache(maxsize=4)
+def _sdk(endpoint: str | None, root_certificates: bytes | None, key: str | None, iam_token: str | None) -> Any:
+    """The SDK with these options. One for all clients of a process: an SDK never closes its connections."""
+    import yandexcloud
+
+    options = {
+        "endpoint": endpoint,
+        "root_certificates": root_certificates,
+        "service_account_key": json.loads(key) if key else None,
+        "iam_token": iam_token,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return yandexcloud.SDK(user_agent=OWNER, **given)
 
 
 def _read(path: str | Path, variable: str) -> bytes:

@@ -38,7 +38,7 @@ def run_config() -> dict[str, Any]:
 def delete_clusters(context: dg.OpExecutionContext, spark: dg.ResourceParam[SparkEngine]) -> None:
     if not isinstance(spark, DataprocEngine):
         raise dg.Failure("this deployment makes no clusters (ML_PLATFORM_DEPLOYMENT)", allow_retries=False)
-    context.log.info(delete_orphans(context.instance, spark, context.log))
+    context.log.info(delete_orphans(context.instance, spark, lambda: context.log))
 
 
 @dg.job(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from logging import Logger
 
 import dagster as dg
@@ -35,8 +35,10 @@ def find_orphans(instance: dg.DagsterInstance, engine: DataprocEngine) -> Iterat
             yield cluster, reason
 
 
-def delete_orphans(instance: dg.DagsterInstance, engine: DataprocEngine, log: Logger) -> str:
+def delete_orphans(instance: dg.DagsterInstance, engine: DataprocEngine, get_log: Callable[[], Logger]) -> str:
     """Ask for the deletion of each orphaned cluster, and say in one sentence what was done.
+
+    `get_log` is called only where there is something to log: the log of a sensor's tick is a file once it is asked for.
 
     Raises:
         DataprocError: some cannot be deleted; the others were.
@@ -45,16 +47,16 @@ def delete_orphans(instance: dg.DagsterInstance, engine: DataprocEngine, log: Lo
     engine.api.retry_for_s = RETRY_FOR_S
     dead = fail_dead_runs(instance)
     for run_id in dead:
-        log.warning(f"reported run {run_id} as failed: its process died")
+        get_log().warning(f"reported run {run_id} as failed: its process died")
     deleted, refused = [], []
     for cluster, reason in find_orphans(instance, engine):
         try:
             engine.api.request_deletion(cluster.id)
         except DataprocError as error:
-            log.error(f"cannot delete cluster {cluster.name} ({cluster.id}): {error}")
+            get_log().error(f"cannot delete cluster {cluster.name} ({cluster.id}): {error}")
             refused.append(str(error))
         else:
-            log.warning(f"deleting cluster {cluster.name} ({cluster.id}): {reason}")
+            get_log().warning(f"deleting cluster {cluster.name} ({cluster.id}): {reason}")
             deleted.append(f"{cluster.name} ({cluster.id}): {reason}")
     if refused:
         raise DataprocError(f"{len(refused)} orphaned clusters cannot be deleted: {refused[0]}")

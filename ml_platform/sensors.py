@@ -7,7 +7,7 @@ now. Dagster's memory only adds what a failed run left unfinished, and keeps two
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from logging import Logger
@@ -137,11 +137,16 @@ def run_requests(plan: Plan) -> list[dg.RunRequest]:
     return [dg.RunRequest(tags=range_tags(start, end), run_config=config) for start, end in plan.ranges]
 
 
-def log_plan(log: Logger, plan: Plan) -> None:
-    """Say what the plan comes from, and name the raw files that no partition can stand for."""
+def log_plan(get_log: Callable[[], Logger], plan: Plan) -> None:
+    """Say what the runs come from, and name the raw files that no partition can stand for.
+
+    With neither, `get_log` is not called: the log of a tick is a file, which Dagster keeps for ever, and a skipped
+    tick has its reason anyway.
+    """
     for name, reason in plan.ignored.items():
-        log.warning(f"ignored raw file {name!r}: {reason}")
-    log.info(plan.reason)
+        get_log().warning(f"ignored raw file {name!r}: {reason}")
+    if plan.ranges:
+        get_log().info(plan.reason)
 
 
 @dg.sensor(
@@ -152,7 +157,7 @@ def log_plan(log: Logger, plan: Plan) -> None:
 )
 def new_raw_files(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SensorResult:
     plan = plan_runs(context.instance, lake)
-    log_plan(context.log, plan)
+    log_plan(lambda: context.log, plan)
     requests = run_requests(plan)
     return dg.SensorResult(
         run_requests=requests,
@@ -172,7 +177,7 @@ def process_new_files_daily(
     context: dg.ScheduleEvaluationContext, lake: LakeResource
 ) -> list[dg.RunRequest] | dg.SkipReason:
     plan = plan_runs(context.instance, lake)
-    log_plan(context.log, plan)
+    log_plan(lambda: context.log, plan)
     prepare(context.instance, plan)
     return run_requests(plan) or dg.SkipReason(plan.reason)
 
@@ -191,7 +196,7 @@ def build_orphaned_clusters(default_status: dg.DefaultSensorStatus) -> dg.Sensor
     def orphaned_clusters(context: dg.SensorEvaluationContext, spark: dg.ResourceParam[SparkEngine]) -> dg.SkipReason:
         if not isinstance(spark, DataprocEngine):
             return dg.SkipReason("this deployment makes no clusters (ML_PLATFORM_DEPLOYMENT)")
-        return dg.SkipReason(delete_orphans(context.instance, spark, context.log))
+        return dg.SkipReason(delete_orphans(context.instance, spark, lambda: context.log))
 
     return orphaned_clusters
 

@@ -528,7 +528,7 @@ def test_a_deletion_that_is_denied_is_shouted_about_and_left_to_the_sensor(platf
     assert cluster_id in shout
     assert "no right to delete" in shout
     assert platform.cleaned == ["a"]
-    delete_orphans(platform.instance, platform.engine(), logging.getLogger("test"))
+    delete_orphans(platform.instance, platform.engine(), lambda: logging.getLogger("test"))
     platform.advance(platform.cloud.delete_seconds)
     assert platform.cloud.clusters == {}
 
@@ -685,7 +685,7 @@ def test_an_iam_token_that_expires_says_so(platform: Platform):
     assert re.search("UNAUTHENTICATED: The token has expired .*YC_IAM_TOKEN", result.errors)
     assert any("MAY STILL BE THERE" in line for line in result.log)
     # By another token, the sensor clears up.
-    delete_orphans(platform.instance, platform.engine(), logging.getLogger("test"))
+    delete_orphans(platform.instance, platform.engine(), lambda: logging.getLogger("test"))
     platform.advance(platform.cloud.delete_seconds)
     assert platform.cloud.clusters == {}
 
@@ -934,7 +934,7 @@ def test_the_cluster_of_a_killed_process_is_gone_within_two_ticks(run_process: C
     run = run_process(**settings, run_job=hanging())
     wait(run)
     with run.instance() as instance:
-        tick = lambda: delete_orphans(instance, run.engine, logging.getLogger("test"))  # noqa: E731
+        tick = lambda: delete_orphans(instance, run.engine, lambda: logging.getLogger("test"))  # noqa: E731
         # The run is alive: its cluster is not touched.
         assert tick() == "no orphans"
         run.process.kill()

@@ -621,11 +621,22 @@ def test_ways_to_sign_in(
         assert codes(cloud, "ClusterService.Get") == ["OK", "UNAUTHENTICATED", "OK"]
 
 
-def test_a_key_that_is_not_accepted_is_no_endless_renewal(cloud: FakeDataproc, api: DataprocApi):
+@pytest.mark.parametrize(("has_worked", "attempts"), [(False, 1), (True, 2)])
+def test_a_key_that_is_not_accepted_is_no_endless_renewal(
+    cloud: FakeDataproc, api: DataprocApi, cluster_id: str, has_worked: bool, attempts: int
+):
+    if has_worked:
+        api.get_cluster(cluster_id)
     cloud.fail("ClusterService.Get", "UNAUTHENTICATED", times=1000)
     with pytest.raises(DataprocError, match=r"UNAUTHENTICATED.*YC_SERVICE_ACCOUNT_KEY_FILE"):
-        api.get_cluster("some-id")
-    assert len(cloud.calls("ClusterService.Get")) == 2
+        api.get_cluster(cluster_id)
+    assert codes(cloud, "ClusterService.Get").count("UNAUTHENTICATED") == attempts
+
+
+def test_clients_of_a_process_share_connections(cloud: FakeDataproc, clock: FakeClock):
+    for _ in range(3):
+        assert api_of(cloud, clock).get_cluster("some-id") is None
+    assert len(cloud.calls("ApiEndpointService.List")) == 1, "each connection asks once where the services are"
 
 
 @pytest.mark.parametrize(
@@ -682,6 +693,7 @@ def test_a_metadata_service_that_has_answered_before_is_waited_for(
     assert api.get_cluster(cluster_id) is not None
     # A token is used for some seconds; then, and by a new connection, there is nobody to give another.
     api._sdk = None
+    dataproc_api._sdk.cache_clear()
     monkeypatch.setenv("YC_METADATA_ADDR", "127.0.0.1:9")
     with pytest.raises(DataprocError, match="UNAVAILABLE: cannot sign in"):
         api.get_cluster(cluster_id)

@@ -80,7 +80,7 @@ def test_a_cluster_of_a_run_that_lives_is_kept(
     left_s: float,
 ):
     add_cluster(cloud, engine, add_run(instance, status), left_s=left_s)
-    assert delete_orphans(instance, engine, log) == "no orphans"
+    assert delete_orphans(instance, engine, lambda: log) == "no orphans"
     assert cloud.calls("ClusterService.Delete") == []
 
 
@@ -95,7 +95,7 @@ def test_a_cluster_of_a_run_that_has_ended_is_deleted(
     run_id = add_run(instance, status)
     cluster_id = add_cluster(cloud, engine, run_id)
     assert orphans(instance, engine) == {cluster_id: f"its run {run_id} has ended ({status.value})"}
-    said = delete_orphans(instance, engine, log)
+    said = delete_orphans(instance, engine, lambda: log)
     assert said.startswith("asked for the deletion of 1 clusters: ")
     assert cluster_id in said
     clock.sleep(20)
@@ -154,7 +154,7 @@ def test_what_is_not_ours_is_never_touched(
     instance: dg.DagsterInstance, cloud: FakeDataproc, engine: DataprocEngine, labels: dict[str, Any], reason: str
 ):
     cluster_id = add_cluster(cloud, engine, "some-run", left_s=-HOUR, **labels)
-    assert delete_orphans(instance, engine, log) == "no orphans", reason
+    assert delete_orphans(instance, engine, lambda: log) == "no orphans", reason
     assert cloud.clusters[cluster_id].state == "RUNNING"
     assert engine.clusters() == []
 
@@ -186,11 +186,11 @@ def test_each_is_tried_though_one_is_refused(
         "ClusterService.Delete", "PERMISSION_DENIED", "not you", when=lambda request: request.cluster_id == ids[0]
     )
     with pytest.raises(DataprocError, match=r"1 orphaned clusters cannot be deleted: .*not you"):
-        delete_orphans(instance, engine, log)
+        delete_orphans(instance, engine, lambda: log)
     clock.sleep(20)
     assert list(cloud.clusters) == ids[:1]
     # The next tick tries again.
-    assert "asked for the deletion of 1 clusters" in delete_orphans(instance, engine, log)
+    assert "asked for the deletion of 1 clusters" in delete_orphans(instance, engine, lambda: log)
     clock.sleep(20)
     assert cloud.clusters == {}
 
@@ -201,10 +201,10 @@ def test_a_daemon_that_starts_again_goes_on(
     # Nothing is remembered between ticks but what the API and Dagster's storage know.
     first = engine_of(cloud, lake, clock)
     add_cluster(cloud, first, "some-run")
-    assert "asked for" in delete_orphans(instance, first, log)
-    assert delete_orphans(instance, engine_of(cloud, lake, clock), log) == "no orphans"
+    assert "asked for" in delete_orphans(instance, first, lambda: log)
+    assert delete_orphans(instance, engine_of(cloud, lake, clock), lambda: log) == "no orphans"
     clock.sleep(20)
-    assert delete_orphans(instance, engine_of(cloud, lake, clock), log) == "no orphans"
+    assert delete_orphans(instance, engine_of(cloud, lake, clock), lambda: log) == "no orphans"
     assert (len(cloud.clusters), len(cloud.calls("ClusterService.Delete"))) == (0, 1)
 
 
@@ -213,7 +213,7 @@ def test_many_clusters(instance: dg.DagsterInstance, cloud: FakeDataproc, engine
     strangers = [cloud.add_cluster(f"stranger-{number}") for number in range(200)]
     left = [add_cluster(cloud, engine, "some-run") for _ in range(5)]
     assert list(orphans(instance, engine)) == left
-    delete_orphans(instance, engine, log)
+    delete_orphans(instance, engine, lambda: log)
     assert {cluster_id for cluster_id, cluster in cloud.clusters.items() if cluster.state == "RUNNING"} == {
         *kept,
         *strangers,
