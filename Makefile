@@ -41,7 +41,7 @@ dev: classes .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's U
 	@$(WITH_JAVA) exec bash scripts/dev.sh
 
 test: classes ## run all tests
-	@$(WITH_JAVA) $(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(WITH_JAVA) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see docs/cluster.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh

@@ -36,6 +36,11 @@ def pytest_configure() -> None:
     os.environ.update(TELEMETRY_OFF)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files first, so that no worker waits at the end for one that another has just begun."""
+    items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, item.get_closest_marker("spark") is None))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say so where the tests of S3 prove less than they should."""
     if reason := config.stash.get(MOCK_REASON, ""):
