@@ -6,8 +6,10 @@ export DAGSTER_HOME := $(CURDIR)/.dagster_home
 export MLFLOW_DISABLE_TELEMETRY := true
 MLFLOW_PORT ?= 5000
 export MLFLOW_PORT
-# Where Dagster's links to MLflow lead.
+# Where Dagster's links to MLflow lead, unless MLFLOW_TRACKING_URI names a server: then they lead to that.
+ifeq ($(filter http%,$(MLFLOW_TRACKING_URI))$(shell grep -Es '^MLFLOW_TRACKING_URI=.?https?:' .env),)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
+endif
 # Settings of other Python and Spark installations do not apply to the one in .venv.
 unexport PYTHONHOME PYTHONPATH SPARK_HOME
 

@@ -22,6 +22,7 @@ from ml_platform.resources.spark import LocalSparkEngine, SparkEngine
 from ml_platform.sensors import (
     build_orphaned_clusters,
     build_report_failed_runs,
+    dead_runs,
     new_raw_files,
     process_new_files_daily,
 )
@@ -102,6 +103,7 @@ defs = dg.Definitions(
     jobs=[process_new_files, delete_orphaned_clusters],
     sensors=[
         new_raw_files,
+        dead_runs,
         build_orphaned_clusters(
             dg.DefaultSensorStatus.RUNNING if _settings.deployment == "yandex" else dg.DefaultSensorStatus.STOPPED
         ),

@@ -1,8 +1,8 @@
 """Runs whose process died without a word (SIGKILL, out of memory, power): Dagster would wait for them for hours.
 
-A run started from a command line has no launcher that watches it, and with one run at a time it would also hold up
-every later one. So a run notes its process in a tag, and a tick of the sensor on the same host reports it as failed
-once that process is gone.
+A run started from a command line has no launcher that watches it, nor has one whose code server died with it, and with
+one run at a time it would also hold up every later one. So a run notes its process in a tag, and a tick of the sensor
+``dead_runs`` on the same host reports it as failed once that process is gone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What starts runs: the sensor ``new_raw_files`` and its twin on a fixed hour, ``process_new_files_daily``.
-And what clears up after killed ones: the sensor ``orphaned_clusters``. And what tells people of failed ones:
-``report_failed_runs``.
+And what clears up after killed ones: the sensors ``dead_runs`` and ``orphaned_clusters``. And what tells people of
+failed ones: ``report_failed_runs``.
 
 The lake decides what is cleaned, not Dagster's memory: a file needs a run when the lake has no report of it as it is
 now. Dagster's memory only adds what a failed run left unfinished, and keeps two runs off the same file.
@@ -30,6 +30,8 @@ from ml_platform.settings import SettingsError
 DAY_S = 24 * 60 * 60
 REAPER_INTERVAL_S = 5 * 60
 ALERT_INTERVAL_S = 60
+#: As often as Dagster's own monitoring looks (run_monitoring in dagster.yaml).
+DEAD_RUNS_INTERVAL_S = 30
 
 #: Failed runs that one message tells of; the next tick tells of the next.
 RUNS_PER_ALERT = 25
@@ -39,6 +41,9 @@ REMEMBERED_RUNS = 200
 
 #: A run that has shown no end for so long is not waited for: its process died unseen.
 LONGEST_RUN = timedelta(days=1)
+
+#: Dagster's daemon retries a run within seconds (run_retries in dagster.yaml); after so long there is none that would.
+RETRY_WITHIN = timedelta(minutes=5)
 
 _WAITING = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED]
 _RUNNING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
@@ -106,8 +111,15 @@ def has_active_runs(instance: dg.DagsterInstance) -> bool:
 def _partitions_of_active_runs(instance: dg.DagsterInstance, order: list[str]) -> Iterable[str]:
     oldest = datetime.now(timezone.utc) - LONGEST_RUN
     waiting, running = dg.RunsFilter(statuses=_WAITING), dg.RunsFilter(statuses=_RUNNING, updated_after=oldest)
-    for run in [*instance.get_runs(waiting), *instance.get_runs(running)]:
+    for run in [*instance.get_runs(waiting), *instance.get_runs(running), *_runs_to_be_retried(instance)]:
         yield from keys_of_run(run.tags, order)
+
+
+def _runs_to_be_retried(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    """Failed runs that Dagster's daemon is about to start again: one of a command line it cannot."""
+    since = datetime.now(timezone.utc) - RETRY_WITHIN
+    failed = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], updated_after=since))
+    return [run for run in failed if run.is_complete_and_waiting_to_retry and run.remote_job_origin]
 
 
 def _partitions_of_failed_runs(instance: dg.DagsterInstance, order: list[str]) -> Iterable[str]:
@@ -180,6 +192,19 @@ def process_new_files_daily(
     log_plan(lambda: context.log, plan)
     prepare(context.instance, plan)
     return run_requests(plan) or dg.SkipReason(plan.reason)
+
+
+@dg.sensor(
+    minimum_interval_seconds=DEAD_RUNS_INTERVAL_S,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Reports runs as failed whose process died, so that the queue goes on and Dagster can retry them.",
+)
+def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Evaluated where the code is, and so where the processes of the runs are."""
+    dead = fail_dead_runs(context.instance)
+    for run_id in dead:
+        context.log.warning(f"reported run {run_id} as failed: its process died")
+    return dg.SkipReason(f"reported as failed: {', '.join(dead)}" if dead else "no run's process has died")
 
 
 def build_orphaned_clusters(default_status: dg.DefaultSensorStatus) -> dg.SensorDefinition:

@@ -54,7 +54,9 @@ class Settings(BaseSettings):
         description="MLflow's tracking server or database; default: an SQLite file beside the lake.",
     )
     mlflow_ui_url: str | None = Field(
-        None, alias="MLFLOW_UI_URL", description="MLflow's UI, for links, where MLFLOW_TRACKING_URI is a database."
+        None,
+        alias="MLFLOW_UI_URL",
+        description="MLflow's UI, for links, where a browser reaches it by another address than MLFLOW_TRACKING_URI.",
     )
     spark_master: str = Field(
         "local[*]",

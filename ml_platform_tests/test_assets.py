@@ -807,8 +807,8 @@ def test_addresses_of_mlflow_runs_hold_no_password():
         class info:
             experiment_id, run_id = "7", "abc"
 
-    def url(tracking_uri: str) -> str | None:
-        return MlflowResource(tracking_uri=tracking_uri).run_url(Run)
+    def url(tracking_uri: str, ui_url: str | None = None) -> str | None:
+        return MlflowResource(tracking_uri=tracking_uri, ui_url=ui_url).run_url(Run)
 
     assert url("http://host:5000/") == "http://host:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
     assert (
@@ -816,3 +816,7 @@ def test_addresses_of_mlflow_runs_hold_no_password():
         == "https://host/mlflow/#/experiments/7/runs/abc?workflowType=machine_learning"
     )
     assert url("sqlite:////tmp/mlflow.db") is None
+    # A browser may know the server by another name than its clients do.
+    for tracking_uri in ("http://mlflow:5000", "sqlite:////tmp/mlflow.db"):
+        shown = url(tracking_uri, "http://me:secret@127.0.0.1:5001")
+        assert shown == "http://127.0.0.1:5001/#/experiments/7/runs/abc?workflowType=machine_learning"

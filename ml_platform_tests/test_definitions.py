@@ -85,6 +85,7 @@ def test_names():
     assert jobs == {"process_new_files", "delete_orphaned_clusters"}
     assert {sensor.name for sensor in repository.sensor_defs} == {
         "new_raw_files",
+        "dead_runs",
         "orphaned_clusters",
         "report_failed_runs",
     }
@@ -112,6 +113,15 @@ def test_automation():
     assert sensor.job_name == schedule.job_name == "process_new_files"
     assert sensor.description
     assert schedule.description
+
+
+def test_the_sensor_of_dead_runs():
+    sensor = defs.resolve_sensor_def("dead_runs")
+    assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
+    assert sensor.minimum_interval_seconds == 30
+    # A run of its own would wait in the queue behind the dead one.
+    assert not sensor.has_jobs
+    assert sensor.description
 
 
 def test_the_sensor_of_left_over_clusters():

@@ -161,9 +161,14 @@ def test_services_find_each_other() -> None:
     port = code["command"][code["command"].index("--port") + 1]
     assert (environment["DAGSTER_CODE_HOST"], environment["DAGSTER_CODE_PORT"]) == ("code", port)
     assert code["healthcheck"]["test"][-1] == port
+    # One process, whose end ends the container; `dagster code-server` would outlive the one that does its work.
+    assert code["command"][:3] == ["dagster", "api", "grpc"]
     # MLflow answers to the names that it is told of; any other is refused.
     address = code["environment"]["MLFLOW_TRACKING_URI"].removeprefix("http://")
     assert address in mlflow["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    # A browser knows it by the published address, which is where links lead.
+    published = mlflow["ports"][0].removesuffix(":5000")
+    assert code["environment"]["MLFLOW_UI_URL"] == f"http://{published}"
     for service in (code, mlflow, SERVICES["webserver"]):
         assert service["command"][service["command"].index("--host") + 1] == "0.0.0.0"
     # Runs that a restarted container left behind are recognised by their host.
@@ -246,7 +251,7 @@ def test_dagster_takes_the_instance_configuration(tmp_path: Path, monkeypatch: p
 
 def test_monitoring_and_retention_are_those_of_the_clone() -> None:
     deployed, local = (yaml.safe_load((directory / "dagster.yaml").read_text()) for directory in (DEPLOY, ROOT))
-    for key in ("telemetry", "nux", "python_logs", "run_monitoring", "retention"):
+    for key in ("telemetry", "nux", "python_logs", "run_monitoring", "run_retries", "retention"):
         assert deployed[key] == local[key], key
 
 

@@ -17,6 +17,7 @@ from dagster._core.remote_origin import (
     RemoteJobOrigin,
     RemoteRepositoryOrigin,
 )
+from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 
 from ml_platform import sensors
 from ml_platform.definitions import defs
@@ -65,10 +66,11 @@ def add_run(
     start: str,
     end: str | None = None,
     job: str = "process_new_files",
+    **more_tags: str,
 ) -> str:
     """A run of the past, over a range of partitions or a single one."""
     run_id = str(uuid.uuid4())
-    tags = range_tags(start, end) if end else {PARTITION_TAG: start}
+    tags = (range_tags(start, end) if end else {PARTITION_TAG: start}) | more_tags
     location = GrpcServerCodeLocationOrigin(host="localhost", port=1, location_name="ml_platform")
     origin = RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), job)
     instance.add_run(dg.DagsterRun(job_name=job, run_id=run_id, status=status, tags=tags, remote_job_origin=origin))
@@ -317,6 +319,40 @@ class TestActiveRuns:
         instance.add_dynamic_partitions("raw_files", four)
         add_run(instance, Status.STARTED, "gone", "b")
         instance.add_run(dg.DagsterRun(job_name="other", run_id=str(uuid.uuid4()), status=Status.STARTED))
+        assert ticked(instance, lake) == [("a", "d")]
+
+
+class TestRetriedRuns:
+    """Dagster's daemon starts a killed run again; until it has, the run counts as one that waits."""
+
+    def test_their_partitions_are_left_to_the_retry(
+        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
+    ):
+        instance.add_dynamic_partitions("raw_files", four)
+        add_run(instance, Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "true"})
+        assert ticked(instance, lake) == [("c", "d")]
+
+    def test_there_will_be_no_retry(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
+        instance.add_dynamic_partitions("raw_files", four)
+        add_run(instance, Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "false"})
+        add_run(instance, Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "true", AUTO_RETRY_RUN_ID_TAG: "its retry"})
+        # The daemon starts no run of a command line again.
+        by_hand = range_tags("a", "b") | {WILL_RETRY_TAG: "true"}
+        instance.add_run(dg.DagsterRun("process_new_files", str(uuid.uuid4()), status=Status.FAILURE, tags=by_hand))
+        assert ticked(instance, lake) == [("a", "d")]
+
+    def test_nobody_has_retried_it(
+        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        instance.add_dynamic_partitions("raw_files", four)
+        add_run(instance, Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "true"})
+
+        class Later(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return datetime.now(tz) + timedelta(minutes=6)
+
+        monkeypatch.setattr(sensors, "datetime", Later)
         assert ticked(instance, lake) == [("a", "d")]
 
 

@@ -17,7 +17,7 @@ import pytest
 from ml_platform.partitions import range_tags
 from ml_platform.resources.lake import LakeResource
 from ml_platform.run_processes import PROCESS_TAG, fail_dead_runs, is_dead, note_process
-from ml_platform.sensors import plan_runs
+from ml_platform.sensors import dead_runs, plan_runs
 from ml_platform_tests.fakes import put_raw, raw_spec
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system has no /proc")
@@ -75,6 +75,20 @@ def test_a_killed_process_fails_its_run(instance: dg.DagsterInstance, child: sub
     assert fail_dead_runs(instance) == [run_id]
     assert get_run(instance, run_id).status == dg.DagsterRunStatus.FAILURE
     assert fail_dead_runs(instance) == []
+
+
+def test_the_sensor_reports_them_and_frees_the_queue(instance: dg.DagsterInstance, child: subprocess.Popen[bytes]):
+    def tick() -> str | None:
+        skipped = dead_runs(dg.build_sensor_context(instance=instance))
+        assert isinstance(skipped, dg.SkipReason)
+        return skipped.skip_message
+
+    run_id = start_run(instance, **{PROCESS_TAG: tag_of(child)})
+    assert tick() == "no run's process has died"
+    child.kill()
+    child.wait()
+    assert tick() == f"reported as failed: {run_id}"
+    assert get_run(instance, run_id).status == dg.DagsterRunStatus.FAILURE
 
 
 def test_whose_process_is_not_known_is_left_alone(instance: dg.DagsterInstance):

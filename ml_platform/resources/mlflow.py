@@ -30,7 +30,7 @@ class MlflowResource(dg.ConfigurableResource):
     )
 
     ui_url: str | None = Field(
-        default=None, description="MLflow's UI, for links, where the tracking URI is a database."
+        default=None, description="MLflow's UI, for links; default: the tracking URI, if that is a server's."
     )
 
     _init_context: dg.InitResourceContext | None = PrivateAttr(default=None)
@@ -101,8 +101,8 @@ class MlflowResource(dg.ConfigurableResource):
 
     def run_url(self, run: Any) -> str | None:
         """Address of an MLflow run in MLflow's UI; None if there is no UI that we know of."""
-        base = self.tracking_uri if re.match(r"https?://", self.tracking_uri) else self.ui_url
-        if not base:
+        base = self.ui_url or self.tracking_uri
+        if not re.match(r"https?://", base):
             return None
         base = re.sub(r"//[^/@]*@", "//", base).rstrip("/")  # never a password in metadata
         # Without the parameter MLflow 3 opens its page for language models.
