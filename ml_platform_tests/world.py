@@ -24,13 +24,13 @@ COMMAND_TIMEOUT_S = 600
 ModificationTimes = dict[str, int]
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120) -> Any:
-    """The first true value of `condition()`; fails the test if there is none in time."""
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120, pause: float = 0.1) -> Any:
+    """The first true value of `condition()`, asked every `pause` seconds; fails the test if there is none in time."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
             pytest.fail(f"waited {timeout} s in vain until {what}")
-        time.sleep(0.1)
+        time.sleep(pause)
     return value
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 #: Kills the process group once the pipe from the parent breaks. An interrupted or killed parent closes it, too.
-_TETHER = 'exec 3<&0 </dev/null; { cat <&3 >/dev/null; kill -KILL 0; } & exec 3<&-; exec "$@"'
+#: A signal that asks the group to end is not for the tether.
+_TETHER = 'exec 3<&0 </dev/null; { trap "" INT TERM; cat <&3 >/dev/null; kill -KILL 0; } & exec 3<&-; exec "$@"'
 
 #: What the last lines of a log are good for in an error.
 LOG_TAIL_BYTES = 2000
@@ -56,10 +57,13 @@ class TetheredProcess:
     def log_tail(self) -> str:
         return self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
 
-    def stop(self, *, grace_s: float = 5) -> None:
-        """End the process and its group: by SIGTERM, and by SIGKILL what is left after `grace_s`."""
+    def stop(self, *, grace_s: float = 5, to_group: bool = False) -> None:
+        """End the process and its group: by SIGTERM (`to_group`: to all of them), and by SIGKILL after `grace_s`."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
+            if to_group:
+                os.killpg(self.pid, signal.SIGTERM)
+            else:
+                self._process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(grace_s)
         self.kill()
