@@ -205,13 +205,13 @@ def compare(raw: Path, everyone: list[Path]) -> list[str]:
             ]
         say(f"{table}: {expected.num_rows:,} rows, {expected.num_columns} columns, of {len(everyone)} Sparks compared")
     for learner in GRIDS:
-        wrong += _compare_training(learner, everyone, reports)
+        wrong += _compare_training(learner, everyone)
         for scorer in everyone:
             wrong += _compare_scoring(learner, scorer, everyone, reports)
     return wrong
 
 
-def _compare_training(learner: str, everyone: list[Path], reports: dict[str, Any]) -> list[str]:
+def _compare_training(learner: str, everyone: list[Path]) -> list[str]:
     """Models that several Sparks fitted on the same rows: they score the same rows, and nearly alike."""
     import pyarrow.compute as pc
 
