@@ -7,12 +7,10 @@ rows and counts. Memory is the largest sum of resident memory over a process and
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import cleaners
-from benchmarks.common import ROWS_PER_CUSTOMER, clean, markdown, say, simulate, spark_session, write_results
+from benchmarks.common import (
+    ROWS_PER_CUSTOMER,
+    markdown,
+    options,
+    say,
+    simulate,
+    spark_session,
+    work_directory,
+    write_results,
+)
+from ml_platform.bare_jobs import clean
 from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
@@ -34,18 +42,15 @@ PLATFORM = "this platform"
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--million-rows", type=float, default=4.9, help="size of the new file (default: 4.9)")
     parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
     parser.add_argument(
         "--done", type=int, nargs="*", default=[5, 12], help="files that its predecessor has done before (5 12)"
     )
     parser.add_argument("--conflicts", action="store_true", help="also rows that share an id and differ")
-    parser.add_argument("--work", type=Path, help="directory to keep the data in (default: none)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
-        work = (arguments.work or Path(temporary)).absolute()
+    with work_directory(arguments.work) as work:
         customers = round(arguments.million_rows * 1e6 / ROWS_PER_CUSTOMER)
         # Of the faults, conflicting duplicates were never seen in real files, and looking for them takes time.
         without = () if arguments.conflicts else ("conflicting_duplicate",)

@@ -46,7 +46,8 @@ FIELDS = (
 
 def platform(raw: Path, out: Path, epoch: date) -> dict[str, int]:
     """The platform's own job, in a session set up as its local engine sets one up."""
-    from benchmarks.common import clean, spark_session
+    from benchmarks.common import spark_session
+    from ml_platform.bare_jobs import clean
 
     spark = spark_session()
     counts = clean(spark, [raw], out, epoch)[raw.stem]["counts"]

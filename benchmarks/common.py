@@ -1,17 +1,18 @@
-"""What the benchmarks share: raw files, a Spark session like the platform's own, tables in Markdown."""
+"""What the benchmarks share: options, raw files, a Spark session like the platform's own, tables in Markdown."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from datetime import date
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ml_platform.local_spark import default_spark_config
+from ml_platform.local_spark import default_spark_config, local_session
 from ml_platform.simulator import Simulation
-from spark_jobs import build_features, clean_transactions
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -26,17 +27,24 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def spark_session(driver_memory: str | None = None, **config: str) -> SparkSession:
-    """A session set up as the platform's local engine sets up its own."""
-    from pyspark.sql import SparkSession
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="directory to keep the data in (default: none)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
 
-    builder = SparkSession.builder.appName("benchmark")
-    for name, value in (default_spark_config("local[*]", driver_memory) | config).items():
-        builder = builder.config(name, value)
-    spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel("ERROR")
-    spark.sparkContext.pythonExec = sys.executable
-    return spark
+
+@contextmanager
+def work_directory(kept: Path | None) -> Iterator[Path]:
+    """Where a benchmark's data is: in `kept`, or else only until the block ends."""
+    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
+        yield (kept or Path(temporary)).absolute()
+
+
+def spark_session(driver_memory: str | None = None) -> SparkSession:
+    """A session set up as the platform's local engine sets up its own."""
+    return local_session("benchmark", default_spark_config("local[*]", driver_memory))
 
 
 def simulate(directory: Path, simulation: Simulation, files: int) -> list[Path]:
@@ -51,62 +59,6 @@ def simulate(directory: Path, simulation: Simulation, files: int) -> list[Path]:
                 simulation.write_file(index, out)
             draft.rename(path)
     return paths
-
-
-def clean(spark: SparkSession, raw: Sequence[Path], lake: Path, epoch: date) -> dict[str, dict[str, Any]]:
-    """Clean raw files into `lake`; reports by partition, in order of the files."""
-    report = clean_transactions.run(
-        spark,
-        {
-            "run_id": "benchmark",
-            "epoch": epoch.isoformat(),
-            "partitions": [
-                {
-                    "partition": path.stem,
-                    "raw": {"uri": f"file://{path}", "size": path.stat().st_size, "fingerprint": "benchmark"},
-                    "output_uri": f"file://{lake}/cleaned_transactions/raw_file={path.stem}",
-                    "rejected_uri": f"file://{lake}/rejected_transactions/raw_file={path.stem}",
-                }
-                for path in raw
-            ],
-        },
-    )
-    return _reports(report)
-
-
-def features(
-    spark: SparkSession, reports: dict[str, dict[str, Any]], lake: Path, *, only: Iterable[str] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Build the features of cleaned partitions, each with the two before it as history; reports by partition."""
-    keys = list(reports)
-
-    def cleaned(key: str) -> str:
-        return f"file://{lake}/cleaned_transactions/raw_file={key}"
-
-    items = []
-    for index, key in enumerate(keys):
-        history = keys[max(0, index - 2) : index]
-        items.append(
-            {
-                "partition": key,
-                "cleaned_uri": cleaned(key),
-                "tx_datetime_min": reports[key]["tx_datetime"]["min"],
-                "history": [cleaned(earlier) for earlier in history],
-                "cleaned_bytes": sum(reports[part]["raw"]["size"] for part in (key, *history)),
-                "inputs": {},
-                "output_uri": f"file://{lake}/transaction_features/raw_file={key}",
-            }
-        )
-    wanted = None if only is None else set(only)
-    items = [item for item in items if wanted is None or item["partition"] in wanted]
-    return _reports(build_features.run(spark, {"run_id": "benchmark", "partitions": items}))
-
-
-def _reports(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    for key, verdict in report["partitions"].items():
-        if verdict["status"] != "succeeded":
-            raise SystemExit(f"{key}: {verdict['error']}")
-    return {key: verdict["report"] for key, verdict in report["partitions"].items()}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -6,15 +6,23 @@ machine meets all of them. The marginal cost between two sizes is what a further
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 import time
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import ROWS_PER_CUSTOMER, clean, features, markdown, say, simulate, spark_session, write_results
+from benchmarks.common import (
+    ROWS_PER_CUSTOMER,
+    markdown,
+    options,
+    say,
+    simulate,
+    spark_session,
+    work_directory,
+    write_results,
+)
+from ml_platform.bare_jobs import clean, features
 from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
@@ -29,17 +37,14 @@ HOT_SHARE = 0.3
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument(
         "--million-rows", type=float, nargs="+", default=[2, 8, 16], metavar="N", help="sizes (default: 2 8 16)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
     parser.add_argument("--driver-memory", help="memory of Spark's driver (default: a third of the machine's, to 8 GB)")
-    parser.add_argument("--work", type=Path, help="directory to keep the data in (default: none)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
-        work = (arguments.work or Path(temporary)).absolute()
+    with work_directory(arguments.work) as work:
         spark = spark_session(arguments.driver_memory)
         results = measure(spark, sorted(arguments.million_rows), arguments.rounds, work)
     write_results(arguments.json, results, lambda: table(results))

@@ -7,13 +7,12 @@ bootstrap over customers.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import clean, features, markdown, say, simulate, spark_session, write_results
+from benchmarks.common import markdown, options, say, simulate, spark_session, work_directory, write_results
+from ml_platform.bare_jobs import clean, features
 from ml_platform.promotion import average_precision_interval
 from ml_platform.simulator import Simulation
 from spark_jobs import train_model
@@ -39,7 +38,7 @@ MODELS = {
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--raw", type=Path, help="directory of raw files (default: simulated ones)")
     parser.add_argument("--epoch", type=date.fromisoformat, default=date(2018, 4, 1), help="first day of the data")
     parser.add_argument(
@@ -51,12 +50,9 @@ def main() -> None:
         help="last days of training, one a fold (default: 2018-06-26 2018-07-03 2018-07-10)",
     )
     parser.add_argument("--customers", type=int, default=5_000, help="customers to simulate (default: 5000)")
-    parser.add_argument("--work", type=Path, help="directory to keep cleaned data and features in (default: none)")
     parser.add_argument("--only", default="", help="only the rows of the table whose name has this in it")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
-        work = (arguments.work or Path(temporary)).absolute()
+    with work_directory(arguments.work) as work:
         if arguments.raw is None:
             simulation = Simulation(
                 start=arguments.epoch, customers=arguments.customers, terminals=2 * arguments.customers

@@ -7,15 +7,23 @@ one large file, in the then warm session.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import ROWS_PER_CUSTOMER, clean, features, markdown, say, simulate, spark_session, write_results
+from benchmarks.common import (
+    ROWS_PER_CUSTOMER,
+    markdown,
+    options,
+    say,
+    simulate,
+    spark_session,
+    work_directory,
+    write_results,
+)
+from ml_platform.bare_jobs import clean, features
 from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
@@ -26,14 +34,11 @@ EPOCH = date(2019, 8, 22)
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--partitions", type=int, default=40, help="small files in each half (default: 40)")
     parser.add_argument("--thousand-rows", type=float, default=100, help="size of a small file (default: 100)")
-    parser.add_argument("--work", type=Path, help="directory to keep the data in (default: none)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
-        work = (arguments.work or Path(temporary)).absolute()
+    with work_directory(arguments.work) as work:
         spark = spark_session()
         results = measure(spark, work, arguments.partitions, arguments.thousand_rows * 1e3)
     write_results(arguments.json, results, lambda: table(results))

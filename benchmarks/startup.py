@@ -7,19 +7,18 @@ seconds that the job itself reports. What is left over is the platform's own.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROWS_PER_CUSTOMER, markdown, say, simulate, write_results
+from benchmarks.common import ROWS_PER_CUSTOMER, markdown, options, say, simulate, work_directory, write_results
 from ml_platform.simulator import Simulation
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -48,13 +47,11 @@ SPARK = "from benchmarks.common import spark_session; spark_session().range(1).c
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--thousand-rows", type=float, default=100, help="size of the partition (default: 100)")
     parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (default: 5)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
-        work = Path(temporary)
+    with work_directory(arguments.work) as work:
         customers = round(arguments.thousand_rows * 1e3 / ROWS_PER_CUSTOMER)
         simulate(work / "raw", Simulation(start=EPOCH, customers=customers, terminals=1000), 1)
         results = measure(work, arguments.rounds)
@@ -64,7 +61,7 @@ def main() -> None:
 def measure(work: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds by what was run."""
     home, lake = work / "home", work / "lake"
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     (home / "dagster.yaml").write_text((PROJECT / "dagster.yaml").read_text())
     (work / "trivial.py").write_text(TRIVIAL)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ML_PLATFORM_", "AWS_"))}
@@ -103,6 +100,7 @@ def measure(work: Path, rounds: int) -> dict[str, list[float]]:
         run(*contestants[name])
     results: dict[str, list[float]] = {name: [] for name in [*contestants, JOB]}
     for number in range(rounds):
+        shutil.rmtree(lake)  # what is clean is not cleaned again
         for name, arguments in contestants.items():
             results[name].append(run(*arguments))
             say(f"round {number + 1}: {results[name][-1]:.2f} s, {name}")

@@ -6,18 +6,25 @@ are interleaved, so that a disturbance of the machine meets all sizes.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 import time
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import ROWS_PER_CUSTOMER, clean, features, markdown, say, simulate, spark_session, write_results
+from benchmarks.common import (
+    ROWS_PER_CUSTOMER,
+    markdown,
+    options,
+    say,
+    simulate,
+    spark_session,
+    work_directory,
+    write_results,
+)
+from ml_platform.bare_jobs import clean, features, train
 from ml_platform.simulator import Simulation
 from spark_jobs import train_model
-from spark_jobs.features import FEATURES
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -30,7 +37,7 @@ FILES = 4
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument(
         "--thousand-rows",
         type=float,
@@ -41,11 +48,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=1, help="times that each is measured (default: 1)")
     parser.add_argument("--driver-memory", help="memory of Spark's driver (default: a third of the machine's, to 8 GB)")
-    parser.add_argument("--work", type=Path, help="directory to keep the data in (default: none)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ml-platform-benchmark-") as temporary:
-        work = (arguments.work or Path(temporary)).absolute()
+    with work_directory(arguments.work) as work:
         spark = spark_session(arguments.driver_memory)
         results = measure(spark, sorted(arguments.thousand_rows), arguments.rounds, work)
     write_results(arguments.json, results, lambda: table(results))
@@ -61,7 +65,7 @@ def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) ->
     lake = work / "lake"
     reports = clean(spark, simulate(work / "raw", simulation, FILES), lake, EPOCH)
     features(spark, reports, lake)
-    cutoff = list(reports)[-1]
+    keys = list(reports)
     for size in sizes:
         for key in reports:
             table = f"transaction_features/raw_file={key}"
@@ -69,36 +73,18 @@ def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) ->
                 F.expr(f"pmod(xxhash64(customer_id), 10000) < {10_000 * size / sizes[-1]}")
             ).write.mode("overwrite").parquet(f"file://{work}/{size:g}/{table}")
     say("warming up")
-    train(spark, reports, cutoff, work / f"{sizes[0]:g}", candidates=train_model.DEFAULTS["candidates"][:1])
+    train(spark, keys, work / f"{sizes[0]:g}", candidates=train_model.DEFAULTS["candidates"][:1])
     results = []
     for number in range(rounds):
         for size in sizes:
             started = time.monotonic()
-            report = train(spark, reports, cutoff, work / f"{size:g}")
+            report = train(spark, keys, work / f"{size:g}")
+            if report["outcome"] != "trained":
+                raise SystemExit(f"no model: {report['reason']}")
             seconds = {**report["seconds"], "total": time.monotonic() - started}
             results.append({"rows": report["windows"]["train"]["rows"], "seconds": seconds})
             say(f"round {number + 1}: {results[-1]}")
     return results
-
-
-def train(spark: SparkSession, reports: dict[str, Any], cutoff: str, lake: Path, **settings: Any) -> dict[str, Any]:
-    """The training job's report. Raises SystemExit if it trained no model."""
-    uris = {key: f"file://{lake}/transaction_features/raw_file={key}" for key in reports}
-    report = train_model.run(
-        spark,
-        {
-            "run_id": "benchmark",
-            "cutoff": cutoff,
-            "feature_uris": list(uris.values()),
-            "cutoff_uri": uris[cutoff],
-            "features": list(FEATURES),
-            "output_uri": f"file://{lake}/model",
-            **settings,
-        },
-    )
-    if report["outcome"] != "trained":
-        raise SystemExit(f"no model: {report['reason']}")
-    return report
 
 
 def table(results: list[dict[str, Any]]) -> str:

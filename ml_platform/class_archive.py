@@ -14,10 +14,9 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ml_platform.local_spark import CLASS_ARCHIVE, default_spark_config, quoted_option
+from ml_platform import bare_jobs
+from ml_platform.local_spark import CLASS_ARCHIVE, default_spark_config, local_session, quoted_option
 from ml_platform.simulator import Simulation
-from spark_jobs import build_features, clean_transactions, train_model
-from spark_jobs.features import FEATURES
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -80,21 +79,14 @@ def record(archive: Path) -> None:
 
     What the jobs write is left beside the archive. Raises RuntimeError if a job or Java fails.
     """
-    from pyspark.sql import SparkSession
-
     work = archive.parent
     config = default_spark_config("local[*]") | {
         "spark.driver.defaultJavaOptions": f"{quoted_option('ArchiveClassesAtExit', archive)} -Xlog:cds*=off",
         "spark.sql.warehouse.dir": str(work / "warehouse"),
     }
-    builder = SparkSession.builder.appName("class_archive")
-    for name, value in config.items():
-        builder = builder.config(name, value)
-    spark = builder.getOrCreate()
+    spark = local_session("class_archive", config)
     java: Any = spark.sparkContext._gateway.proc  # type: ignore[union-attr]
     try:
-        spark.sparkContext.setLogLevel("ERROR")
-        spark.sparkContext.pythonExec = sys.executable
         run_jobs(spark, work)
     finally:
         spark.stop()
@@ -108,55 +100,13 @@ def record(archive: Path) -> None:
 def run_jobs(spark: SparkSession, work: Path) -> None:
     """Clean, build features and train, once each. Raises RuntimeError if a job fails."""
     simulation = Simulation(start=EPOCH, customers=300, terminals=300)
-    items: list[dict[str, Any]] = []
-    for index in range(2):
-        raw = work / simulation.file_name(index)
-        with raw.open("wb") as out:
+    raw = [work / simulation.file_name(index) for index in range(2)]
+    for index, path in enumerate(raw):
+        with path.open("wb") as out:
             simulation.write_file(index, out)
-        items.append(
-            {
-                "partition": raw.stem,
-                "raw": {"uri": raw.as_uri(), "size": raw.stat().st_size, "fingerprint": ""},
-                "output_uri": (work / "cleaned" / raw.stem).as_uri(),
-                "rejected_uri": (work / "rejected" / raw.stem).as_uri(),
-            }
-        )
-    cleaned = _reports(
-        clean_transactions.run(spark, {"run_id": "class_archive", "epoch": EPOCH.isoformat(), "partitions": items})
-    )
-    features = [
-        {
-            "partition": item["partition"],
-            "cleaned_uri": item["output_uri"],
-            "tx_datetime_min": cleaned[item["partition"]]["tx_datetime"]["min"],
-            "history": [earlier["output_uri"] for earlier in items[:index]],
-            "cleaned_bytes": item["raw"]["size"],
-            "inputs": {},
-            "output_uri": (work / "features" / item["partition"]).as_uri(),
-        }
-        for index, item in enumerate(items)
-    ]
-    _reports(build_features.run(spark, {"run_id": "class_archive", "partitions": features}))
-    train_model.run(
-        spark,
-        {
-            "run_id": "class_archive",
-            "cutoff": features[-1]["partition"],
-            "feature_uris": [item["output_uri"] for item in features],
-            "cutoff_uri": features[-1]["output_uri"],
-            "features": list(FEATURES),
-            "output_uri": (work / "model").as_uri(),
-            "min_frauds": 1,
-            "candidates": CANDIDATES,
-        },
-    )
-
-
-def _reports(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    for key, verdict in report["partitions"].items():
-        if verdict["status"] != "succeeded":
-            raise RuntimeError(f"{key}: {verdict['error']}")
-    return {key: verdict["report"] for key, verdict in report["partitions"].items()}
+    cleaned = bare_jobs.clean(spark, raw, work, EPOCH)
+    bare_jobs.features(spark, cleaned, work)
+    bare_jobs.train(spark, list(cleaned), work, min_frauds=1, candidates=CANDIDATES)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,30 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 MEGABYTE = 1 << 20
 
 #: Beside the packages whose classes it holds.
 CLASS_ARCHIVE = Path(sys.prefix) / "spark.jsa"
+
+
+def local_session(name: str, config: Mapping[str, str]) -> SparkSession:
+    """A session with the properties of `config`, for what is no job of an engine: such a job sets up its own."""
+    from pyspark.sql import SparkSession
+
+    builder = SparkSession.builder.appName(name)
+    for key, value in config.items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    spark.sparkContext.pythonExec = sys.executable
+    return spark
 
 
 def default_spark_config(master: str, driver_memory: str | None = None) -> dict[str, str]:
