@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,10 @@ import dagster as dg
 import pytest
 
 from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
-from ml_platform.local_spark import default_spark_config
+from ml_platform.local_spark import default_spark_config, local_session
 from ml_platform.resources.lake import LakeResource
 from ml_platform_tests.standalone import StandaloneCluster
+from ml_platform_tests.world import SHORT_LIVED_JAVA
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -78,17 +78,11 @@ def instance() -> Iterator[dg.DagsterInstance]:
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """One Spark session for all tests, set up as the jobs set up theirs."""
-    from pyspark.sql import SparkSession
-
     from spark_jobs import runtime
 
-    builder = SparkSession.builder.appName("ml_platform_tests")
     config = default_spark_config("local[2]", "2g")
-    for name, value in (config | {"spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse"))}).items():
-        builder = builder.config(name, value)
-    session = builder.getOrCreate()
-    session.sparkContext.setLogLevel("ERROR")
-    session.sparkContext.pythonExec = sys.executable
+    warehouse = {"spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse"))}
+    session = local_session("ml_platform_tests", config | warehouse)
     runtime.configure(session)
     yield session
     session.stop()
@@ -116,5 +110,5 @@ def s3(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> LocalS3:
 @pytest.fixture(scope="session")
 def standalone_cluster(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandaloneCluster]:
     """A Spark cluster of one master and two workers, which may use the S3 server."""
-    with StandaloneCluster(tmp_path_factory.mktemp("cluster"), s3_server.environment()) as cluster:
+    with StandaloneCluster(tmp_path_factory.mktemp("cluster"), s3_server.environment() | SHORT_LIVED_JAVA) as cluster:
         yield cluster

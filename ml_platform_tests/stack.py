@@ -31,7 +31,7 @@ from ml_platform.dev_cloud.processes import TetheredProcess, free_port, listens
 from ml_platform.dev_cloud.s3_server import LocalS3
 from ml_platform.s3a import DEFAULT_CACHE
 from ml_platform_tests.postgres import PostgresServer
-from ml_platform_tests.world import PROJECT, wait_until
+from ml_platform_tests.world import PROJECT, SHORT_LIVED_JAVA, wait_until
 
 DEPLOY = PROJECT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -143,7 +143,7 @@ class Stack:
             for here, there in places.items():
                 value = value.replace(here, there)
             environment[name] = value
-        return {"HOME": str(self.directory), "PYTHONPATH": str(PROJECT)} | environment
+        return {"HOME": str(self.directory), "PYTHONPATH": str(PROJECT), **SHORT_LIVED_JAVA} | environment
 
     def _here(self, text: str) -> str:
         """A text of compose.yaml: variables filled in, names and addresses of containers turned into this machine's."""

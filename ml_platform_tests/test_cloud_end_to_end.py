@@ -22,6 +22,7 @@ from ml_platform.simulator import Simulation
 from ml_platform_tests.world import (
     COMMAND_TIMEOUT_S,
     ML_PLATFORM,
+    SHORT_LIVED_JAVA,
     World,
     materialize_command,
     no_process_left,
@@ -82,7 +83,7 @@ class CloudWorld(World):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[CloudWorld]:
     directory = tmp_path_factory.mktemp("cloud end to end")
-    with DevCloud(directory / "cloud", create_seconds=1, delete_seconds=1) as cloud:
+    with DevCloud(directory / "cloud", SHORT_LIVED_JAVA, create_seconds=1, delete_seconds=1) as cloud:
         yield CloudWorld(directory / "world", cloud=cloud)
 
 

@@ -42,6 +42,19 @@ SIMULATION = Simulation(days_per_file=20, customers=400, terminals=400, radius=1
 KEYS = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(4)]
 FIRST, SECOND, THIRD, FOURTH = KEYS
 
+#: All kinds of learners, the logistic regression's grid whole; the default trees would take most of the tests' time.
+CANDIDATES = [
+    {"learner": "logistic_regression", "grid": {"regParam": [0, 0.1, 0.5], "maxIter": [100, 500, 1000]}},
+    {"learner": "gbt", "grid": {"maxIter": [8], "maxDepth": [2, 3], "maxBins": [256], "stepSize": [0.3]}},
+    {"learner": "random_forest", "grid": {"numTrees": [8], "maxDepth": [4], "maxBins": [256]}},
+]
+
+
+def search(candidates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run config that searches among `candidates`."""
+    return {"ops": {"fraud_model": {"config": {"candidates": candidates}}}}
+
+
 TEST_METRICS = ("average_precision", "roc_auc", "card_precision_at_100", "rows", "frauds")
 SCORE_COLUMNS = [
     "transaction_id",
@@ -107,7 +120,7 @@ def trained(directory: Path, cleaned: World) -> Trained:
     world = cleaned.copy(directory / "trained")
     before = world.modification_times()
     world.sync()
-    world.materialize("*", FIRST, THIRD)
+    world.materialize("*", FIRST, THIRD, config=search(CANDIDATES))
     return Trained(world, world.runs()[-1], before)
 
 
@@ -262,8 +275,7 @@ FAIR = [{"learner": "gbt", "grid": {"maxIter": [10], "maxDepth": [3], "maxBins":
 
 def retrain(world: World, candidates: list[dict[str, Any]]) -> dict[str, Any]:
     """Train again at the last cut-off; returns the partition's metadata."""
-    config = {"ops": {"fraud_model": {"config": {"candidates": candidates}}}}
-    world.run(*materialize_command("fraud_model", THIRD, THIRD), "--config-json", json.dumps(config))
+    world.materialize("fraud_model", THIRD, THIRD, config=search(candidates))
     return world.metadata("fraud_model", THIRD)
 
 
@@ -306,8 +318,8 @@ def watched(directory: Path, cleaned: World, raw_files: RawFiles) -> World:
 def test_daemon_processes_a_new_file_alone(watched: World, raw_files: RawFiles) -> None:
     before = watched.modification_times()
     with daemon(watched):
-        wait_until(lambda: ticks(watched), "the sensor has ticked")
-        wait_until(lambda: watched.runs() and watched.runs()[-1].is_finished, "the run has ended", COMMAND_TIMEOUT_S)
+        wait_until(lambda: ticks(watched), "the sensor has ticked", pause=1)
+        wait_until(lambda: all(run.is_finished for run in watched.runs()), "the run has ended", COMMAND_TIMEOUT_S, 1)
     (tick,) = ticks(watched)
     (run,) = watched.runs()
     assert tick.status.value == "SUCCESS"
@@ -335,7 +347,7 @@ def test_tick_without_a_new_file_is_skipped_with_its_reason(watched: World) -> N
     before = watched.modification_times()
     other = World(watched.root, home_name="another dagster home")
     with daemon(other):
-        (tick,) = wait_until(lambda: ticks(other), "the sensor has ticked")
+        (tick,) = wait_until(lambda: ticks(other), "the sensor has ticked", pause=1)
     assert tick.status.value == "SKIPPED"
     assert tick.skip_reason == "4 raw files, every one has a cleaned counterpart"
     assert other.runs() == []

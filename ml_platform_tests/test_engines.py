@@ -21,7 +21,7 @@ from ml_platform.dev_cloud.s3_server import LocalS3
 from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
 from ml_platform.simulator import FileTruth, Simulation
 from ml_platform_tests.standalone import StandaloneCluster
-from ml_platform_tests.world import ML_PLATFORM, World, materialize_command, no_process_left
+from ml_platform_tests.world import ML_PLATFORM, SHORT_LIVED_JAVA, World, materialize_command, no_process_left
 
 pytestmark = [pytest.mark.e2e, pytest.mark.spark, pytest.mark.timeout(900)]
 
@@ -124,7 +124,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
         yield prepare(EngineWorld(directory, overrides=settings, truths={}, left_over=list, started=executors))
     else:
-        with DevCloud(directory / "cloud", create_seconds=1, delete_seconds=1) as cloud:
+        with DevCloud(directory / "cloud", SHORT_LIVED_JAVA, create_seconds=1, delete_seconds=1) as cloud:
             settings = cloud.environment() | {"DATAPROC_POLL_S": "1"}
             yield prepare(
                 EngineWorld(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +30,10 @@ class DevCloud:
     s3: LocalS3
     dataproc: FakeDataproc
 
-    def __init__(self, directory: Path, **settings: Any) -> None:
+    def __init__(self, directory: Path, job_environment: Mapping[str, str] | None = None, **settings: Any) -> None:
         self.directory = directory.absolute()
         self.mock_reason = ""
+        self._job_environment = dict(job_environment or {})
         self._settings = settings
         self._stack = ExitStack()
 
@@ -47,7 +49,7 @@ class DevCloud:
             cluster = SparkSubmit(
                 spark_properties=s3a_properties(S3Connection(self.s3.endpoint_url, self.s3.region))
                 | connector_properties(),
-                environment=self.s3.environment(),
+                environment=self.s3.environment() | self._job_environment,
             )
             settings = {"run_job": cluster, "bucket": LAKE_BUCKET, **self._settings}
             self.dataproc = stack.enter_context(FakeDataproc(self.directory / "dataproc", **settings))
