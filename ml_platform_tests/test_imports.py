@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the bottom up. A module imports from its own layer or below; the first name that fits counts.
 LAYERS = [
-    ("dataproc_api", "local_spark", "s3a", "code_archive", "partitions", "figures", "promotion"),
+    ("dataproc_api", "local_spark", "bare_jobs", "s3a", "code_archive", "partitions", "figures", "promotion"),
     ("run_processes", "outside_text"),
     ("simulator", "sizing", "settings", "dev_cloud"),
     ("class_archive",),
