@@ -193,7 +193,8 @@ class Services:
 def soak(world: World, ticks: int, files: int, rows: int) -> Iterator[Sample]:
     """Let `ticks` days pass in which `files` raw files come; two samples for each file, in order."""
     simulation = Simulation(days_per_file=20, customers=round(rows / ROWS_PER_CUSTOMER * 1.5), terminals=400, radius=10)
-    with world.services() as services, dg.DagsterInstance.from_config(str(world.home)) as instance:
+    # Opened first: processes that make Dagster's SQLite files at the same instant find them locked.
+    with dg.DagsterInstance.from_config(str(world.home)) as instance, world.services() as services:
         clock = Clock(world, instance)
         clock.wait_for_tick()  # the first, of an empty directory
         for index in range(files):
