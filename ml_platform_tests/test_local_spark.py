@@ -11,7 +11,7 @@ import pytest
 
 from ml_platform import class_archive
 from ml_platform.dev_cloud.spark_submit import spark_home
-from ml_platform.local_spark import CLASS_ARCHIVE, class_archive_config, default_spark_config
+from ml_platform.local_spark import CLASS_ARCHIVE, GARBAGE_COLLECTOR, default_spark_config, java_options
 
 
 def java_command(config: dict[str, str]) -> list[str]:
@@ -33,9 +33,9 @@ def java_command(config: dict[str, str]) -> list[str]:
 
 
 def test_without_an_archive_java_is_told_of_none(tmp_path: Path) -> None:
-    assert class_archive_config(tmp_path / "none.jsa") == {}
+    assert java_options(tmp_path / "none.jsa") == GARBAGE_COLLECTOR
     (tmp_path / "failed.jsa").touch()
-    assert class_archive_config(tmp_path / "failed.jsa") == {}
+    assert java_options(tmp_path / "failed.jsa") == GARBAGE_COLLECTOR
 
 
 @pytest.mark.parametrize("name", ["plain", "two words", 'a "quoted" one', "back\\slash", "single's"])
@@ -44,11 +44,13 @@ def test_java_is_given_the_path_as_it_is(tmp_path: Path, name: str) -> None:
     archive.parent.mkdir()
     archive.write_bytes(b"x")
 
-    assert f"-XX:SharedArchiveFile={archive}" in java_command(class_archive_config(archive))
+    for option, write in (("SharedArchiveFile", False), ("ArchiveClassesAtExit", True)):
+        properties = {"spark.driver.defaultJavaOptions": java_options(archive, write=write)}
+        assert f"-XX:{option}={archive}" in java_command(properties)
 
 
 def test_java_takes_the_archive_of_this_environment() -> None:
-    if not class_archive_config(CLASS_ARCHIVE):
+    if java_options(CLASS_ARCHIVE) == GARBAGE_COLLECTOR:
         pytest.skip("no archive was made in this environment: make classes")
     command = [*java_command(default_spark_config("local[2]")), "-Xshare:on", "-Xlog:cds=info", "-version"]
 
@@ -59,7 +61,7 @@ def test_java_takes_the_archive_of_this_environment() -> None:
 
 
 def test_other_jars_go_without_it(tmp_path: Path) -> None:
-    if not class_archive_config(CLASS_ARCHIVE):
+    if java_options(CLASS_ARCHIVE) == GARBAGE_COLLECTOR:
         pytest.skip("no archive was made in this environment: make classes")
     command = java_command(default_spark_config("local[2]"))
     command[command.index("-cp") + 1] = str(tmp_path)

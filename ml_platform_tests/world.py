@@ -22,7 +22,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 COMMAND_TIMEOUT_S = 600
 
 #: A JVM that has ended after a minute works off less without the second compiler, whose work would pay later.
-SHORT_LIVED_JAVA = {"JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}
+SHORT_LIVED_JAVA = {"JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1"}
 
 ModificationTimes = dict[str, int]
 
