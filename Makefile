@@ -26,7 +26,7 @@ setup: ## create or update .venv (every other target does it, too)
 # Lets Spark start in less time; made again when the packages change. All works without it.
 classes: setup
 	@[ .venv/spark.jsa -nt .venv/ml-platform-installed ] || { \
-	  echo 'setup: archiving the classes of Spark (half a minute, once)' >&2; \
+	  echo 'setup: archiving the classes of Spark (a minute, once)' >&2; \
 	  $(WITH_JAVA) $(BIN)/python -m ml_platform.class_archive; }
 
 .dagster_home/dagster.yaml: dagster.yaml
