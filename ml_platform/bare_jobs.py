@@ -1,7 +1,7 @@
 """The Spark jobs on directories of this machine, in a session at hand: no Dagster, no MLflow, no engine.
 
 For what measures the jobs or only wants them to have run: the benchmarks and the class archive. They skip nothing and
-lay their outputs out as the lake does.
+lay their outputs out as the lake does. Paths are absolute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Reports = dict[str, dict[str, Any]]
 
 def partition_uri(lake: Path, table: str, key: str) -> str:
     """Where a partition of a table is."""
-    return (lake / table / f"raw_file={key}").as_uri()
+    return f"file://{lake}/{table}/raw_file={key}"
 
 
 def clean(spark: SparkSession, raw: Sequence[Path], lake: Path, epoch: date) -> Reports:
@@ -32,7 +32,7 @@ def clean(spark: SparkSession, raw: Sequence[Path], lake: Path, epoch: date) -> 
     items = [
         {
             "partition": path.stem,
-            "raw": {"uri": path.as_uri(), "size": path.stat().st_size, "fingerprint": RUN_ID},
+            "raw": {"uri": f"file://{path}", "size": path.stat().st_size, "fingerprint": RUN_ID},
             "output_uri": partition_uri(lake, "cleaned_transactions", path.stem),
             "rejected_uri": partition_uri(lake, "rejected_transactions", path.stem),
         }
@@ -76,7 +76,7 @@ def train(spark: SparkSession, keys: Sequence[str], lake: Path, **settings: Any)
         "feature_uris": uris,
         "cutoff_uri": uris[-1],
         "features": list(FEATURES),
-        "output_uri": (lake / "model").as_uri(),
+        "output_uri": f"file://{lake}/model",
     }
     return train_model.run(spark, request | settings)
 
