@@ -23,8 +23,8 @@ help: ## show this list
 setup: ## create or update .venv (every other target does it, too)
 	@sh scripts/setup.sh
 
-# Lets Spark start in less time; made again when the packages change. All works without it.
-classes: setup
+# Made again when the packages change. All works without it, and it takes longer than it saves a first demo.
+classes: setup ## archive Spark's classes, so that local sessions start sooner (a minute, once)
 	@[ .venv/spark.jsa -nt .venv/ml-platform-installed ] || { \
 	  echo 'setup: archiving the classes of Spark (a minute, once)' >&2; \
 	  $(WITH_JAVA) $(BIN)/python -m ml_platform.class_archive; }
@@ -32,14 +32,14 @@ classes: setup
 .dagster_home/dagster.yaml: dagster.yaml
 	@mkdir -p .dagster_home && cp dagster.yaml .dagster_home/dagster.yaml
 
-demo: classes .dagster_home/dagster.yaml ## from simulated raw files to a promoted model
+demo: setup .dagster_home/dagster.yaml ## from simulated raw files to a promoted model
 	@$(WITH_JAVA) \
 	  $(BIN)/ml-platform simulate && \
 	  $(BIN)/ml-platform process-new-files && \
 	  $(BIN)/ml-platform summary
 	@echo 'Open the UI with: make dev'
 
-dev: classes .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's UI on port 5000
+dev: setup .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's UI on port 5000
 	@$(WITH_JAVA) exec bash scripts/dev.sh
 
 # Three at a time on two cores: the tests of whole systems wait half of the time.
