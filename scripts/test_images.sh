@@ -50,7 +50,8 @@ prepare() {
     wanted_state "$1" >"$environment/installed"
 }
 
-# Becomes Python in the copy of image $1, with nothing of this shell's environment. The property is for Arrow on Java 11.
+# Becomes Python in the copy of image $1, with nothing of this shell's environment, or in .venv if $1 is "current". The
+# property is for Arrow on Java 11.
 in_image() {
     if [ "$1" = current ]; then
         shift
