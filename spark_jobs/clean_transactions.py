@@ -1,55 +1,42 @@
 """Clean raw transaction files: text in; Parquet, rejects with their reasons and a report out.
 
-A file is read once: every line is parsed, lines that a rule rejects are folded into one group per set of reasons,
-and the rest are grouped by ``transaction_id``, which finds the duplicates. Ids come nearly in order, so they are
-shuffled in blocks: what was together in the file stays together, which costs a third of a shuffle by single ids. All
-counts are taken from those groups while they are written. A second scan happens only where there are rejects to write,
-which real files rarely have.
+A file is read once: its lines are parsed in numpy, a hundred thousand at a time, and shuffled in blocks by
+``transaction_id``, so that copies meet; there they are found, counted, and the rest is sorted and written. Only where
+there are rejects to write, which real files rarely have, is the file read a second time.
 """
 
 from __future__ import annotations
 
-import re
+import os
 import time
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from spark_jobs import runtime
+from spark_jobs import blocks, runtime
+from spark_jobs.cleaning_rules import FIX_BITS, HEADER_BIT, REJECT_BITS, is_number
+from spark_jobs.plain_lines import LINE_COLUMNS, PADDING, parse_lines
 from spark_jobs.schema import CLEANED_COLUMNS, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
+from spark_jobs.windows import DAY_S, NO_KEY
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, GroupedData, SparkSession
+    import numpy as np
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+    from spark_jobs.blocks import Columns
+
+    Array = np.ndarray[Any, Any]
 
 #: A longer line is malformed unseen: splitting 100 MB of commas would take the memory of an executor.
 MAX_ROW_BYTES = 4096
 
+#: What stands for such a line: no row either.
+LONG_LINE = "?"
+
 #: A header is a line of at most so many bytes.
 MAX_HEADER_BYTES = 64 << 10
 
-#: Rows whose ids share all but the last so many bits stay together.
+#: Rows whose ids share all but the last so many bits stay together. Ids come nearly in order, and so do their rows.
 BLOCK_BITS = 13
-
-#: Order of the rows in a Parquet file: that of the course's files, so that filters by time skip most row groups, and
-#: filters by customer many.
-SORTED_BY = ("tx_time_days", "customer_id", "tx_datetime", "transaction_id")
-
-MAX_PLAIN_BYTES = 200
-
-#: What no rule rejects, and most lines are. A line that does not match may still be right.
-PLAIN_LINE = (
-    r"\A[0-9]{1,18}+,"
-    r"[1-9][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
-    r"|02-(?:0[1-9]|1[0-9]|2[0-8])) (?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9],"
-    r"[^,]*+,[^,]*+,[0-9]{1,9}+(?:\.[0-9]{1,9}+)?,[^,]*+,[^,]*+,[01],[0-9]{1,9}+\z"
-)
-
-_NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-
-# Bits of the column `rejected`: one per rule that looks at a row alone, and one for the header's text.
-_REJECT_BITS = {"malformed_row": 1, "invalid_datetime": 2, "invalid_amount": 4, "invalid_label": 8}
-_HEADER_BIT = 16
-# Bits of the column `fixes`.
-_FIX_BITS = {"hour_24": 1, "wrong_seconds": 2, "wrong_days": 4}
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
@@ -90,22 +77,18 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     raw = item["raw"]
     _require_size(files, raw)
 
-    header = header_line(files.read(raw["uri"], MAX_HEADER_BYTES + 1))
-    runtime.set_shuffle_partitions(spark, raw["size"])
-    epoch = int(datetime.strptime(request["epoch"], "%Y-%m-%d").replace(tzinfo=timezone.utc).timestamp())
-    lines = read_lines(spark, raw["uri"])
-    groups = group_rows(parse(lines, header, epoch))
+    parser = Parser(header_line(files.read(raw["uri"], MAX_HEADER_BYTES + 1)), _unix_seconds(request["epoch"]))
+    lines = spark.read.option("lineSep", "\n").text(runtime.literal_path(raw["uri"]))
+    tallies = runtime.gathering(spark)
+    cleaned = kept_rows(lines, parser, runtime.shuffle_partitions(spark, raw["size"]), tallies.add)
+    cleaned.write.mode("overwrite").parquet(item["output_uri"])
+    tally = total(tallies.value)
 
-    groups, get_counts = runtime.observed(groups, "cleaning", *_count_columns())
-    cleaned = groups.where("rejected = 0 AND NOT conflict").select(*_output_columns(epoch))
-    cleaned.sortWithinPartitions(*SORTED_BY).write.mode("overwrite").parquet(item["output_uri"])
-    observed = get_counts()
-
-    rejected_rows = observed["rejected_rows"] + max(0, observed["header_rows"] - 1)
+    repeated_headers = max(0, tally["header"] - 1)
+    rejected_rows = tally["rejected"] + repeated_headers
     files.delete(item["rejected_uri"])
     if rejected_rows:
-        conflicts = observed["conflicting_duplicate"] > 0
-        rejects = rejected_lines(lines, header, epoch, observed["header_rows"] - 1, conflicts)
+        rejects = rejected_lines(lines, parser, repeated_headers, tally["conflicting_ids"])
         rejects = rejects.repartition(1 + rejected_rows // 1000000)
         rejects, get_written = runtime.observed(rejects, "rejects", F.count(F.lit(1)).alias("rows"))
         rejects.write.mode("overwrite").parquet(item["rejected_uri"])
@@ -119,10 +102,10 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
         "run_id": request["run_id"],
         "raw": raw,
         "epoch": request["epoch"],
-        "header": header is not None,
-        "counts": _counts(observed, rejected_rows),
-        "tx_datetime": {"min": _iso(observed["min_seconds"]), "max": _iso(observed["max_seconds"])},
-        "transaction_id": {"min": observed["min_id"], "max": observed["max_id"]},
+        "header": parser.header is not None,
+        "counts": _counts(tally, repeated_headers),
+        "tx_datetime": {"min": _iso(tally["min_seconds"]), "max": _iso(tally["max_seconds"])},
+        "transaction_id": {"min": tally["min_id"], "max": tally["max_id"]},
         "spark_version": spark.version,
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -144,216 +127,191 @@ def header_line(head: bytes) -> bytes | None:
             continue
         if len(first) > MAX_HEADER_BYTES - 3:
             return None
-        is_header = first.startswith(b"#") or not _NUMBER.fullmatch(first.split(b",")[0].strip())
+        is_header = first.startswith(b"#") or not is_number(first.split(b",")[0])
         return first if is_header else None
     return None
 
 
-def read_lines(spark: SparkSession, uri: str) -> DataFrame:
-    """Column `line`: every line of a text file that is not empty, without its line end."""
-    from pyspark.sql import functions as F
+class Parser:
+    """Parses the lines of one file, in any process. Hashes of lines can only be compared with those of the same one.
 
-    lines = spark.read.option("lineSep", "\n").text(runtime.literal_path(uri))
-    # Trimming costs more than reading, so only where there is something to trim.
-    trimmed = F.when(F.col("value").endswith("\r"), F.expr("trim(TRAILING '\\r' FROM value)"))
-    return lines.select(trimmed.otherwise(F.col("value")).alias("line")).where("line <> ''")
-
-
-def parse(lines: DataFrame, header: bytes | None, epoch: int) -> DataFrame:
-    """Parse lines into typed columns; a row that a rule rejects has its reasons as bits in `rejected`.
-
-    Columns: line, rejected (int, 0 for none), transaction_id, tx_unix_seconds (bigint), customer_id, terminal_id,
-    tx_amount, tx_fraud, tx_fraud_scenario, fixes (bits of hour_24, wrong_seconds, wrong_days), content (hash of
-    the line). `epoch` is in Unix seconds.
+    `header` is the file's header line, `epoch` is in Unix seconds.
     """
-    from pyspark.sql import functions as F
 
-    is_header = F.lit(False) if header is None else F.col("line").cast("binary") == F.lit(bytearray(header))
-    short_line = F.when(F.expr("octet_length(line)") <= MAX_ROW_BYTES, F.col("line"))
-    fields = lines.select("line", is_header.alias("is_header"), _once(F.split(short_line, ",")).alias("f"))
-    # Mostly the only point of a line is that of the amount, and then no integer has one.
-    points = "substring_index(line, '.', 2) = line AND instr(f[4], '.') > 0"
-    fields = fields.select("*", _once(F.expr(f"coalesce({points}, false)")).alias("is_usual"))
-    fields = fields.select(
-        "line",
-        "is_header",
-        F.coalesce(F.size("f") == 9, F.lit(False)).alias("has_nine"),
-        _integer("f[0]", "bigint").alias("transaction_id"),
-        F.expr("trim(f[1])").alias("datetime"),
-        _integer("f[2]", "bigint").alias("customer_id"),
-        _integer("f[3]", "bigint").alias("terminal_id"),
-        _decimal("f[4]").alias("tx_amount"),
-        _integer("f[5]", "bigint").alias("raw_seconds"),
-        _integer("f[6]", "bigint").alias("raw_days"),
-        _integer("f[7]", "int").alias("tx_fraud"),
-        _integer("f[8]", "int").alias("tx_fraud_scenario"),
-    )
-    # The cast alone takes dates without a time, time zones and more. Years 0 and 10000 are beyond most readers.
-    is_hour_24 = "substr(datetime, 12) = '24:00:00'"
-    unix_seconds = F.expr(
-        "CASE WHEN length(datetime) = 19 AND datetime RLIKE "
-        "'^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}$' "
-        "AND datetime >= '0001' AND datetime < '9999-12-31 24' THEN "
-        f"IF({is_hour_24}, CAST(CAST(substr(datetime, 1, 10) AS TIMESTAMP) AS BIGINT) + 86400, "
-        "CAST(CAST(datetime AS TIMESTAMP) AS BIGINT)) END"
-    )
-    timed = fields.select("*", _once(unix_seconds).alias("tx_unix_seconds"))
-    malformed = (
-        "NOT has_nine OR transaction_id IS NULL OR tx_amount IS NULL OR tx_fraud IS NULL OR tx_fraud_scenario IS NULL"
-    )
-    seconds = f"(tx_unix_seconds - {epoch})"
-    return timed.selectExpr(
-        "line",
-        "CASE WHEN is_header THEN {header} ELSE IF({malformed}, {m}, 0) "
-        "+ IF(has_nine AND tx_unix_seconds IS NULL, {d}, 0) + IF(has_nine AND tx_amount < 0, {a}, 0) "
-        "+ IF(has_nine AND tx_fraud NOT IN (0, 1), {b}, 0) END AS rejected".format(
-            header=_HEADER_BIT,
-            malformed=malformed,
-            m=_REJECT_BITS["malformed_row"],
-            d=_REJECT_BITS["invalid_datetime"],
-            a=_REJECT_BITS["invalid_amount"],
-            b=_REJECT_BITS["invalid_label"],
-        ),
-        "transaction_id",
-        "tx_unix_seconds",
-        "IF(customer_id >= 0, customer_id, NULL) AS customer_id",
-        "IF(terminal_id >= 0, terminal_id, NULL) AS terminal_id",
-        "tx_amount",
-        "tx_fraud",
-        "tx_fraud_scenario",
-        "IF({is_hour_24}, {hour}, 0) + IF(raw_seconds <=> {seconds}, 0, {wrong_seconds}) "
-        "+ IF(raw_days <=> floor({seconds} / 86400), 0, {wrong_days}) AS fixes".format(
-            is_hour_24=is_hour_24,
-            hour=_FIX_BITS["hour_24"],
-            seconds=seconds,
-            wrong_seconds=_FIX_BITS["wrong_seconds"],
-            wrong_days=_FIX_BITS["wrong_days"],
-        ),
-        "xxhash64(line) AS content",
-    )
+    def __init__(self, header: bytes | None, epoch: int) -> None:
+        self.header = header
+        self.epoch = epoch
+        self._seed = int.from_bytes(os.urandom(8), "little")
+
+    def parse(self, data: Array, offsets: Array) -> Columns:
+        """See plain_lines.parse_lines."""
+        return parse_lines(data, offsets, self.header, self.epoch, self._seed)
 
 
-def group_rows(rows: DataFrame) -> DataFrame:
-    """One row per transaction_id of good rows, and at least one per set of reasons of rejected rows.
+def kept_rows(lines: DataFrame, parser: Parser, partitions: int, tell: Callable[[list[Columns]], None]) -> DataFrame:
+    """The rows of `cleaned_transactions`, sorted within `partitions`, from the column `value` of `lines`.
 
-    Columns: those of `parse` (of any row of the group: all are alike unless `conflict`), `rows` (how many), and
-    `conflict`: rows of the group differ.
+    Each task that writes some of them tells its tally (see `deduplicated`).
     """
+    import numpy as np
     from pyspark.sql import functions as F
 
-    values = (
-        "tx_unix_seconds",
-        "customer_id",
-        "terminal_id",
-        "tx_amount",
-        "tx_fraud",
-        "tx_fraud_scenario",
-        "fixes",
-    )
-    good = F.col("rejected") == 0
-    block = F.when(good, F.expr(f"shiftright(transaction_id, {BLOCK_BITS})")).otherwise(F.expr("pmod(content, 1024)"))
-    keyed = rows.select(
-        "rejected",
-        _once(block).alias("block"),
-        F.when(good, F.col("transaction_id")).alias("transaction_id"),
-        "content",
-        *values,
-    )
-    return (
-        keyed.repartition(_shuffle_partitions(rows), "block")
-        .groupBy("rejected", "block", "transaction_id")
-        .agg(
-            F.count(F.lit(1)).alias("rows"),
-            F.min("content").alias("min_content"),
-            F.max("content").alias("max_content"),
-            *[F.first(name).alias(name) for name in values],
-        )
-        .withColumn("conflict", F.expr("rejected = 0 AND min_content <> max_content"))
-    )
+    keys = blocks.partition_keys(partitions)
+
+    def shuffled(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
+        for data, offsets in texts:
+            rows = parser.parse(data, offsets)
+            # Rejected rows have nothing to do with each other, and go wherever there is room.
+            block = np.where(rows["rejected"] > 0, rows["line"], rows["transaction_id"] >> BLOCK_BITS)
+            yield blocks.split(rows, LINE_COLUMNS, block % partitions, keys)
+
+    def written(packed: list[bytes]) -> Iterator[Columns]:
+        kept, tally = deduplicated(blocks.unpack(packed, LINE_COLUMNS))
+        tell([tally])
+        return blocks.batches_of(in_order(kept, parser.epoch))
+
+    # Long lines stay where they are: Python would have to hold a hundred thousand of them.
+    short = F.when(F.expr("octet_length(value)") <= MAX_ROW_BYTES, F.col("value")).otherwise(LONG_LINE)
+    texts = lines.select(short.cast("binary"))
+    moved = blocks.exchange(blocks.map_text(texts, shuffled, blocks.BLOCK_SCHEMA, PADDING), partitions)
+    # pandas has no NULL integer and slow timestamps: both come out as plain integers.
+    kinds = {name: "bigint" if kind == "timestamp" else kind for name, kind, _ in CLEANED_COLUMNS}
+    rows = blocks.map_blocks(moved, written, ", ".join(f"{name} {kind}" for name, kind in kinds.items()))
+    restored = {
+        "tx_datetime": "CAST(tx_datetime AS TIMESTAMP)",
+        "customer_id": f"IF(customer_id = {NO_KEY}, NULL, customer_id)",
+        "terminal_id": f"IF(terminal_id = {NO_KEY}, NULL, terminal_id)",
+    }
+    return rows.select(*[F.expr(restored.get(name, name)).alias(name) for name in kinds])
 
 
-def rejected_lines(
-    lines: DataFrame, header: bytes | None, epoch: int, repeated_headers: int, conflicts: bool
-) -> DataFrame:
+def deduplicated(rows: Columns) -> tuple[Columns, dict[str, Any]]:
+    """(the rows to keep, in order of their ids; the tally of all) of LINE_COLUMNS that hold all rows of their ids.
+
+    The tally has the counts of a report, ``rows`` (all that are no headers), ``header``, ``min_`` and ``max_`` of
+    ``seconds`` and ``id`` (None without rows), and ``conflicting_ids``, an array.
+    """
+    import numpy as np
+
+    rejected = rows["rejected"]
+    tally: dict[str, Any] = {
+        "rows": int((rejected != HEADER_BIT).sum()),
+        "header": int((rejected == HEADER_BIT).sum()),
+        "rejected": int(((rejected > 0) & (rejected < HEADER_BIT)).sum()),
+        **{rule: int(((rejected & bit) > 0).sum()) for rule, bit in REJECT_BITS.items()},
+    }
+    order = np.argsort(rows["transaction_id"], kind="stable")
+    order = order[rejected[order] == 0]
+    ids = rows["transaction_id"][order]
+    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]][: len(ids)])
+    copies = np.diff(np.r_[starts, len(ids)])
+    conflict = np.zeros(len(starts), dtype=bool)
+    if len(starts) < len(ids):
+        content = rows["content"][order]
+        conflict = np.minimum.reduceat(content, starts) != np.maximum.reduceat(content, starts)
+    kept = {name: values[order[starts[~conflict]]] for name, values in rows.items()}
+    tally["conflicting_duplicate"] = int(copies[conflict].sum())
+    tally["rejected"] += tally["conflicting_duplicate"]
+    tally["conflicting_ids"] = ids[starts[conflict]]
+    tally["clean_rows"] = int((~conflict).sum())
+    tally["duplicate"] = int((copies[~conflict] - 1).sum())
+    for fix, bit in FIX_BITS.items():
+        tally[fix] = int(((kept["fixes"] & bit) > 0).sum())
+    for name, found in (
+        ("unknown_terminal", kept["terminal_id"] == NO_KEY),
+        ("unknown_customer", kept["customer_id"] == NO_KEY),
+        ("fraud_rows", kept["tx_fraud"] == 1),
+        ("zero_amount", kept["tx_amount"] == 0),
+    ):
+        tally[name] = int(found.sum())
+    for name, values in (("seconds", kept["tx_unix_seconds"]), ("id", kept["transaction_id"])):
+        tally[f"min_{name}"] = int(values.min()) if len(values) else None
+        tally[f"max_{name}"] = int(values.max()) if len(values) else None
+    return kept, tally
+
+
+def in_order(rows: Columns, epoch: int) -> Columns:
+    """CLEANED_COLUMNS, the instant in Unix seconds, of rows in order of their ids, sorted by day, customer and instant.
+
+    That is the order of the course's files: filters by time skip most row groups, and filters by customer many.
+    """
+    import numpy as np
+
+    seconds = rows["tx_unix_seconds"] - epoch
+    days = seconds // DAY_S
+    customers = rows["customer_id"]
+    if len(days):
+        # One number to sort by, where it fits; ids break ties, for they are in order and the sort is stable.
+        width = int(customers.max()) - NO_KEY + 1
+        if (int(days.max()) - int(days.min()) + 1) * width * DAY_S < 1 << 63:
+            place = ((days - days.min()) * width + (customers - NO_KEY)) * DAY_S + seconds - days * DAY_S
+            order = np.argsort(place, kind="stable")
+        else:
+            order = np.lexsort((seconds, customers, days))
+    else:
+        order = np.empty(0, dtype="i8")
+    times = {"tx_datetime": rows["tx_unix_seconds"], "tx_time_seconds": seconds, "tx_time_days": days.astype("i4")}
+    columns = {**rows, **times}
+    return {name: columns[name][order] for name, _, _ in CLEANED_COLUMNS}
+
+
+def total(tallies: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tally of a whole file, from those of its tasks."""
+    import numpy as np
+
+    # With that of no rows, for where no task had any.
+    tallies = [*tallies, deduplicated(blocks.unpack([], LINE_COLUMNS))[1]]
+    summed: dict[str, Any] = {}
+    for name in tallies[0]:
+        values: list[Any] = [tally[name] for tally in tallies if tally[name] is not None]
+        if name == "conflicting_ids":
+            summed[name] = np.sort(np.concatenate(values))
+        elif name.startswith(("min_", "max_")):
+            best = min if name.startswith("min_") else max
+            summed[name] = best(values) if values else None
+        else:
+            summed[name] = sum(values)
+    return summed
+
+
+def rejected_lines(lines: DataFrame, parser: Parser, repeated_headers: int, conflicting_ids: Array) -> DataFrame:
     """The rejected rows among `lines`: `raw_line` and `reasons`.
 
-    A header that stands again further down is a malformed row: all its copies but one, `repeated_headers`. With
-    `conflicts`, the rows that share a transaction_id and differ are looked up.
+    A header that stands again further down is a malformed row: all its copies but one, `repeated_headers`. Good rows
+    whose id is one of `conflicting_ids` (sorted) are rejected, too.
     """
+    import numpy as np
     from pyspark.sql import functions as F
 
-    reasons = [F.when(F.col("rejected").bitwiseAND(bit) > 0, F.lit(rule)) for rule, bit in _REJECT_BITS.items()]
-    plain = (F.expr("octet_length(line)") <= MAX_PLAIN_BYTES) & F.col("line").rlike(PLAIN_LINE)
-    rejects = parse(lines.where(~plain), header, epoch)
-    rejects = rejects.where((F.col("rejected") > 0) & (F.col("rejected") < _HEADER_BIT)).select(
-        "line", F.array(*reasons).alias("reasons")
+    conflicting = 2 * HEADER_BIT
+    bits = {**REJECT_BITS, "conflicting_duplicate": conflicting}
+
+    def rejects(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
+        for data, offsets in texts:
+            rows = parser.parse(data, offsets)
+            reasons = rows["rejected"].astype("i4")
+            if len(conflicting_ids):
+                place = np.minimum(np.searchsorted(conflicting_ids, rows["transaction_id"]), len(conflicting_ids) - 1)
+                reasons[(reasons == 0) & (conflicting_ids[place] == rows["transaction_id"])] = conflicting
+            found = np.flatnonzero((reasons > 0) & (reasons != HEADER_BIT))
+            numbers = rows["line"][found]
+            texts_found = [data[offsets[n] : offsets[n + 1]].tobytes().rstrip(b"\r") for n in numbers]
+            yield {"line": texts_found, "rejected": reasons[found]}
+
+    is_short = F.expr("octet_length(value)") <= MAX_ROW_BYTES
+    short = lines.where(is_short).select(F.col("value").cast("binary"))
+    found = blocks.map_text(short, rejects, "line binary, rejected int", PADDING)
+    malformed = F.lit(REJECT_BITS["malformed_row"])
+    # Reading the lines once more is cheap, where Python need not see them.
+    trimmed = F.expr("trim(TRAILING '\\r' FROM value)").cast("binary")
+    found = found.union(lines.where(~is_short).select(trimmed, malformed))
+    if repeated_headers > 0:
+        copies = runtime.session(lines).range(repeated_headers)
+        found = found.union(copies.select(F.lit(bytearray(parser.header or b"")), malformed))
+    reasons = [F.when(F.col("rejected").bitwiseAND(bit) > 0, F.lit(rule)) for rule, bit in bits.items()]
+    return found.select(_text("line").alias("raw_line"), F.array(*reasons).alias("reasons")).select(
+        "raw_line", F.expr("filter(reasons, r -> r IS NOT NULL)").alias("reasons")
     )
-    if header is not None and repeated_headers > 0:
-        copies = (
-            runtime.session(lines)
-            .range(repeated_headers)
-            .select(
-                F.lit(bytearray(header)).cast("string").alias("line"),
-                F.array(F.lit("malformed_row")).alias("reasons"),
-            )
-        )
-        rejects = rejects.union(copies)
-    if conflicts:
-        # Different lines with the same first field, found without parsing the rest; then those that are good rows.
-        first_field = f"substring_index(IF(octet_length(line) <= {MAX_ROW_BYTES}, line, ''), ',', 1)"
-        keyed = lines.select("line", F.expr(f"CAST({first_field} AS BIGINT)").alias("id"))
-        keyed = keyed.withColumn("block", F.expr(f"shiftright(id, {BLOCK_BITS})"))
-        contents = keyed.select("block", "id", F.expr("xxhash64(line)").alias("content"))
-        differing = _differing(contents.repartition(_shuffle_partitions(lines), "block").groupBy("block", "id"))
-        suspects = keyed.join(F.broadcast(differing.select("id")), "id").select("line")
-        good = parse(suspects, header, epoch).where("rejected = 0")
-        ids = _differing(good.groupBy("transaction_id")).select("transaction_id")
-        conflicting = good.join(ids, "transaction_id").select(
-            "line", F.array(F.lit("conflicting_duplicate")).alias("reasons")
-        )
-        rejects = rejects.union(conflicting)
-    return rejects.select(
-        _text("line").alias("raw_line"), F.expr("filter(reasons, r -> r IS NOT NULL)").alias("reasons")
-    )
-
-
-def _differing(grouped: GroupedData) -> DataFrame:
-    """The groups whose rows have more than one `content`."""
-    from pyspark.sql import functions as F
-
-    return grouped.agg(F.min("content").alias("a"), F.max("content").alias("b")).where("a <> b")
-
-
-def _shuffle_partitions(frame: DataFrame) -> int:
-    return int(str(runtime.session(frame).conf.get("spark.sql.shuffle.partitions")))
-
-
-def _once(column: Column) -> Column:
-    """The same column, computed once per row.
-
-    The optimizer copies an expression into every expression that uses it, up to dozens of times per row (Spark 3.0.3
-    took five times as long), but never what it takes for nondeterministic.
-    """
-    from pyspark.sql import functions as F
-
-    return F.when(F.spark_partition_id() >= 0, column)
-
-
-def _integer(field: str, spark_type: str) -> Column:
-    """A field as an integer, NULL if it is none. The cast alone would cut 31.7 down to 31."""
-    from pyspark.sql import functions as F
-
-    return F.expr(f"IF(is_usual OR instr({field}, '.') = 0, CAST({field} AS {spark_type}), NULL)")
-
-
-def _decimal(field: str) -> Column:
-    """A field as a finite double, NULL if it is none. The cast alone takes 1d, 0x1p3, NaN and Infinity."""
-    from pyspark.sql import functions as F
-
-    number = f"CAST({field} AS DOUBLE)"
-    # Without letters there is nothing to look for.
-    without_letters = f"(lower({field}) = upper({field}) OR translate({field}, 'dDfFxXnN', '') = {field})"
-    return F.expr(f"IF({without_letters} AND abs({number}) < double('Infinity'), {number}, NULL)")
 
 
 def _text(column: str) -> Column:
@@ -361,67 +319,26 @@ def _text(column: str) -> Column:
     from pyspark.sql import functions as F
 
     return F.expr(
-        f"IF(encode(decode(CAST({column} AS BINARY), 'UTF-8'), 'UTF-8') = CAST({column} AS BINARY), {column}, "
-        f"decode(CAST({column} AS BINARY), 'ISO-8859-1'))"
+        f"IF(encode(decode({column}, 'UTF-8'), 'UTF-8') = {column}, CAST({column} AS STRING), "
+        f"decode({column}, 'ISO-8859-1'))"
     )
 
 
-def _count_columns() -> list[Column]:
-    """Aggregates over the groups that make up a report's counts."""
-    from pyspark.sql import functions as F
-
-    def total(condition: str, rows: str = "rows") -> Column:
-        return F.expr(f"coalesce(sum(IF({condition}, {rows}, 0)), 0)")
-
-    kept = "rejected = 0 AND NOT conflict"
-    return [
-        total(f"rejected < {_HEADER_BIT}").alias("rows_seen"),
-        total(f"rejected = {_HEADER_BIT}").alias("header_rows"),
-        total(kept, "1").alias("clean_rows"),
-        total(kept, "rows - 1").alias("duplicate"),
-        total(f"conflict OR (rejected > 0 AND rejected < {_HEADER_BIT})").alias("rejected_rows"),
-        total("conflict").alias("conflicting_duplicate"),
-        *[total(f"(rejected & {bit}) > 0").alias(rule) for rule, bit in _REJECT_BITS.items()],
-        *[total(kept + f" AND (fixes & {bit}) > 0", "1").alias(rule) for rule, bit in _FIX_BITS.items()],
-        total(kept + " AND terminal_id IS NULL", "1").alias("unknown_terminal"),
-        total(kept + " AND customer_id IS NULL", "1").alias("unknown_customer"),
-        total(kept + " AND tx_fraud = 1", "1").alias("fraud_rows"),
-        total(kept + " AND tx_amount = 0", "1").alias("zero_amount"),
-        F.expr(f"min(IF({kept}, tx_unix_seconds, NULL))").alias("min_seconds"),
-        F.expr(f"max(IF({kept}, tx_unix_seconds, NULL))").alias("max_seconds"),
-        F.expr(f"min(IF({kept}, transaction_id, NULL))").alias("min_id"),
-        F.expr(f"max(IF({kept}, transaction_id, NULL))").alias("max_id"),
-    ]
-
-
-def _counts(observed: dict[str, Any], rejected_rows: int) -> dict[str, int]:
-    repeated_headers = rejected_rows - observed["rejected_rows"]
+def _counts(tally: dict[str, Any], repeated_headers: int) -> dict[str, int]:
     counts = {
-        "raw_rows": observed["rows_seen"] + repeated_headers,
-        "clean_rows": observed["clean_rows"],
-        "duplicate_rows": observed["duplicate"],
-        "rejected_rows": rejected_rows,
-        "duplicate": observed["duplicate"],
-        "fraud_rows": observed["fraud_rows"],
-        "zero_amount": observed["zero_amount"],
+        "raw_rows": tally["rows"] + repeated_headers,
+        "clean_rows": tally["clean_rows"],
+        "duplicate_rows": tally["duplicate"],
+        "rejected_rows": tally["rejected"] + repeated_headers,
     }
-    for rule in (*REJECT_RULES, *_FIX_BITS, "unknown_terminal", "unknown_customer"):
-        counts[rule] = observed[rule]
+    names = (*REJECT_RULES, "duplicate", *FIX_BITS, "unknown_terminal", "unknown_customer", "fraud_rows", "zero_amount")
+    counts.update({name: tally[name] for name in names})
     counts["malformed_row"] += repeated_headers
     return counts
 
 
-def _output_columns(epoch: int) -> list[Column]:
-    """The columns of ``cleaned_transactions``, the times counted from the instant."""
-    from pyspark.sql import functions as F
-
-    seconds = f"(tx_unix_seconds - {epoch})"
-    computed = {
-        "tx_datetime": "CAST(tx_unix_seconds AS TIMESTAMP)",
-        "tx_time_seconds": seconds,
-        "tx_time_days": f"CAST(floor({seconds} / 86400) AS INT)",
-    }
-    return [F.expr(computed.get(name, name)).alias(name) for name, _, _ in CLEANED_COLUMNS]
+def _unix_seconds(day: str) -> int:
+    return int(datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=timezone.utc).timestamp())
 
 
 def _require_size(files: runtime.Files, raw: dict[str, Any]) -> None:

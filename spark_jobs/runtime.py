@@ -75,15 +75,40 @@ class NewerSparkError(ValueError):
     """A model was saved by a newer Spark than the one that is to score with it."""
 
 
-def set_shuffle_partitions(spark: SparkSession, input_bytes: int) -> None:
-    """Let the next shuffles of a session fit `input_bytes` of raw text.
+def shuffle_partitions(spark: SparkSession, input_bytes: int) -> int:
+    """How many partitions fit `input_bytes` of raw text.
 
-    About 128 MB of text (25 MB of Parquet) a partition where there is much, as many partitions as cores where there
-    is little, and one core's work where there is next to nothing.
+    About 128 MB of text (25 MB of Parquet) a partition where there is much, so many that all cores are busy to the end;
+    as many partitions as cores where there is little, and one core's work where there is next to nothing.
     """
+    cores = spark.sparkContext.defaultParallelism
     by_size = -(-input_bytes // (128 << 20))
-    by_cores = min(spark.sparkContext.defaultParallelism, -(-input_bytes // (8 << 20)))
-    spark.conf.set("spark.sql.shuffle.partitions", str(max(1, by_size, by_cores)))
+    by_cores = min(cores, max(1, -(-input_bytes // (8 << 20))))
+    return by_cores if by_size <= by_cores else -(-by_size // cores) * cores
+
+
+def set_shuffle_partitions(spark: SparkSession, input_bytes: int) -> None:
+    """Let the next shuffles of a session fit `input_bytes` of raw text."""
+    spark.conf.set("spark.sql.shuffle.partitions", str(shuffle_partitions(spark, input_bytes)))
+
+
+def gathering(spark: SparkSession) -> Any:
+    """An accumulator of lists: what the tasks of an action add (a list) is in its `value` once the action has finished.
+
+    Exactly once, whatever is tried again, if it is added by the tasks that produce the action's result.
+    """
+    return spark.sparkContext.accumulator([], _ListParam())  # type: ignore[arg-type]
+
+
+class _ListParam:
+    """How an accumulator adds up lists."""
+
+    def zero(self, value: list[Any]) -> list[Any]:
+        return []
+
+    def addInPlace(self, value: list[Any], added: list[Any]) -> list[Any]:
+        value.extend(added)
+        return value
 
 
 def literal_path(uri: str) -> str:

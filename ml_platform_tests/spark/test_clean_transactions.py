@@ -287,7 +287,7 @@ def test_a_file_cleaned_again_loses_its_report_first_and_its_old_rejects(
         raise RuntimeError("the job dies while it works")
 
     with monkeypatch.context() as patch:
-        patch.setattr(clean_transactions, "group_rows", fail)
+        patch.setattr(clean_transactions, "kept_rows", fail)
         verdict = cleaner.run(cleaner.item("file", HEADER + GOOD.encode()))["partitions"]["file"]
     assert verdict["status"] == "failed"
     assert not report.exists()

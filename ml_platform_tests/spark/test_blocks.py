@@ -1,0 +1,90 @@
+"""Blocks: columns through Python and Spark's shuffle and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Iterator
+
+import numpy as np
+import pytest
+
+from spark_jobs import blocks, runtime
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+LAYOUT = (("id", "i8"), ("amount", "f8"), ("label", "u1"))
+
+
+def columns(rows: int) -> dict[str, Any]:
+    """Columns of LAYOUT."""
+    numbers = np.arange(rows)
+    return {"id": numbers, "amount": numbers / 7, "label": numbers % 2}
+
+
+def test_packed_columns_come_back_in_order() -> None:
+    packed = [blocks.pack(columns(rows), LAYOUT) for rows in (3, 0, 2)]
+    found = blocks.unpack(packed, LAYOUT)
+    assert [values.dtype for values in found.values()] == [np.dtype(kind) for _, kind in LAYOUT]
+    assert found["id"].tolist() == [0, 1, 2, 0, 1]
+    assert found["amount"].tolist() == [0, 1 / 7, 2 / 7, 0, 1 / 7]
+
+
+def test_no_blocks_are_no_rows() -> None:
+    found = blocks.unpack([], LAYOUT)
+    assert {name: (len(values), values.dtype) for name, values in found.items()} == {
+        name: (0, np.dtype(kind)) for name, kind in LAYOUT
+    }
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("partitions", [1, 2, 7, 200])
+def test_keys_lead_to_their_partitions_in_spark(spark: SparkSession, partitions: int) -> None:
+    keys = blocks.partition_keys(partitions)
+    frame = spark.createDataFrame([(int(key),) for key in keys], "key int")
+    rows = frame.selectExpr("key", f"pmod(hash(key), {partitions}) AS partition").collect()
+    assert {row.key: row.partition for row in rows} == {int(key): n for n, key in enumerate(keys)}
+
+
+@pytest.mark.spark
+def test_each_row_arrives_once_in_its_partition(spark: SparkSession) -> None:
+    keys = blocks.partition_keys(3)
+
+    def sent(texts: Iterator[tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
+        for data, offsets in texts:
+            numbers = np.array([int(data[a:b].tobytes()) for a, b in zip(offsets[:-1], offsets[1:])], dtype="i8")
+            rows = {"id": numbers, "amount": numbers / 7, "label": numbers % 2}
+            yield blocks.split(rows, LAYOUT, numbers % 3, keys)
+
+    def received(packed: list[bytes]) -> Iterator[dict[str, Any]]:
+        rows = blocks.unpack(packed, LAYOUT)
+        yield {
+            "id": rows["id"],
+            "amount": rows["amount"],
+            "remainders": np.full(len(rows["id"]), len(set(rows["id"] % 3))),
+        }
+
+    lines = spark.range(1000).selectExpr("CAST(CAST(id AS STRING) AS BINARY) AS line").repartition(5)
+    moved = blocks.exchange(blocks.map_text(lines, sent, blocks.BLOCK_SCHEMA, padding=4), 3)
+    found = blocks.map_blocks(moved, received, "id bigint, amount double, remainders bigint").collect()
+    assert sorted((row.id, row.amount) for row in found) == [(n, n / 7) for n in range(1000)]
+    assert {row.remainders for row in found} == {1}
+
+
+def test_large_columns_are_handed_on_in_parts() -> None:
+    parts = list(blocks.batches_of(columns(2 * blocks.ROWS_PER_BATCH + 1)))
+    assert [len(part["id"]) for part in parts] == [blocks.ROWS_PER_BATCH, blocks.ROWS_PER_BATCH, 1]
+    assert np.concatenate([part["id"] for part in parts]).tolist() == list(range(2 * blocks.ROWS_PER_BATCH + 1))
+
+
+@pytest.mark.spark
+def test_what_tasks_tell_is_gathered_once(spark: SparkSession) -> None:
+    gathered = runtime.gathering(spark)
+
+    def told(packed: list[bytes]) -> Iterator[dict[str, Any]]:
+        gathered.add([len(packed)])
+        yield {"blocks": np.array([len(packed)])}
+
+    frame = spark.range(6).selectExpr("CAST(id AS INT) AS partition_key", "CAST('' AS BINARY) AS block").repartition(3)
+    rows = blocks.map_blocks(frame, told, "blocks bigint").collect()
+    assert sum(gathered.value) == sum(row.blocks for row in rows) == 6
+    assert len(gathered.value) == 3
