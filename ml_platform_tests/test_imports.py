@@ -26,8 +26,8 @@ LAYERS = [
     ("definitions",),
     ("cli", "webserver"),
 ]
-#: The images have pandas and PyArrow too, through which the features pass.
-ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "spark_jobs"}
+#: The images have pandas and PyArrow too, through which rows come to Python.
+ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "pyarrow", "spark_jobs"}
 
 
 def modules_of(package: str) -> list[Path]:

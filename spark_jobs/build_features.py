@@ -1,7 +1,8 @@
 """Build the features of cleaned transactions: Parquet and a report out, one partition per raw file.
 
 A partition is built from its own rows and those of earlier partitions within `HISTORY_DAYS` before its first row. The
-features are those of spark_jobs/features.py; the rows pass through pandas twice, gathered by customer and by terminal.
+features are those of spark_jobs/features.py; the rows pass through numpy three times: to be gathered by terminal, then
+by customer, and to be sorted.
 """
 
 from __future__ import annotations
@@ -10,19 +11,31 @@ import time
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from spark_jobs import runtime
+from spark_jobs import blocks, runtime
 from spark_jobs.features import FEATURE_COLUMNS, FEATURES, HISTORY_DAYS, REGISTRY
 from spark_jobs.schema import CLEANED_COLUMNS, REPORT_NAME, SCHEMA_VERSION, ddl
-from spark_jobs.windows import NO_KEY, with_columns
+from spark_jobs.windows import NO_KEY, over_history
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
-    from spark_jobs.windows import Array, History
+    from spark_jobs.windows import Array, Columns, History
 
 #: Raw text behind the rows that one Python process holds at a time, about half a million.
 BYTES_PER_TASK = 32 << 20
+
+#: The columns that a row is carried in: name, numpy type. `tx_unix_seconds` is the instant.
+ROW_LAYOUT = (
+    ("transaction_id", "i8"),
+    ("tx_unix_seconds", "i8"),
+    ("customer_id", "i8"),
+    ("terminal_id", "i8"),
+    ("tx_amount", "f8"),
+    ("tx_time_seconds", "i8"),
+    ("tx_fraud", "i4"),
+    ("tx_fraud_scenario", "i4"),
+    ("is_current", "u1"),
+)
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
@@ -62,19 +75,17 @@ def build_partition(spark: SparkSession, item: dict[str, Any], run_id: str) -> d
     report_uri = item["output_uri"] + "/" + REPORT_NAME
     # From here on the partition is incomplete, until its new report is there.
     files.delete(report_uri)
-    runtime.set_shuffle_partitions(spark, item["cleaned_bytes"])
 
     rows = read_cleaned(spark, [item["cleaned_uri"]]).withColumn("is_current", F.lit(True))
     if item["history"] and item["tx_datetime_min"]:
         first = datetime.strptime(item["tx_datetime_min"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
         history = read_cleaned(spark, item["history"]).withColumn("is_current", F.lit(False))
         rows = rows.union(history.where(F.col("tx_datetime") > F.lit(first - timedelta(days=HISTORY_DAYS))))
-    features = add_features(rows, tasks=-(-item["cleaned_bytes"] // BYTES_PER_TASK))
-    features, get_counts = runtime.observed(features, "features", *_count_columns())
-    ordered = features.sortWithinPartitions("tx_datetime", "transaction_id")
+    tallies = runtime.gathering(spark)
+    features = add_features(rows, tasks=-(-item["cleaned_bytes"] // BYTES_PER_TASK), tell=tallies.add)
     # Most columns are measurements: looking for repetitions among them costs a sixth of the job and saves no space.
-    ordered.write.mode("overwrite").option("parquet.enable.dictionary", "false").parquet(item["output_uri"])
-    counts = get_counts()
+    features.write.mode("overwrite").option("parquet.enable.dictionary", "false").parquet(item["output_uri"])
+    counts = {name: sum(tally[name] for tally in tallies.value) for name in ("rows", "fraud_rows", "unusable_rows")}
 
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -97,67 +108,107 @@ def read_cleaned(spark: SparkSession, uris: list[str]) -> DataFrame:
     return spark.read.schema(ddl(CLEANED_COLUMNS)).parquet(*paths).select(*names)
 
 
-def add_features(rows: DataFrame, *, tasks: int = 1) -> DataFrame:
-    """The rows that are `is_current`, with the columns of FEATURE_COLUMNS.
+def add_features(
+    rows: DataFrame, *, tasks: int = 1, tell: Callable[[list[dict[str, int]]], None] = lambda tallies: None
+) -> DataFrame:
+    """The rows that are `is_current`, with the columns of FEATURE_COLUMNS, each task's sorted by instant and id.
 
     `rows` has the columns of CLEANED_COLUMNS and the boolean `is_current`; the others are history. `tasks` is how many
-    parts the rows are gathered in at least.
+    parts the rows are gathered in at least. Each task that returns rows tells how many: ``rows``, ``fraud_rows``, and
+    ``unusable_rows`` (with a feature that is no number or infinite).
     """
     from pyspark.sql import functions as F
 
-    tasks = max(tasks, runtime.session(rows).sparkContext.defaultParallelism)
+    cores = runtime.session(rows).sparkContext.defaultParallelism
+    tasks = -(-tasks // cores) * cores
+    keys = blocks.partition_keys(tasks)
+    with_terminals = (*ROW_LAYOUT, *[(name, "f8") for name in _features_of("terminal")])
+
+    def split(columns: Columns, layout: blocks.Layout, key: str) -> Columns:
+        return blocks.split(columns, layout, _gathered_by(columns, key) % tasks, keys)
+
+    def by_terminal(columns: Columns) -> Columns:
+        return split(columns, ROW_LAYOUT, "terminal_id")
+
+    def by_customer(packed: list[bytes]) -> Iterator[Columns]:
+        columns = blocks.unpack(packed, ROW_LAYOUT)
+        yield split({**columns, **_history_features(columns, "terminal")}, with_terminals, "customer_id")
+
+    def finished(packed: list[bytes]) -> Iterator[Columns]:
+        columns = blocks.unpack(packed, with_terminals)
+        columns.update(_history_features(columns, "customer"))
+        ordered = _current_in_order(columns)
+        tell([_tally(ordered)])
+        return blocks.batches_of(ordered)
+
+    # numpy has no NULL integer, and slow timestamps: both go in and come out as plain integers.
     plain = {
         "tx_unix_seconds": "CAST(tx_datetime AS BIGINT)",
         "customer_id": f"coalesce(customer_id, {NO_KEY})",
         "terminal_id": f"coalesce(terminal_id, {NO_KEY})",
+        "is_current": "CAST(is_current AS TINYINT)",
     }
-    # pandas has no NULL integer and slow timestamps: both go in as plain integers.
-    carried = [name for name, _, _ in CLEANED_COLUMNS if name not in ("tx_datetime", "tx_time_days")]
-    names = ["tx_unix_seconds", *carried, "is_current"]
-    frame = rows.select(*[F.expr(plain.get(name, name)).alias(name) for name in names])
-    frame = _with_history(frame, "terminal", tasks)
-    frame = _with_history(frame, "customer", tasks, keep="is_current")
     restored = {
         "tx_datetime": "CAST(tx_unix_seconds AS TIMESTAMP)",
         "tx_time_days": "CAST(floor(tx_time_seconds / 86400) AS INT)",
-        "customer_id": "IF(customer_id < 0, NULL, customer_id)",
-        "terminal_id": "IF(terminal_id < 0, NULL, terminal_id)",
+        "customer_id": f"IF(customer_id = {NO_KEY}, NULL, customer_id)",
+        "terminal_id": f"IF(terminal_id = {NO_KEY}, NULL, terminal_id)",
     }
+    frame = rows.select(*[F.expr(plain.get(name, name)).alias(name) for name, _ in ROW_LAYOUT])
+    frame = blocks.exchange(blocks.map_columns(frame, by_terminal, blocks.BLOCK_SCHEMA), tasks)
+    frame = blocks.exchange(blocks.map_blocks(frame, by_customer, blocks.BLOCK_SCHEMA), tasks)
+    kinds = {"i8": "bigint", "f8": "double", "i4": "int"}
+    layout = [(name, kinds[kind]) for name, kind in ROW_LAYOUT if name != "is_current"]
+    layout += [(name, "double") for of in ("terminal", "customer") for name in _features_of(of)]
+    frame = blocks.map_blocks(frame, finished, ", ".join(f"{name} {kind}" for name, kind in layout))
     columns = [name for name, _, _ in (*CLEANED_COLUMNS, *FEATURE_COLUMNS)]
     of_transaction = {feature.name: str(feature.define) for feature in REGISTRY if feature.of == "transaction"}
     frame = frame.withColumn("tx_datetime", F.expr(restored.pop("tx_datetime")))
     return frame.select(*[F.expr({**restored, **of_transaction}.get(name, name)).alias(name) for name in columns])
 
 
-def _with_history(frame: DataFrame, of: str, tasks: int, keep: str | None = None) -> DataFrame:
-    """`frame` with the features of customers or terminals, and if `keep` only the rows where that column is true."""
-    from pyspark.sql import functions as F
+def _features_of(of: str) -> list[str]:
+    """The names of the features of customers or terminals."""
+    return [feature.name for feature in REGISTRY if feature.of == of]
 
-    key = f"{of}_id"
-    columns = [(field.name, field.dataType.simpleString(), "") for field in frame.schema if field.name != keep]
-    columns += [(feature.name, "double", "") for feature in REGISTRY if feature.of == of]
+
+def _gathered_by(columns: Columns, key: str) -> Array:
+    """Numbers that are equal where rows have the same key, and otherwise as good as random."""
+    import numpy as np
+
     # Rows without a key have nothing to do with each other, and go wherever there is room.
-    alone = F.when(F.col(key) == NO_KEY, F.col("transaction_id"))
-    return frame.repartition(tasks, F.col(key), alone).mapInPandas(_adder(of, key, keep), ddl(columns))
+    number: Array = np.where(columns[key] == NO_KEY, columns["transaction_id"], columns[key])
+    # Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, 6.4. The upper bits are the good ones.
+    return ((number.astype("u8") * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype("i8")
 
 
-def _adder(of: str, key: str, keep: str | None) -> Callable[[Iterator[pd.DataFrame]], Iterator[pd.DataFrame]]:
-    def compute(history: History) -> dict[str, Array]:
+def _history_features(columns: Columns, of: str) -> Columns:
+    def compute(history: History) -> Columns:
         return {feature.name: feature.define(history) for feature in REGISTRY if feature.of == of}  # type: ignore[operator]
 
-    return lambda batches: with_columns(batches, key, compute, keep=keep)
+    return over_history(columns, f"{of}_id", compute)
 
 
-def _count_columns() -> list[Column]:
-    from pyspark.sql import functions as F
+def _current_in_order(columns: Columns) -> Columns:
+    import numpy as np
 
-    # 0 times a number is 0; times NaN or an infinity it is NaN, and times NULL it is NULL.
-    usable = "{} = 0".format(" + ".join(f"{feature} * 0" for feature in FEATURES))
-    return [
-        F.count(F.lit(1)).alias("rows"),
-        F.expr("coalesce(sum(tx_fraud), 0)").alias("fraud_rows"),
-        F.expr(f"count(IF({usable}, NULL, 1))").alias("unusable_rows"),
-    ]
+    current = np.flatnonzero(columns.pop("is_current"))
+    order = current[np.lexsort((columns["transaction_id"][current], columns["tx_unix_seconds"][current]))]
+    return {name: values[order] for name, values in columns.items()}
+
+
+def _tally(columns: Columns) -> dict[str, int]:
+    import numpy as np
+
+    usable = np.isfinite(columns["tx_amount"])
+    for of in ("terminal", "customer"):
+        for name in _features_of(of):
+            usable &= np.isfinite(columns[name])
+    return {
+        "rows": len(usable),
+        "fraud_rows": int(columns["tx_fraud"].sum()),
+        "unusable_rows": int((~usable).sum()),
+    }
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ exact whatever stands before the window: a row's features do not depend on the r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Dict
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
 
     Array = np.ndarray[Any, Any]
+
+#: Columns of as many rows: name → numpy array.
+Columns = Dict[str, Any]
 
 DAY_S = 86400
 
@@ -25,7 +27,7 @@ LARGEST_AMOUNT = 1e6
 #: Resolution of sums of logarithms.
 LOG_UNIT = 1e-9
 
-#: In a pandas frame a NULL key is this; keys are never negative.
+#: In numpy a NULL key is this; keys are never negative.
 NO_KEY = -1
 
 
@@ -138,43 +140,16 @@ class History:
         return Window(np.where(self.known, start, 0), np.where(self.known, stop, 0))
 
 
-def with_columns(
-    batches: Iterable[pd.DataFrame],
-    key: str,
-    compute: Callable[[History], dict[str, Array]],
-    *,
-    keep: str | None = None,
-) -> Iterator[pd.DataFrame]:
-    """Add columns to the batches of one partition, which holds all rows of its keys.
+def over_history(rows: Columns, key: str, compute: Callable[[History], Columns]) -> Columns:
+    """What `compute` makes of the history of `rows` by `key`, as columns of `rows`.
 
-    `compute` gives the columns for the rows in the history's order. With `keep`, only rows where that column is true
-    are handed on, and the column is dropped.
+    `compute` gives columns of doubles for the rows in the history's order.
     """
     import numpy as np
-    import pandas as pd
 
-    frames = [{name: frame[name].to_numpy() for name in frame.columns} for frame in batches if len(frame)]
-    if not frames:
-        return
-
-    def column(name: str) -> Array:
-        return np.concatenate([frame[name] for frame in frames])
-
-    history = History(
-        column(key), column("tx_time_seconds"), column("transaction_id"), column("tx_amount"), column("tx_fraud")
-    )
-    computed = {}
+    history = History(rows[key], rows["tx_time_seconds"], rows["transaction_id"], rows["tx_amount"], rows["tx_fraud"])
+    columns = {}
     for name, values in compute(history).items():
-        computed[name] = np.empty(len(values), dtype="float64")
-        computed[name][history.order] = values
-    start = 0
-    for frame in frames:
-        stop = start + len(frame[key])
-        added = {**frame, **{name: values[start:stop] for name, values in computed.items()}}
-        start = stop
-        if keep is not None:
-            kept = added.pop(keep)
-            if not kept.all():
-                added = {name: values[kept] for name, values in added.items()}
-        # From whole columns: pandas' own ways to add and to filter copy everything.
-        yield pd.DataFrame(added, copy=False)
+        columns[name] = np.empty(len(values), dtype="f8")
+        columns[name][history.order] = values
+    return columns
