@@ -177,9 +177,12 @@ def _gathered_by(columns: Columns, key: str) -> Array:
     import numpy as np
 
     # Rows without a key have nothing to do with each other, and go wherever there is room.
-    number: Array = np.where(columns[key] == NO_KEY, columns["transaction_id"], columns[key])
+    numbers = columns[key].astype("u8")
+    alone = columns[key] == NO_KEY
+    numbers[alone] = columns["transaction_id"][alone]
     # Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, 6.4. The upper bits are the good ones.
-    return ((number.astype("u8") * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype("i8")
+    gathered: Array = ((numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype("i8")
+    return gathered
 
 
 def _history_features(columns: Columns, of: str) -> Columns:
@@ -190,6 +193,7 @@ def _history_features(columns: Columns, of: str) -> Columns:
 
 
 def _current_in_order(columns: Columns) -> Columns:
+    """The rows that are `is_current`, sorted, without that column."""
     import numpy as np
 
     current = np.flatnonzero(columns.pop("is_current"))

@@ -1,4 +1,4 @@
-"""What every job needs around its Spark code: session settings, small files, counts on the fly, ``main()``."""
+"""What every job needs around its Spark code: session settings, small files, word from the tasks, ``main()``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,17 @@ import json
 import logging
 import re
 import sys
-import threading
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, Callable, Dict, Tuple
+from typing import TYPE_CHECKING, Any, Callable
 
 from spark_jobs.progress import Progress
 
 if TYPE_CHECKING:
     from pyspark.ml import PipelineModel
-    from pyspark.sql import Column, DataFrame, SparkSession
-
-    Observed = Tuple[DataFrame, Callable[[], Dict[str, Any]]]
+    from pyspark.sql import DataFrame, SparkSession
 
 log = logging.getLogger("spark_jobs")
-
-#: How long the counts of a finished write may take to arrive from the JVM.
-OBSERVATION_TIMEOUT_S = 60
 
 #: The jobs rely on these, whatever the cluster's defaults are.
 SESSION_SETTINGS = {
@@ -42,7 +36,7 @@ SESSION_SETTINGS = {
     "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
     # Spark 4 raises on bytes that are no UTF-8; the rejects keep such lines (see clean_transactions).
     "spark.sql.legacy.codingErrorAction": "true",
-    # Features pass through pandas; a batch of 10,000 rows, the default, costs more than its rows.
+    # Rows pass through numpy; a batch of 10,000 of them, the default, costs more than its rows.
     "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
     # No limit, so that Spark (4.1 and later) does not add up the bytes of a batch after every row.
     "spark.sql.execution.arrow.maxBytesPerBatch": "2147483647",
@@ -229,64 +223,6 @@ class Files:
         fs.delete(path, False)
         if not fs.rename(draft, path):
             raise OSError(f"cannot rename {draft} to {path}")
-
-
-def observed(frame: DataFrame, name: str, *aggregates: Column) -> Observed:
-    """(frame, get): `get()` gives the aggregates as a dict once an action on the returned frame has finished.
-
-    The counts are taken while the rows stream by, so that counting costs no second scan.
-    """
-    name = f"{name}_{uuid.uuid4().hex}"
-    if spark_version(session(frame)) >= (3, 3):
-        from pyspark.sql import Observation
-
-        observation = Observation(name)
-        return frame.observe(observation, *aggregates), lambda: dict(observation.get)
-    return _observed_by_listener(frame, name, aggregates)
-
-
-def _observed_by_listener(frame: DataFrame, name: str, aggregates: tuple[Column, ...]) -> Observed:
-    """`observed` where PySpark has no Observation (before 3.3): the JVM has observe(), told by a query listener."""
-    from pyspark.java_gateway import ensure_callback_server_started
-    from pyspark.sql import DataFrame
-
-    spark = session(frame)
-    gateway = spark.sparkContext._gateway
-    ensure_callback_server_started(gateway)
-    manager = spark._jsparkSession.listenerManager()
-    arrived = threading.Event()
-    values: dict[str, Any] = {}
-
-    class Listener:
-        def onSuccess(self, function_name: str, execution: Any, duration_ns: int) -> None:
-            metrics = execution.observedMetrics()
-            if metrics.contains(name):
-                row = metrics.apply(name)
-                for index, field in enumerate(row.schema().fieldNames()):
-                    values[field] = row.get(index)
-                arrived.set()
-
-        def onFailure(self, function_name: str, execution: Any, error: Any) -> None:
-            pass
-
-        class Java:
-            implements = ("org.apache.spark.sql.util.QueryExecutionListener",)
-
-    listener = Listener()
-    manager.register(listener)
-
-    def get() -> dict[str, Any]:
-        try:
-            if not arrived.wait(OBSERVATION_TIMEOUT_S):
-                raise RuntimeError(f"Spark reported no counts for {name}")
-        finally:
-            manager.unregister(listener)
-        return dict(values)
-
-    first, rest = aggregates[0]._jc, [column._jc for column in aggregates[1:]]
-    jvm: Any = spark.sparkContext._jvm
-    context: Any = frame.sql_ctx
-    return DataFrame(frame._jdf.observe(name, first, jvm.PythonUtils.toSeq(rest)), context), get
 
 
 def for_each_partition(
