@@ -59,13 +59,16 @@ def old_pipeline(raw: Path, out: Path, epoch: date) -> dict[str, int]:
     """What the pipeline before this one did with a new file: `out`/CLEANED is copied, extended and written again.
 
     It dropped duplicates by id within the new file, rows without an instant, and the signs of customer ids; an unknown
-    terminal became terminal 0; days were counted from the seconds.
+    terminal became terminal 0; days were counted from the seconds. Its Java is as Spark starts it, without the options
+    and the archive of classes that the platform adds.
     """
     from pyspark.sql import functions as F
 
-    from benchmarks.common import spark_session
+    from ml_platform.local_spark import default_spark_config, local_session
 
-    spark = spark_session()
+    config = default_spark_config("local[*]")
+    del config["spark.driver.defaultJavaOptions"]
+    spark = local_session("old_pipeline", config)
     old, new, cleaned = (f"file://{out}/{name}" for name in ("OLD", "NEW", "CLEANED"))
     if (out / "CLEANED").exists():
         spark.read.parquet(cleaned).write.mode("overwrite").parquet(old)
