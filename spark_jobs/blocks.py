@@ -6,22 +6,21 @@ the first row on, for nothing has to be compiled first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Sequence, Tuple
 
 if TYPE_CHECKING:
-    import numpy as np
     from pyspark.sql import DataFrame
 
-    Array = np.ndarray[Any, Any]
-
-#: Columns of as many rows: name → numpy array.
-Columns = Dict[str, Any]
+    from spark_jobs.windows import Array, Columns
 
 #: Name and numpy type of columns.
 Layout = Sequence[Tuple[str, str]]
 
 #: What `exchange` shuffles: where to, and packed columns.
 BLOCK_SCHEMA = "partition_key int, block binary"
+
+#: Bytes of text that are looked at together, unless one line has more.
+TEXT_PER_BATCH = 8 << 20
 
 #: Rows that are handed to Spark at a time.
 ROWS_PER_BATCH = 50000
@@ -40,9 +39,15 @@ def map_text(
     def texts(batches: Iterable[Any]) -> Iterator[tuple[Array, Array]]:
         for batch in batches:
             content, offsets = _text_of(batch)
-            data = np.zeros(len(content) + 2 * padding, dtype="u1")
-            data[padding : padding + len(content)] = content
-            yield data, offsets.astype("i8") + padding
+            first = 0
+            while first < len(offsets) - 1:
+                last = int(np.searchsorted(offsets, offsets[first] + TEXT_PER_BATCH, side="right")) - 1
+                last = max(last, first + 1)
+                begin, end = int(offsets[first]), int(offsets[last])
+                data = np.zeros(end - begin + 2 * padding, dtype="u1")
+                data[padding : padding + end - begin] = content[begin:end]
+                yield data, offsets[first : last + 1].astype("i8") - begin + padding
+                first = last
 
     return _map_batches(lines, lambda batches: function(texts(batches)), schema)
 
@@ -136,21 +141,30 @@ def partition_keys(partitions: int) -> Array:
     return keys
 
 
+def mixed(numbers: Array) -> Array:
+    """Integers from 0 to 2**31 - 1, as good as random, that are the same for the same numbers."""
+    import numpy as np
+
+    # Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, 6.4. The upper bits are the good ones.
+    result: Array = ((numbers.astype("u8") * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype("i8")
+    return result
+
+
 def _murmur3(values: Array) -> Array:
     """Spark's hash of 32-bit integers: int64 that hold signed 32-bit numbers."""
     import numpy as np
 
     u = np.uint32
 
-    def rotated(word: Array, bits: int) -> Array:
-        return (word << u(bits)) | (word >> u(32 - bits))
+    def rotated(bits_of: Array, bits: int) -> Array:
+        return (bits_of << u(bits)) | (bits_of >> u(32 - bits))
 
-    mixed = rotated(values.astype("u4") * u(0xCC9E2D51), 15) * u(0x1B873593)
-    mixed = rotated(u(42) ^ mixed, 13) * u(5) + u(0xE6546B64)
-    mixed ^= u(4)  # bytes of a value
+    word = rotated(values.astype("u4") * u(0xCC9E2D51), 15) * u(0x1B873593)
+    word = rotated(u(42) ^ word, 13) * u(5) + u(0xE6546B64)
+    word ^= u(4)  # bytes of a value
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        mixed = (mixed ^ (mixed >> u(shift))) * u(factor)
-    signed: Array = (mixed ^ (mixed >> u(16))).view("i4").astype("i8")
+        word = (word ^ (word >> u(shift))) * u(factor)
+    signed: Array = (word ^ (word >> u(16))).view("i4").astype("i8")
     return signed
 
 
@@ -162,6 +176,9 @@ def _map_batches(frame: DataFrame, function: Callable[[Iterator[Any]], Iterator[
             import pyarrow
 
             for columns in function(batches):
+                # Without values an array has no type, and all batches must have the same.
+                if not len(next(iter(columns.values()))):
+                    continue
                 arrays = [pyarrow.array(values) for values in columns.values()]
                 yield pyarrow.RecordBatch.from_arrays(arrays, names=list(columns))
 

@@ -82,9 +82,12 @@ def build_partition(spark: SparkSession, item: dict[str, Any], run_id: str) -> d
         history = read_cleaned(spark, item["history"]).withColumn("is_current", F.lit(False))
         rows = rows.union(history.where(F.col("tx_datetime") > F.lit(first - timedelta(days=HISTORY_DAYS))))
     tallies = runtime.gathering(spark)
-    features = add_features(rows, tasks=-(-item["cleaned_bytes"] // BYTES_PER_TASK), tell=tallies.add)
+    tasks = whole_rounds(spark, -(-item["cleaned_bytes"] // BYTES_PER_TASK))
+    features = add_features(rows, tasks=tasks, tell=tallies.add)
     # Most columns are measurements: looking for repetitions among them costs a sixth of the job and saves no space.
     features.write.mode("overwrite").option("parquet.enable.dictionary", "false").parquet(item["output_uri"])
+    if len(tallies.value) != tasks:
+        raise RuntimeError(f"{len(tallies.value)} of {tasks} tasks told what they wrote")
     counts = {name: sum(tally[name] for tally in tallies.value) for name in ("rows", "fraud_rows", "unusable_rows")}
 
     report = {
@@ -108,6 +111,12 @@ def read_cleaned(spark: SparkSession, uris: list[str]) -> DataFrame:
     return spark.read.schema(ddl(CLEANED_COLUMNS)).parquet(*paths).select(*names)
 
 
+def whole_rounds(spark: SparkSession, tasks: int) -> int:
+    """At least so many tasks that all cores are busy to the end."""
+    cores = spark.sparkContext.defaultParallelism
+    return -(-max(tasks, 1) // cores) * cores
+
+
 def add_features(
     rows: DataFrame, *, tasks: int = 1, tell: Callable[[list[dict[str, int]]], None] = lambda tallies: None
 ) -> DataFrame:
@@ -119,8 +128,7 @@ def add_features(
     """
     from pyspark.sql import functions as F
 
-    cores = runtime.session(rows).sparkContext.defaultParallelism
-    tasks = -(-tasks // cores) * cores
+    tasks = whole_rounds(runtime.session(rows), tasks)
     keys = blocks.partition_keys(tasks)
     with_terminals = (*ROW_LAYOUT, *[(name, "f8") for name in _features_of("terminal")])
 
@@ -174,15 +182,11 @@ def _features_of(of: str) -> list[str]:
 
 def _gathered_by(columns: Columns, key: str) -> Array:
     """Numbers that are equal where rows have the same key, and otherwise as good as random."""
-    import numpy as np
-
     # Rows without a key have nothing to do with each other, and go wherever there is room.
-    numbers = columns[key].astype("u8")
+    numbers = columns[key].copy()
     alone = columns[key] == NO_KEY
     numbers[alone] = columns["transaction_id"][alone]
-    # Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, 6.4. The upper bits are the good ones.
-    gathered: Array = ((numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype("i8")
-    return gathered
+    return blocks.mixed(numbers)
 
 
 def _history_features(columns: Columns, of: str) -> Columns:

@@ -8,6 +8,7 @@ there are rejects to write, which real files rarely have, is the file read a sec
 from __future__ import annotations
 
 import os
+import re
 import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Callable, Iterator
@@ -29,14 +30,15 @@ if TYPE_CHECKING:
 #: A longer line is malformed unseen: splitting 100 MB of commas would take the memory of an executor.
 MAX_ROW_BYTES = 4096
 
-#: What stands for such a line: no row either.
-LONG_LINE = "?"
+#: What stands for such a line: malformed, too, and no header.
+LONG_LINE = "0"
 
-#: A header is a line of at most so many bytes.
-MAX_HEADER_BYTES = 64 << 10
+#: Bytes of a file that are looked at first.
+HEAD_BYTES = 64 << 10
 
-#: Rows whose ids share all but the last so many bits stay together. Ids come nearly in order, and so do their rows.
-BLOCK_BITS = 13
+#: Bytes of a row group of Parquet, before compression: a quarter of a file of a million rows. Readers skip those whose
+#: days or customers they do not look for.
+ROW_GROUP_BYTES = 8 << 20
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
@@ -75,11 +77,15 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     raw = item["raw"]
     _require_size(files, raw)
 
-    parser = Parser(header_line(files.read(raw["uri"], MAX_HEADER_BYTES + 1)), _unix_seconds(request["epoch"]))
+    head = files.read(raw["uri"], HEAD_BYTES)
+    parser = Parser(header_line(head), _unix_seconds(request["epoch"]))
     lines = spark.read.option("lineSep", "\n").text(runtime.literal_path(raw["uri"]))
     tallies = runtime.gathering(spark)
-    cleaned = kept_rows(lines, parser, runtime.shuffle_partitions(spark, raw["size"]), tallies.add)
-    cleaned.write.mode("overwrite").parquet(item["output_uri"])
+    ranges = IdRanges(head, raw["size"], runtime.shuffle_partitions(spark, raw["size"]))
+    cleaned = kept_rows(lines, parser, ranges, tallies.add)
+    cleaned.write.mode("overwrite").option("parquet.block.size", ROW_GROUP_BYTES).parquet(item["output_uri"])
+    if len(tallies.value) != ranges.partitions:
+        raise RuntimeError(f"{len(tallies.value)} of {ranges.partitions} tasks told what they wrote")
     tally = total(tallies.value)
 
     repeated_headers = max(0, tally["header"] - 1)
@@ -116,7 +122,7 @@ def header_line(head: bytes) -> bytes | None:
     """The header of a file, from its first bytes: its first line that is not empty, if that is no data row.
 
     A header starts with ``#`` or has a first field that is no number. Returns its bytes without the line end, or
-    None for a file without one (a first line longer than MAX_HEADER_BYTES is a malformed row, not a header).
+    None for a file without one (a first line longer than MAX_ROW_BYTES is a malformed row, not a header).
     """
     if head.startswith(b"\xef\xbb\xbf"):  # Spark's reader drops a byte order mark, too
         head = head[3:]
@@ -124,11 +130,15 @@ def header_line(head: bytes) -> bytes | None:
         first = line.rstrip(b"\r")
         if not first:
             continue
-        if len(first) > MAX_HEADER_BYTES - 3:
+        if len(first) > MAX_ROW_BYTES:
             return None
         is_header = first.startswith(b"#") or not is_number(first.split(b",")[0])
         return first if is_header else None
     return None
+
+
+#: What is shuffled: parsed lines, and how many a row stands for.
+SHUFFLED = (*LINE_COLUMNS, ("rows", "i8"))
 
 
 class Parser:
@@ -147,25 +157,49 @@ class Parser:
         return parse_lines(data, offsets, self.header, self.epoch, self._seed)
 
 
-def kept_rows(lines: DataFrame, parser: Parser, partitions: int, tell: Callable[[list[Columns]], None]) -> DataFrame:
-    """The rows of `cleaned_transactions`, sorted within `partitions`, from the column `value` of `lines`.
+class IdRanges:
+    """Which partition of the shuffle an id goes to: ids near each other go to the same one.
+
+    Ids and instants grow together in the course's files, so that each partition, and each Parquet file written from
+    one, holds days of its own. Beyond the range that `head`, the first bytes of a file of `size`, makes one expect,
+    ids are spread at random.
+    """
+
+    def __init__(self, head: bytes, size: int, partitions: int) -> None:
+        self.partitions = partitions
+        ids = [int(field) for field in re.findall(rb"^([0-9]{1,18}),", head, re.MULTILINE)]
+        self._first = ids[0] if ids else 0
+        # Longer lines further down would make fewer rows, and the last partition smaller.
+        rows = size * (head.count(b"\n") + 1) // max(len(head), 1)
+        self._width = max(1, -(-rows // partitions))
+
+    def partition(self, transaction_id: Array) -> Array:
+        """Numbers of partitions."""
+        import numpy as np
+
+        # Divided before they are subtracted: ids may be as far apart as 64 bits allow.
+        number = transaction_id // self._width - self._first // self._width
+        expected = (number >= 0) & (number < self.partitions)
+        return np.where(expected, number, blocks.mixed(number) % self.partitions)
+
+
+def kept_rows(lines: DataFrame, parser: Parser, ranges: IdRanges, tell: Callable[[list[Columns]], None]) -> DataFrame:
+    """The rows of `cleaned_transactions`, sorted within partitions, from the column `value` of `lines`.
 
     Each task that writes some of them tells its tally (see `deduplicated`).
     """
-    import numpy as np
     from pyspark.sql import functions as F
 
+    partitions = ranges.partitions
     keys = blocks.partition_keys(partitions)
 
     def shuffled(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
         for data, offsets in texts:
-            rows = parser.parse(data, offsets)
-            # Rejected rows have nothing to do with each other, and go wherever there is room.
-            block = np.where(rows["rejected"] > 0, rows["line"], rows["transaction_id"] >> BLOCK_BITS)
-            yield blocks.split(rows, LINE_COLUMNS, block % partitions, keys)
+            rows = counted(parser.parse(data, offsets))
+            yield blocks.split(rows, SHUFFLED, ranges.partition(rows["transaction_id"]), keys)
 
     def written(packed: list[bytes]) -> Iterator[Columns]:
-        kept, tally = deduplicated(blocks.unpack(packed, LINE_COLUMNS))
+        kept, tally = deduplicated(blocks.unpack(packed, SHUFFLED))
         tell([tally])
         return blocks.batches_of(in_order(kept, parser.epoch))
 
@@ -184,8 +218,25 @@ def kept_rows(lines: DataFrame, parser: Parser, partitions: int, tell: Callable[
     return rows.select(*[F.expr(restored.get(name, name)).alias(name) for name in kinds])
 
 
+def counted(rows: Columns) -> Columns:
+    """SHUFFLED columns of parsed lines: one row for all that were rejected for the same reasons.
+
+    A file that is no text is nothing but rejects, and they must not all be moved.
+    """
+    import numpy as np
+
+    good = np.flatnonzero(rows["rejected"] == 0)
+    reasons, first, counts = np.unique(rows["rejected"], return_index=True, return_counts=True)
+    bad = first[reasons > 0]
+    kept = np.concatenate([good, bad])
+    return {
+        **{name: rows[name][kept] for name, _ in LINE_COLUMNS},
+        "rows": np.concatenate([np.ones(len(good), dtype="i8"), counts[reasons > 0]]),
+    }
+
+
 def deduplicated(rows: Columns) -> tuple[Columns, dict[str, Any]]:
-    """(the rows to keep, in order of their ids; the tally of all) of LINE_COLUMNS that hold all rows of their ids.
+    """(the rows to keep, in order of their ids; the tally of all) of SHUFFLED that hold all rows of their ids.
 
     The tally has the counts of a report, ``rows`` (all that are no headers), ``header``, ``min_`` and ``max_`` of
     ``seconds`` and ``id`` (None without rows), and ``conflicting_ids``, an array.
@@ -193,11 +244,15 @@ def deduplicated(rows: Columns) -> tuple[Columns, dict[str, Any]]:
     import numpy as np
 
     rejected = rows["rejected"]
+
+    def count(found: Array) -> int:
+        return int(rows["rows"][found].sum())
+
     tally: dict[str, Any] = {
-        "rows": int((rejected != HEADER_BIT).sum()),
-        "header": int((rejected == HEADER_BIT).sum()),
-        "rejected": int(((rejected > 0) & (rejected < HEADER_BIT)).sum()),
-        **{rule: int(((rejected & bit) > 0).sum()) for rule, bit in REJECT_BITS.items()},
+        "rows": count(rejected != HEADER_BIT),
+        "header": count(rejected == HEADER_BIT),
+        "rejected": count((rejected > 0) & (rejected != HEADER_BIT)),
+        **{rule: count((rejected & bit) > 0) for rule, bit in REJECT_BITS.items()},
     }
     order = np.argsort(rows["transaction_id"], kind="stable")
     order = order[rejected[order] == 0]
@@ -232,7 +287,7 @@ def deduplicated(rows: Columns) -> tuple[Columns, dict[str, Any]]:
 def in_order(rows: Columns, epoch: int) -> Columns:
     """CLEANED_COLUMNS, the instant in Unix seconds, of rows in order of their ids, sorted by day, customer and instant.
 
-    That is the order of the course's files: filters by time skip most row groups, and filters by customer many.
+    That is the order of the course's files.
     """
     import numpy as np
 
@@ -259,7 +314,7 @@ def total(tallies: list[dict[str, Any]]) -> dict[str, Any]:
     import numpy as np
 
     # With that of no rows, for where no task had any.
-    tallies = [*tallies, deduplicated(blocks.unpack([], LINE_COLUMNS))[1]]
+    tallies = [*tallies, deduplicated(blocks.unpack([], SHUFFLED))[1]]
     summed: dict[str, Any] = {}
     for name in tallies[0]:
         values: list[Any] = [tally[name] for tally in tallies if tally[name] is not None]

@@ -7,17 +7,13 @@ is left to cleaning_rules.parse_line, which would make the same of a plain one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict
+from typing import TYPE_CHECKING
 
 from spark_jobs.cleaning_rules import FIELD_COUNT, FIX_BITS, parse_line
 from spark_jobs.windows import DAY_S
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, Any]
-
-Columns = Dict[str, Any]
+    from spark_jobs.windows import Array, Columns
 
 #: What a line is parsed into: name, numpy type. See cleaning_rules.Line.
 LINE_COLUMNS = (
@@ -55,13 +51,16 @@ def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, s
     import numpy as np
 
     start, stop = offsets[:-1], offsets[1:]
-    stop = stop - ((stop > start) & (data[stop - 1] == ord("\r")))
+    ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
+    while ends_in_return.any():
+        stop = stop - ends_in_return
+        ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
     rows, plain = _parse_plain(data, start, stop, epoch, seed)
     is_plain = np.zeros(len(start), dtype=bool)
     is_plain[rows] = True
     numbers, others = [], []
     for number in np.flatnonzero(~is_plain):
-        line = data[start[number] : stop[number]].tobytes().rstrip(b"\r")
+        line = data[start[number] : stop[number]].tobytes()
         if line:
             numbers.append(number)
             others.append(parse_line(line, header, epoch, seed))
@@ -153,7 +152,7 @@ class _Fields:
         text = np.where(has_point, behind | (before << np.uint64(8)), text)
         digits = self._value(text, np.clip(length - has_point, 0, WORD))
         # Both are exact, so that their quotient is the double that is nearest to the decimal number.
-        return digits / 10.0**decimals
+        return digits / np.array([1.0, 10.0, 100.0, 1000.0])[decimals]
 
     def instant(self, field: int) -> Array:
         """A field YYYY-MM-DD HH:MM:SS, in Unix seconds."""

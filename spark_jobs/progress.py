@@ -18,6 +18,9 @@ INTERVAL_S = 15.0
 #: No time left is told before this share of the work is done: it would mean nothing.
 LEAST_SHARE = 0.05
 
+#: What is larger on average is a block of rows (see blocks.py), and their number is not known here.
+LARGEST_ROW_BYTES = 4096
+
 
 class Progress:
     """Context manager that logs a line every INTERVAL_S while it is open.
@@ -80,7 +83,7 @@ class Progress:
         return sum(stage.numCompletedTasks for stage in known), sum(stage.numTasks for stage in known)
 
     def _rows_per_second(self) -> float:
-        """Rows that the running stages read, per second since they started."""
+        """Rows that the running stages read, per second since they started; 0 where they read rows in blocks."""
         # Not in PySpark's own status tracker, and the REST API needs the web UI.
         store = self._context._jsc.sc().statusStore()
         stages = store.activeStages()
@@ -89,7 +92,10 @@ class Progress:
             stage = stages.apply(index)
             if stage.submissionTime().isDefined():
                 seconds = time.time() - stage.submissionTime().get().getTime() / 1000
-                speed += (stage.inputRecords() + stage.shuffleReadRecords()) / max(seconds, 1)
+                records = stage.inputRecords()
+                if stage.shuffleReadBytes() < LARGEST_ROW_BYTES * stage.shuffleReadRecords():
+                    records += stage.shuffleReadRecords()
+                speed += records / max(seconds, 1)
         return speed
 
 

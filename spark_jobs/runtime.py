@@ -21,7 +21,7 @@ log = logging.getLogger("spark_jobs")
 
 #: The jobs rely on these, whatever the cluster's defaults are.
 SESSION_SETTINGS = {
-    # A value that is no number must become NULL and be counted, not fail the job (Spark 4 raises by default).
+    # As before Spark 4, which raises where a value does not fit: the jobs mean the same in every version.
     "spark.sql.ansi.enabled": "false",
     "spark.sql.session.timeZone": "UTC",
     # A damaged or vanished input is an error of its partition, never fewer rows.

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
-
-#: Columns of as many rows: name → numpy array.
-Columns = Dict[str, Any]
+    #: Columns of as many rows: name → numpy array.
+    Columns = Dict[str, Any]
 
 DAY_S = 86400
 

@@ -206,8 +206,6 @@ def _train(
             context, lake, spark, mlflow,
             version=version, directory=directory, report=report, features_uri=features_uri,
         )  # fmt: skip
-        # The alias moves last: whatever fails before leaves the champion as it is.
-        mlflow.set_champion(version.version, champion_tags(who="fraud_model", why=decision.reasons[0]))
     lake.write_json(
         f"{directory}/{DECISION_FILE}",
         {
@@ -217,6 +215,9 @@ def _train(
             "champion": champion_facts(config.promotion, report, champion),
         },
     )
+    if decision.apply:
+        # The alias moves last: whatever fails before leaves the champion as it is.
+        mlflow.set_champion(version.version, champion_tags(who="fraud_model", why=decision.reasons[0]))
     context.log.info(f"model version {version.version}: {decision.outcome}. {decision.reasons[0]}")
     return {
         "outcome": report["outcome"],

@@ -70,6 +70,22 @@ def test_each_row_arrives_once_in_its_partition(spark: SparkSession) -> None:
     assert {row.remainders for row in found} == {1}
 
 
+@pytest.mark.spark
+def test_much_text_comes_in_parts(spark: SparkSession) -> None:
+    """Five lines of nearly half of what is looked at together, and an empty one, in one batch of Arrow's."""
+
+    def measured(texts: Iterator[tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
+        for data, offsets in texts:
+            assert set(data[:4]) == set(data[-4:]) == {0}
+            assert set(data[4:-4]) <= set(b"x")
+            yield {"lines": np.array([len(offsets) - 1]), "bytes": np.array([offsets[-1] - offsets[0]])}
+
+    size = blocks.TEXT_PER_BATCH * 2 // 5
+    lines = spark.range(6).coalesce(1).selectExpr(f"CAST(repeat('x', IF(id = 2, 0, {size})) AS BINARY) AS line")
+    found = blocks.map_text(lines, measured, "lines bigint, bytes bigint", padding=4).collect()
+    assert [(row.lines, row.bytes) for row in found] == [(3, 2 * size), (2, 2 * size), (1, size)]
+
+
 def test_large_columns_are_handed_on_in_parts() -> None:
     parts = list(blocks.batches_of(columns(2 * blocks.ROWS_PER_BATCH + 1)))
     assert [len(part["id"]) for part in parts] == [blocks.ROWS_PER_BATCH, blocks.ROWS_PER_BATCH, 1]

@@ -314,7 +314,7 @@ def test_an_empty_partition_and_a_broken_one_have_verdicts_of_their_own(partitio
     partitions.write("empty", [])
     partitions.write("full", [transaction(1, 5)])
     verdicts = partitions.run(
-        partitions.item("empty", None, []),
+        {**partitions.item("empty", None, []), "cleaned_bytes": 0},
         partitions.item("gone", START, []),
         partitions.item("full", START, []),
     )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spark_jobs import clean_transactions, runtime
+from spark_jobs.plain_lines import PADDING
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES
 
 if TYPE_CHECKING:
@@ -207,6 +210,71 @@ def test_whole_rows_again_are_kept_once_and_conflicting_rows_not_at_all(cleaner:
     assert [reject.raw_line for reject in rejects] == sorted([*conflict, conflict[0]])
 
 
+def test_copies_may_end_in_any_way(cleaner: Cleaner) -> None:
+    counts, rows, _ = cleaner.clean(HEADER + f"{GOOD}\n{GOOD}\r\n{GOOD}\r\r\n".encode())
+    assert (counts["clean_rows"], counts["duplicate_rows"], counts["rejected_rows"]) == (1, 2, 0)
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize("rejects", [(), (0,), (7, 8), (39,)], ids=lambda rejects: f"{len(rejects)} rejects")
+def test_many_batches_some_without_a_row_of_a_kind(
+    cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch, rejects: tuple[int, ...]
+) -> None:
+    setting = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    monkeypatch.setitem(runtime.SESSION_SETTINGS, setting, "3")
+    lines = ["" if n % 10 < 4 else good(transaction_id="x" if n in rejects else str(n)) for n in range(40)]
+    lines += [good(transaction_id="x") for n in rejects if not lines[n]]
+    try:
+        counts, rows, rejected = cleaner.clean_lines(*lines)
+    finally:
+        monkeypatch.undo()
+        runtime.configure(cleaner.spark)
+    assert (counts["raw_rows"], counts["rejected_rows"]) == (24 + sum(n % 10 < 4 for n in rejects), len(rejects))
+    assert (len(rows), len(rejected)) == (counts["clean_rows"], counts["rejected_rows"])
+
+
+def test_a_file_of_nothing_but_rejects_is_counted_not_moved(cleaner: Cleaner) -> None:
+    data = np.frombuffer(bytes(PADDING) + b"x" * 1000 + bytes(PADDING), dtype="u1")
+    parser = clean_transactions.Parser(None, 0)
+    rows = clean_transactions.counted(parser.parse(data, np.arange(PADDING, PADDING + 1001)))
+    assert [(name, values.tolist()) for name, values in rows.items() if name in ("rejected", "rows")] == [
+        ("rejected", [1]),
+        ("rows", [1000]),
+    ]
+
+
+def test_parquet_files_and_row_groups_are_for_their_readers(cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ids grow with time, files hold days of their own, and row groups customers of their own."""
+    import pyarrow.parquet
+
+    monkeypatch.setattr(runtime, "shuffle_partitions", lambda spark, size: 2)
+    monkeypatch.setattr(clean_transactions, "ROW_GROUP_BYTES", 1 << 20)
+    per_day = 60_000
+    lines = [
+        good(
+            transaction_id=str(10**9 + n),
+            tx_datetime=f"2019-08-{22 + n // per_day} 06:51:03",
+            customer_id=str(n % per_day),
+        )
+        for n in range(4 * per_day)
+    ]
+    cleaner.clean_lines(*lines)
+    days, customers = [], []
+    for path in sorted((cleaner.directory / "cleaned/raw_file=file").glob("*.parquet")):
+        file = pyarrow.parquet.ParquetFile(path)
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        column = {groups[0].column(n).path_in_schema: n for n in range(groups[0].num_columns)}
+        found = [group.column(column["tx_time_days"]).statistics for group in groups]
+        days.append((min(each.min for each in found), max(each.max for each in found)))
+        found = [group.column(column["customer_id"]).statistics for group in groups]
+        customers += [(each.max - each.min) / per_day for each in found]
+    (first, last), (next_first, next_last) = sorted(days)
+    assert (first, next_last) == (0, 3)
+    assert last <= next_first
+    assert len(customers) > 4
+    assert statistics.median(customers) < 0.9
+
+
 def test_a_row_rejected_by_itself_is_no_duplicate_of_another(cleaner: Cleaner) -> None:
     counts, rows, _ = cleaner.clean_lines(GOOD, good(tx_amount="-1"), good(tx_amount="-1"))
     assert [row.tx_amount for row in rows] == [70.91]
@@ -230,6 +298,8 @@ FILES = [
     (b"\x00\xff\xfe\n\x80\x81,\x00\n", 0, 1, True, "binary content"),
     (HEADER + b"caf\xc3\xa9\ncaf\xe9\n", 0, 2, True, "text in two encodings"),
     (HEADER + f"{GOOD[:9]}\r{GOOD[9:]}".encode(), 0, 1, True, "a carriage return ends no line"),
+    (b"?\n" + b"x" * 5000 + b"\n" + GOOD.encode(), 1, 1, True, "a short header and a line longer than any row"),
+    (b"#" * 5000 + b"\n" + GOOD.encode(), 1, 1, False, "a first line longer than any row is no header"),
 ]
 
 
