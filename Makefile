@@ -49,7 +49,8 @@ test: classes ## run all tests
 test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see docs/cluster.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh
 
-lint: setup ## check style, formatting and types
+lint: setup ## check style, formatting, types, and that the packages fit together
+	$(BIN)/python -m pip check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -239,6 +239,8 @@ def test_asset(name: str):
     assert asset.group_name not in (None, "default")
     assert (asset.description or "").strip()
     assert asset.kinds
+    schema = asset.metadata.get("dagster/column_schema")
+    assert name == "fraud_model" or all(column.description for column in schema.columns)
 
 
 @pytest.mark.parametrize("name", BUILT)

@@ -2,8 +2,10 @@
 
 import dagster as dg
 
+from ml_platform.assets.common import table_schema
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import LakeResource, RawFile
+from spark_jobs.schema import CLEANED_COLUMNS
 
 DATA_VERSION_TAG = "dagster/data_version"
 
@@ -25,7 +27,10 @@ def raw_file_observation(file: RawFile) -> dg.AssetObservation:
 @dg.observable_source_asset(
     partitions_def=raw_files,
     group_name="fraud_detection",
-    metadata={"format": "text, 9 comma-separated fields a line, first line a header"},
+    metadata={
+        "format": "text, 9 comma-separated fields a line, first line a header",
+        "dagster/column_schema": table_schema((name, "string", text) for name, _, text in CLEANED_COLUMNS),
+    },
     tags={"dagster/kind/file": ""},
     description="Raw transaction files as they land in the raw store; one partition per file. They are observed, "
     "never materialized: see the events for size and fingerprint.",
