@@ -39,6 +39,7 @@ def map_text(
     def texts(batches: Iterable[Any]) -> Iterator[tuple[Array, Array]]:
         for batch in batches:
             content, offsets = _text_of(batch)
+            offsets = offsets.astype("i8")
             first = 0
             while first < len(offsets) - 1:
                 last = int(np.searchsorted(offsets, offsets[first] + TEXT_PER_BATCH, side="right")) - 1
@@ -46,7 +47,7 @@ def map_text(
                 begin, end = int(offsets[first]), int(offsets[last])
                 data = np.zeros(end - begin + 2 * padding, dtype="u1")
                 data[padding : padding + end - begin] = content[begin:end]
-                yield data, offsets[first : last + 1].astype("i8") - begin + padding
+                yield data, offsets[first : last + 1] - begin + padding
                 first = last
 
     return _map_batches(lines, lambda batches: function(texts(batches)), schema)
