@@ -318,6 +318,34 @@ def test_a_champion_that_this_spark_does_not_read_is_ailing_at_once():
     assert ailing_champion({**decision, "outcome": "champion_unreadable"}) is None
 
 
+@pytest.mark.parametrize(
+    ("outcome", "apply", "precision", "age_days", "problem"),
+    [
+        ("not_better", False, 0.19, 1, "the champion, version 3, has an average precision of 0.190, below 0.2"),
+        ("not_better", False, 0.2, 121, None),
+        ("too_few_frauds", False, None, 120, None),
+        (
+            "too_few_frauds",
+            False,
+            None,
+            121,
+            "version 3 is champion for 121 days and cannot be compared: see promotion",
+        ),
+        ("too_few_frauds", False, None, None, None),
+        ("better", True, 0.1, 500, None),
+    ],
+    ids=["below the floor", "old, but compared", "as old as allowed", "older", "of unknown age", "being replaced"],
+)
+def test_an_ailing_champion(outcome: str, apply: bool, precision: float, age_days: int, problem: str | None):
+    champion = {"version": "3", "average_precision": precision, "min_average_precision": 0.2}
+    champion |= {"age_days": age_days, "max_age_days": 120}
+    assert ailing_champion({"outcome": outcome, "apply": apply, "champion": champion, "reasons": []}) == problem
+
+
+def test_no_champion_ails():
+    assert ailing_champion({"outcome": "no_champion", "apply": False, "champion": None, "reasons": []}) is None
+
+
 def test_some_of():
     assert some_of(["a", "b"]) == "a, b"
     assert some_of([]) == ""

@@ -254,6 +254,22 @@ def test_a_partition_sees_its_history_and_nothing_else(partitions: Partitions, t
             assert found[number] == close(features)
 
 
+def test_a_row_is_the_same_alone_in_a_range_and_after_its_history_was_built_again(partitions: Partitions) -> None:
+    rows = random_transactions(300, days=60, seed=11)
+    for key in ("0", "1"):
+        partitions.write(key, [row for row in rows if row["tx_time_days"] // 30 == int(key)])
+    earlier = partitions.item("0", START, [])
+    later = partitions.item("1", START + timedelta(days=30), ["0"])
+    found = []
+    for items in ([later], [earlier, later], [later]):
+        assert {verdict["status"] for verdict in partitions.run(*items).values()} == {"succeeded"}
+        found.append(partitions.features("1"))
+        # The same rows in another order and other files.
+        partitions.write("0", [row for row in reversed(rows) if row["tx_time_days"] // 30 == 0])
+    assert found[0]
+    assert found[0] == found[1] == found[2]
+
+
 def test_history_is_long_enough_to_the_second(partitions: Partitions) -> None:
     """The oldest row that a window can reach counts, the one before it does not."""
     now = 60 * DAY_S
