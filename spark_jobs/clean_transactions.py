@@ -177,8 +177,8 @@ class IdRanges:
         """Numbers of partitions."""
         import numpy as np
 
-        # Divided before they are subtracted: ids may be as far apart as 64 bits allow.
-        number = transaction_id // self._width - self._first // self._width
+        # Ids that are too far apart for 64 bits wrap around, the same ones always alike.
+        number = (transaction_id - self._first) // self._width
         expected = (number >= 0) & (number < self.partitions)
         return np.where(expected, number, blocks.mixed(number) % self.partitions)
 
