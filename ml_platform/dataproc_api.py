@@ -11,11 +11,14 @@ import json
 import logging
 import random
 import re
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -258,6 +261,7 @@ class DataprocApi:
         self.clock = clock or Clock()
         self._sdk: Any = None
         self._has_worked = False
+        self._thread = _CallThread()
 
     # clusters
 
@@ -551,7 +555,10 @@ class DataprocApi:
             pause = min(LARGEST_PAUSE_S, pause * 2)
 
     def _call(self, stub: Any, method: str, request: Any, *, what: str, codes: Any = None) -> Any:
-        return self._repeat(lambda: self._call_once(stub, method, request, what), RETRYABLE if codes is None else codes)
+        def call() -> Any:
+            return self._thread.run(lambda: self._call_once(stub, method, request, what))
+
+        return self._repeat(call, RETRYABLE if codes is None else codes)
 
     def _call_once(self, stub: Any, method: str, request: Any, what: str) -> Any:
         import grpc
@@ -610,6 +617,48 @@ class DataprocApi:
             if request.page_token in seen:
                 raise DataprocError(f"{what}: the API's pages go in a circle")
             seen.add(request.page_token)
+
+
+class _CallThread:
+    """Runs calls one after the other in a thread of its own, where no signal cuts short what gRPC does.
+
+    Handlers of signals run in the main thread, wherever it is. In gRPC's callback for credentials, what they raise
+    corrupts the heap: the process dies, and its cluster stays. Here the main thread only waits, for a queue that may be
+    left at any instant (a ``Future`` may not: its lock could stay locked). A call that nobody waits for any more ends
+    before the next begins, so a cluster that was being created is there when it is looked for by its name.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Any] | None = None
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """The result of `call`, or what it raises."""
+        if self._calls is None:
+            calls: SimpleQueue[Any] = SimpleQueue()
+            threading.Thread(target=_serve, args=(calls,), name="dataproc-calls", daemon=True).start()
+            weakref.finalize(self, calls.put, None)
+            self._calls = calls
+        answer: SimpleQueue[Any] = SimpleQueue()
+        self._calls.put((call, answer))
+        value, error = answer.get()
+        if error is None:
+            return value
+        try:
+            raise error
+        finally:
+            # The error's traceback has this frame: they would keep each other alive.
+            del error
+
+
+def _serve(calls: SimpleQueue[Any]) -> None:
+    while (work := calls.get()) is not None:
+        call, answer = work
+        try:
+            answer.put((call(), None))
+        except BaseException as error:
+            answer.put((None, error))
+        # Until the next call, nothing is kept alive here.
+        del work, call, answer
 
 
 class WaitTimeout(DataprocError):

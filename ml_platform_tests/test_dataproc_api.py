@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +83,80 @@ def codes(cloud: FakeDataproc, method: str) -> list[str]:
 
 def ignore(text: str) -> None:
     pass
+
+
+# --- Signals
+
+#: Calls of the API that are interrupted at any instant, a thousand times.
+INTERRUPTED = """
+import random, signal, sys
+from ml_platform.dataproc_api import DataprocApi
+
+class Told(BaseException):
+    pass
+
+def handler(number, frame):
+    raise Told
+
+api = DataprocApi(endpoint=sys.argv[1], root_certificates_file=sys.argv[2], service_account_key_file=sys.argv[3])
+assert api.get_cluster("none") is None
+signal.signal(signal.SIGALRM, handler)
+told = 0
+for _ in range(1000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 3e-3))
+        while True:
+            api.get_cluster("none")
+    except Told:
+        told += 1
+    assert api.get_cluster("none") is None
+print(told)
+"""
+
+
+def test_a_call_may_be_interrupted_at_any_instant(cloud: FakeDataproc):
+    """What a signal's handler raises within gRPC's own callback corrupts the heap."""
+    files = [str(file) for file in (cloud.root_certificates_file, cloud.service_account_key_file)]
+    command = [sys.executable, "-c", INTERRUPTED, cloud.endpoint, *files]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "1000\n"), done.stderr
+
+
+def test_a_call_that_was_interrupted_ends_before_the_next_begins():
+    """Else a cluster could be created after nobody was found by its name."""
+    ended: list[str] = []
+    calls = dataproc_api._CallThread()
+    begun = threading.Event()
+
+    def create() -> None:
+        begun.set()
+        time.sleep(0.5)
+        ended.append("create")
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            calls.run(create)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert begun.is_set()
+    assert ended == []
+    assert calls.run(lambda: list(ended)) == ["create"]
+
+
+def test_the_thread_for_calls_ends_with_its_client():
+    calls = dataproc_api._CallThread()
+    (thread,) = {calls.run(threading.current_thread)}
+    with pytest.raises(ZeroDivisionError):
+        calls.run(lambda: 1 // 0)
+    assert thread.is_alive()
+    del calls
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 # --- Names and labels
