@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from spark_jobs.evaluation import wilson_interval
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -176,28 +178,16 @@ def markdown_summary(
     return "\n\n".join(parts) + "\n"
 
 
-def wilson_interval(successes: float, trials: float, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default; stays within 0 to 1 and is defined for 0 successes.
-
-    Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953. The trials count as independent, which several
-    transactions of one card are not quite.
-
-    Raises:
-        ValueError: there is no trial, or the successes are not between 0 and the trials.
-    """
-    if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"{successes} of {trials} is no share; give 0 <= successes <= trials, trials > 0")
-    share = successes / trials
-    scale = 1 + z * z / trials
-    centre = (share + z * z / (2 * trials)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
-
-
 # --- What a report says -----------------------------------------------------------------------------------------------
 
 SHARE = (0.0, 1.0)
 COUNT = (0.0, 1e15)
+
+
+def _with_bounds(*shares: str) -> dict[str, tuple[float, float]]:
+    """Columns of shares and of the ends of their intervals."""
+    return {f"{share}{end}": SHARE for share in shares for end in ("", "_lower", "_upper")}
+
 
 #: Table → column → the values that are possible.
 TABLES: dict[str, dict[str, tuple[float, float]]] = {
@@ -210,21 +200,18 @@ TABLES: dict[str, dict[str, tuple[float, float]]] = {
         "frauds": COUNT,
         "average_precision": SHARE,
         "roc_auc": SHARE,
-        "precision_at_budget": SHARE,
-        "recall_at_budget": SHARE,
+        **_with_bounds("precision_at_budget", "recall_at_budget"),
     },
-    "per_scenario": {"frauds": COUNT, "caught": COUNT},
+    "per_scenario": {"frauds": COUNT, "caught": COUNT, **_with_bounds("recall_at_budget")},
     "thresholds": {
         "alerts_per_day": COUNT,
-        "precision": SHARE,
-        "recall": SHARE,
         "amount_caught": COUNT,
-        "amount_share": SHARE,
+        **_with_bounds("precision", "recall", "amount_share"),
     },
 }
 
 #: Columns without which an entry shows nothing; others may be undefined (a day without frauds has no recall).
-NEEDED = {"per_day": ("rows", "frauds"), "thresholds": ("alerts_per_day",)}
+NEEDED = {"per_day": ("rows", "frauds"), "per_scenario": ("frauds", "caught"), "thresholds": ("alerts_per_day",)}
 
 
 @dataclass(frozen=True)
@@ -353,6 +340,14 @@ def _row(entry: Mapping[str, Any], columns: Mapping[str, tuple[float, float]]) -
         if value is not None and low <= value <= high:
             row[column] = value
     return row
+
+
+def _ends(row: Row, column: str) -> tuple[float, float] | None:
+    """The interval of a column; None if it is not known, or does not hold the value."""
+    low, high = row.get(f"{column}_lower"), row.get(f"{column}_upper")
+    if low is None or high is None or not low <= row.get(column, math.nan) <= high:
+        return None
+    return low, high
 
 
 def _number(value: Any) -> float | None:
@@ -561,7 +556,8 @@ def _panel_score_distribution(ax: Axes, view: _View) -> None:
 
 def _panel_calibration(ax: Axes, view: _View) -> None:
     bins = [row for row in view.tables["calibration"] if row["rows"] >= 1]
-    bounds = [wilson_interval(row["fraud_share"] * row["rows"], row["rows"]) for row in bins]
+    # Rows count as independent here, which several of one card are not quite.
+    bounds = [wilson_interval(row["fraud_share"], row["rows"]) for row in bins]
     positive = [row[column] for row in bins for column in ("mean_score", "fraud_share") if row[column] > 0]
     log = _far_apart(positive)
     floor = 0.0
@@ -612,6 +608,9 @@ def _plot_per_day(ax: Axes, view: _View, labels: int) -> None:
         if points:
             x, y = zip(*points, strict=True)
             ax.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.4, label=label)
+        bounds = [(number, *ends) for number, day in enumerate(days) if (ends := _ends(day, column))]
+        if bounds:
+            ax.vlines(*zip(*bounds, strict=True), color=colour, linewidth=3, alpha=0.25)
     if "test_average_precision" in view.intervals:
         low, high = view.intervals["test_average_precision"]
         ax.axhspan(low, high, color=BLUE, alpha=0.12, linewidth=0, label="interval of average precision")
@@ -665,10 +664,11 @@ def _draw_per_scenario(figure: Figure, view: _View) -> None:
     ][:MAX_BARS]
     for number, (_, row) in enumerate(scenarios):
         share = row["caught"] / row["frauds"]
-        low, high = wilson_interval(row["caught"], row["frauds"])
+        low, high = _ends(row, "recall_at_budget") or (share, share)
         ax.barh(number, share, height=0.55, color=SKY)
-        ax.hlines(number, low, high, color=INK, linewidth=1.4)
-        ax.vlines([low, high], number - 0.08, number + 0.08, color=INK, linewidth=1.4)
+        if low < high:
+            ax.hlines(number, low, high, color=INK, linewidth=1.4)
+            ax.vlines([low, high], number - 0.08, number + 0.08, color=INK, linewidth=1.4)
         text = f"{row['caught']:,.0f} of {row['frauds']:,.0f}"
         _note(ax, text, (high, number), fontsize=8)
     ax.set_yticks(range(len(scenarios)), [label for label, _ in scenarios], parse_math=False)
@@ -695,10 +695,14 @@ def _panel_thresholds(ax: Axes, view: _View) -> None:
         x, y = _columns(rows, "alerts_per_day", column)
         if x:
             ax.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.5, label=label)
+        bounds = [(row["alerts_per_day"], *ends) for row in rows if (ends := _ends(row, column))]
+        if bounds:
+            places, low, high = zip(*bounds, strict=True)
+            ax.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     _budget_axis(ax, rows)
     ax.set_ylim(-0.03, 1.03)
     _percent(ax.yaxis)
-    _label(ax, "What a daily budget of alerts finds", _budget_label(rows), "share")
+    _label(ax, "What a daily budget of alerts finds\nBands: 95 % intervals", _budget_label(rows), "share")
     _legend(ax, loc="best")
 
 
@@ -867,9 +871,9 @@ def _markdown_thresholds(view: _View) -> str:
     rows = [
         [
             _figure(row["alerts_per_day"]),
-            *(_share(row.get(column)) for column in ("precision", "recall")),
+            *(_share_of(row, column) for column in ("precision", "recall")),
             "" if "amount_caught" not in row else f"{row['amount_caught']:,.0f}",
-            _share(row.get("amount_share")),
+            _share_of(row, "amount_share"),
         ]
         for row in view.tables["thresholds"][:20]
     ]
@@ -911,5 +915,9 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}"
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+def _share_of(row: Row, column: str) -> str:
+    """A share in percent, with the ends of its interval where they are known."""
+    if column not in row:
+        return ""
+    ends = _ends(row, column)
+    return f"{100 * row[column]:.1f} %" + (f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if ends else "")

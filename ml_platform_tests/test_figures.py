@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from ml_platform import figures
+from spark_jobs.evaluation import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
@@ -35,6 +36,13 @@ INTERVALS = {"test_average_precision": (0.507, 0.588), "test_roc_auc": (0.884, 0
 #: Tables whose picture has another name.
 PICTURE_OF = {"score_histogram": "score_distribution"}
 BUDGETS = (10, 20, 50, 100, 200, 500)
+
+
+def with_bounds(name: str, found: Any) -> dict[str, float]:
+    """A share with its interval, as the training job reports them."""
+    share = float(found.mean())
+    low, high = wilson_interval(share, len(found))
+    return {name: share, f"{name}_lower": low, f"{name}_upper": high}
 
 
 def realistic_report(days: int = 7, rows_per_day: int = 3000) -> dict[str, Any]:
@@ -134,8 +142,8 @@ def realistic_report(days: int = 7, rows_per_day: int = 3000) -> dict[str, Any]:
                     "frauds": int(label[day == number].sum()),
                     "average_precision": float(average_precision_score(label[day == number], score[day == number])),
                     "roc_auc": float(roc_auc_score(label[day == number], score[day == number])),
-                    "precision_at_budget": float(label[budgeted & (day == number)].mean()),
-                    "recall_at_budget": float(budgeted[label & (day == number)].mean()),
+                    **with_bounds("precision_at_budget", label[budgeted & (day == number)]),
+                    **with_bounds("recall_at_budget", budgeted[label & (day == number)]),
                 }
                 for number in range(days)
             ],
@@ -144,15 +152,15 @@ def realistic_report(days: int = 7, rows_per_day: int = 3000) -> dict[str, Any]:
                     "scenario": number,
                     "frauds": int((scenario == number).sum()),
                     "caught": int(budgeted[scenario == number].sum()),
-                    "recall_at_budget": float(budgeted[scenario == number].mean()),
+                    **with_bounds("recall_at_budget", budgeted[scenario == number]),
                 }
                 for number in (1, 2, 3)
             ],
             "thresholds": [
                 {
                     "alerts_per_day": budget,
-                    "precision": float(label[chosen].mean()),
-                    "recall": float(chosen[label].mean()),
+                    **with_bounds("precision", label[chosen]),
+                    **with_bounds("recall", chosen[label]),
                     "amount_caught": float(amount[chosen & label].sum()),
                     "amount_share": float(amount[chosen & label].sum() / amount[label].sum()),
                 }
@@ -301,6 +309,22 @@ def test_points_are_the_table(built: Mapping[str, Any], report: dict[str, Any]):
     assert [bar.get_height() for bar in histogram] == [
         row[column] for column in ("genuine", "frauds") for row in tables["score_histogram"]
     ]
+
+
+def test_intervals_are_drawn_where_they_are_known(report: dict[str, Any]):
+    def drawn(name: str, change: Any) -> int:
+        changed = only(report, name)
+        changed["tables"][name] = [change(row) for row in changed["tables"][name]]
+        return len(figures.build_figures(changed)[name].axes[0].collections)
+
+    def without(row: dict[str, Any]) -> dict[str, Any]:
+        return {column: value for column, value in row.items() if not column.endswith("_lower")}
+
+    def misplaced(row: dict[str, Any]) -> dict[str, Any]:
+        return {column: 0.0 if column.endswith("_upper") else value or 0.1 for column, value in row.items()}
+
+    for name, count in (("thresholds", 2), ("per_day", 2), ("per_scenario", 6)):
+        assert (drawn(name, dict), drawn(name, without), drawn(name, misplaced)) == (count, 0, 0), name
 
 
 def test_counts_that_are_alike_have_a_linear_axis(report: dict[str, Any]):
@@ -553,6 +577,11 @@ def test_hostile_names_are_no_markup():
     assert len(text.encode()) < 20_000
 
 
+def shown(row: dict[str, float], column: str) -> str:
+    low, high = row[f"{column}_lower"], row[f"{column}_upper"]
+    return f"{100 * row[column]:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def test_the_summary_has_the_figures(report: dict[str, Any], pictures: dict[str, bytes]):
     text = figures.markdown_summary(report, pictures, intervals=INTERVALS)
     metrics = report["metrics"]
@@ -566,9 +595,9 @@ def test_the_summary_has_the_figures(report: dict[str, Any], pictures: dict[str,
     assert "| `gradient-boosted trees` | `maxDepth=4, maxIter=20, maxBins=1024` | 0.7400 |" in lines
     hundred = next(row for row in report["tables"]["thresholds"] if row["alerts_per_day"] == 100)
     assert (
-        f"| 100 | {hundred['precision']:.1%} | {hundred['recall']:.1%} | {hundred['amount_caught']:,.0f} "
-        f"| {hundred['amount_share']:.1%} |"
-    ).replace("%", " %") in lines
+        f"| 100 | {shown(hundred, 'precision')} | {shown(hundred, 'recall')} | {hundred['amount_caught']:,.0f} "
+        f"| {100 * hundred['amount_share']:.1f} % |"
+    ) in lines
     assert "Best candidate: `gradient-boosted trees` with `maxDepth=4, maxIter=20, maxBins=1024`" in lines
     images = [token for token in markdown_tokens(text) if token.type == "image"]
     assert images[0].content == "Overview of the held-out test"
@@ -592,21 +621,6 @@ def test_the_summary_stays_within_its_limit(report: dict[str, Any], pictures: di
 def test_the_summary_of_no_model_is_its_reason():
     text = figures.markdown_summary({"outcome": "too_little_data", "reason": "There are 20 days."}, {})
     assert text == "Outcome: `too_little_data`. `There are 20 days.`\n"
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    # Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_interval_agrees_with_the_literature(successes: int, trials: int, low: float, high: float):
-    assert figures.wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(1, 0), (2, 1), (-1, 5)])
-def test_wilson_interval_of_no_share(successes: int, trials: int):
-    with pytest.raises(ValueError, match="is no share"):
-        figures.wilson_interval(successes, trials)
 
 
 def test_drawing_needs_no_display_and_leaves_no_global_state():

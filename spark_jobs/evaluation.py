@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from datetime import date, timedelta
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import runtime
@@ -31,6 +32,9 @@ BUDGETS = (10, 20, 50, 100, 200, 500)
 CURVE_POINTS = 200
 HISTOGRAM_BINS = 20
 CALIBRATION_BINS = 10
+
+#: Of the intervals of shares.
+CONFIDENCE = 0.95
 
 #: Distinct scores that one task ranks, or so.
 ROWS_PER_PARTITION = 250_000
@@ -126,25 +130,23 @@ def daily_metrics(
     scores: DataFrame, score: str = "score", alerts_per_day: int = 100, alerts: DataFrame | None = None
 ) -> list[dict[str, Any]]:
     """The figures of each UTC day that has rows: ``date``, ``rows``, ``frauds``, ``average_precision``,
-    ``roc_auc`` (see `ranking_metrics`), ``precision_at_budget``, ``recall_at_budget`` (see `budget_metrics`);
-    None where a figure is not defined. `alerts`: those of a budget at least as large, if they are at hand.
+    ``roc_auc`` (see `ranking_metrics`), ``precision_at_budget``, ``recall_at_budget`` (see `budget_metrics`), the last
+    two also with ``…_lower`` and ``…_upper`` (see `share_interval`); None where a figure is not defined.
+    `alerts`: those of a budget at least as large, if they are at hand.
     """
     from pyspark.sql import functions as F
 
     rankings = _rankings(scores, score, group=_utc_day())
-    caught = (
-        _alerts(scores, score, alerts_per_day, alerts)
-        .groupBy("day")
-        .agg(F.count(F.lit(1)).alias("rows"), F.sum("tx_fraud").alias("frauds"))
-        .collect()
+    found = _shares(
+        _alerts_and_frauds(scores, score, _alerts(scores, score, alerts_per_day, alerts)),
+        F.col("day"),
+        {"precision_at_budget": PRECISION, "recall_at_budget": RECALL},
     )
-    found = {row["day"]: row for row in caught}
     return [
         {
             "date": (date(1970, 1, 1) + timedelta(days=day)).isoformat(),
             **rankings[day].metrics(),
-            "precision_at_budget": _share(found[day]["frauds"], found[day]["rows"]),
-            "recall_at_budget": _share(found[day]["frauds"], rankings[day].frauds),
+            **found[day],
         }
         for day in sorted(rankings)
     ]
@@ -158,7 +160,7 @@ def scenario_recall(
     alerts: DataFrame | None = None,
 ) -> list[dict[str, Any]]:
     """How many frauds of each scenario a fixed daily budget finds: ``scenario``, ``frauds``, ``caught``,
-    ``recall_at_budget``.
+    ``recall_at_budget``, also with ``…_lower`` and ``…_upper`` (see `share_interval`).
 
     `scenarios` has ``transaction_id``, ``tx_datetime`` and ``tx_fraud_scenario`` of the frauds of `scores`, once
     each; its other rows do not matter. `alerts` as in `daily_metrics`.
@@ -167,58 +169,86 @@ def scenario_recall(
 
     key = ["transaction_id", "tx_datetime"]
     caught = _alerts(scores, score, alerts_per_day, alerts).where("tx_fraud = 1")
-    per_scenario = (
+    frauds = (
         scores.where(F.col(score).isNotNull() & (F.col("tx_fraud") == 1))
-        .select(*key)
+        .select(*key, "customer_id")
         .join(scenarios.select(*key, "tx_fraud_scenario"), key)
         .join(F.broadcast(caught.select(*key, F.lit(1).alias("caught"))), key, "left")
-        .groupBy("tx_fraud_scenario")
-        .agg(F.count(F.lit(1)).alias("frauds"), F.count("caught").alias("caught"))
-        .orderBy("tx_fraud_scenario")
-        .collect()
     )
+    found = _shares(frauds, F.col("tx_fraud_scenario"), {"recall_at_budget": ("coalesce(caught, 0)", "1")}, counts=True)
     return [
         {
-            "scenario": row["tx_fraud_scenario"],
-            "frauds": row["frauds"],
-            "caught": row["caught"],
-            "recall_at_budget": _share(row["caught"], row["frauds"]),
+            "scenario": scenario,
+            "frauds": int(found[scenario].pop("recall_at_budget_whole")),
+            "caught": int(found[scenario].pop("recall_at_budget_part")),
+            **found[scenario],
         }
-        for row in per_scenario
+        for scenario in sorted(found)
     ]
 
 
 def budget_table(
     scores: DataFrame, score: str = "score", budgets: Sequence[int] = BUDGETS, alerts: DataFrame | None = None
-) -> list[dict[str, float | None]]:
+) -> list[dict[str, Any]]:
     """What daily budgets of alerts would find: ``alerts_per_day``, ``precision``, ``recall`` (see
     `budget_metrics`), ``amount_caught`` (sum of ``tx_amount`` of the frauds among the alerts) and
-    ``amount_share`` (the part of all frauds' amounts; None if that is 0). `alerts` as in `daily_metrics`.
+    ``amount_share`` (the part of all frauds' amounts; None if that is 0). The shares also with ``…_lower`` and
+    ``…_upper`` (see `share_interval`). `alerts` as in `daily_metrics`.
     """
     from pyspark.sql import functions as F
 
-    fraud_amount = F.expr("tx_amount * tx_fraud")
-    known = scores.where(F.col(score).isNotNull())
-    frauds, amount = known.agg(F.sum("tx_fraud"), F.sum(fraud_amount)).collect()[0]
-    sums = []
-    for budget in budgets:
-        within = F.col("rank") <= budget
-        for value in (F.lit(1), F.col("tx_fraud"), fraud_amount):
-            sums.append(F.sum(F.when(within, value)))
-    found = _alerts(scores, score, max(budgets), alerts).agg(*sums).collect()[0]
+    rows = _alerts_and_frauds(scores, score, _alerts(scores, score, max(budgets), alerts))
+    rows = rows.withColumn("budget", F.explode(F.array(*[F.lit(budget) for budget in budgets])))
+    found = _shares(
+        rows.where("is_alert = 0 OR rank <= budget"),
+        F.col("budget"),
+        {"precision": PRECISION, "recall": RECALL, "amount_share": tuple(f"{sql} * tx_amount" for sql in RECALL)},
+        counts=True,
+    )
     table = []
-    for index, budget in enumerate(budgets):
-        count, caught, amount_caught = (value or 0 for value in found[3 * index : 3 * index + 3])
-        table.append(
-            {
-                "alerts_per_day": budget,
-                "precision": _share(caught, count),
-                "recall": _share(caught, frauds or 0),
-                "amount_caught": round(float(amount_caught), 2),
-                "amount_share": round(amount_caught / amount, 12) if amount else None,
-            }
-        )
+    for budget in budgets:
+        entry = found.get(budget, {})
+        shares = {
+            f"{name}{suffix}": entry.get(f"{name}{suffix}")
+            for name in ("precision", "recall", "amount_share")
+            for suffix in ("", "_lower", "_upper")
+        }
+        if shares["amount_share"] is not None:
+            # The last digits of a sum of amounts depend on its order.
+            shares["amount_share"] = round(shares["amount_share"], 12)
+        amount = round(entry.get("amount_share_part", 0.0), 2)
+        table.append({"alerts_per_day": budget, "amount_caught": amount, **shares})
     return table
+
+
+def wilson_interval(share: float, draws: float) -> tuple[float, float]:
+    """Wilson's score interval, 95 %, of a share of so many independent draws; within 0 to 1, and defined at its ends.
+
+    Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953. Raises ValueError for what is no share, or no draws.
+    """
+    if not (0 <= share <= 1 and draws > 0):
+        raise ValueError(f"{share} of {draws} draws is no share: it takes 0 to 1, of more than 0")
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    scale = 1 + z * z / draws
+    middle = (share + z * z / (2 * draws)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / draws + (z / (2 * draws)) ** 2)
+    # At an end, rounding would put the bound a hair before it.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def share_interval(part: float, whole: float, variance: float, customers: int) -> tuple[float, float]:
+    """The interval of part / whole, sums over customers c of x_c and y_c, where 0 <= part <= whole > 0.
+
+    It is Wilson's for as many draws as would have the same variance (the effective sample size of Korn and Graubard,
+    1998, Survey Methodology 24, pages 193 to 201), for the rows of one customer are not independent of each other.
+    Where nothing or everything is found, each of the `customers`, those with y_c > 0, is one draw.
+
+    `variance` is the sum of (x_c - part / whole * y_c)^2 over whole^2: that of a ratio of sums over independent
+    customers (Cochran, Sampling Techniques, 1977, chapter 6).
+    """
+    share = min(1.0, part / whole)
+    spread = share * (1 - share)
+    return wilson_interval(share, spread / variance if spread > 0 and variance > 0 else customers)
 
 
 class _Ranking:
@@ -433,7 +463,8 @@ def _alerts(scores: DataFrame, score: str, alerts_per_day: int, alerts: DataFram
 
     if alerts is not None:
         return alerts.where(F.col("rank") <= alerts_per_day)
-    columns = [name for name in ("transaction_id", "tx_datetime", "tx_amount", "tx_fraud") if name in scores.columns]
+    wanted = ("transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud")
+    columns = [name for name in wanted if name in scores.columns]
     known = scores.where(F.col(score).isNotNull()).select(
         *columns, _utc_day().alias("day"), F.col(score).cast("double").alias("score")
     )
@@ -452,6 +483,61 @@ def _best_of_each_day(frame: DataFrame, identity: str, limit: int) -> DataFrame:
         order = Window.partitionBy(*keys).orderBy(F.col("score").desc(), F.col(identity))
         best = best.withColumn("rank", F.row_number().over(order)).where(F.col("rank") <= limit)
     return best.drop("bucket")
+
+
+#: Part and whole of shares of rows of `_alerts_and_frauds`.
+PRECISION = ("is_alert * tx_fraud", "is_alert")
+RECALL = ("is_alert * tx_fraud", "(1 - is_alert) * tx_fraud")
+
+
+def _alerts_and_frauds(scores: DataFrame, score: str, alerts: DataFrame) -> DataFrame:
+    """The rows of `alerts` (``is_alert`` 1) and once more all frauds (0), so that either can be counted by customer."""
+    from pyspark.sql import functions as F
+
+    names = [name for name in ("transaction_id", "customer_id", "tx_amount", "tx_fraud") if name in scores.columns]
+    frauds = scores.where(F.col(score).isNotNull() & (F.col("tx_fraud") == 1))
+    frauds = frauds.select(*names, _utc_day().alias("day"), F.lit(None).cast("int").alias("rank"))
+    return alerts.select(*names, "day", "rank", F.lit(1).alias("is_alert")).union(
+        frauds.select("*", F.lit(0).alias("is_alert"))
+    )
+
+
+def _shares(
+    rows: DataFrame, group: Column, shares: dict[str, tuple[str, ...]], counts: bool = False
+) -> dict[Any, dict[str, Any]]:
+    """Group → shares, given as (part, whole) in SQL, each with ``…_lower`` and ``…_upper`` (see `share_interval`)
+    and, with `counts`, ``…_part`` and ``…_whole``. A share of nothing is None, and so are its bounds.
+    """
+    from pyspark.sql import functions as F
+
+    sums = [
+        F.sum(F.expr(f"double({sql})")).alias(f"{name}_{n}")
+        for name, pair in shares.items()
+        for n, sql in enumerate(pair)
+    ]
+    # A row without a customer is one of its own.
+    lone = F.expr("IF(customer_id IS NULL, transaction_id, NULL)").alias("lone")
+    by_customer = rows.groupBy(group.alias("group"), "customer_id", lone).agg(*sums)
+    moments = [
+        F.sum(F.expr(sql.format(x=f"{name}_0", y=f"{name}_1"))).alias(f"{name}_{moment}")
+        for name in shares
+        for moment, sql in {
+            "x": "{x}", "y": "{y}", "xx": "{x} * {x}", "xy": "{x} * {y}", "yy": "{y} * {y}", "n": "IF({y} > 0, 1, 0)",
+        }.items()
+    ]  # fmt: skip
+    found: dict[Any, dict[str, Any]] = {}
+    for row in by_customer.groupBy("group").agg(*moments).collect():
+        entry = found.setdefault(row["group"], {})
+        for name in shares:
+            x, y, xx, xy, yy, customers = (row[f"{name}_{moment}"] for moment in ("x", "y", "xx", "xy", "yy", "n"))
+            bounds: tuple[float | None, ...] = (None, None, None)
+            if y > 0:
+                variance = max(0.0, xx - 2 * (x / y) * xy + (x / y) ** 2 * yy) / (y * y)
+                bounds = (x / y, *(round(end, 12) for end in share_interval(x, y, variance, customers)))
+            entry.update(zip((name, f"{name}_lower", f"{name}_upper"), bounds))
+            if counts:
+                entry.update({f"{name}_part": x, f"{name}_whole": y})
+    return found
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from datetime import datetime, timedelta, timezone
 
@@ -35,6 +36,28 @@ def random_week(seed, days=5, rows_per_day=120, cards=40, digits=1):
             second = draw.choice([0, 86_399, draw.randrange(86_400)])
             rows.append((len(rows), MIDNIGHT + timedelta(days=day, seconds=second), customer, fraud, score))
     return rows
+
+
+def without_bounds(entry):
+    return {name: value for name, value in entry.items() if not name.endswith(("_lower", "_upper"))}
+
+
+def check_bounds(entry, name, part, whole, of=lambda row: 1):
+    """The bounds of a share in `entry` against what they are by definition, customer by customer."""
+    customers = {}
+    for index, rows in enumerate((part, whole)):
+        for row in rows:
+            key = ("lone", row[0]) if row[2] is None else row[2]
+            customers.setdefault(key, [0.0, 0.0])[index] += of(row)
+    total = sum(y for _, y in customers.values())
+    if not total:
+        assert (entry[f"{name}_lower"], entry[f"{name}_upper"]) == (None, None)
+        return
+    share = sum(x for x, _ in customers.values()) / total
+    variance = sum((x - share * y) ** 2 for x, y in customers.values()) / total**2
+    customers_of_whole = sum(y > 0 for _, y in customers.values())
+    expected = evaluation.share_interval(share * total, total, variance, customers_of_whole)
+    assert (entry[f"{name}_lower"], entry[f"{name}_upper"]) == pytest.approx(expected, abs=1e-9)
 
 
 def rows_by_day(rows):
@@ -228,12 +251,15 @@ class TestTables:
         for entry, day in ((table[0], days[0]), (table[-1], days[-1])):
             frame = spark.createDataFrame(day, AMOUNTS)
             budget = evaluation.budget_metrics(frame, alerts_per_day=20)
-            assert entry == {
+            assert without_bounds(entry) == {
                 "date": entry["date"],
                 **evaluation.ranking_metrics(frame),
                 "precision_at_budget": budget["precision"],
                 "recall_at_budget": budget["recall"],
             }
+            alerts = alerts_of(day, 20)
+            check_bounds(entry, "precision_at_budget", [row for row in alerts if row[3]], alerts)
+            check_bounds(entry, "recall_at_budget", [row for row in alerts if row[3]], [row for row in day if row[3]])
         assert [entry["rows"] for entry in table] == [120, 120, 120, 120, 3]
         assert [entry["frauds"] for entry in table] == [sum(row[3] for row in day) for day in days]
 
@@ -245,19 +271,18 @@ class TestTables:
             "transaction_id bigint, tx_datetime timestamp, tx_fraud_scenario int",
         )
         alerts = {row[0] for row in alerts_of(rows, 15)}
-        expected = []
-        for scenario in (1, 2, 3):
-            frauds = [row[0] for row, number in zip(rows, scenarios) if number == scenario]
-            caught = len(alerts.intersection(frauds))
-            expected.append(
-                {
-                    "scenario": scenario,
-                    "frauds": len(frauds),
-                    "caught": caught,
-                    "recall_at_budget": pytest.approx(caught / len(frauds)),
-                }
-            )
-        assert evaluation.scenario_recall(frame, labels, alerts_per_day=15) == expected
+        table = evaluation.scenario_recall(frame, labels, alerts_per_day=15)
+        assert [entry["scenario"] for entry in table] == [1, 2, 3]
+        for entry in table:
+            frauds = [row for row, number in zip(rows, scenarios) if number == entry["scenario"]]
+            caught = [row for row in frauds if row[0] in alerts]
+            assert without_bounds(entry) == {
+                "scenario": entry["scenario"],
+                "frauds": len(frauds),
+                "caught": len(caught),
+                "recall_at_budget": pytest.approx(len(caught) / len(frauds)),
+            }
+            check_bounds(entry, "recall_at_budget", caught, frauds)
 
     def test_budgets(self, spark):
         rows, _ = random_amounts(3)
@@ -272,6 +297,9 @@ class TestTables:
             assert entry["recall"] == pytest.approx(len(caught) / len(frauds))
             assert entry["amount_caught"] == pytest.approx(amount, abs=0.01)
             assert entry["amount_share"] == pytest.approx(amount / sum(row[5] for row in frauds))
+            check_bounds(entry, "precision", caught, alerts)
+            check_bounds(entry, "recall", caught, frauds)
+            check_bounds(entry, "amount_share", caught, frauds, of=lambda row: row[5])
         for name in ("recall", "amount_caught", "amount_share"):
             assert [entry[name] for entry in table] == sorted(entry[name] for entry in table)
         assert table[-1]["recall"] == table[-1]["amount_share"] == 1
@@ -279,17 +307,52 @@ class TestTables:
     def test_nothing_to_find(self, spark):
         frame = spark.createDataFrame([(1, MIDNIGHT, 1, 0, 0.5, 3.0)], AMOUNTS)
         (entry, *_) = evaluation.budget_table(frame, budgets=(1, 2))
+        undefined = {f"{name}{end}": None for name in ("recall", "amount_share") for end in ("", "_lower", "_upper")}
         assert entry == {
             "alerts_per_day": 1,
             "precision": 0.0,
-            "recall": None,
+            "precision_lower": 0.0,
+            "precision_upper": pytest.approx(0.793450685622763),  # z^2 / (1 + z^2)
             "amount_caught": 0.0,
-            "amount_share": None,
+            **undefined,
         }
         (day,) = evaluation.daily_metrics(frame)
         assert (day["rows"], day["frauds"], day["average_precision"], day["recall_at_budget"]) == (1, 0, None, None)
         assert evaluation.daily_metrics(frame.limit(0)) == []
         assert evaluation.budget_table(frame.limit(0), budgets=(1,))[0]["precision"] is None
+
+
+class TestIntervalsOfShares:
+    @pytest.mark.parametrize(
+        ("successes", "trials", "low", "high"),
+        # Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3.
+        [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    )
+    def test_agree_with_the_literature(self, successes, trials, low, high):
+        assert evaluation.wilson_interval(successes / trials, trials) == pytest.approx((low, high), abs=5e-5)
+
+    @pytest.mark.parametrize(("share", "draws"), [(0.5, 0), (2, 1), (-1, 5), (math.nan, 5)])
+    def test_of_no_share(self, share, draws):
+        with pytest.raises(ValueError, match="is no share"):
+            evaluation.wilson_interval(share, draws)
+
+    @pytest.mark.parametrize("part", [0, 10])
+    def test_where_nothing_or_everything_is_found(self, part):
+        # Ten rows of four customers.
+        assert evaluation.share_interval(part, 10, 0.0, 4) == evaluation.wilson_interval(part / 10, 4)
+
+    def test_cover_the_share_where_the_rows_of_a_customer_are_alike(self):
+        """Every customer has ten rows, all found or none: as many draws as customers, not as rows."""
+        draw = random.Random(7)
+        covered = 0
+        for _ in range(400):
+            found = [10 * (draw.random() < 0.3) for _ in range(60)]
+            share = sum(found) / 600
+            variance = sum((x - share * 10) ** 2 for x in found) / 600**2
+            lower, upper = evaluation.share_interval(sum(found), 600, variance, 60)
+            covered += lower <= 0.3 <= upper
+        # 95 % of 400 are 380, with a standard deviation of 4.4.
+        assert 366 <= covered <= 394
 
 
 def test_days_are_utc_in_any_session(spark):
