@@ -159,6 +159,15 @@ def last_known_genuine_age(history: History) -> Array:
     return np.where(last >= window.start, age / DAY_S, 35.0 + LABEL_DELAY_DAYS)
 
 
+def last_known_label_age(history: History) -> Array:
+    """Days since the last transaction of the last 35 known days; 42, as if just before, without any."""
+    import numpy as np
+
+    window = history.window(35, LABEL_DELAY_DAYS, with_now=True)
+    age = history.time - history.time[np.maximum(window.stop - 1, 0)]
+    return np.where(window.count > 0, age / DAY_S, 35.0 + LABEL_DELAY_DAYS)
+
+
 def last_known_label(history: History) -> Array:
     """Label of the last transaction of the last 35 known days; 0 without any."""
     import numpy as np
@@ -260,6 +269,8 @@ def _registry() -> list[Feature]:
                  f"Days since the first known fraud of the terminal's last 35 known days; {35 + delay} without any."),
         terminal("terminal_last_genuine_age", last_known_genuine_age, 35, "own", "days",
                  f"Days since the terminal's last genuine transaction in 35 known days; {35 + delay} if none."),
+        terminal("terminal_last_label_age", last_known_label_age, 35, "own", "days",
+                 f"Days since the terminal's last transaction in 35 known days; {35 + delay} if none."),
         terminal("terminal_last_label", last_known_label, 35, "own", "0 or 1",
                  "Label of the terminal's last transaction whose label is known; 0 without any."),
     ]  # fmt: skip

@@ -137,6 +137,7 @@ def expected_features(row: Transaction, rows: list[Transaction]) -> dict[str, fl
         "terminal_fraud_count_21d": float(sum(other["tx_fraud"] for other in known(21))),
         "terminal_first_fraud_age": max(frauds, default=42 * DAY_S) / DAY_S,
         "terminal_last_genuine_age": min(genuine, default=42 * DAY_S) / DAY_S,
+        "terminal_last_label_age": (now - known(35)[-1]["tx_time_seconds"]) / DAY_S if known(35) else 42.0,
         "terminal_last_label": float(known(35)[-1]["tx_fraud"]) if known(35) else 0.0,
     }
 
