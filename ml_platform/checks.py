@@ -10,10 +10,11 @@ from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import Reports, instant, transaction_features
-from ml_platform.assets.gate import DECISION_FILE
+from ml_platform.assets.gate import DECISION_FILE, HEALTH_FILE
 from ml_platform.assets.model import fraud_model
 from ml_platform.outside_text import markdown, printable
 from ml_platform.partitions import raw_files
+from ml_platform.promotion import DECIDED_BY_FIGURES
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.spark import job_file
 
@@ -36,9 +37,6 @@ class QualityLimits(dg.ConfigurableResource):
 
 
 Problems = dict[str, str]
-
-#: Outcomes of the gate that rest on a comparison, or need none.
-DECIDED_BY_FIGURES = ("first_model", "better", "not_better", "no_difference")
 
 
 def rows_that_do_not_add_up(report: Mapping[str, Any]) -> str | None:
@@ -243,19 +241,19 @@ def enough_data(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> d
     return _judge(context, problem_of, severity=dg.AssetCheckSeverity.WARN)
 
 
-def _decisions(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dict[str, Any]:
-    """What the gate decided in this run, by cut-off."""
+def _of_this_run(context: dg.AssetCheckExecutionContext, lake: LakeResource, name: str) -> dict[str, Any]:
+    """What a file beside this run's models says, by cut-off."""
     found: dict[str, Any] = {}
     for key in context.partition_keys:
         with suppress(FileNotFoundError):
-            found[key] = lake.read_json(f"models/{key}/{context.run.run_id}/{DECISION_FILE}")
+            found[key] = lake.read_json(f"models/{key}/{context.run.run_id}/{name}")
     return found
 
 
 @dg.asset_check(asset=fraud_model, partitions_def=raw_files)
 def promotion(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
     """The gate's decision, with its reasons; passed if it could be made by figures."""
-    decisions = _decisions(context, lake)
+    decisions = _of_this_run(context, lake, DECISION_FILE)
 
     def problem_of(key: str) -> str | None:
         by_figures = key not in decisions or decisions[key]["outcome"] in DECIDED_BY_FIGURES
@@ -275,31 +273,31 @@ def promotion(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.
     return _judge(context, problem_of, measure, severity=dg.AssetCheckSeverity.WARN)
 
 
-def ailing_champion(decision: Mapping[str, Any]) -> str | None:
-    """A champion must not stay for ever by accident: too weak, not to be read, or too old and never compared."""
-    champion = decision["champion"]
-    if champion is None or decision["apply"]:
+def ailing_champion(health: Mapping[str, Any]) -> str | None:
+    """A champion must not stay for ever by accident: too weak, not to be read, or not compared for too long."""
+    if health["replaced"]:
         return None
-    precision, floor = champion["average_precision"], champion["min_average_precision"]
+    version, precision, floor = health["version"], health["average_precision"], health["min_average_precision"]
     if precision is not None and precision < floor:
+        return f"the champion, version {version}, has an average precision of {precision:.3f}, below {floor}"
+    if health["outcome"] == "champion_newer_spark":
+        return str(health["reason"])
+    days = health["days_without_comparison"]
+    if days > health["max_age_days"]:
         return (
-            f"the champion, version {champion['version']}, has an average precision of {precision:.3f}, below {floor}"
+            f"no challenger could be compared with the champion, version {version}, for {days} days; "
+            f"this time: {health['outcome']}. {health['reason']}"
         )
-    if decision["outcome"] == "champion_newer_spark":
-        return str(decision["reasons"][0])
-    age, limit = champion["age_days"], champion["max_age_days"]
-    if decision["outcome"] not in DECIDED_BY_FIGURES and age is not None and age > limit:
-        return f"version {champion['version']} is champion for {age} days and cannot be compared: see promotion"
     return None
 
 
 @dg.asset_check(asset=fraud_model, partitions_def=raw_files)
 def champion_health(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
     """The champion still serves."""
-    decisions = _decisions(context, lake)
+    found = _of_this_run(context, lake, HEALTH_FILE)
     return _judge(
         context,
-        lambda key: ailing_champion(decisions[key]) if key in decisions else None,
+        lambda key: ailing_champion(found[key]) if key in found else None,
         severity=dg.AssetCheckSeverity.WARN,
     )
 

@@ -307,7 +307,7 @@ def champion_set(
     why: Annotated[str, typer.Option(help="Why; it is recorded with the version.")],
     who: Annotated[str | None, typer.Option(help="Who decides; default: the user who runs this.")] = None,
 ) -> None:
-    """Make a version the champion by hand; one that this deployment's Spark does not read is refused."""
+    """Make a version the champion by hand; one that does not load, or not in this deployment's Spark, is refused."""
     _move_champion(load_settings(), version, who, why)
 
 
@@ -330,7 +330,7 @@ def _move_champion(settings: Settings, version: str, who: str | None, why: str) 
 
     from mlflow.exceptions import MlflowException
 
-    from ml_platform.assets.gate import champion_tags
+    from ml_platform.assets.gate import PROOF_TAG, champion_tags
     from ml_platform.resources.mlflow import MODEL_NAME
 
     resource = _mlflow(settings)
@@ -340,6 +340,11 @@ def _move_champion(settings: Settings, version: str, who: str | None, why: str) 
         raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
     if not why.strip():
         raise CommandError("--why is empty: say why, for whoever asks later")
+    if PROOF_TAG not in found.tags:
+        raise CommandError(
+            f"version {version} was never loaded back from MLflow and held against its own scores (it has no tag "
+            f"{PROOF_TAG}): materialize fraud_model for a version that was. The champion is as it was"
+        )
     if problem := _spark_too_old(found, settings):
         raise CommandError(f"{problem}. The champion is as it was")
     resource.set_champion(version, champion_tags(who=who or getpass.getuser(), why=why))

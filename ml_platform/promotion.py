@@ -43,6 +43,9 @@ Outcome = Literal[
     "better",
 ]
 
+#: Outcomes that rest on a comparison, or need none.
+DECIDED_BY_FIGURES: tuple[Outcome, ...] = ("first_model", "better", "not_better", "no_difference")
+
 #: Fewer customers with a fraud than these leave nothing to resample, however many frauds they have.
 MIN_FRAUD_CUSTOMERS = 10
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dagster._core.definitions.observe import observe
 from ml_platform.assets.features import expected_inputs, history_of, in_order_of_time, stale_features
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
+from ml_platform.promotion import DECIDED_BY_FIGURES
 from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
 from ml_platform.resources.mlflow import MlflowResource
 from ml_platform_tests.fakes import (
@@ -773,14 +775,72 @@ class TestModel:
         champion = mlflow.champion()
         assert champion is not None
         assert champion.version == 1
+        # Compared with a challenger or not, that is what its age counts from.
+        assert ("champion_compared" in champion.tags) == (outcome in DECIDED_BY_FIGURES)
+        # The challenger could be made the champion by hand.
+        challenger = mlflow.client().get_model_version("fraud_model", "2")
+        proof = "100 rows scored by Spark 4.0.0, largest difference 0.0"
+        assert (challenger.tags["reload_proof"], champion.tags["reload_proof"]) == (proof, proof)
 
-    def test_a_model_that_does_not_reload_to_the_same_scores_is_not_promoted(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    @pytest.mark.parametrize("challenger", [False, True])
+    def test_a_model_that_does_not_reload_to_the_same_scores_fails_the_run(
+        self,
+        lake: LakeResource,
+        instance: dg.DagsterInstance,
+        ready: list[str],
+        mlflow: MlflowResource,
+        challenger: bool,
     ):
-        engine = FakeEngine(reload_difference=0.01)
-        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[1], ready[1]))
+        if challenger:
+            self.trained(lake, instance, mlflow, ready[1])
+        engine = FakeEngine(reload_difference=0.01, challenger_skill=0.5, champion_skill=3.0)
+        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[2], ready[2]))
         assert "loaded back from MLflow" in failure_of(result, MODEL)
-        assert mlflow.champion() is None
+        champion = mlflow.champion()
+        assert (champion and champion.version) == (1 if challenger else None)
+        last = mlflow.client().get_model_version("fraud_model", "2" if challenger else "1")
+        assert "reload_proof" not in last.tags
+
+    @pytest.mark.parametrize(
+        ("tags", "days"),
+        [
+            ({}, 200),
+            ({"champion_since": "90"}, 90),
+            ({"champion_since": "190", "champion_compared": "130"}, 130),
+            ({"champion_since": "130", "champion_compared": "190"}, 130),
+            ({"champion_since": "yesterday"}, 200),
+        ],
+        ids=["made champion in MLflow", "champion since", "compared since", "compared before", "edited by hand"],
+    )
+    def test_a_champion_that_no_challenger_was_compared_with_for_long(
+        self,
+        lake: LakeResource,
+        instance: dg.DagsterInstance,
+        ready: list[str],
+        mlflow: MlflowResource,
+        monkeypatch: pytest.MonkeyPatch,
+        tags: dict[str, str],
+        days: int,
+    ):
+        """Also where there was no challenger at all. Its version was registered 200 days ago."""
+        self.trained(lake, instance, mlflow, ready[1])
+        now = datetime.now(timezone.utc)
+        client = mlflow.client()
+        client.delete_model_version_tag("fraud_model", "1", "champion_since")
+        for name, value in tags.items():
+            instant = now - timedelta(days=int(value)) if value.isdigit() else None
+            tag = instant.strftime("%Y-%m-%dT%H:%M:%SZ") if instant else value
+            client.set_model_version_tag("fraud_model", "1", name, tag)
+        champion = mlflow.champion()
+        assert champion is not None
+        champion._creation_time = int((now - timedelta(days=200)).timestamp() * 1000)
+        monkeypatch.setattr(MlflowResource, "champion", lambda self: champion)
+        engine = FakeEngine(too_little={ready[2]: "The test window has 4 frauds, fewer than 10."})
+        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[2], ready[2]))
+        health = {item.check_name: item for item in result.get_asset_check_evaluations()}["champion_health"]
+        assert health.passed == (days <= 120)
+        if not health.passed:
+            assert f"version 1, for {days} days; this time: too_little_data" in (health.description or "")
 
     def test_an_error_fails_the_mlflow_run(
         self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource

@@ -310,40 +310,36 @@ class TestThroughDagster:
         assert evaluate(instance, lake, "enough_data", (three[0], three[1]), run_id.replace("1", "0")).passed
 
 
-def test_a_champion_that_this_spark_does_not_read_is_ailing_at_once():
-    champion = {"version": "3", "average_precision": None, "min_average_precision": 0.2}
-    champion |= {"age_days": 0, "max_age_days": 120}
-    decision = {"apply": False, "champion": champion, "reasons": ["saved by Spark 4.3.0", "The champion stays."]}
-    assert ailing_champion({**decision, "outcome": "champion_newer_spark"}) == "saved by Spark 4.3.0"
-    assert ailing_champion({**decision, "outcome": "champion_unreadable"}) is None
+HEALTH = {
+    "version": "3",
+    "outcome": "not_better",
+    "reason": "Why it came to that.",
+    "replaced": False,
+    "average_precision": 0.2,
+    "min_average_precision": 0.2,
+    "days_without_comparison": 120,
+    "max_age_days": 120,
+}
 
 
 @pytest.mark.parametrize(
-    ("outcome", "apply", "precision", "age_days", "problem"),
+    ("changes", "problem"),
     [
-        ("not_better", False, 0.19, 1, "the champion, version 3, has an average precision of 0.190, below 0.2"),
-        ("not_better", False, 0.2, 121, None),
-        ("too_few_frauds", False, None, 120, None),
+        ({}, None),
+        ({"average_precision": 0.19}, "the champion, version 3, has an average precision of 0.190, below 0.2"),
+        ({"average_precision": None}, None),
+        ({"outcome": "champion_newer_spark", "average_precision": None}, "Why it came to that."),
         (
-            "too_few_frauds",
-            False,
-            None,
-            121,
-            "version 3 is champion for 121 days and cannot be compared: see promotion",
+            {"outcome": "too_little_data", "days_without_comparison": 121},
+            "no challenger could be compared with the champion, version 3, for 121 days; this time: too_little_data. "
+            "Why it came to that.",
         ),
-        ("too_few_frauds", False, None, None, None),
-        ("better", True, 0.1, 500, None),
+        ({"average_precision": 0.1, "days_without_comparison": 500, "replaced": True}, None),
     ],
-    ids=["below the floor", "old, but compared", "as old as allowed", "older", "of unknown age", "being replaced"],
+    ids=["at its limits", "below the floor", "without figures", "of a newer Spark", "not compared", "replaced"],
 )
-def test_an_ailing_champion(outcome: str, apply: bool, precision: float, age_days: int, problem: str | None):
-    champion = {"version": "3", "average_precision": precision, "min_average_precision": 0.2}
-    champion |= {"age_days": age_days, "max_age_days": 120}
-    assert ailing_champion({"outcome": outcome, "apply": apply, "champion": champion, "reasons": []}) == problem
-
-
-def test_no_champion_ails():
-    assert ailing_champion({"outcome": "no_champion", "apply": False, "champion": None, "reasons": []}) is None
+def test_an_ailing_champion(changes: dict[str, Any], problem: str | None):
+    assert ailing_champion({**HEALTH, **changes}) == problem
 
 
 def test_some_of():

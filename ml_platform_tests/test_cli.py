@@ -497,7 +497,7 @@ class TestChampion:
                 "fraud_model",
                 f"file:///nowhere/{number}",
                 run_id=mlflow_run.info.run_id,
-                tags={"cutoff": f"file-{number}"},
+                tags={"cutoff": f"file-{number}", "reload_proof": "100 rows"},
             )
         return resource
 
@@ -530,6 +530,18 @@ class TestChampion:
         assert code == 1
         assert says in error
         assert registry.champion() is None
+
+    def test_a_version_that_was_never_loaded_back_is_refused(self, run: Run, registry: MlflowResource):
+        registry.set_champion("2", {})
+        registry.set_champion("1", {})
+        registry.client().delete_model_version_tag("fraud_model", "2", "reload_proof")
+        for arguments in (("set", "2"), ("rollback",)):
+            code, _, error = run("champion", *arguments, "--why", "x")
+            assert code == 1
+            assert "version 2 was never loaded back" in error
+        champion = registry.champion()
+        assert champion is not None
+        assert champion.version == 1
 
     def test_a_version_that_a_newer_spark_saved_is_refused(self, run: Run, registry: MlflowResource):
         """Version 2 is of a Spark that nobody has yet, version 1 of an old one."""

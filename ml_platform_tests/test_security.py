@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from ml_platform import checks, outside_text, webserver
+from ml_platform.assets.gate import DECISION_FILE, HEALTH_FILE
 from ml_platform.partitions import is_partition_key
 from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, S3Store, Store
 from ml_platform.sensors import plan_runs
@@ -210,13 +211,16 @@ def test_what_a_check_says_is_text(lake: LakeResource, instance: dg.DagsterInsta
     """Dagster's UI reads the description of a check as Markdown."""
     reason = HOSTILE_TEXTS[2]
     report = {"outcome": "too_little_data", "reason": reason}
-    decision = {"outcome": "champion_unreadable", "apply": False, "reasons": [reason], "figures": {}, "champion": None}
+    decision = {"outcome": "champion_unreadable", "apply": False, "reasons": [reason], "figures": {}}
+    health = {"version": "1", "outcome": "champion_newer_spark", "reason": reason, "replaced": False}
+    health |= {"average_precision": None, "min_average_precision": 0.2}
+    files = {"train_model-a.report.json": report, DECISION_FILE: decision, HEALTH_FILE: health}
     context = mock.Mock(partition_keys=["a"], **{"run.run_id": "r"})
     check = mock.Mock(asset_key=dg.AssetKey("fraud_model"))
     context.op_execution_context.selected_asset_check_keys = [check]
-    for name in ("enough_data", "promotion"):
+    for name in ("enough_data", "promotion", "champion_health"):
         check.name = name
-        with mock.patch.object(LakeResource, "read_json", lambda self, file: report if "_runs" in file else decision):
+        with mock.patch.object(LakeResource, "read_json", lambda self, file: files[Path(file).name]):
             result = getattr(checks, name).op.compute_fn.decorated_fn(context, lake)
         evaluation = context.op_execution_context.log_event.call_args.args[0]
         assert not result.passed

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from contextlib import suppress
 from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.promotion import Decision, Facts, PromotionRule, Scores, decide
+from ml_platform.promotion import DECIDED_BY_FIGURES, Decision, Facts, PromotionRule, Scores, decide
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
 from ml_platform.resources.spark import SparkEngine
@@ -22,8 +23,16 @@ SAME_SCORE = 1e-9
 
 DECISION_FILE = "promotion.json"
 
-#: Form of the tag ``champion_since``.
-SINCE = "%Y-%m-%dT%H:%M:%SZ"
+#: What a run found of the champion's health.
+HEALTH_FILE = "champion.json"
+
+#: Tag of a version that was loaded back from MLflow and scored rows as it did when it was trained.
+PROOF_TAG = "reload_proof"
+
+#: Tags that hold an instant: since when a version is champion, and when a challenger was last compared with it.
+SINCE_TAG = "champion_since"
+COMPARED_TAG = "champion_compared"
+INSTANT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class PromotionConfig(dg.Config):
@@ -40,7 +49,7 @@ class PromotionConfig(dg.Config):
         default=0.2, ge=0, le=1, description="Below this on the newest held-out week, a check warns of the champion."
     )
     max_champion_age_days: int = Field(
-        default=120, ge=1, description="A champion for longer without a comparable challenger makes a check warn."
+        default=120, ge=1, description="After so many days without a comparable challenger, a check warns."
     )
 
     def rule(self, seed: int) -> PromotionRule:
@@ -114,8 +123,8 @@ def verify_reload(
     directory: str,
     report: dict[str, Any],
     features_uri: str,
-) -> dict[str, Any]:
-    """Load a registered version back from MLflow and let it score held-out rows again.
+) -> None:
+    """Load a registered version back from MLflow, let it score held-out rows again, and note that it did as PROOF_TAG.
 
     The files come from MLflow and are scored by Spark from the lake, so that it works wherever Spark runs.
 
@@ -150,25 +159,57 @@ def verify_reload(
             f"{proof['max_difference']} otherwise than when it was trained; the champion stays",
             allow_retries=False,
         )
-    return proof
+    told = (
+        f"{proof['rows']} rows scored by Spark {proof['spark_version']}, largest difference {proof['max_difference']}"
+    )
+    mlflow.tag_version(version.version, {PROOF_TAG: told})
 
 
-def champion_facts(config: PromotionConfig, report: dict[str, Any], champion: Any) -> dict[str, Any] | None:
-    """What the check on the champion's health looks at; None if there was none."""
+def note_health(
+    config: PromotionConfig,
+    lake: LakeResource,
+    mlflow: MlflowResource,
+    directory: str,
+    champion: "ModelVersion | None",
+    *,
+    outcome: str,
+    reason: str,
+    average_precision: float | None = None,
+    replaced: bool = False,
+) -> None:
+    """Write to HEALTH_FILE what the check on the champion's health looks at, and note a comparison as COMPARED_TAG.
+
+    `outcome` is the gate's, or the training's where there was no challenger; `average_precision` the champion's, on
+    the held-out rows.
+    """
     if champion is None:
-        return None
-    since = champion.tags.get("champion_since")
-    age = datetime.now(timezone.utc) - datetime.strptime(since, SINCE).replace(tzinfo=timezone.utc) if since else None
-    return {
-        "version": champion.version,
-        "average_precision": report["metrics"].get("champion_test_average_precision"),
-        "min_average_precision": config.min_champion_average_precision,
-        "age_days": None if age is None else age.days,
-        "max_age_days": config.max_champion_age_days,
-    }
+        return
+    now = datetime.now(timezone.utc)
+    # One that was made the champion in MLflow itself has none of our tags.
+    known = [datetime.fromtimestamp(champion.creation_timestamp / 1000, timezone.utc)]
+    for tag in (SINCE_TAG, COMPARED_TAG):
+        # Anybody may have edited them there.
+        with suppress(KeyError, ValueError):
+            known.append(datetime.strptime(champion.tags[tag], INSTANT).replace(tzinfo=timezone.utc))
+    compared = outcome in DECIDED_BY_FIGURES
+    lake.write_json(
+        f"{directory}/{HEALTH_FILE}",
+        {
+            "version": champion.version,
+            "outcome": outcome,
+            "reason": reason,
+            "replaced": replaced,
+            "average_precision": average_precision,
+            "min_average_precision": config.min_champion_average_precision,
+            "days_without_comparison": 0 if compared else (now - max(known)).days,
+            "max_age_days": config.max_champion_age_days,
+        },
+    )
+    if compared and not replaced:
+        mlflow.tag_version(champion.version, {COMPARED_TAG: now.strftime(INSTANT)})
 
 
 def champion_tags(*, who: str, why: str) -> dict[str, str]:
     """Tags of a version that becomes the champion: since when, by whom and why."""
-    since = datetime.now(timezone.utc).strftime(SINCE)
-    return {"champion_since": since, "champion_by": who, "champion_why": why[:1000]}
+    since = datetime.now(timezone.utc).strftime(INSTANT)
+    return {SINCE_TAG: since, "champion_by": who, "champion_why": why[:1000]}

@@ -19,7 +19,7 @@ from ml_platform.assets.features import (
     stale_features,
     transaction_features,
 )
-from ml_platform.assets.gate import DECISION_FILE, PromotionConfig, champion_facts, champion_tags, judge, verify_reload
+from ml_platform.assets.gate import DECISION_FILE, PromotionConfig, champion_tags, judge, note_health, verify_reload
 from ml_platform.figures import draw_figures, markdown_summary
 from ml_platform.partitions import raw_files
 from ml_platform.promotion import Decision
@@ -178,6 +178,9 @@ def _train(
     if report["outcome"] != "trained":
         context.log.warning(f"no model for {cutoff}: {report['reason']}")
         run.set_tag("reason", report["reason"])
+        note_health(
+            config.promotion, lake, mlflow, directory, champion, outcome=report["outcome"], reason=report["reason"]
+        )
         return metadata | {"reason": report["reason"]} | details
 
     lake.write_json(f"{directory}/{REPORT_NAME}", report)
@@ -200,21 +203,18 @@ def _train(
         },
         download_model=lambda target: lake.store.download(f"{directory}/model", target),
     )
-    if decision.apply:
-        features_uri = lake.store.spark_uri(lake.partition_path(FEATURES, cutoff))
-        verify_reload(
-            context, lake, spark, mlflow,
-            version=version, directory=directory, report=report, features_uri=features_uri,
-        )  # fmt: skip
-    lake.write_json(
-        f"{directory}/{DECISION_FILE}",
-        {
-            **asdict(decision),
-            "cutoff": cutoff,
-            "version": version.version,
-            "champion": champion_facts(config.promotion, report, champion),
-        },
-    )
+    # Every version, for each can be made the champion by hand later.
+    features_uri = lake.store.spark_uri(lake.partition_path(FEATURES, cutoff))
+    verify_reload(
+        context, lake, spark, mlflow,
+        version=version, directory=directory, report=report, features_uri=features_uri,
+    )  # fmt: skip
+    lake.write_json(f"{directory}/{DECISION_FILE}", {**asdict(decision), "cutoff": cutoff, "version": version.version})
+    note_health(
+        config.promotion, lake, mlflow, directory, champion,
+        outcome=decision.outcome, reason=decision.reasons[0], replaced=decision.apply,
+        average_precision=report["metrics"].get("champion_test_average_precision"),
+    )  # fmt: skip
     if decision.apply:
         # The alias moves last: whatever fails before leaves the champion as it is.
         mlflow.set_champion(version.version, champion_tags(who="fraud_model", why=decision.reasons[0]))

@@ -91,13 +91,17 @@ class MlflowResource(dg.ConfigurableResource):
 
     def set_champion(self, version: str, tags: Mapping[str, str]) -> None:
         """Give a version the alias ``champion``, and tags that say since when and why."""
-        client = self.client()
         previous = self.champion()
         if previous is not None and previous.version != version:
             tags = {**tags, "champion_before": str(previous.version)}
+        self.tag_version(version, tags)
+        self.client().set_registered_model_alias(MODEL_NAME, CHAMPION, version)
+
+    def tag_version(self, version: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a registered version."""
+        client = self.client()
         for name, value in tags.items():
             client.set_model_version_tag(MODEL_NAME, version, name, value)
-        client.set_registered_model_alias(MODEL_NAME, CHAMPION, version)
 
     def run_url(self, run: Any) -> str | None:
         """Address of an MLflow run in MLflow's UI; None if there is no UI that we know of."""
