@@ -115,6 +115,15 @@ def unpack(blocks: list[bytes], layout: Layout) -> Columns:
     }
 
 
+def task_number() -> int:
+    """In a task: which partition it is at work on."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    assert context is not None, "not in a task"
+    return context.partitionId()
+
+
 def batches_of(columns: Columns) -> Iterator[Columns]:
     """The same columns, ROWS_PER_BATCH rows at a time."""
     rows = len(next(iter(columns.values())))

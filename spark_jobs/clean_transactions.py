@@ -1,8 +1,9 @@
 """Clean raw transaction files: text in; Parquet, rejects with their reasons and a report out.
 
 A file is read once: its lines are parsed in numpy, a hundred thousand at a time, and shuffled in blocks by
-``transaction_id``, so that copies meet; there they are found, counted, and the rest is sorted and written. Only where
-there are rejects to write, which real files rarely have, is the file read a second time.
+``transaction_id``, so that copies meet; there they are found, counted, and the rest is sorted and written. Rejected
+lines are few in real files and come back to the driver, which writes them. Only where they are many, or where good rows
+turn out to contradict each other, is the file read a second time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import time
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Tuple
 
 from spark_jobs import blocks, runtime
 from spark_jobs.cleaning_rules import FIX_BITS, HEADER_BIT, REJECT_BITS, is_number
@@ -35,6 +36,9 @@ LONG_LINE = "0"
 
 #: Bytes of a file that are looked at first.
 HEAD_BYTES = 64 << 10
+
+#: Rejected lines that a task tells the driver, in bytes; with more, the file is read a second time.
+TOLD_BYTES = 256 << 10
 
 #: Bytes of a row group of Parquet, before compression: a quarter of a file of a million rows. Readers skip those whose
 #: days or customers they do not look for.
@@ -80,9 +84,12 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     head = files.read(raw["uri"], HEAD_BYTES)
     parser = Parser(header_line(head), _unix_seconds(request["epoch"]))
     lines = spark.read.option("lineSep", "\n").text(runtime.literal_path(raw["uri"]))
-    tallies = runtime.gathering(spark)
-    ranges = IdRanges(head, raw["size"], runtime.shuffle_partitions(spark, raw["size"]))
-    cleaned = kept_rows(lines, parser, ranges, tallies.add)
+    tallies, rejects = runtime.gathering(spark), runtime.gathering(spark)
+    tasks = runtime.shuffle_partitions(spark, raw["size"])
+    # As many, and as large ones, as the tasks after the shuffle: whole rounds of the cores.
+    spark.conf.set("spark.sql.files.maxPartitionBytes", str(raw["size"] // tasks + 1))
+    ranges = IdRanges(head, raw["size"], tasks)
+    cleaned = kept_rows(lines, parser, ranges, tallies.add, rejects.add)
     cleaned.write.mode("overwrite").option("parquet.block.size", ROW_GROUP_BYTES).parquet(item["output_uri"])
     if len(tallies.value) != ranges.partitions:
         raise RuntimeError(f"{len(tallies.value)} of {ranges.partitions} tasks told what they wrote")
@@ -92,12 +99,14 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     rejected_rows = tally["rejected"] + repeated_headers
     files.delete(item["rejected_uri"])
     if rejected_rows:
-        rejects = rejected_lines(lines, parser, repeated_headers, tally["conflicting_ids"])
-        rejects = rejects.repartition(1 + rejected_rows // 1000000)
-        rejects.write.mode("overwrite").parquet(item["rejected_uri"])
+        found = told_lines(spark, rejects.value, tally)
+        if found is None:
+            found = lines_read_again(lines, parser, tally["conflicting_ids"])
+        rejected = with_reasons(found, parser, repeated_headers).repartition(1 + rejected_rows // 1000000)
+        rejected.write.mode("overwrite").parquet(item["rejected_uri"])
         # A second scan that found other lines would leave rows that do not add up.
-        found = spark.read.schema(ddl(REJECTED_COLUMNS)).parquet(runtime.literal_path(item["rejected_uri"]))
-        if found.count() != rejected_rows:
+        written = spark.read.schema(ddl(REJECTED_COLUMNS)).parquet(runtime.literal_path(item["rejected_uri"]))
+        if written.count() != rejected_rows:
             raise RuntimeError("the raw file changed while it was read")
     _require_size(files, raw)
 
@@ -136,6 +145,12 @@ def header_line(head: bytes) -> bytes | None:
         return first if is_header else None
     return None
 
+
+#: What a task tells of the lines it rejects: its number, and lines with their reasons; not all if they are many.
+Told = Tuple[int, List[Tuple[bytes, int]]]
+
+#: Among REJECT_BITS, for good rows that contradict others of the same id.
+CONFLICT_BIT = 2 * HEADER_BIT
 
 #: What is shuffled: parsed lines, and how many a row stands for.
 SHUFFLED = (*LINE_COLUMNS, ("rows", "i8"))
@@ -183,10 +198,17 @@ class IdRanges:
         return np.where(expected, number, blocks.mixed(number) % self.partitions)
 
 
-def kept_rows(lines: DataFrame, parser: Parser, ranges: IdRanges, tell: Callable[[list[Columns]], None]) -> DataFrame:
+def kept_rows(
+    lines: DataFrame,
+    parser: Parser,
+    ranges: IdRanges,
+    tell: Callable[[list[Columns]], None],
+    tell_rejects: Callable[[list[Told]], None],
+) -> DataFrame:
     """The rows of `cleaned_transactions`, sorted within partitions, from the column `value` of `lines`.
 
-    Each task that writes some of them tells its tally (see `deduplicated`).
+    Each task that writes some of them tells its tally (see `deduplicated`), each that parses lines those that it
+    rejects (see `Told`).
     """
     from pyspark.sql import functions as F
 
@@ -194,9 +216,19 @@ def kept_rows(lines: DataFrame, parser: Parser, ranges: IdRanges, tell: Callable
     keys = blocks.partition_keys(partitions)
 
     def shuffled(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
+        told: list[tuple[bytes, int]] = []
+        room = TOLD_BYTES
         for data, offsets in texts:
-            rows = counted(parser.parse(data, offsets))
+            parsed = parser.parse(data, offsets)
+            if room >= 0:
+                for line, reasons in zip(*rejected_lines(data, offsets, parsed, parsed["rejected"])):
+                    room -= len(line) if line != LONG_LINE.encode() else TOLD_BYTES + 1
+                    if room < 0:
+                        break
+                    told.append((line, int(reasons)))
+            rows = counted(parsed)
             yield blocks.split(rows, SHUFFLED, ranges.partition(rows["transaction_id"]), keys)
+        tell_rejects([(blocks.task_number(), told)])
 
     def written(packed: list[bytes]) -> Iterator[Columns]:
         kept, tally = deduplicated(blocks.unpack(packed, SHUFFLED))
@@ -328,17 +360,31 @@ def total(tallies: list[dict[str, Any]]) -> dict[str, Any]:
     return summed
 
 
-def rejected_lines(lines: DataFrame, parser: Parser, repeated_headers: int, conflicting_ids: Array) -> DataFrame:
-    """The rejected rows among `lines`: `raw_line` and `reasons`.
+def rejected_lines(data: Array, offsets: Array, rows: Columns, reasons: Array) -> tuple[list[bytes], Array]:
+    """(the lines that `rows` of a text reject, without their ends; their `reasons`)."""
+    import numpy as np
 
-    A header that stands again further down is a malformed row: all its copies but one, `repeated_headers`. Good rows
-    whose id is one of `conflicting_ids` (sorted) are rejected, too.
+    found = np.flatnonzero((reasons > 0) & (reasons != HEADER_BIT))
+    numbers = rows["line"][found]
+    return [data[offsets[n] : offsets[n + 1]].tobytes().rstrip(b"\r") for n in numbers], reasons[found]
+
+
+def told_lines(spark: SparkSession, told: list[Told], tally: dict[str, Any]) -> DataFrame | None:
+    """The rejected lines as the tasks told them: ``line``, ``rejected``; None if these are not all."""
+    # A task that is tried again tells again.
+    lines = [line for task in dict(told).values() for line in task]
+    if tally["conflicting_duplicate"] or len(lines) != tally["rejected"]:
+        return None
+    return spark.createDataFrame([(bytearray(line), reasons) for line, reasons in lines], "line binary, rejected int")
+
+
+def lines_read_again(lines: DataFrame, parser: Parser, conflicting_ids: Array) -> DataFrame:
+    """The rejected rows among `lines`: ``line``, ``rejected``.
+
+    Good rows whose id is one of `conflicting_ids` (sorted) are rejected, too.
     """
     import numpy as np
     from pyspark.sql import functions as F
-
-    conflicting = 2 * HEADER_BIT
-    bits = {**REJECT_BITS, "conflicting_duplicate": conflicting}
 
     def rejects(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
         for data, offsets in texts:
@@ -346,22 +392,29 @@ def rejected_lines(lines: DataFrame, parser: Parser, repeated_headers: int, conf
             reasons = rows["rejected"].astype("i4")
             if len(conflicting_ids):
                 place = np.minimum(np.searchsorted(conflicting_ids, rows["transaction_id"]), len(conflicting_ids) - 1)
-                reasons[(reasons == 0) & (conflicting_ids[place] == rows["transaction_id"])] = conflicting
-            found = np.flatnonzero((reasons > 0) & (reasons != HEADER_BIT))
-            numbers = rows["line"][found]
-            texts_found = [data[offsets[n] : offsets[n + 1]].tobytes().rstrip(b"\r") for n in numbers]
-            yield {"line": texts_found, "rejected": reasons[found]}
+                reasons[(reasons == 0) & (conflicting_ids[place] == rows["transaction_id"])] = CONFLICT_BIT
+            yield dict(zip(("line", "rejected"), rejected_lines(data, offsets, rows, reasons)))
 
     is_short = F.expr("octet_length(value)") <= MAX_ROW_BYTES
     short = lines.where(is_short).select(F.col("value").cast("binary"))
     found = blocks.map_text(short, rejects, "line binary, rejected int", PADDING)
-    malformed = F.lit(REJECT_BITS["malformed_row"])
     # Reading the lines once more is cheap, where Python need not see them.
-    trimmed = F.expr("trim(TRAILING '\\r' FROM value)").cast("binary")
-    found = found.union(lines.where(~is_short).select(trimmed, malformed))
+    trimmed = F.expr("trim(TRAILING '\r' FROM value)").cast("binary")
+    return found.union(lines.where(~is_short).select(trimmed, F.lit(REJECT_BITS["malformed_row"])))
+
+
+def with_reasons(found: DataFrame, parser: Parser, repeated_headers: int) -> DataFrame:
+    """REJECTED_COLUMNS of rejected lines: ``line``, ``rejected``.
+
+    A header that stands again further down is a malformed row: all its copies but one, `repeated_headers`.
+    """
+    from pyspark.sql import functions as F
+
     if repeated_headers > 0:
-        copies = runtime.session(lines).range(repeated_headers)
+        copies = runtime.session(found).range(repeated_headers)
+        malformed = F.lit(REJECT_BITS["malformed_row"])
         found = found.union(copies.select(F.lit(bytearray(parser.header or b"")), malformed))
+    bits = {**REJECT_BITS, "conflicting_duplicate": CONFLICT_BIT}
     reasons = [F.when(F.col("rejected").bitwiseAND(bit) > 0, F.lit(rule)) for rule, bit in bits.items()]
     return found.select(_text("line").alias("raw_line"), F.array(*reasons).alias("reasons")).select(
         "raw_line", F.expr("filter(reasons, r -> r IS NOT NULL)").alias("reasons")

@@ -413,12 +413,23 @@ def test_any_lines_of_bytes_add_up(cleaner: Cleaner, lines: list[bytes]) -> None
     assert len(ids) == len(set(ids))
 
 
-def test_counting_costs_no_second_scan(cleaner: Cleaner, spark: SparkSession) -> None:
-    """The raw bytes that Spark reads for a file without rejects are those of one scan."""
-    content = HEADER + "".join(good(transaction_id=str(n)) + "\n" for n in range(50_000)).encode()
+@pytest.mark.parametrize(
+    ("rejects", "scans"),
+    [([], 1), (["garbage", "naïve", good(tx_amount="-1") + "\r"], 1), (["0"], 3), (["garbage " * 20] * 2000, 3)],
+    ids=["none", "few", "one that may stand for a long one", "many"],
+)
+def test_counting_and_a_few_rejects_cost_no_second_scan(
+    cleaner: Cleaner, spark: SparkSession, rejects: list[str], scans: int
+) -> None:
+    """By the raw bytes that Spark reads."""
+    lines = [good(transaction_id=str(n)) for n in range(50_000)] + rejects
+    content = HEADER + "\n".join(lines).encode("latin-1")
     statistics = spark._jvm.org.apache.hadoop.fs.FileSystem.getGlobalStorageStatistics().get("file")
     item = cleaner.item("file", content)
     before = statistics.getLong("bytesRead")
-    assert cleaner.run(item)["partitions"]["file"]["report"]["counts"]["clean_rows"] == 50_000
+    counts = cleaner.run(item)["partitions"]["file"]["report"]["counts"]
     read = statistics.getLong("bytesRead") - before
-    assert len(content) <= read < 1.5 * len(content)
+    assert scans * len(content) <= read < (scans + 0.5) * len(content)
+    assert (counts["clean_rows"], counts["rejected_rows"]) == (50_000, len(rejects))
+    kept = [reject.raw_line for reject in cleaner.rejects("file")] if rejects else []
+    assert kept == sorted(line.rstrip("\r") for line in rejects)
