@@ -11,7 +11,6 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import date
@@ -23,6 +22,7 @@ from benchmarks.common import (
     ROWS_PER_CUSTOMER,
     markdown,
     options,
+    peak_memory,
     say,
     simulate,
     spark_session,
@@ -149,44 +149,12 @@ def _process(name: str, raw: Path, out: Path) -> tuple[dict[str, Any], dict[str,
     command = [sys.executable, "-m", "benchmarks.cleaners", name, str(raw), str(out), "--epoch", EPOCH.isoformat()]
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak = _watch_memory(process.pid)
-    printed, errors = process.communicate()
+    with peak_memory(process.pid) as peak:
+        printed, errors = process.communicate()
     seconds = time.monotonic() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{errors}")
     return {"rows": None, "seconds": seconds, "memory_mb": peak()}, json.loads(printed)
-
-
-def _watch_memory(pid: int) -> Callable[[], float]:
-    """Follow the resident memory of a process and its children; the result gives the largest sum, in MB."""
-    import psutil
-
-    largest = 0.0
-
-    def follow() -> None:
-        nonlocal largest
-        try:
-            root = psutil.Process(pid)
-            while root.is_running() and root.status() != psutil.STATUS_ZOMBIE:
-                total = 0
-                for process in [root, *root.children(recursive=True)]:
-                    try:
-                        total += process.memory_info().rss
-                    except psutil.NoSuchProcess:
-                        continue
-                largest = max(largest, total / 1e6)
-                time.sleep(0.1)
-        except psutil.NoSuchProcess:
-            return
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-
-    def get() -> float:
-        thread.join()
-        return largest
-
-    return get
 
 
 def table(results: list[dict[str, Any]]) -> str:

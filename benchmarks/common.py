@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,37 @@ def work_directory(kept: Path | None) -> Iterator[Path]:
 def spark_session(driver_memory: str | None = None) -> SparkSession:
     """A session set up as the platform's local engine sets up its own."""
     return local_session("benchmark", default_spark_config("local[*]", driver_memory))
+
+
+@contextmanager
+def peak_memory(pid: int) -> Iterator[Callable[[], float]]:
+    """While the block runs, follow the memory of a process; what it yields gives the largest so far, in MB.
+
+    It is the resident memory of the process and its children together, looked at ten times a second.
+    """
+    import psutil
+
+    largest = 0.0
+    over = threading.Event()
+
+    def follow() -> None:
+        nonlocal largest
+        while not over.wait(0.1):
+            total = 0
+            with suppress(psutil.NoSuchProcess):
+                root = psutil.Process(pid)
+                for process in [root, *root.children(recursive=True)]:
+                    with suppress(psutil.NoSuchProcess):
+                        total += process.memory_info().rss
+            largest = max(largest, total / 1e6)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield lambda: largest
+    finally:
+        over.set()
+        thread.join()
 
 
 def simulate(directory: Path, simulation: Simulation, files: int) -> list[Path]:

@@ -26,7 +26,7 @@ from ml_platform.bare_jobs import clean, features
 from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 EPOCH = date(2019, 8, 22)
 
@@ -52,8 +52,6 @@ def main() -> None:
 
 def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) -> list[dict[str, Any]]:
     """Seconds of each size and distribution, `rounds` times."""
-    from pyspark.sql import functions as F
-
     data = {}
     for size in sizes:
         customers = round(size * 1e6 / ROWS_PER_CUSTOMER)
@@ -63,24 +61,30 @@ def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) ->
         hot = work / f"{size:g}-hot"
         for key in data[size, "even"][1]:
             table = f"cleaned_transactions/raw_file={key}"
-            drawn = f"pmod(xxhash64(transaction_id), {round(HOT_TERMINALS / HOT_SHARE)})"
-            spark.read.parquet(f"file://{lake}/{table}").withColumn(
-                "terminal_id", F.expr(f"IF({drawn} < {HOT_TERMINALS}, {drawn}, terminal_id)")
-            ).write.mode("overwrite").parquet(f"file://{hot}/{table}")
+            rows = with_hot_terminals(spark.read.parquet(f"file://{lake}/{table}"))
+            rows.write.mode("overwrite").parquet(f"file://{hot}/{table}")
         data[size, f"{HOT_TERMINALS} terminals carry {HOT_SHARE:.0%}"] = hot, data[size, "even"][1]
     say("warming up")
     lake, reports = data[sizes[0], "even"]
     features(spark, reports, lake)
-    results = []
+    results: list[dict[str, Any]] = []
     for number in range(rounds):
         for (size, terminals), (lake, reports) in data.items():
             started = time.monotonic()
             built = features(spark, reports, lake)
             seconds = time.monotonic() - started
-            rows = sum(report["counts"]["rows"] for report in built.values())
-            results.append({"size": size, "terminals": terminals, "rows": rows, "seconds": seconds})
+            count = sum(report["counts"]["rows"] for report in built.values())
+            results.append({"size": size, "terminals": terminals, "rows": count, "seconds": seconds})
             say(f"round {number + 1}: {results[-1]}")
     return results
+
+
+def with_hot_terminals(rows: DataFrame) -> DataFrame:
+    """The same rows, HOT_SHARE of them at HOT_TERMINALS terminals."""
+    from pyspark.sql import functions as F
+
+    drawn = f"pmod(xxhash64(transaction_id), {round(HOT_TERMINALS / HOT_SHARE)})"
+    return rows.withColumn("terminal_id", F.expr(f"IF({drawn} < {HOT_TERMINALS}, {drawn}, terminal_id)"))
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -60,6 +60,8 @@ def main() -> None:
             raw = simulate(work / "raw", simulation, 4)
         else:
             raw = sorted(arguments.raw.absolute().glob("*.txt"))
+            if not raw:
+                parser.error(f"there are no raw files (*.txt) in {arguments.raw}")
         models = {name: model for name, model in MODELS.items() if arguments.only in name}
         results = measure(raw, arguments.epoch, arguments.train_ends, work, models)
     write_results(arguments.json, results, lambda: table(results))

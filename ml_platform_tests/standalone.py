@@ -1,4 +1,4 @@
-"""A real Spark cluster on this machine: a master and two workers from the installed PySpark."""
+"""A real Spark cluster on this machine: a master and workers of one core each from the installed PySpark."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from types import TracebackType
 
 from ml_platform.dev_cloud.processes import TetheredProcess, free_port
 
-WORKERS = 2
 START_TIMEOUT_S = 90
 
 
 class StandaloneCluster:
     """A context manager. `environment` is what the executors have besides PATH, HOME and JAVA_HOME."""
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str], *, workers: int = 2, memory_mb: int = 1024
+    ) -> None:
         self.directory = directory
+        self._workers = workers
+        self._memory_mb = memory_mb
         self._environment = environment
         self._stack = ExitStack()
         self.master = ""
@@ -32,10 +35,11 @@ class StandaloneCluster:
             self._wait(master, "I have been elected leader")
             workers = [
                 self._start(
-                    *(f"worker-{number}", "worker.Worker", "--cores", "1", "--memory", "1g", "--port", "0"),
+                    *(f"worker-{number}", "worker.Worker", "--cores", "1", "--port", "0"),
+                    *("--memory", f"{self._memory_mb}m"),
                     *("--work-dir", str(self.directory / f"worker-{number}"), self.master),
                 )
-                for number in range(WORKERS)
+                for number in range(self._workers)
             ]
             for worker in workers:
                 self._wait(worker, "Successfully registered with master")

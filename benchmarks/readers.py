@@ -1,0 +1,125 @@
+"""What the order and the row groups of cleaned Parquet are worth to a reader: DuckDB's time for typical queries.
+
+The same rows stand beside it in random order, as Spark writes them without further settings.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import (
+    ROWS_PER_CUSTOMER,
+    markdown,
+    options,
+    say,
+    simulate,
+    spark_session,
+    work_directory,
+    write_results,
+)
+from ml_platform.bare_jobs import clean
+from ml_platform.simulator import Simulation
+
+EPOCH = date(2019, 8, 22)
+
+#: Query → what it asks for, and the column and literals whose statistics tell which row groups it needs.
+QUERIES = {
+    "one day": (
+        "SELECT count(*), sum(tx_amount * tx_fraud) FROM {table} "
+        "WHERE tx_datetime >= TIMESTAMP '2019-09-05' AND tx_datetime < TIMESTAMP '2019-09-06'",
+        ("tx_datetime", "2019-09-05 00:00:00", "2019-09-05 23:59:59"),
+    ),
+    "one customer's day": (
+        "SELECT count(*), max(tx_amount) FROM {table} WHERE customer_id = 4711 "
+        "AND tx_datetime >= TIMESTAMP '2019-09-05' AND tx_datetime < TIMESTAMP '2019-09-06'",
+        ("tx_datetime", "2019-09-05 00:00:00", "2019-09-05 23:59:59"),
+    ),
+    "all rows, two columns": ("SELECT sum(tx_amount), sum(tx_fraud) FROM {table}", None),
+}
+PLATFORM, RANDOM = "as the platform writes them", "in random order, Spark's defaults"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = options(__doc__)
+    parser.add_argument("--million-rows", type=float, default=4.9, help="size of the file (default: 4.9)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (default: 5)")
+    arguments = parser.parse_args()
+    with work_directory(arguments.work) as work:
+        tables = write_tables(work, arguments.million_rows)
+        results = measure(tables, arguments.rounds)
+    write_results(arguments.json, results, lambda: table(results))
+
+
+def write_tables(work: Path, million_rows: float) -> dict[str, Path]:
+    """Directories of both tables."""
+    from pyspark.sql import functions as F
+
+    customers = round(million_rows * 1e6 / ROWS_PER_CUSTOMER)
+    raw = simulate(work / "raw", Simulation(start=EPOCH, customers=customers, terminals=1000), 1)
+    spark = spark_session()
+    clean(spark, raw, work, EPOCH)
+    written = work / f"cleaned_transactions/raw_file={raw[0].stem}"
+    rows = spark.read.parquet(f"file://{written}").cache()
+    spark.conf.unset("spark.sql.parquet.compression.codec")
+    files = len(list(written.glob("*.parquet")))
+    rows.repartition(files, F.rand(0)).write.mode("overwrite").parquet(f"file://{work}/random")
+    spark.stop()
+    return {PLATFORM: written, RANDOM: work / "random"}
+
+
+def measure(tables: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
+    """Seconds of each query on each table, `rounds` times in turn."""
+    import duckdb
+
+    con = duckdb.connect()
+    con.execute("SET TimeZone = 'UTC'")
+    results = []
+    for _ in range(rounds):
+        for query, (sql, needs) in QUERIES.items():
+            answers = set()
+            for name, directory in tables.items():
+                files = f"{directory}/*.parquet"
+                started = time.monotonic()
+                answer = con.execute(sql.format(table=f"read_parquet('{files}')")).fetchall()
+                seconds = time.monotonic() - started
+                answers.add(tuple(round(value, 2) for value in answer[0]))
+                needed, groups = _row_groups(con, files, needs)
+                result = {"query": query, "table": name, "seconds": seconds, "needed": needed, "row_groups": groups}
+                result |= {"mb": sum(file.stat().st_size for file in directory.glob("*.parquet")) / 1e6}
+                results.append(result)
+            if len(answers) != 1:
+                raise SystemExit(f"{query}: the tables give different answers: {answers}")
+    say(f"{len(results)} measurements")
+    return results
+
+
+def _row_groups(con: Any, files: str, needs: tuple[str, str, str] | None) -> tuple[int, int]:
+    """(row groups whose statistics do not rule a query out, row groups in all)."""
+    column, low, high = needs or ("tx_amount", "", "")
+    could = f"stats_max_value >= '{low}' AND stats_min_value <= '{high}'" if needs else "true"
+    found: tuple[int, int] = con.execute(
+        f"SELECT count(*) FILTER (WHERE {could}), count(*) FROM parquet_metadata('{files}') "
+        f"WHERE path_in_schema = '{column}'"
+    ).fetchall()[0]
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row for each query and table."""
+    lines = []
+    for query in QUERIES:
+        for name in (PLATFORM, RANDOM):
+            same = [result for result in results if (result["query"], result["table"]) == (query, name)]
+            seconds = statistics.median(result["seconds"] for result in same)
+            groups = f"{same[0]['needed']} of {same[0]['row_groups']}"
+            lines.append([query, name, f"{1000 * seconds:.0f}", groups, f"{same[0]['mb']:.0f}"])
+    return markdown(["query", "rows", "ms", "row groups needed", "MB of Parquet"], lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Two ways to compute the handbook's twelve windows: Spark's range windows, and the platform's sorted numpy columns.
+
+Both read the same cleaned rows in the same warm session, on terminals of even size and on few that carry a large share;
+that they give the same values is checked first. Rows are computed and dropped, so that neither waits for Parquet.
+Spark goes over a window's rows once more for each row, so its cost grows with the rows of a terminal.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import (
+    ROWS_PER_CUSTOMER,
+    markdown,
+    options,
+    say,
+    simulate,
+    spark_session,
+    work_directory,
+    write_results,
+)
+from benchmarks.features import HOT_SHARE, HOT_TERMINALS, with_hot_terminals
+from ml_platform.bare_jobs import clean
+from ml_platform.simulator import Simulation
+from spark_jobs.build_features import add_features
+from spark_jobs.features import LABEL_DELAY_DAYS, WINDOW_DAYS
+from spark_jobs.windows import DAY_S
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+EPOCH = date(2019, 8, 22)
+NAMES = [
+    f"{name}_{days}d"
+    for name in ("customer_tx_count", "customer_mean_amount", "terminal_tx_count", "terminal_fraud_risk")
+    for days in WINDOW_DAYS
+]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = options(__doc__)
+    parser.add_argument(
+        "--million-rows", type=float, nargs="+", default=[0.25, 0.5, 1], metavar="N", help="sizes (0.25 0.5 1)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
+    arguments = parser.parse_args()
+    results = []
+    with work_directory(arguments.work) as work:
+        spark = spark_session()
+        for size in sorted(arguments.million_rows):
+            simulation = Simulation(
+                start=EPOCH, customers=round(size * 1e6 / ROWS_PER_CUSTOMER), terminals=10_000, fault_rate=0
+            )
+            lake = work / f"{size:g}"
+            clean(spark, simulate(lake / "raw", simulation, 1), lake, EPOCH)
+            even = spark.read.parquet(f"file://{lake}/cleaned_transactions").drop("raw_file").coalesce(2).cache()
+            for terminals, rows in (
+                ("even", even),
+                (f"{HOT_TERMINALS} terminals carry {HOT_SHARE:.0%}", with_hot_terminals(even)),
+            ):
+                results += compare(rows, arguments.rounds, {"rows": rows.count(), "terminals": terminals})
+            even.unpersist()
+    write_results(arguments.json, results, lambda: table(results))
+
+
+def compare(rows: DataFrame, rounds: int, case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Seconds of each way, `rounds` times. Raises SystemExit if they give other values."""
+    from pyspark.sql import functions as F
+
+    ways = {"range windows": range_windows, "sorted columns": sorted_columns}
+    both = range_windows(rows).join(
+        sorted_columns(rows).toDF("transaction_id", *[f"our_{name}" for name in NAMES]), "transaction_id"
+    )
+    same = [F.expr(f"abs({name} - our_{name}) <= 1e-9 * greatest(1, abs({name}))") for name in NAMES]
+    if both.count() != case["rows"]:
+        raise SystemExit("the two ways do not give the same rows")
+    for name, equal in zip(NAMES, same, strict=True):
+        if differing := both.where(~equal).count():
+            raise SystemExit(f"{name} differs in {differing} rows")
+    results = []
+    for _ in range(rounds):
+        for way, compute in ways.items():
+            started = time.monotonic()
+            compute(rows).write.format("noop").mode("overwrite").save()
+            results.append({**case, "way": way, "seconds": time.monotonic() - started})
+            say(str(results[-1]))
+    return results
+
+
+def range_windows(rows: DataFrame) -> DataFrame:
+    """The twelve features by Spark's own windows; the rows have a customer and a terminal each."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as F
+
+    time_s = F.col("tx_datetime").cast("bigint")
+    columns = {}
+    for days in WINDOW_DAYS:
+        own = Window.partitionBy("customer_id").orderBy(time_s).rangeBetween(1 - days * DAY_S, 0)
+        late = -LABEL_DELAY_DAYS * DAY_S
+        known = Window.partitionBy("terminal_id").orderBy(time_s).rangeBetween(late + 1 - days * DAY_S, late)
+        columns[f"customer_tx_count_{days}d"] = F.count(F.lit(1)).over(own).cast("double")
+        columns[f"customer_mean_amount_{days}d"] = F.avg("tx_amount").over(own)
+        columns[f"terminal_tx_count_{days}d"] = F.count(F.lit(1)).over(known).cast("double")
+        columns[f"terminal_fraud_risk_{days}d"] = F.coalesce(F.avg("tx_fraud").over(known), F.lit(0.0))
+    return rows.select("transaction_id", *[columns[name].alias(name) for name in NAMES])
+
+
+def sorted_columns(rows: DataFrame) -> DataFrame:
+    """The same by the platform, which computes its other features, too."""
+    from pyspark.sql import functions as F
+
+    return add_features(rows.withColumn("is_current", F.lit(True)), tasks=2).select("transaction_id", *NAMES)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row for each case: medians, and how many times as long Spark's windows take."""
+    lines = []
+    for case in dict.fromkeys((result["terminals"], result["rows"]) for result in results):
+        median = {
+            way: statistics.median(
+                result["seconds"]
+                for result in results
+                if (result["terminals"], result["rows"], result["way"]) == (*case, way)
+            )
+            for way in ("range windows", "sorted columns")
+        }
+        ratio = median["range windows"] / median["sorted columns"]
+        lines.append([case[0], f"{case[1]:,}", *[f"{value:.1f}" for value in median.values()], f"{ratio:.1f}"])
+    header = ["terminals", "rows", "Spark's range windows, 12 features, s", "sorted columns, all features, s", "ratio"]
+    return markdown(header, sorted(lines, key=lambda line: line[0] != "even"))
+
+
+if __name__ == "__main__":
+    main()
