@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pytest
 
 from ml_platform.dev_cloud.s3_server import LocalS3
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, LocalStore, Store, open_store
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, LocalStore, Store, StoredFile, open_store
 
 REPORT = {"schema_version": 1, "raw": {"fingerprint": "1-x"}}
 ODD_NAME = "a b#c%20d[e]{f,g}*?&+ü"
@@ -30,6 +30,8 @@ class Site(Protocol):
 
     def names(self) -> list[str]: ...
 
+    def delete(self, name: str) -> None: ...
+
 
 class Directory:
     def __init__(self, root: Path) -> None:
@@ -43,6 +45,9 @@ class Directory:
     def put_many(self, names: list[str]) -> None:
         for name in names:
             self.put(name, b"x")
+
+    def delete(self, name: str) -> None:
+        (self._root / name).unlink()
 
     def names(self) -> list[str]:
         return sorted(str(path.relative_to(self._root)) for path in self._root.rglob("*") if not path.is_dir())
@@ -61,6 +66,9 @@ class Bucket:
     def put_many(self, names: list[str]) -> None:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda name: self.put(name, b"x"), names))
+
+    def delete(self, name: str) -> None:
+        self._client.delete_object(Bucket=self._name, Key=self._prefix + name)
 
     def names(self) -> list[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._name)
@@ -190,7 +198,7 @@ class TestStore:
             "_report.json",
         ):
             site.put(name)
-        assert sorted(store.list_reports(CLEANED)) == wanted
+        assert sorted(stored.name for stored in store.list_reports(CLEANED)) == wanted
 
 
 class TestSparkUri:
@@ -322,9 +330,9 @@ class TestReports:
         class Vanishing:
             """A store whose listing names a report that somebody deletes before it is read."""
 
-            def list_reports(self, name: str) -> Iterator[str]:
+            def list_reports(self, name: str) -> Iterator[StoredFile]:
                 yield from store.list_reports(name)
-                yield f"{name}/raw_file=gone/_report.json"
+                yield StoredFile(f"{name}/raw_file=gone/_report.json", 1, "1-1")
 
             def read(self, name: str) -> bytes:
                 return store.read(name)
@@ -333,6 +341,34 @@ class TestReports:
         site.put(f"{CLEANED}/raw_file=a/_report.json", json.dumps(REPORT).encode())
         lake.__dict__["store"] = Vanishing()
         assert lake.reports(CLEANED) == {"a": REPORT}
+
+    def test_a_report_is_read_once_and_again_when_it_is_another(
+        self, site: Site, lake: LakeResource, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Whichever copy of the resource looks, for Dagster makes one for each step."""
+        read: list[str] = []
+        kind = type(lake.store)
+        whole = kind.read
+        monkeypatch.setattr(kind, "read", lambda store, name: read.append(name) or whole(store, name))
+
+        def reads() -> tuple[dict[str, Any], list[str]]:
+            read.clear()
+            copy = LakeResource(raw_uri=lake.raw_uri, lake_uri=lake.lake_uri, epoch=lake.epoch)
+            return copy.reports(CLEANED), sorted(read)
+
+        names = {key: f"{CLEANED}/raw_file={key}/_report.json" for key in "ab"}
+        for name in names.values():
+            lake.write_json(name, REPORT)
+        assert reads() == ({"a": REPORT, "b": REPORT}, list(names.values()))
+        assert reads() == ({"a": REPORT, "b": REPORT}, [])
+        other = {**REPORT, "raw": {"fingerprint": "1-y"}}
+        for _ in range(3):
+            # At once, and of the same size each time.
+            for content in (other, REPORT):
+                lake.write_json(names["b"], content)
+                assert reads() == ({"a": REPORT, "b": content}, [names["b"]])
+        site.delete(names["a"])
+        assert reads() == ({"b": REPORT}, [])
 
     def test_written_json_is_read(self, site: Site, lake: LakeResource):
         name = f"{lake.partition_path(CLEANED, 'k')}/_report.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections import Counter
@@ -470,9 +471,10 @@ class CountingStore:
         for file, content in self.files.items():
             yield StoredFile(file, len(content), f"{len(content)}-1")
 
-    def list_reports(self, name: str) -> Iterator[str]:
+    def list_reports(self, name: str) -> Iterator[StoredFile]:
         self.calls["list_reports"] += 1
-        yield from self.files
+        for file, content in self.files.items():
+            yield StoredFile(file, len(content), hashlib.sha256(content).hexdigest())
 
     def read(self, name: str) -> bytes:
         self.calls[name] += 1

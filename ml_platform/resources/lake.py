@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,8 +80,8 @@ class Store(Protocol):
     def list_directory(self, name: str = "") -> Iterator[StoredFile]:
         """Files right below a directory, in no order; none if it does not exist."""
 
-    def list_reports(self, name: str) -> Iterator[str]:
-        """Names of the reports that stand one directory below `name`, by one listing."""
+    def list_reports(self, name: str) -> Iterator[StoredFile]:
+        """The reports that stand one directory below `name`, by one listing."""
 
     def read(self, name: str) -> bytes:
         """Content of a small file. Raises FileNotFoundError."""
@@ -122,12 +123,12 @@ class LocalStore:
             for entry in entries:
                 try:
                     if entry.is_file():
-                        stat = entry.stat()
-                        yield StoredFile(entry.name, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+                        found = entry.stat()
+                        yield StoredFile(entry.name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
                 except FileNotFoundError:  # it vanished while we listed
                     continue
 
-    def list_reports(self, name: str) -> Iterator[str]:
+    def list_reports(self, name: str) -> Iterator[StoredFile]:
         try:
             entries = os.scandir(self._path(name))
         except FileNotFoundError:
@@ -135,8 +136,12 @@ class LocalStore:
         with entries:
             for entry in entries:
                 report = f"{name}/{entry.name}/{REPORT_NAME}"
-                if self._path(report).is_file():
-                    yield report
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    found = self._path(report).stat()
+                    if stat.S_ISREG(found.st_mode):
+                        # A report is replaced by another file, perhaps of the same size within one tick of the clock.
+                        fingerprint = f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
+                        yield StoredFile(report, found.st_size, fingerprint)
 
     def read(self, name: str) -> bytes:
         return self._path(name).read_bytes()
@@ -218,14 +223,18 @@ class S3Store:
         for item in self._objects(prefix, "/"):
             base_name = item["Key"][len(self._prefix + prefix) :]
             if base_name:  # an object named like the directory is a console's placeholder
-                etag = item["ETag"].strip('"')
-                yield StoredFile(base_name, item["Size"], f"{item['Size']}-{etag}")
+                yield self._stored(base_name, item)
 
-    def list_reports(self, name: str) -> Iterator[str]:
+    def list_reports(self, name: str) -> Iterator[StoredFile]:
         for item in self._objects(f"{name}/"):
             below = item["Key"][len(self._prefix) :]
             if below.endswith(f"/{REPORT_NAME}") and below.count("/") == name.count("/") + 2:
-                yield below
+                yield self._stored(below, item)
+
+    @staticmethod
+    def _stored(name: str, item: Mapping[str, Any]) -> StoredFile:
+        etag = item["ETag"].strip('"')
+        return StoredFile(name, item["Size"], f"{item['Size']}-{etag}")
 
     def read(self, name: str) -> bytes:
         with _named_variables(self._bucket, self._key(name)):
@@ -366,6 +375,11 @@ class _Upload:
                     self._client.upload_file(self._file.name, self._bucket, self._key)
 
 
+#: The reports that this process has read, by lake and table: key → fingerprint and content, some 2 kB each. A run looks
+#: at all of them in every step and check, and Dagster makes a resource anew for each.
+_reports_read: dict[tuple[str, str], dict[str, tuple[str, bytes]]] = {}
+
+
 def open_store(uri: str) -> Store:
     """The store behind a directory or ``s3://bucket/prefix``."""
     return S3Store(uri) if uri.startswith("s3://") else LocalStore(uri)
@@ -420,33 +434,53 @@ class LakeResource(dg.ConfigurableResource):
 
     def split_reports(self, table: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
         """What `reports` and `outdated_reports` return, each report read once."""
-        prefix = f"{table}/raw_file="
-        names = [
-            name
-            for name in self.store.list_reports(table)
-            # Whoever writes to the lake may name a directory as he likes; the platform only makes keys.
-            if name.startswith(prefix) and is_partition_key(name.removeprefix(prefix).removesuffix(f"/{REPORT_NAME}"))
-        ]
         current: dict[str, dict[str, Any]] = {}
         outdated: dict[str, dict[str, Any]] = {}
-        with ThreadPoolExecutor(READERS) as pool:
-            for name, report in zip(names, pool.map(self._read_report, names), strict=True):
-                if report is None:
-                    continue
-                key, version = name.removeprefix(prefix).removesuffix(f"/{REPORT_NAME}"), report["schema_version"]
-                if version > SCHEMA_VERSION:
-                    raise SchemaVersionError(
-                        f"{self.partition_path(table, key)} in {self.lake_uri} was written by a newer version of "
-                        f"ml_platform (schema {version}; this one knows up to {SCHEMA_VERSION}): run that version "
-                        "here, or set ML_PLATFORM_LAKE_URI to another lake"
-                    )
-                (current if version == SCHEMA_VERSION else outdated)[key] = report
+        for key, content in self._report_files(table).items():
+            report = self._parsed_report(content)
+            if report is None:
+                continue
+            version = report["schema_version"]
+            if version > SCHEMA_VERSION:
+                raise SchemaVersionError(
+                    f"{self.partition_path(table, key)} in {self.lake_uri} was written by a newer version of "
+                    f"ml_platform (schema {version}; this one knows up to {SCHEMA_VERSION}): run that version "
+                    "here, or set ML_PLATFORM_LAKE_URI to another lake"
+                )
+            (current if version == SCHEMA_VERSION else outdated)[key] = report
         return current, outdated
 
-    def _read_report(self, name: str) -> dict[str, Any] | None:
+    def _report_files(self, table: str) -> dict[str, bytes]:
+        """The reports of a table as they stand, by key: by one listing, and those read that are new since the last."""
+        prefix = f"{table}/raw_file="
+        listed = {}
+        for stored in self.store.list_reports(table):
+            key = stored.name.removeprefix(prefix).removesuffix(f"/{REPORT_NAME}")
+            # Whoever writes to the lake may name a directory as he likes; the platform only makes keys.
+            if stored.name.startswith(prefix) and is_partition_key(key):
+                listed[key] = stored
+        known = _reports_read.get((self.lake_uri, table), {})
+        read = {key: known[key] for key, stored in listed.items() if known.get(key, ("",))[0] == stored.fingerprint}
+        new = [stored.name for key, stored in listed.items() if key not in read]
+        with ThreadPoolExecutor(READERS) as pool:
+            contents = dict(zip(new, pool.map(self._read_if_there, new), strict=True))
+        for key, stored in listed.items():
+            if (content := contents.get(stored.name)) is not None:
+                read[key] = stored.fingerprint, content
+        _reports_read[self.lake_uri, table] = read
+        return {key: read[key][1] for key in listed if key in read}
+
+    def _read_if_there(self, name: str) -> bytes | None:
         try:
-            report = self.read_json(name)
-        except (FileNotFoundError, ValueError, RecursionError):
+            return self.store.read(name)
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def _parsed_report(content: bytes) -> dict[str, Any] | None:
+        try:
+            report = json.loads(content)
+        except (ValueError, RecursionError):
             return None
         version = report.get("schema_version") if isinstance(report, dict) else None
         # True is no version, though Python takes it for 1.
