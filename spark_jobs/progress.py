@@ -83,7 +83,9 @@ class Progress:
         return sum(stage.numCompletedTasks for stage in known), sum(stage.numTasks for stage in known)
 
     def _rows_per_second(self) -> float:
-        """Rows that the running stages read, per second since they started; 0 where they read rows in blocks."""
+        """Rows of the running stages per second since they started: those that they read, or, where they read blocks of
+        rows, those that their finished tasks wrote. 0 while there are none, and between blocks and blocks.
+        """
         # Not in PySpark's own status tracker, and the REST API needs the web UI.
         store = self._context._jsc.sc().statusStore()
         stages = store.activeStages()
@@ -95,6 +97,8 @@ class Progress:
                 records = stage.inputRecords()
                 if stage.shuffleReadBytes() < LARGEST_ROW_BYTES * stage.shuffleReadRecords():
                     records += stage.shuffleReadRecords()
+                elif not records:
+                    records = stage.outputRecords()
                 speed += records / max(seconds, 1)
         return speed
 

@@ -50,6 +50,17 @@ def test_the_rows_per_second_of_a_stage_that_reads_are_told(spark, said, tmp_pat
     assert any(re.search(r"[\d,]+ rows/s", line) for line in said()), said()
 
 
+def test_where_blocks_are_read_the_rows_that_are_written_are_told(spark, said, tmp_path):
+    block = "array_join(transform(sequence(1, 1000), n -> sha2(string(n * (id + 7)), 256)), '')"
+    blocks = spark.range(4).selectExpr("id", f"{block} AS block").repartition(4, "id")
+    waited = blocks.selectExpr("reflect('java.lang.Thread', 'sleep', 500L) AS waited", "block")
+    rows = waited.selectExpr("waited", "length(block) AS length", "explode(sequence(1, 5000)) AS n")
+    with Progress(spark, "cleaning"):
+        rows.write.parquet(str(tmp_path / "rows"))
+    speeds = [float(found[1].replace(",", "")) for line in said() if (found := re.search(r"([\d,]+) rows/s", line))]
+    assert max(speeds, default=0) > 1000, said()
+
+
 def test_nothing_is_said_once_it_is_over(spark, said):
     with Progress(spark, "cleaning"):
         time.sleep(0.25)
