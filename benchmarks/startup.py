@@ -1,9 +1,9 @@
 """Where the seconds go before and around the work: loading the definitions, and materializing one small partition.
 
 Everything is timed as whole processes, in interleaved rounds. The materialization's parts are told by its own run:
-Spark's from the request that its process is given to the report that it leaves, in which the job's own seconds are, after
-JVM and session have started; the platform's from Dagster's events, its steps and checks less Spark's part, and from what
-loading its definitions takes beyond importing Dagster.
+Spark's from the request that its process is given to the report that it leaves, in which the job's own seconds are,
+after JVM and session have started; the platform's from Dagster's events, its steps and checks less Spark's part, and
+from what loading its definitions takes beyond importing Dagster.
 """
 
 from __future__ import annotations
