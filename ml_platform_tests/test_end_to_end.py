@@ -384,7 +384,7 @@ def test_lost_report_and_replaced_file_are_healed_alone(tmp_path: Path, cleaned:
 
 BINARY, LONG_LINE, EMPTY, HEADER_ONLY, GOOD = ("1_binary", "2_long_line", "3_empty", "4_header_only", "5_good")
 GROWING, UNREADABLE, VANISHING = ("6_growing", "7_unreadable", "8_vanishing")
-LONG_LINE_BYTES = 10_000_000
+LONG_LINE_BYTES = 100_000_000
 
 
 @pytest.fixture(scope="module")
