@@ -219,11 +219,11 @@ def test_raw_transactions_are_observed(lake: LakeResource, instance: dg.DagsterI
     assert observe([raw_transactions], instance=instance, resources={"lake": lake}).success
     files, _ = lake.list_raw_files()
     found = {
-        record.asset_observation.partition: record.asset_observation.tags["dagster/data_version"]
+        observation.partition: (observation.tags["dagster/data_version"], observation.metadata["size_bytes"].value)
         for record in instance.fetch_observations(dg.AssetKey("raw_transactions"), limit=100).records
-        if record.asset_observation
+        if (observation := record.asset_observation)
     }
-    assert found == {key: files[key].fingerprint for key in keys}
+    assert found == {key: (files[key].fingerprint, files[key].size) for key in keys}
 
 
 class TestTime:

@@ -1,8 +1,10 @@
 """Asset ``raw_transactions``: the raw files, which somebody else writes."""
 
+from collections.abc import Iterator
+
 import dagster as dg
 
-from ml_platform.assets.common import table_schema
+from ml_platform.assets.common import OWNERS, table_schema
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import LakeResource, RawFile
 from spark_jobs.schema import CLEANED_COLUMNS
@@ -24,24 +26,34 @@ def raw_file_observation(file: RawFile) -> dg.AssetObservation:
     )
 
 
-@dg.observable_source_asset(
-    partitions_def=raw_files,
-    group_name="fraud_detection",
-    metadata={
-        "format": "text, 9 comma-separated fields a line, first line a header",
-        "dagster/column_schema": table_schema((name, "string", text) for name, _, text in CLEANED_COLUMNS),
-    },
-    tags={"dagster/kind/file": ""},
-    description="Raw transaction files as they land in the raw store; one partition per file. They are observed, "
-    "never materialized: see the events for size and fingerprint.",
+@dg.multi_observable_source_asset(
+    specs=[
+        dg.AssetSpec(
+            "raw_transactions",
+            # Its observations are of partitions; as a result it would be observed as a whole, without a version.
+            skippable=True,
+            partitions_def=raw_files,
+            group_name="fraud_detection",
+            kinds={"file"},
+            owners=OWNERS,
+            metadata={
+                "format": "text, 9 comma-separated fields a line, first line a header",
+                "dagster/column_schema": table_schema((name, "string", text) for name, _, text in CLEANED_COLUMNS),
+            },
+            description="Raw transaction files as they land in the raw store; one partition per file. They are "
+            "observed, never materialized: see the events for size and fingerprint.",
+        )
+    ]
 )
-def raw_transactions(context: dg.OpExecutionContext, lake: LakeResource) -> dg.DataVersionsByPartition:
-    """Observe the raw files: the data version of a partition is its file's fingerprint."""
+def raw_transactions(context: dg.AssetExecutionContext, lake: LakeResource) -> Iterator[dg.ObserveResult]:
+    """Observe the raw files that are registered as partitions."""
     files, ignored = lake.list_raw_files()
     for name, reason in ignored.items():
         context.log.warning(f"ignored raw file {name!r}: {reason}")
     registered = set(context.instance.get_dynamic_partitions(str(raw_files.name)))
-    known = {key: file for key, file in files.items() if key in registered}
+    known = [file for key, file in files.items() if key in registered]
     if len(known) < len(files):
         context.log.info(f"{len(files) - len(known)} raw files are not registered yet: run ml-platform sync")
-    return dg.DataVersionsByPartition({key: file.fingerprint for key, file in known.items()})
+    for file in known:
+        context.log_event(raw_file_observation(file))
+    yield from ()
