@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import Reports, instant, transaction_features
-from ml_platform.assets.gate import DECISION_FILE, HEALTH_FILE
+from ml_platform.assets.gate import DECISION_FILE, HEALTH_FILE, read_finding
 from ml_platform.assets.model import fraud_model
 from ml_platform.outside_text import markdown, printable
 from ml_platform.partitions import raw_files
@@ -246,7 +246,7 @@ def _of_this_run(context: dg.AssetCheckExecutionContext, lake: LakeResource, nam
     found: dict[str, Any] = {}
     for key in context.partition_keys:
         with suppress(FileNotFoundError):
-            found[key] = lake.read_json(f"models/{key}/{context.run.run_id}/{name}")
+            found[key] = read_finding(lake, f"models/{key}/{context.run.run_id}/{name}")
     return found
 
 

@@ -14,6 +14,7 @@ import pytest
 from dagster._core.definitions.observe import observe
 
 from ml_platform.assets.features import expected_inputs, history_of, in_order_of_time, stale_features
+from ml_platform.assets.gate import FINDINGS_VERSION
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
 from ml_platform.promotion import DECIDED_BY_FIGURES
@@ -35,7 +36,7 @@ from ml_platform_tests.fakes import (
     run_assets,
 )
 from spark_jobs import build_features
-from spark_jobs.schema import REPORT_NAME
+from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 CLEANED_KEY, FEATURES_KEY, MODEL = "cleaned_transactions", "transaction_features", "fraud_model"
 
@@ -579,7 +580,10 @@ class TestModel:
             "sparkml/stages/0",
         }
         assert "pyspark==4.0.0" in (artifacts / "model" / "requirements.txt").read_text()
-        assert lake.read_json(f"models/{ready[2]}/{result.run_id}/{REPORT_NAME}")["outcome"] == "trained"
+        report = lake.read_json(f"models/{ready[2]}/{result.run_id}/{REPORT_NAME}")
+        assert (report["outcome"], report["schema_version"]) == ("trained", SCHEMA_VERSION)
+        decision = lake.read_json(f"models/{ready[2]}/{result.run_id}/promotion.json")
+        assert (decision["outcome"], decision["schema_version"]) == ("first_model", FINDINGS_VERSION)
 
     def test_the_cut_off_is_the_last_in_time_not_by_name(
         self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource

@@ -17,6 +17,15 @@ from ml_platform.resources.spark import job_file
 from ml_platform_tests.fakes import cleaned_report, definitions, features_report, put_report, raw_spec
 
 LIMITS = QualityLimits()
+RUN_ID = "11111111-2222-3333-4444-555555555555"
+
+#: What the gate leaves, as far as the checks look at it.
+DECISION = {
+    "outcome": "too_few_frauds",
+    "apply": False,
+    "reasons": ["4 frauds are too few."],
+    "figures": {},
+}
 
 
 def report(number: int = 0, **counts: int) -> dict[str, Any]:
@@ -173,6 +182,18 @@ class TestTimeRange:
 def evaluate(
     instance: dg.DagsterInstance, lake: LakeResource, check: str, keys: tuple[str, str], run_id: str | None = None
 ) -> dg.AssetCheckEvaluation:
+    """What one check finds over a range of partitions."""
+    result = run_check(instance, lake, check, keys, run_id)
+    (evaluation,) = (found for found in result.get_asset_check_evaluations() if found.partition is None)
+    by_partition = {found.partition: found for found in result.get_asset_check_evaluations() if found.partition}
+    assert list(by_partition) == keys_of_run(range_tags(*keys), instance.get_dynamic_partitions("raw_files"))
+    assert evaluation.passed == all(found.passed for found in by_partition.values())
+    return evaluation
+
+
+def run_check(
+    instance: dg.DagsterInstance, lake: LakeResource, check: str, keys: tuple[str, str], run_id: str | None = None
+) -> dg.ExecuteInProcessResult:
     """Run one check through Dagster over a range of partitions."""
     graph = definitions(lake).resolve_asset_graph()
     (key,) = (key for key in graph.asset_check_keys if key.name == check)
@@ -183,12 +204,7 @@ def evaluate(
         resources=definitions(lake).resources,
         executor=dg.in_process_executor,
     ).resolve_job_def("check")
-    result = job.execute_in_process(instance=instance, tags=range_tags(*keys), run_id=run_id, raise_on_error=False)
-    (evaluation,) = (found for found in result.get_asset_check_evaluations() if found.partition is None)
-    by_partition = {found.partition: found for found in result.get_asset_check_evaluations() if found.partition}
-    assert list(by_partition) == keys_of_run(range_tags(*keys), instance.get_dynamic_partitions("raw_files"))
-    assert evaluation.passed == all(found.passed for found in by_partition.values())
-    return evaluation
+    return job.execute_in_process(instance=instance, tags=range_tags(*keys), run_id=run_id, raise_on_error=False)
 
 
 @pytest.fixture
@@ -297,17 +313,37 @@ class TestThroughDagster:
         assert list(evaluation.metadata["problems"].value) == ["file-1"]
 
     def test_enough_data(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]):
-        run_id = "11111111-2222-3333-4444-555555555555"
         put = {"file-1": {"outcome": "trained"}, "file-2": {"outcome": "too_little_data", "reason": "4 frauds"}}
         for key, training in put.items():
-            lake.write_json(job_file(run_id, "train_model", key, "report.json"), training)
-        evaluation = evaluate(instance, lake, "enough_data", (three[0], three[-1]), run_id)
+            lake.write_json(job_file(RUN_ID, "train_model", key, "report.json"), training)
+        evaluation = evaluate(instance, lake, "enough_data", (three[0], three[-1]), RUN_ID)
         assert not evaluation.passed
         assert not evaluation.blocking
         assert evaluation.severity == dg.AssetCheckSeverity.WARN
         assert evaluation.description == "file-2: 4 frauds"
         assert evaluation.metadata["problems"].value == {"file-2": "4 frauds"}
-        assert evaluate(instance, lake, "enough_data", (three[0], three[1]), run_id.replace("1", "0")).passed
+        assert evaluate(instance, lake, "enough_data", (three[0], three[1]), RUN_ID.replace("1", "0")).passed
+
+    @pytest.mark.parametrize("version", [{}, {"schema_version": 1}], ids=["of before there were versions", "of this"])
+    def test_the_gates_decision(
+        self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str], version: dict[str, int]
+    ):
+        lake.write_json(f"models/{three[0]}/{RUN_ID}/promotion.json", {**DECISION, **version})
+        evaluation = evaluate(instance, lake, "promotion", (three[0], three[0]), RUN_ID)
+        assert not evaluation.passed
+        assert evaluation.metadata["problems"].value == {three[0]: "4 frauds are too few."}
+
+    @pytest.mark.parametrize("version", [2, None])
+    @pytest.mark.parametrize("check", ["promotion", "champion_health"])
+    def test_a_finding_of_a_version_that_nobody_knows(
+        self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str], check: str, version: Any
+    ):
+        file, content = ("promotion.json", DECISION) if check == "promotion" else ("champion.json", HEALTH)
+        name = f"models/{three[0]}/{RUN_ID}/{file}"
+        lake.write_json(name, {**content, "schema_version": version})
+        result = run_check(instance, lake, check, (three[0], three[0]), RUN_ID)
+        (failure,) = result.get_step_failure_events()
+        assert f"{name} in {lake.lake_uri} is of schema {version!r}" in str(failure.step_failure_data.error)
 
 
 HEALTH = {

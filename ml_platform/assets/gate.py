@@ -11,7 +11,7 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.promotion import DECIDED_BY_FIGURES, Decision, Facts, PromotionRule, Scores, decide
-from ml_platform.resources.lake import LakeResource
+from ml_platform.resources.lake import LakeResource, SchemaVersionError
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
 from ml_platform.resources.spark import SparkEngine
 
@@ -25,6 +25,9 @@ DECISION_FILE = "promotion.json"
 
 #: What a run found of the champion's health.
 HEALTH_FILE = "champion.json"
+
+#: Version of what is in these two. A file that names none is of version 1: the first ones did not.
+FINDINGS_VERSION = 1
 
 #: Tag of a version that was loaded back from MLflow and scored rows as it did when it was trained.
 PROOF_TAG = "reload_proof"
@@ -87,6 +90,23 @@ def judge(
             test_first_date=facts.test_first_date,
         )
     return decide(config.rule(seed), read_scores(lake, scores_name, with_champion=facts.champion_error is None), facts)
+
+
+def read_finding(lake: LakeResource, name: str) -> dict[str, Any]:
+    """What DECISION_FILE or HEALTH_FILE beside a model says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        SchemaVersionError: it is of a version that this one does not know.
+    """
+    found: dict[str, Any] = lake.read_json(name)
+    version = found.get("schema_version", 1)
+    if version not in range(1, FINDINGS_VERSION + 1):
+        raise SchemaVersionError(
+            f"{name} in {lake.lake_uri} is of schema {version!r}, and this version of ml_platform knows up to "
+            f"{FINDINGS_VERSION}: run the version that wrote it, or set ML_PLATFORM_LAKE_URI to another lake"
+        )
+    return found
 
 
 def _date(text: str | None) -> date | None:
@@ -195,6 +215,7 @@ def note_health(
     lake.write_json(
         f"{directory}/{HEALTH_FILE}",
         {
+            "schema_version": FINDINGS_VERSION,
             "version": champion.version,
             "outcome": outcome,
             "reason": reason,

@@ -19,7 +19,15 @@ from ml_platform.assets.features import (
     stale_features,
     transaction_features,
 )
-from ml_platform.assets.gate import DECISION_FILE, PromotionConfig, champion_tags, judge, note_health, verify_reload
+from ml_platform.assets.gate import (
+    DECISION_FILE,
+    FINDINGS_VERSION,
+    PromotionConfig,
+    champion_tags,
+    judge,
+    note_health,
+    verify_reload,
+)
 from ml_platform.figures import draw_figures, markdown_summary
 from ml_platform.partitions import raw_files
 from ml_platform.promotion import Decision
@@ -209,7 +217,8 @@ def _train(
         context, lake, spark, mlflow,
         version=version, directory=directory, report=report, features_uri=features_uri,
     )  # fmt: skip
-    lake.write_json(f"{directory}/{DECISION_FILE}", {**asdict(decision), "cutoff": cutoff, "version": version.version})
+    found = {"schema_version": FINDINGS_VERSION, **asdict(decision)}
+    lake.write_json(f"{directory}/{DECISION_FILE}", {**found, "cutoff": cutoff, "version": version.version})
     note_health(
         config.promotion, lake, mlflow, directory, champion,
         outcome=decision.outcome, reason=decision.reasons[0], replaced=decision.apply,
@@ -253,7 +262,7 @@ def _log_decision(run: Any, report: dict[str, Any], decision: Decision) -> str:
         for name, content in pictures.items():
             (Path(directory) / f"{name}.png").write_bytes(content)
         run.log_artifacts(directory, "figures")
-    run.log_dict(asdict(decision), DECISION_FILE)
+    run.log_dict({"schema_version": FINDINGS_VERSION, **asdict(decision)}, DECISION_FILE)
     run.set_tags({"promotion": decision.outcome, "promotion.reason": " ".join(decision.reasons)[:4000]})
     run.log_metrics({f"promotion.{name}": float(value) for name, value in figures.items()})
     return markdown_summary(report, pictures, intervals=intervals, limit=100_000)

@@ -14,7 +14,7 @@ import pytest
 
 from spark_jobs import build_features
 from spark_jobs.features import FEATURES, HIGH_RATIO, HISTORY_DAYS, LABEL_DELAY_DAYS, REGISTRY, WINDOW_DAYS
-from spark_jobs.schema import CLEANED_COLUMNS, ddl
+from spark_jobs.schema import CLEANED_COLUMNS, SCHEMA_VERSION, ddl
 from spark_jobs.windows import DAY_S, NO_KEY, History
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ def test_a_partition_sees_its_history_and_nothing_else(partitions: Partitions, t
             "unusable_rows": 0,
         }
         assert report["features"] == list(FEATURES)
+        assert report["schema_version"] == SCHEMA_VERSION
         assert json.loads((tmp_path / "features" / key / "_report.json").read_text()) == report
         # Built partition by partition, a row is what it is among all rows: the history reaches far enough.
         expected = {row["transaction_id"]: expected_features(row, rows) for row in part}

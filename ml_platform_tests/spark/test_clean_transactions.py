@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from spark_jobs import clean_transactions, runtime
 from spark_jobs.plain_lines import PADDING
-from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES
+from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from pyspark.sql import Row, SparkSession
@@ -314,6 +314,7 @@ def test_whole_files(cleaner: Cleaner, content: bytes, clean_rows: int, rejected
     assert (report["counts"]["clean_rows"], report["counts"]["rejected_rows"]) == (clean_rows, rejected_rows)
     assert report["counts"]["raw_rows"] == clean_rows + rejected_rows
     assert report["header"] is has_header
+    assert report["schema_version"] == SCHEMA_VERSION
     assert len(cleaner.rows("file")) == clean_rows
     assert len(cleaner.rejects("file")) == rejected_rows
     assert json.loads((cleaner.directory / "cleaned/raw_file=file/_report.json").read_text()) == report

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from spark_jobs import evaluation, runtime, train_model, verify_model
+from spark_jobs.schema import SCHEMA_VERSION
 
 pytestmark = pytest.mark.spark
 
@@ -182,7 +183,7 @@ class TestReport:
     def test_is_json_and_complete(self, trained):
         assert json.loads(json.dumps(trained)) == trained
         assert trained["outcome"] == "trained"
-        assert trained["schema_version"] == 1
+        assert trained["schema_version"] == SCHEMA_VERSION
         assert trained["champion"] is None
         assert not [name for name in trained["metrics"] if name.startswith("champion")]
         assert set(trained["seconds"]) == {"windows", "search", "fit", "score", "evaluate", "total"}
