@@ -265,7 +265,7 @@ app.add_typer(champion_app, name="champion")
 def _mlflow(settings: Settings) -> MlflowResource:
     from ml_platform.resources.mlflow import MlflowResource
 
-    return MlflowResource(tracking_uri=settings.tracking_uri)
+    return MlflowResource(tracking_uri=settings.tracking_uri, artifact_root=settings.artifact_root)
 
 
 @champion_app.command("show")
@@ -501,7 +501,9 @@ CHECK_TIMEOUT_S = 75
 
 @app.command()
 def doctor() -> None:
-    """Check settings, Java, storage, MLflow, Dagster and alerts, and say what is wrong and what to do."""
+    """Check settings, Java, storage, MLflow, its artifacts, Dagster and alerts; say what is wrong and what to do."""
+    from ml_platform.resources.mlflow import without_password
+
     checks: list[tuple[str, Callable[[], str]]] = []
     settings = load_settings()
     if settings.deployment == "yandex":
@@ -513,24 +515,28 @@ def doctor() -> None:
     checks.append(("raw files", lambda: _check_raw_files(settings)))
     checks.append(("lake", lambda: _check_lake(settings)))
     checks.append(("MLflow", lambda: _check_mlflow(settings)))
+    checks.append(("artifacts", lambda: _check_artifacts(settings)))
     checks.append(("Dagster", lambda: _check_dagster(settings)))
     checks += _alert_checks()
     table = Table("what", "", "found", show_lines=False)
-    failures = 0
+    wrong: list[str] = []
     for name, check in checks:
+        if name == "artifacts" and "MLflow" in wrong:
+            table.add_row(name, "", "not checked, as MLflow does not say where they go")
+            continue
         try:
             with console.status(f"checking {name}"):
                 found, verdict = _within(CHECK_TIMEOUT_S, check), "[green]ok[/green]"
         except Exception as error:
-            failures += 1
+            wrong.append(name)
             found, verdict = (
                 (str(error).strip().splitlines() or [type(error).__name__])[0],
                 "[red]wrong[/red]",
             )
-        table.add_row(name, verdict, _plain(found))
+        table.add_row(name, verdict, _plain(without_password(found)))
     console.print(table)
-    if failures:
-        raise CommandError(f"{failures} of {len(checks)} checks failed")
+    if wrong:
+        raise CommandError(f"{len(wrong)} of {len(checks)} checks failed")
 
 
 def _within(timeout_s: float, check: Callable[[], str]) -> str:
@@ -625,11 +631,35 @@ def _check_mlflow(settings: Settings) -> str:
     kind = re.split("[:+]", settings.tracking_uri)[0]
     if kind in ("postgresql", "mysql", "mssql"):
         _check_database(settings.tracking_uri)
+    _shorten_mlflows_patience(settings)
     champion = _mlflow(settings).champion()
     if champion is not None and (problem := _spark_too_old(champion, settings)):
         raise CommandError(f"the champion, {problem} (ml-platform champion set)")
     found = "no champion yet" if champion is None else f"champion is version {champion.version}"
     return f"{kind}: {found}"
+
+
+def _shorten_mlflows_patience(settings: Settings) -> None:
+    """Let MLflow's client give up on a server within the time of a check: by itself it tries for minutes."""
+    if not settings.tracking_uri.startswith("http"):
+        return
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    for variable, value in ((MLFLOW_HTTP_REQUEST_MAX_RETRIES, "1"), (MLFLOW_HTTP_REQUEST_TIMEOUT, "15")):
+        if not variable.is_set():
+            variable.set(value)
+
+
+def _check_artifacts(settings: Settings) -> str:
+    from ml_platform.resources.mlflow import try_artifacts
+
+    resource = _mlflow(settings)
+    where = resource.artifact_location()
+    if where is None:
+        return "where they go is known with the first run"
+    _shorten_mlflows_patience(settings)
+    try_artifacts(where, resource.tracking_uri)
+    return f"can be written, read and deleted in {where}"
 
 
 def _check_database(url: str) -> None:

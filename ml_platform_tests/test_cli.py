@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 
 from ml_platform import cli
 from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript
+from ml_platform.dev_cloud.processes import TetheredProcess, free_port, listens
 from ml_platform.resources import lake as lake_module
 from ml_platform.resources.lake import FEATURES
 from ml_platform.resources.mlflow import MlflowResource
@@ -39,7 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.chdir(directory)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster home"))
     for console in (cli.console, cli.errors):
-        monkeypatch.setattr(console, "width", 300)
+        monkeypatch.setattr(console, "width", 800)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ml-platform", *arguments])
@@ -61,6 +63,7 @@ def mlflow_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     from ml_platform.resources.mlflow import MlflowResource
 
     monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
+    monkeypatch.setattr(MlflowResource, "artifact_location", lambda self: None)
 
 
 def only_line(text: str) -> str:
@@ -286,18 +289,34 @@ class TestDoctor:
             return home
 
     @pytest.fixture
-    def healthy(
-        self,
-        run: Run,
-        java: Callable[[str], Path],
-        mlflow_ready: None,
-        dagster_home: str,
-        monkeypatch: pytest.MonkeyPatch,
+    def healthy(self, healthy_but_for_mlflow: None, mlflow_ready: None) -> None: ...
+
+    @pytest.fixture
+    def healthy_but_for_mlflow(
+        self, run: Run, java: Callable[[str], Path], dagster_home: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("DAGSTER_HOME", dagster_home)
         raw = Path("data/raw")
         raw.mkdir(parents=True)
         (raw / "a.txt").write_text("x")
+
+    @pytest.fixture
+    def mlflow_server(self, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+        """MLflow's server, which keeps its clients' artifacts: its address, and its directory for them."""
+        port, directory = free_port(), tmp_path / "server" / "artifacts"
+        store = f"sqlite:///{tmp_path}/server/mlflow.db"
+        options = {"--host": "127.0.0.1", "--port": str(port), "--workers": "1", "--backend-store-uri": store}
+        command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", str(directory)]
+        server = TetheredProcess(
+            [*command, *(part for option in options.items() for part in option)],
+            log=tmp_path / "server" / "log",
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )
+        try:
+            server.wait_until(lambda: listens(port), what="MLflow's server", timeout_s=120)
+            yield f"http://127.0.0.1:{port}", directory
+        finally:
+            server.stop()
 
     @staticmethod
     def rows(out: str) -> dict[str, tuple[str, str]]:
@@ -308,11 +327,13 @@ class TestDoctor:
         """What the doctor says is wrong; the exit code must agree. `alerts` are the checks after the usual ones."""
         code, out, err = run("doctor")
         rows = self.rows(out)
-        assert list(rows) == ["settings", "Java", "raw files", "lake", "MLflow", "Dagster", *alerts]
         wrong = {name: found for name, (verdict, found) in rows.items() if verdict == "wrong"}
+        # Without MLflow nobody knows where its artifacts go.
+        artifacts = [] if "MLflow" in wrong else ["artifacts"]
+        assert list(rows) == ["settings", "Java", "raw files", "lake", "MLflow", *artifacts, "Dagster", *alerts]
         assert code == (1 if wrong else 0)
         if wrong:
-            assert f"error: {len(wrong)} of {6 + len(alerts)} checks failed" in err
+            assert f"error: {len(wrong)} of {7 + len(alerts)} checks failed" in err
         return wrong
 
     def test_all_is_well(self, run: Run, healthy: None):
@@ -384,12 +405,12 @@ class TestDoctor:
 
     def test_no_mlflow(self, run: Run, java: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
         """The real client, and nobody who answers."""
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:very-secret@127.0.0.1:9")
         simulate(run, "--files", "1")
         wrong = self.wrong(run)
         assert list(wrong) == ["MLflow"]
         assert "127.0.0.1" in wrong["MLflow"]
+        assert "very-secret" not in wrong["MLflow"]
 
     def test_a_check_that_never_ends(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(cli, "CHECK_TIMEOUT_S", 0.5)
@@ -406,6 +427,63 @@ class TestDoctor:
         assert list(wrong) == ["MLflow"]
         assert "Connection refused" in wrong["MLflow"]
         assert "very-secret" not in wrong["MLflow"]
+
+    def artifacts(self, run: Run) -> tuple[str, str]:
+        """What the doctor says of MLflow's artifacts; all else is well."""
+        rows = self.rows(run("doctor")[1])
+        assert {name for name, (verdict, _) in rows.items() if verdict == "wrong"} <= {"artifacts"}
+        return rows["artifacts"]
+
+    @pytest.mark.e2e
+    def test_artifacts_that_mlflows_server_keeps(
+        self, run: Run, healthy_but_for_mlflow: None, mlflow_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+    ):
+        address, directory = mlflow_server
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("//", "//me:very-secret@"))
+        client = MlflowResource(tracking_uri=address).client()
+        assert self.artifacts(run) == ("ok", "can be written, read and deleted in mlflow-artifacts:/0")
+        # A new experiment would have been a row of MLflow's UI.
+        assert client.get_experiment_by_name("fraud_model") is None
+        number = client.create_experiment("fraud_model")
+        assert self.artifacts(run) == ("ok", f"can be written, read and deleted in mlflow-artifacts:/{number}")
+        assert [path for path in directory.rglob("*") if path.is_file()] == []
+        assert client.search_runs([number]) == []
+
+        shutil.rmtree(directory)
+        directory.write_text("a file where the directory was")
+        verdict, found = self.artifacts(run)
+        assert verdict == "wrong"
+        assert f"nothing can be written in mlflow-artifacts:/{number}: " in found
+        assert "--artifacts-destination" in found
+        assert "very-secret" not in found
+
+    def test_artifacts_beside_the_lake(self, run: Run, healthy_but_for_mlflow: None):
+        directory = Path("data/mlflow-artifacts").absolute()
+        where = directory.as_uri()
+        assert self.artifacts(run) == ("ok", f"can be written, read and deleted in {where}")
+        assert not directory.exists()
+        directory.mkdir()
+        (directory / "kept").touch()
+        assert self.artifacts(run)[0] == "ok"
+        assert [path.name for path in directory.iterdir()] == ["kept"]
+        shutil.rmtree(directory)
+        directory.touch()
+        verdict, found = self.artifacts(run)
+        assert verdict == "wrong"
+        assert f"nothing can be written in {where}: " in found
+        assert "a directory of this machine" in found
+        experiments = MlflowResource(tracking_uri=load_settings().tracking_uri).client().search_experiments()
+        assert [experiment.name for experiment in experiments] == ["Default"]
+
+    def test_artifacts_that_stay(self, run: Run, healthy_but_for_mlflow: None, monkeypatch: pytest.MonkeyPatch):
+        """As in a bucket where the key may write and not delete; S3's client in MLflow says nothing of it."""
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", lambda self, path: None)
+        verdict, found = self.artifacts(run)
+        assert verdict == "wrong"
+        (left,) = Path("data/mlflow-artifacts").iterdir()
+        assert f"nothing can be deleted in {left.parent.absolute().as_uri()}: {left.name} is still there" in found
 
     def test_a_champion_that_a_newer_spark_saved(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
         champion = mock.Mock(version=3, tags={"spark_version": "99.1.0"})

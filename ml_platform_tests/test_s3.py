@@ -36,7 +36,7 @@ from ml_platform.dev_cloud.s3_server import (
 from ml_platform.partitions import raw_files
 from ml_platform.resources import lake as lake_module
 from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource, StorageError, open_store
-from ml_platform.resources.mlflow import MlflowResource
+from ml_platform.resources.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
 from ml_platform.simulator import Simulation
 from ml_platform_tests.standalone import StandaloneCluster
@@ -432,6 +432,7 @@ class TestErrors:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
         monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
+        monkeypatch.setattr(MlflowResource, "artifact_location", lambda self: None)
         monkeypatch.setattr(sys, "argv", ["ml-platform", command])
         for console in (cli.console, cli.errors):
             monkeypatch.setattr(console, "width", 400)
@@ -475,6 +476,16 @@ def test_mlflow_keeps_artifacts_there(s3: LocalS3, bucket: str, tmp_path: Path):
     key = f"artifacts/{run.info.run_id}/artifacts/model/MLmodel"
     assert s3.client().get_object(Bucket=bucket, Key=key)["Body"].read() == b"content"
     assert client.list_artifacts(run.info.run_id, "model")[0].path == "model/MLmodel"
+
+
+def test_mlflows_artifacts_are_tried_there(s3: LocalS3, bucket: str):
+    try_artifacts(f"s3://{bucket}/artifacts", "sqlite://")
+    assert "Contents" not in s3.client().list_objects_v2(Bucket=bucket)
+    with pytest.raises(
+        ArtifactError, match=r"in s3://no-such-bucket/x: .*NoSuchBucket.*AWS_ENDPOINT_URL_S3"
+    ) as failure:
+        try_artifacts("s3://no-such-bucket/x", "sqlite://")
+    assert s3.secret_key not in str(failure.value)
 
 
 class TestConnection:
