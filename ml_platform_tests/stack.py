@@ -98,7 +98,7 @@ class Stack:
     def _write_files(self) -> None:
         for directory in (self.home, self._secrets, self._scratch):
             directory.mkdir(parents=True)
-        for name in ("dagster.yaml", "workspace.yaml"):
+        for name in ("dagster.yaml", "workspace.yaml", "mlflow_logging.yaml"):
             shutil.copy(DEPLOY / name, self.home)
         settings = self.cloud.environment()
         keys = {name.lower(): settings.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}

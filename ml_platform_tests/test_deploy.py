@@ -199,6 +199,14 @@ def test_docker_compose_accepts_it(tmp_path: Path) -> None:
     assert accepted.returncode == 0, accepted.stderr
 
 
+def test_one_variable_turns_json_logs_off() -> None:
+    format_of_all = "${ML_PLATFORM_LOG_FORMAT:-json}"
+    for name in ("code", "daemon", "webserver"):
+        assert f"--log-format={format_of_all}" in SERVICES[name]["command"]
+    for name in ("code", "mlflow"):
+        assert SERVICES[name]["environment"]["ML_PLATFORM_LOG_FORMAT"] == format_of_all
+
+
 # Dockerfile
 
 
@@ -334,6 +342,12 @@ def test_entrypoint_refuses(environment: dict[str, str], words: list[str], says:
     assert done.returncode == 1
     assert says in done.stderr
     assert "secret" not in done.stderr
+
+
+def test_entrypoint_knows_what_dagster_calls_text() -> None:
+    words = ("a b", "--log-format=text", "--log-format=json", "text", "")
+    done = run(DEPLOY / "entrypoint.sh", "printf", "<%s>", *words)
+    assert done.stdout == "<a b><--log-format=colored><--log-format=json><text><>"
 
 
 def test_databases_need_their_passwords(tmp_path: Path) -> None:

@@ -236,6 +236,31 @@ def test_the_webserver_shows_the_runs(healed: Healed) -> None:
     assert [run["status"] for run in shown] == ["SUCCESS", "FAILURE"]
 
 
+#: As Dagster's servers and runs write text, and MLflow's server. Dagster's sensors log text whatever is asked for.
+TEXT_LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \S+ \S+ - dagster\S* - [A-Z]+ - (?!__repository__ - )|\d{4}/\d\d/\d\d \S+ (INFO|WARNING)|INFO: "
+)
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+def test_logs_are_json_lines(healed: Healed) -> None:
+    """Each line of Dagster's servers, of its runs and of MLflow's server is an object."""
+    lines = {
+        name: [COLOUR.sub("", line) for line in service.log.read_text().splitlines()]
+        for name, service in healed.stack.services.items()
+        if name != "postgres"
+    }
+    logged = {name: [json.loads(line) for line in lines[name] if line.startswith("{")] for name in lines}
+    # In a run, MLflow's client speaks for itself.
+    lines["code"] = [line for line in lines["code"] if "mlflow." not in line]
+    assert [(name, line) for name, said in lines.items() for line in said if TEXT_LINE.match(line)] == []
+    for name in ("code", "daemon", "webserver"):
+        assert any(str(line.get("logger")).startswith("dagster") and line["event"] for line in logged[name]), name
+    assert any(line["logger"] == "uvicorn.access" and "/health" in line["event"] for line in logged["mlflow"])
+    of_runs = {line["dagster_meta"]["run_id"] for line in logged["code"] if "dagster_meta" in line}
+    assert healed.killed_run in of_runs
+
+
 # --- backup and restore -----------------------------------------------------------------------------------------
 
 #: Stands in for Docker: a command in the container of PostgreSQL is one of this machine, with the server's environment.
