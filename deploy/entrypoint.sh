@@ -1,6 +1,7 @@
 #!/bin/sh
 # Starts a command with the password of its database in PGPASSWORD, which every PostgreSQL client reads. It is taken
 # from the file that PGPASSWORD_FILE names, if any. No address holds it, so none can give it away.
+# The option --log-format=text becomes what Dagster calls text.
 set -eu
 
 fail() {
@@ -18,4 +19,9 @@ if [ -n "${PGPASSWORD_FILE:-}" ]; then
     export PGPASSWORD
     unset PGPASSWORD_FILE
 fi
+for word; do
+    shift
+    [ "$word" != --log-format=text ] || word=--log-format=colored
+    set -- "$@" "$word"
+done
 exec "$@"

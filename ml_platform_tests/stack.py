@@ -1,5 +1,7 @@
 """The stack of deploy/ as processes of this machine, for tests: Compose's part is played here, the rest is deploy/'s.
 
+Its runs work on clusters of the stand-in for the cloud, which end neither with the stack nor with one of its processes.
+
 Commands, environment, dependencies, health checks and restart policy are read from compose.yaml, the image's
 environment from Dockerfile. What containers change is changed back: names of services become 127.0.0.1, ports free
 ones, directories those of the test, `init` a process group. Limits, capabilities and read-only file systems are left
@@ -27,16 +29,15 @@ import dagster as dg
 import yaml
 from dotenv import dotenv_values
 
+from ml_platform.dev_cloud import DevCloud
 from ml_platform.dev_cloud.processes import TetheredProcess, free_port, listens
-from ml_platform.dev_cloud.s3_server import LocalS3
-from ml_platform.s3a import DEFAULT_CACHE
 from ml_platform_tests.postgres import PostgresServer
 from ml_platform_tests.world import PROJECT, SHORT_LIVED_JAVA, wait_until
 
 DEPLOY = PROJECT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 
-RAW_BUCKET, LAKE_BUCKET, ARTIFACTS_BUCKET = BUCKETS = ("raw", "lake", "artifacts")
+ARTIFACTS_BUCKET = "artifacts"
 START_TIMEOUT_S = 240
 
 #: In place of compose.yaml's: a machine that is busy with other tests takes its time.
@@ -80,12 +81,12 @@ class Stack:
     """A context manager: all services of compose.yaml, healthy when it is entered.
 
     Attributes:
-        postgres, s3: the servers. objects: a boto3 client of the latter.
+        postgres: the server. cloud: where files and clusters are. objects: a boto3 client of its S3 server.
         mlflow_url, dagster_url: the published addresses.
     """
 
-    def __init__(self, directory: Path, postgres: PostgresServer, s3: LocalS3) -> None:
-        self.directory, self.postgres, self.s3, self.objects = directory, postgres, s3, s3.client()
+    def __init__(self, directory: Path, postgres: PostgresServer, cloud: DevCloud) -> None:
+        self.directory, self.postgres, self.cloud, self.objects = directory, postgres, cloud, cloud.s3.client()
         self.home, self._secrets, self._scratch = (directory / name for name in ("dagster", "secrets", "spark"))
         self._ports = {"5432": postgres.port} | {port: free_port() for port in ("3000", "4000", "5000")}
         self.dagster_url, self.mlflow_url = (f"http://127.0.0.1:{self._ports[port]}" for port in ("3000", "5000"))
@@ -97,13 +98,11 @@ class Stack:
     def _write_files(self) -> None:
         for directory in (self.home, self._secrets, self._scratch):
             directory.mkdir(parents=True)
-        for name in ("dagster.yaml", "workspace.yaml"):
+        for name in ("dagster.yaml", "workspace.yaml", "mlflow_logging.yaml"):
             shutil.copy(DEPLOY / name, self.home)
-        # The image has Spark's connector for S3 in its user's home.
-        (self.directory / ".cache").mkdir()
-        (self.directory / ".cache" / DEFAULT_CACHE.name).symlink_to(DEFAULT_CACHE)
-        credentials = f"[default]\naws_access_key_id = {self.s3.access_key}\n"
-        credentials += f"aws_secret_access_key = {self.s3.secret_key}\n"
+        settings = self.cloud.environment()
+        keys = {name.lower(): settings.pop(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        credentials = "[default]\n" + "".join(f"{name} = {key}\n" for name, key in keys.items())
         for name, content in {
             "postgres_password": self.postgres.password,
             "dagster_password": os.urandom(20).hex(),
@@ -111,15 +110,11 @@ class Stack:
             "aws_credentials": credentials,
         }.items():
             (self._secrets / name).write_text(content)
-        settings = {
-            "ML_PLATFORM_RAW_URI": f"s3://{RAW_BUCKET}",
-            "ML_PLATFORM_LAKE_URI": f"s3://{LAKE_BUCKET}/lake",
+        settings |= {
+            "DATAPROC_POLL_S": "1",
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{ARTIFACTS_BUCKET}/mlflow",
-            "AWS_ENDPOINT_URL_S3": self.s3.endpoint_url,
-            "AWS_DEFAULT_REGION": self.s3.region,
             "MLFLOW_PORT": str(self._ports["5000"]),
             "DAGSTER_PORT": str(self._ports["3000"]),
-            "SPARK_DRIVER_MEMORY": "1g",
             # The whole search would be most of a test's time.
             "ML_PLATFORM_RUN_CONFIG": str(Path(__file__).with_name("small_search.yaml")),
         }

@@ -23,8 +23,8 @@ import dagster as dg
 import pytest
 
 from ml_platform.code_archive import build_archive, content_hash
-from ml_platform.dataproc_api import cluster_name
-from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, Outcome, Quotas
+from ml_platform.dataproc_api import PysparkJob, cluster_name
+from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas
 from ml_platform.dev_cloud.s3_server import LocalS3
 from ml_platform.orphans import delete_orphans
 from ml_platform.resources.dataproc import CLUSTER_ID_TAG, CLUSTER_NAME_TAG, JOB_PROPERTIES, expired
@@ -572,6 +572,47 @@ def test_an_own_cluster_that_broke_before_it_was_found(platform: Platform):
     assert not result.success
     assert re.search("cluster mlp-.* of an earlier call is ERROR", result.errors)
     assert platform.cloud.clusters == {}
+
+
+def left_over(platform: Platform, status: dg.DagsterRunStatus) -> str:
+    """A cluster of another run of that status."""
+    platform.instance.add_run(dg.DagsterRun("process_new_files", run_id=RUN_ID, status=status))
+    return platform.cloud.add_cluster("mlp-before", platform.engine().labels(RUN_ID, time.time() + HOUR))
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.STARTED], ids=lambda it: it.value)
+def test_a_cluster_of_an_ended_run_is_gone_before_another_is_made(platform: Platform, status: dg.DagsterRunStatus):
+    left = left_over(platform, status)
+    result = platform.run()
+    assert result.success, result.errors
+    (created,) = platform.cloud.calls("ClusterService.Create")
+    deleted = {call["request"]["cluster_id"]: call["time"] for call in platform.cloud.calls("ClusterService.Delete")}
+    if status == dg.DagsterRunStatus.STARTED:
+        assert list(platform.cloud.clusters) == [left]
+        assert left not in deleted
+    else:
+        assert platform.cloud.clusters == {}
+        assert deleted[left] + platform.cloud.delete_seconds <= created["time"]
+
+
+@pytest.mark.parametrize("status", ["DONE", "RUNNING"])
+def test_a_cluster_of_an_ended_run_that_cannot_be_deleted(platform: Platform, status: str):
+    """Nothing is written while its job may be writing, too; without one it costs, but does no harm."""
+    left = left_over(platform, dg.DagsterRunStatus.FAILURE)
+    job = PysparkJob(main_python_file_uri=Path(__file__).as_uri(), python_file_uris=[], args=[], properties={})
+    platform.cloud.run_job = lambda _: JobScript(seconds=math.inf if status == "RUNNING" else 1)
+    platform.engine().api.submit_job(left, "of-before", job)
+    platform.cloud.run_job = platform.jobs
+    platform.advance(60)
+    assert [job.state for job in platform.cloud.jobs.values()] == [status]
+    platform.cloud.fail(
+        "ClusterService.Delete", "PERMISSION_DENIED", "not you", times=9, when=lambda call: call.cluster_id == left
+    )
+    result = platform.run()
+    assert result.success is (status == "DONE"), result.errors
+    assert len(platform.accepted("ClusterService.Create")) == (1 if status == "DONE" else 0)
+    assert platform.cleaned == (["a"] if status == "DONE" else [])
+    assert list(platform.cloud.clusters) == [left]
 
 
 class RefusingStore(LocalStore):

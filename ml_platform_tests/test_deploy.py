@@ -199,6 +199,14 @@ def test_docker_compose_accepts_it(tmp_path: Path) -> None:
     assert accepted.returncode == 0, accepted.stderr
 
 
+def test_one_variable_turns_json_logs_off() -> None:
+    format_of_all = "${ML_PLATFORM_LOG_FORMAT:-json}"
+    for name in ("code", "daemon", "webserver"):
+        assert f"--log-format={format_of_all}" in SERVICES[name]["command"]
+    for name in ("code", "mlflow"):
+        assert SERVICES[name]["environment"]["ML_PLATFORM_LOG_FORMAT"] == format_of_all
+
+
 # Dockerfile
 
 
@@ -271,13 +279,44 @@ def test_the_workspace_is_the_code_server(monkeypatch: pytest.MonkeyPatch) -> No
 # Scripts
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / ".ci/run"], ids=lambda path: path.name)
 def test_scripts_are_clean(script: Path) -> None:
     assert os.access(script, os.X_OK)
     shell = script.read_text().splitlines()[0].split("/")[-1].split()[-1]
     assert run(shell, "-n", script).returncode == 0
     done = run(tool("shellcheck"), script)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("docker_compose", "images_status", "last"),
+    [
+        (True, 0, "== all checks passed"),
+        (False, 0, "== all other checks passed; DOCKER-COMPOSE DID NOT CHECK deploy/compose.yaml"),
+        (True, 3, "== all other checks passed; THE CLUSTER'S IMAGES WERE NOT TESTED"),
+        (False, 3, "deploy/compose.yaml, for it is not installed; THE CLUSTER'S IMAGES WERE NOT TESTED"),
+        (False, 1, "== scripts/test_images.sh"),
+    ],
+)
+def test_ci_names_last_what_it_did_not_check(
+    tmp_path: Path, docker_compose: bool, images_status: int, last: str
+) -> None:
+    programs = tmp_path / "bin"
+    for directory in (".ci", "bin", "scripts"):
+        (tmp_path / directory).mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci")
+    for name in ("bash", "sh", "dirname"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    # With no way to install it, the machine has docker-compose or has not.
+    stand_ins = {"make": "exit 0", "apt-get": "exit 1"} | ({"docker-compose": "exit 0"} if docker_compose else {})
+    for name, does in stand_ins.items():
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "scripts/java.sh").touch()
+    (tmp_path / "scripts/test_images.sh").write_text(f"exit {images_status}\n")
+    done = run(tmp_path / ".ci/run", PATH=str(programs))
+    assert done.returncode == (1 if images_status == 1 else 0), done.stderr
+    assert last in done.stdout.splitlines()[-1]
 
 
 def test_entrypoint_hands_on_the_password_of_a_file(tmp_path: Path) -> None:
@@ -303,6 +342,12 @@ def test_entrypoint_refuses(environment: dict[str, str], words: list[str], says:
     assert done.returncode == 1
     assert says in done.stderr
     assert "secret" not in done.stderr
+
+
+def test_entrypoint_knows_what_dagster_calls_text() -> None:
+    words = ("a b", "--log-format=text", "--log-format=json", "text", "")
+    done = run(DEPLOY / "entrypoint.sh", "printf", "<%s>", *words)
+    assert done.stdout == "<a b><--log-format=colored><--log-format=json><text><>"
 
 
 def test_databases_need_their_passwords(tmp_path: Path) -> None:

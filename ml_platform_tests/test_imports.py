@@ -19,7 +19,7 @@ LAYERS = [
     ("dataproc_api", "local_spark", "bare_jobs", "s3a", "code_archive", "partitions", "figures", "promotion"),
     ("run_processes", "outside_text"),
     ("simulator", "sizing", "settings", "dev_cloud"),
-    ("class_archive",),
+    ("class_archive", "log_lines"),
     ("resources",),
     ("alerts", "migrations", "orphans"),
     ("assets", "checks", "jobs", "sensors"),

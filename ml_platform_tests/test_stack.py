@@ -1,4 +1,7 @@
-"""The stack of deploy/ on a real PostgreSQL and S3: each of its processes is killed in the middle of a run."""
+"""The stack of deploy/ on a real PostgreSQL and S3: each of its processes is killed while a cluster works for a run.
+
+In the end every partition is complete, nothing was done twice, and no cluster is left.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,11 @@ from unittest import mock
 import dagster as dg
 import pytest
 
-from ml_platform.dev_cloud.s3_server import start_s3_server
+from ml_platform.dev_cloud import LAKE_BUCKET, RAW_BUCKET, DevCloud
 from ml_platform.simulator import FileTruth, Simulation
 from ml_platform_tests.postgres import PostgresServer
-from ml_platform_tests.stack import (
-    ARTIFACTS_BUCKET,
-    BUCKETS,
-    DEPLOY,
-    LAKE_BUCKET,
-    RAW_BUCKET,
-    START_TIMEOUT_S,
-    Stack,
-)
-from ml_platform_tests.world import COMMAND_TIMEOUT_S, wait_until
+from ml_platform_tests.stack import ARTIFACTS_BUCKET, DEPLOY, START_TIMEOUT_S, Stack
+from ml_platform_tests.world import COMMAND_TIMEOUT_S, SHORT_LIVED_JAVA, wait_until
 
 pytestmark = [
     pytest.mark.e2e,
@@ -92,15 +87,15 @@ def healed(tmp_path_factory: pytest.TempPathFactory) -> Generator[Healed]:
     directory = tmp_path_factory.mktemp("stack")
     postgres = PostgresServer()
     postgres.create()
-    server, _ = start_s3_server(directory / "s3", buckets=BUCKETS)
     try:
-        with server:
+        with DevCloud(directory / "cloud", SHORT_LIVED_JAVA, create_seconds=1, delete_seconds=1) as cloud:
+            cloud.s3.client().create_bucket(Bucket=ARTIFACTS_BUCKET)
             truths = {}
             for index, key in enumerate(KEYS):
-                content = io.BytesIO()
+                content, name = io.BytesIO(), SIMULATION.file_name(index)
                 truths[key] = SIMULATION.write_file(index, content)
-                server.client().put_object(Bucket=RAW_BUCKET, Key=SIMULATION.file_name(index), Body=content.getvalue())
-            with Stack(directory / "stack", postgres, server) as stack:
+                cloud.s3.client().put_object(Bucket=RAW_BUCKET, Key=name, Body=content.getvalue())
+            with Stack(directory / "stack", postgres, cloud) as stack:
                 try:
                     cleaned_before, killed_run = kill_one_after_another(stack)
                 except BaseException:
@@ -118,6 +113,10 @@ def kill_one_after_another(stack: Stack) -> tuple[Etags, str]:
     def wait(condition: Callable[[], Any], what: str) -> Any:
         return wait_until(condition, what, COMMAND_TIMEOUT_S, pause=0.5)
 
+    def kill(name: str) -> None:
+        assert len(stack.cloud.dataproc.clusters) == 1, "there is the run's cluster, and none of an earlier run"
+        stack.kill(name)
+
     with stack.instance() as instance:
 
         def status(run_id: str) -> dg.DagsterRunStatus | None:
@@ -127,15 +126,14 @@ def kill_one_after_another(stack: Stack) -> tuple[Etags, str]:
         (run,) = wait(instance.get_runs, "the sensor has started a run")
         killed = run.run_id
         wait(lambda: status(killed) == dg.DagsterRunStatus.STARTED, "the run has started")
-        stack.kill("webserver")
-        stack.kill("daemon")
-
-        wait(lambda: has_logged(instance, killed, "starting Spark"), "Spark starts")
-        stack.kill("postgres")
+        wait(lambda: stack.cloud.dataproc.jobs, "the run has given its cluster a job")
+        kill("webserver")
+        kill("daemon")
+        kill("postgres")
 
         name = report_name(KEYS[0])
         wait_until(lambda: name in objects(stack, name), "the first file is cleaned", COMMAND_TIMEOUT_S)
-        stack.kill("code")
+        kill("code")
         assert status(killed) == dg.DagsterRunStatus.STARTED, "the run was over too early"
         done = [key for key in KEYS if report_name(key) in objects(stack)]
         cleaned = {}
@@ -147,7 +145,7 @@ def kill_one_after_another(stack: Stack) -> tuple[Etags, str]:
 
         second = wait(retry, "the run is started again")
         wait(lambda: has_started(instance, second, "fraud_model"), "the model's turn has come")
-        stack.kill("mlflow")
+        kill("mlflow")
         wait(lambda: all(run.is_finished for run in instance.get_runs()), "all runs have ended")
     return cleaned, killed
 
@@ -169,6 +167,19 @@ def test_the_killed_run_has_failed_and_its_retry_has_finished_the_work(healed: H
             assert instance.get_materialized_partitions(dg.AssetKey(asset)) == set(KEYS), asset
 
 
+def test_no_cluster_is_left_and_no_job_ran_twice(healed: Healed) -> None:
+    dataproc = healed.stack.cloud.dataproc
+    assert dataproc.clusters == {}
+    with healed.stack.instance() as instance:
+        last, first = (run.run_id for run in instance.get_runs())
+    created = [call["request"]["labels"]["dagster-run-id"] for call in dataproc.calls("ClusterService.Create")]
+    assert created == [first, last]
+    jobs = [job.proto.name.split("-")[0] for job in dataproc.jobs.values()]
+    # The second run's cluster cleans what the first one's did not get to, if that is anything.
+    assert jobs in (["clean", "build", "train", "verify"], ["clean", "clean", "build", "train", "verify"])
+    assert all(job.finished for job in dataproc.jobs.values())
+
+
 def test_every_file_is_cleaned_once(healed: Healed) -> None:
     import pandas as pd
 
@@ -179,7 +190,8 @@ def test_every_file_is_cleaned_once(healed: Healed) -> None:
         report = healed.report(key)
         counts = truth.counts
         assert {name: report["counts"][name] for name in counts} == counts
-        assert (report["run_id"] == healed.killed_run) == (report_name(key) in healed.cleaned_before)
+        # The killed run's job went on, until the next run had its cluster deleted.
+        assert report["run_id"] == healed.killed_run or report_name(key) not in healed.cleaned_before
         parts = [name for name in now if name.startswith(f"lake/cleaned_transactions/raw_file={key}/part-")]
         ids = pd.concat([pd.read_parquet(io.BytesIO(healed.read(name)))["transaction_id"] for name in parts])
         assert ids.is_unique
@@ -222,6 +234,31 @@ def test_the_webserver_shows_the_runs(healed: Healed) -> None:
     with urllib.request.urlopen(request, timeout=60) as response:
         shown = json.load(response)["data"]["runsOrError"]["results"]
     assert [run["status"] for run in shown] == ["SUCCESS", "FAILURE"]
+
+
+#: As Dagster's servers and runs write text, and MLflow's server. Dagster's sensors log text whatever is asked for.
+TEXT_LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \S+ \S+ - dagster\S* - [A-Z]+ - (?!__repository__ - )|\d{4}/\d\d/\d\d \S+ (INFO|WARNING)|INFO: "
+)
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+def test_logs_are_json_lines(healed: Healed) -> None:
+    """Each line of Dagster's servers, of its runs and of MLflow's server is an object."""
+    lines = {
+        name: [COLOUR.sub("", line) for line in service.log.read_text().splitlines()]
+        for name, service in healed.stack.services.items()
+        if name != "postgres"
+    }
+    logged = {name: [json.loads(line) for line in lines[name] if line.startswith("{")] for name in lines}
+    # In a run, MLflow's client speaks for itself.
+    lines["code"] = [line for line in lines["code"] if "mlflow." not in line]
+    assert [(name, line) for name, said in lines.items() for line in said if TEXT_LINE.match(line)] == []
+    for name in ("code", "daemon", "webserver"):
+        assert any(str(line.get("logger")).startswith("dagster") and line["event"] for line in logged[name]), name
+    assert any(line["logger"] == "uvicorn.access" and "/health" in line["event"] for line in logged["mlflow"])
+    of_runs = {line["dagster_meta"]["run_id"] for line in logged["code"] if "dagster_meta" in line}
+    assert healed.killed_run in of_runs
 
 
 # --- backup and restore -----------------------------------------------------------------------------------------

@@ -160,10 +160,12 @@ def test_the_environment_is_one_that_the_platform_takes(monkeypatch: pytest.Monk
 def test_every_printed_variable_is_read_and_every_needed_one_is_printed():
     read = {field.alias for kind in (Settings, ClusterSettings) for field in kind.model_fields.values()}
     by_boto3 = {"AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    by_compose = {"ML_PLATFORM_RAW_URI", "ML_PLATFORM_LAKE_URI", "MLFLOW_ARTIFACTS_DESTINATION"}
     printed = LOCALS["environment"].keys() | LOCALS["secrets"].keys()
     needed = {field.alias for field in ClusterSettings.model_fields.values() if field.is_required()}
-    assert printed <= read | by_boto3
-    assert needed | by_boto3 | {"YC_ZONE", "YC_SECURITY_GROUP_IDS", "ML_PLATFORM_LAKE_URI"} <= printed
+    assert set(re.findall(r"\$\{(\w+):\?", (DIRECTORY.parent / "compose.yaml").read_text())) == by_compose
+    assert printed <= read | by_boto3 | by_compose
+    assert needed | by_boto3 | by_compose | {"YC_ZONE", "YC_SECURITY_GROUP_IDS"} <= printed
 
 
 def test_lifecycle_rules_match_the_lake():

@@ -4,6 +4,7 @@ locals {
     ML_PLATFORM_DEPLOYMENT_NAME             = var.name
     ML_PLATFORM_RAW_URI                     = local.raw_uri
     ML_PLATFORM_LAKE_URI                    = local.lake_uri
+    MLFLOW_ARTIFACTS_DESTINATION            = local.artifacts_uri
     AWS_ENDPOINT_URL_S3                     = "https://storage.yandexcloud.net"
     AWS_DEFAULT_REGION                      = "ru-central1"
     YC_FOLDER_ID                            = var.folder_id
@@ -31,11 +32,6 @@ output "secrets" {
   description = "Lines of the environment file with the key of S3."
   value       = join("", [for name, value in local.secrets : "${name}=${value}\n"])
   sensitive   = true
-}
-
-output "artifacts_uri" {
-  description = "Where the MLflow server keeps its artifacts."
-  value       = local.artifacts_uri
 }
 
 output "dagster_service_account_id" {

@@ -1,8 +1,8 @@
 """Spark on an ephemeral Yandex Data Proc cluster: made at a run's first job, shared by its steps, deleted at its end.
 
 The cluster belongs to the resource, whose clean-up Dagster calls whether the run succeeds, fails or is terminated; what
-a killed process leaves behind is for the sensor ``orphaned_clusters``. The identity of a cluster is recorded before it
-is waited for.
+a killed process leaves behind is for the next run, or the sensor ``orphaned_clusters``. The identity of a cluster is
+recorded before it is waited for.
 """
 
 from __future__ import annotations
@@ -174,6 +174,7 @@ class DataprocEngine(SparkEngine):
             return self._run
         # One that a step before this could not bring up: gone first, or it stays and costs.
         self._delete_own(context.log)
+        self._delete_predecessors(context)
         self._attempts += 1
         now = self._clock.time()
         run_id = context.run.run_id
@@ -203,6 +204,29 @@ class DataprocEngine(SparkEngine):
         cluster.usable = True
         context.log.info(f"cluster {cluster.name} is ready after {self._clock.time() - now:.0f} s")
         return cluster
+
+    def _delete_predecessors(self, context: dg.AssetExecutionContext) -> None:
+        """Delete clusters of runs that have ended, and wait until they are gone.
+
+        A run that was killed leaves a cluster whose job goes on: it may be writing the very partitions that this run is
+        about to write, and two writers would leave rows twice. The sensor ``orphaned_clusters`` may come too late.
+
+        Raises:
+            DataprocError: one on which a job may still be at work cannot be deleted.
+        """
+        for cluster in self.clusters():
+            run = context.instance.get_run_by_id(cluster.labels.get("dagster-run-id", ""))
+            if run is None or not run.is_finished:
+                continue
+            context.log.warning(f"deleting cluster {cluster.name} ({cluster.id}) first: its run {run.run_id} has ended")
+            try:
+                self.api.delete_cluster(
+                    cluster.id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(context.log)
+                )
+            except DataprocError as error:
+                if any(job.status not in FINISHED_JOB for job in self.api.list_jobs(cluster.id)):
+                    raise
+                context.log.error(f"it has no job any more, and is left to the sensor orphaned_clusters: {error}")
 
     def _sized(self, context: dg.AssetExecutionContext, job: str, rows: int) -> ClusterSpec:
         """What the cluster is made of, with as many nodes as the work needs where the settings leave a choice.

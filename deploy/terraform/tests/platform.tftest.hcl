@@ -13,6 +13,7 @@ run "least" {
       "ML_PLATFORM_DEPLOYMENT=yandex",
       "ML_PLATFORM_RAW_URI=s3://example-fraud-raw/transactions",
       "ML_PLATFORM_LAKE_URI=s3://example-fraud-lake/lake",
+      "MLFLOW_ARTIFACTS_DESTINATION=s3://example-fraud-artifacts/mlflow",
       "DATAPROC_BUCKET=example-fraud-lake",
       "YC_SUBNET_ID=${yandex_vpc_subnet.cluster.id}",
       "YC_SERVICE_ACCOUNT_ID=${yandex_iam_service_account.cluster.id}",

@@ -1,0 +1,297 @@
+"""deploy/mlflow_server.sh from the first run to the second, and mlflow_database.py, on a real PostgreSQL.
+
+systemd is played: `systemctl start` runs what the unit says. The script's directories are moved below the test's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from ml_platform.dev_cloud.processes import free_port
+from ml_platform_tests.postgres import PostgresServer
+from ml_platform_tests.world import PROJECT
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(sys.platform != "linux", reason="systemd is Linux's"),
+]
+
+DEPLOY = PROJECT / "deploy"
+PASSWORD = "a'b \"c$d`e\\ %f"
+
+#: Programs that the script calls, each of which notes its arguments: others of the machine can read those.
+NOTED = ("cat", "chmod", "cmp", "dirname", "install", "mktemp", "mv", "rm", "sleep")
+NOTES = """#!/bin/sh
+printf '%s\\n' "$0 $*" >>'{machine}/arguments'
+exec '{program}' "$@"
+"""
+
+#: Without the script's mistakes being hidden: a service that runs is not started twice, one that does not is no error.
+SYSTEMCTL = """#!/bin/bash
+set -eu
+cd '{machine}'
+printf '%s\\n' "$*" >>systemctl
+case $1 in
+start)
+    unit=etc/systemd/system/$2
+    set -a
+    . "$(sed -n 's/^EnvironmentFile=//p' "$unit")"
+    set +a
+    eval "exec setsid timeout 600 $(sed -n 's/^ExecStart=//p' "$unit")" >>server.log 2>&1 </dev/null &
+    echo $! >pid
+    ;;
+stop)
+    if [ -f pid ]; then
+        kill -TERM -- "-$(cat pid)"
+        while kill -0 -- "-$(cat pid)" 2>/dev/null; do sleep 0.1; done
+        rm pid
+    fi
+    ;;
+esac
+"""
+
+#: An interpreter whose environments see the packages of this one, so that pip finds all there and downloads nothing.
+PYTHON = """#!/bin/sh
+set -eu
+'{python}' "$@"
+[ "${{2:-}}" = venv ] || exit 0
+printf '%s\\n' '{packages}' >"$(echo "$3"/lib/python3*/site-packages)/here.pth"
+ln -s '{mlflow}' "$3/bin/mlflow"
+mv "$3/bin/python" "$3/bin/real-python"
+cp '{machine}/bin/noted-python' "$3/bin/python"
+"""
+
+
+@dataclass
+class Machine:
+    """A machine for the script."""
+
+    root: Path
+    port: int = field(default_factory=free_port)
+
+    def __post_init__(self) -> None:
+        self.programs = self.root / "bin"
+        for directory in (self.programs, self.root / "run/systemd/system", self.root / "clone/deploy"):
+            directory.mkdir(parents=True)
+        script = (DEPLOY / "mlflow_server.sh").read_text()
+        moved = re.sub(r"(?:\$root|(?<=[\s=]))/(?=(?:etc|opt|run|var)/)", f"{self.root}/", script)
+        assert not re.search(r"(?<!\w)/(etc|opt|run|var)/", moved.replace(f"{self.root}/", ""))
+        self.script = self.root / "clone/deploy/mlflow_server.sh"
+        self.script.write_text(moved)
+        self.script.chmod(0o755)
+        for name in ("constraints.txt", "deploy/mlflow_database.py"):
+            shutil.copy(PROJECT / name, self.root / "clone" / name)
+        for name in NOTED:
+            self.add_program(name, NOTES.format(machine=self.root, program=shutil.which(name)))
+        in_venv = self.root / "opt/mlflow/venv/bin/real-python"
+        self.add_program("noted-python", NOTES.format(machine=self.root, program=in_venv))
+        self.add_program("systemctl", SYSTEMCTL.format(machine=self.root))
+        python, packages = Path(sys.executable), site.getsitepackages()[0]
+        values = {"machine": self.root, "mlflow": python.parent / "mlflow", "packages": packages}
+        self.add_program("python", PYTHON.format(python=python.resolve(), **values))
+        self.add_program("id", "#!/bin/sh\necho 0\n")
+
+    def add_program(self, name: str, text: str) -> None:
+        """A program that the script finds before the system's."""
+        (self.programs / name).write_text(text)
+        (self.programs / name).chmod(0o755)
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the script; forgets what an earlier run asked of systemctl."""
+        (self.root / "systemctl").unlink(missing_ok=True)
+        return subprocess.run(
+            [self.script],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "PATH": f"{self.programs}:{os.environ['PATH']}",
+                "PYTHON": str(self.programs / "python"),
+                **environment,
+            },
+            timeout=300,
+        )
+
+    def lines(self, name: str) -> list[str]:
+        """Lines of a file, none if there is no such file."""
+        path = self.root / name
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+    def files(self) -> dict[str, tuple[bytes, int]]:
+        """What the script wrote: content, and when."""
+        found = [path for path in (self.root / "etc").rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.root)): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+    def api(self, method: str, **body: object) -> dict[str, object]:
+        """A call of MLflow's API."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/api/2.0/mlflow/{method}",
+            json.dumps(body).encode() if body else None,
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    def remove(self) -> None:
+        """End the server."""
+        for group in self.lines("pid"):
+            with suppress(ProcessLookupError):
+                os.killpg(int(group), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Database:
+    """MLflow's database on a server."""
+
+    server: PostgresServer
+
+    @property
+    def address(self) -> str:
+        return f"postgresql+psycopg2://mlflow@127.0.0.1:{self.server.port}/mlflow"
+
+    def schema(self) -> str:
+        """All tables, and the version that they are of."""
+        dump = [self.server.programs / "pg_dump", "--schema-only", "--restrict-key=fixed", "mlflow"]
+        query = [self.server.programs / "psql", "-Atc", "SELECT version_num FROM alembic_version", "mlflow"]
+        found = [
+            subprocess.run(command, env=self.server.environment(), check=True, capture_output=True, text=True).stdout
+            for command in (dump, query)
+        ]
+        return "\n".join(found)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Generator[Database]:
+    secrets = tmp_path_factory.mktemp("secrets")
+    for name in ("dagster", "mlflow"):
+        (secrets / f"{name}_password").write_text(PASSWORD)
+    with PostgresServer() as server:
+        environment = {**os.environ, **server.environment(), "SECRETS_DIRECTORY": str(secrets)}
+        subprocess.run([DEPLOY / "create_databases.sh"], check=True, env=environment)
+        yield Database(server)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path)
+    yield machine
+    machine.remove()
+
+
+@pytest.mark.parametrize("problem", ["password", "no server", "no address"])
+def test_a_database_that_refuses_is_one_line(database: Database, problem: str) -> None:
+    address = {"no server": database.address.replace(str(database.server.port), str(free_port())), "no address": "db"}
+    done = subprocess.run(
+        [sys.executable, DEPLOY / "mlflow_database.py"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "MLFLOW_BACKEND_STORE_URI": address.get(problem, database.address),
+            "PGPASSWORD": "not-that-one" if problem == "password" else PASSWORD,
+        },
+        timeout=120,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    says = {
+        "password": "password authentication failed",
+        "no server": "Connection refused",
+        "no address": "is no address of a database",
+    }
+    assert line.startswith("mlflow_database: ")
+    assert says[problem] in line
+    assert not [password for password in ("not-that-one", PASSWORD) if password in done.stdout + done.stderr]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("root", "run it as root"),
+        ("systemd", "systemd does not run here"),
+        ("setting", "no database: set MLFLOW_BACKEND_STORE_URI"),
+    ],
+)
+def test_what_is_lacking_is_said_before_anything_is_done(
+    machine: Machine, database: Database, lacks: str, says: str
+) -> None:
+    if lacks == "root":
+        machine.add_program("id", "#!/bin/sh\necho 1000\n")
+    if lacks == "systemd":
+        (machine.root / "run/systemd/system").rmdir()
+    done = machine.run(
+        MLFLOW_BACKEND_STORE_URI="" if lacks == "setting" else database.address,
+        MLFLOW_ARTIFACTS_DESTINATION="s3://artifacts/mlflow",
+        PGPASSWORD=PASSWORD,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"mlflow_server: {says}")
+    assert machine.files() == {}
+    assert machine.lines("systemctl") == []
+
+
+def test_a_server_is_installed_once_and_brought_up_to_date_by_the_next_run(
+    machine: Machine, database: Database, tmp_path: Path
+) -> None:
+    settings = {
+        "MLFLOW_BACKEND_STORE_URI": database.address,
+        "MLFLOW_ARTIFACTS_DESTINATION": f"{tmp_path}/var/lib/mlflow/artifacts",
+        "MLFLOW_PORT": str(machine.port),
+    }
+    steps = ["daemon-reload", "stop mlflow.service", "enable --quiet mlflow.service", "start mlflow.service"]
+
+    # A database that refuses: the service is not started.
+    refused = machine.run(**settings, PGPASSWORD="not-that-one")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("mlflow_database: ")
+    assert "password authentication failed" in refused.stderr
+    assert machine.lines("systemctl") == steps[:2]
+
+    done = machine.run(**settings, PGPASSWORD=PASSWORD)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == f"mlflow_server: MLflow answers on http://127.0.0.1:{machine.port}"
+    assert machine.lines("systemctl") == steps
+    (experiment,) = machine.api("experiments/create", name="kept").values()
+    files, schema = machine.files(), database.schema()
+    assert sorted(files) == ["etc/mlflow/server.env", "etc/systemd/system/mlflow.service"]
+
+    again = machine.run()
+    assert again.returncode == 0, again.stderr
+    assert machine.lines("systemctl") == steps
+    assert machine.files() == files
+    assert database.schema() == schema
+    assert machine.api(f"experiments/get?experiment_id={experiment}")["experiment"]
+
+    # The password reached the server, and nothing that others of the machine can read.
+    assert (machine.root / "etc/mlflow/server.env").stat().st_mode & 0o777 == 0o600
+    (session,) = machine.lines("pid")
+    listed = subprocess.run(["ps", "-s", session, "-o", "args="], check=True, capture_output=True, text=True)
+    places = {
+        "arguments of the script's programs": "\n".join(machine.lines("arguments")),
+        "arguments of the server": listed.stdout,
+        "output": "".join(run.stdout + run.stderr for run in (refused, done, again)),
+        "unit": files["etc/systemd/system/mlflow.service"][0].decode(),
+        "log": "\n".join(machine.lines("server.log")),
+    }
+    assert all(places.values())
+    assert all(word in "".join(places.values()) for word in ("mlflow_database.py", "pip install", "uvicorn"))
+    for place, text in places.items():
+        assert not [password for password in (PASSWORD, "not-that-one") if password in text], place
