@@ -151,14 +151,14 @@ class World:
         address = ["--host", "127.0.0.1", "--port", port]
         workspace = str(PROJECT / "deploy" / "workspace.yaml")
         with ExitStack() as stack:
-            code = self._start("dagster", "api", "grpc", *address, "-m", "ml_platform.definitions")
+            code = self.start("dagster", "api", "grpc", *address, "-m", "ml_platform.definitions")
             stack.callback(stop, code)
             address_of_code = {"DAGSTER_CODE_HOST": "127.0.0.1", "DAGSTER_CODE_PORT": port}
-            daemon = self._start("dagster._daemon", "run", "--workspace", workspace, **address_of_code)
+            daemon = self.start("dagster._daemon", "run", "--workspace", workspace, **address_of_code)
             stack.callback(stop, daemon)
             yield Services(psutil.Process(daemon.pid), psutil.Process(code.pid))
 
-    def _start(self, module: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, module: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         with (self.root / f"{module}.log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],

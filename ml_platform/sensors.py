@@ -194,6 +194,26 @@ def process_new_files_daily(
     return run_requests(plan) or dg.SkipReason(plan.reason)
 
 
+#: Dagster's storage as it is open, after what it was opened by; see `lasting_instance`.
+_opened: list[tuple[object, dg.DagsterInstance]] = []
+
+
+def lasting_instance(context: dg.SensorEvaluationContext) -> dg.DagsterInstance:
+    """Dagster's storage, opened once for all ticks of the code server that often tick.
+
+    Each tick opens `context.instance` anew. With SQLite, Dagster then has alembic look for its scripts, which each time
+    registers something to be done at the end of the process: memory that only its end gives back.
+    """
+    ref = context.instance_ref
+    if ref is None:  # a test brings its own
+        return context.instance
+    found = next((instance for opened_by, instance in _opened if opened_by == ref), None)
+    if found is None:
+        found = dg.DagsterInstance.from_ref(ref)
+        _opened[:] = [(ref, found)]
+    return found
+
+
 @dg.sensor(
     minimum_interval_seconds=DEAD_RUNS_INTERVAL_S,
     default_status=dg.DefaultSensorStatus.RUNNING,
@@ -201,7 +221,7 @@ def process_new_files_daily(
 )
 def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Evaluated where the code is, and so where the processes of the runs are."""
-    dead = fail_dead_runs(context.instance)
+    dead = fail_dead_runs(lasting_instance(context))
     for run_id in dead:
         context.log.warning(f"reported run {run_id} as failed: its process died")
     return dg.SkipReason(f"reported as failed: {', '.join(dead)}" if dead else "no run's process has died")
@@ -242,14 +262,15 @@ def build_report_failed_runs(destinations: Sequence[Destination], ui_url: str | 
         if not destinations:
             return dg.SkipReason("nobody to tell: set ML_PLATFORM_ALERT_EMAIL_TO or ML_PLATFORM_ALERT_WEBHOOK_URL")
         delivered = _delivered(context.cursor)
-        newest = _newest_failure(context.instance)
+        instance = lasting_instance(context)
+        newest = _newest_failure(instance)
         done, troubles = [], []
         for destination in destinations:
             name = destination.name
             # A new destination starts with what fails from now on. Ids start anew where all runs were deleted.
             delivered[name] = min(delivered.get(name, newest), newest)
             try:
-                runs, last = _failed_runs(context.instance, delivered[name], ui_url)
+                runs, last = _failed_runs(instance, delivered[name], ui_url)
                 if runs:
                     destination.send(runs)
                     done.append(f"{name}: {len(runs)} failed runs reported")

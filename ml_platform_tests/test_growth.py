@@ -6,6 +6,7 @@ behind is measured by benchmarks/soak.py.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import tempfile
@@ -19,7 +20,7 @@ import pytest
 
 from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.resources.lake import LakeResource, LocalStore
-from ml_platform.sensors import build_orphaned_clusters, build_report_failed_runs, new_raw_files
+from ml_platform.sensors import build_orphaned_clusters, build_report_failed_runs, dead_runs, new_raw_files
 from ml_platform_tests.fakes import put_cleaned, put_raw, raw_spec
 from ml_platform_tests.fakes_cloud import FakeClock, engine_of
 
@@ -56,15 +57,19 @@ def resources_in_use(home: Path) -> dict[str, Any]:
     }
 
 
-def assert_nothing_grows(sensor: dg.SensorDefinition, home: Path, resources: dict[str, Any]) -> None:
+def assert_nothing_grows(
+    sensor: dg.SensorDefinition, home: Path, resources: dict[str, Any], *, often: bool = False
+) -> None:
+    """`often`: nor does what is left to do at the end of the process, of which an opened SQLite storage leaves more."""
     with dg.DagsterInstance.local_temp(str(home), overrides={"telemetry": {"enabled": False}}) as instance:
         for _ in range(WARM_UP):
             result = tick(sensor, instance.get_ref(), resources)
-        before = resources_in_use(home)
+        before, to_be_done = resources_in_use(home), atexit._ncallbacks()
         for _ in range(TICKS):
             result = tick(sensor, instance.get_ref(), resources)
             assert result.skip_message
         assert resources_in_use(home) == before
+        assert not often or atexit._ncallbacks() == to_be_done
         assert not (home / "storage" / "repository").exists()  # logs of ticks, which Dagster never deletes
 
 
@@ -91,7 +96,11 @@ def test_report_failed_runs(home: Path):
         def send(self, runs: Any) -> None:
             raise AssertionError("no run has failed")
 
-    assert_nothing_grows(build_report_failed_runs([Nobody()], None), home, {})
+    assert_nothing_grows(build_report_failed_runs([Nobody()], None), home, {}, often=True)
+
+
+def test_dead_runs(home: Path):
+    assert_nothing_grows(dead_runs, home, {}, often=True)
 
 
 def test_orphaned_clusters(home: Path, lake: LakeResource, tmp_path: Path):
