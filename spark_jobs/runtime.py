@@ -36,8 +36,9 @@ SESSION_SETTINGS = {
     "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
     # Spark 4 raises on bytes that are no UTF-8; the rejects keep such lines (see clean_transactions).
     "spark.sql.legacy.codingErrorAction": "true",
-    # Tasks tell what they wrote, and those without rows must be there to tell it (Spark 3.3 would leave them out).
-    "spark.sql.adaptive.optimizer.excludedRules": "org.apache.spark.sql.execution.adaptive.AQEPropagateEmptyRelation",
+    # The jobs say how many partitions they want, and each of their tasks tells what it wrote: planning anew on the way
+    # takes time, and leaves out tasks that have no rows (Spark 3.3).
+    "spark.sql.adaptive.enabled": "false",
     # Rows pass through numpy; a batch of 10,000 of them, the default, costs more than its rows.
     "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
     # No limit, so that Spark (4.1 and later) does not add up the bytes of a batch after every row.
