@@ -141,7 +141,7 @@ def table(results: list[dict[str, Any]]) -> str:
         return f"{figures['average_precision']:.3f} [{lower:.3f}, {upper:.3f}]"
 
     return markdown(
-        ["model", *[f"AP, trained until {fold}" for fold in folds], "mean AP", "mean AUC", "mean CP@100", "seconds"],
+        ["model", *[f"AP, trained until {fold}" for fold in folds], "mean AP", "mean AUC", "mean CP@100"],
         [
             [
                 model,
@@ -149,7 +149,6 @@ def table(results: list[dict[str, Any]]) -> str:
                 mean(model, "average_precision"),
                 mean(model, "roc_auc"),
                 mean(model, "card_precision_at_100"),
-                f"{mean(model, 'seconds'):.0f}",
             ]
             for model in models
         ],

@@ -37,8 +37,9 @@ LONG_LINE = "0"
 #: Bytes of a file that are looked at first.
 HEAD_BYTES = 64 << 10
 
-#: Rejected lines that a task tells the driver, in bytes; with more, the file is read a second time.
+#: Rejected lines that a task tells the driver, in bytes with LINE_BYTES for each; with more, the file is read again.
 TOLD_BYTES = 256 << 10
+LINE_BYTES = 64
 
 #: Columns in which looking for repetitions costs time and saves no space.
 ALL_DIFFERENT = ("transaction_id", "tx_datetime", "tx_time_seconds")
@@ -227,8 +228,9 @@ def kept_rows(
         for data, offsets in texts:
             parsed = parser.parse(data, offsets)
             if room >= 0:
-                for line, reasons in zip(*rejected_lines(data, offsets, parsed, parsed["rejected"])):
-                    room -= len(line) if line != LONG_LINE.encode() else TOLD_BYTES + 1
+                most = room // LINE_BYTES + 1
+                for line, reasons in zip(*rejected_lines(data, offsets, parsed, parsed["rejected"], most)):
+                    room -= LINE_BYTES + (len(line) if line != LONG_LINE.encode() else TOLD_BYTES)
                     if room < 0:
                         break
                     told.append((line, int(reasons)))
@@ -366,11 +368,13 @@ def total(tallies: list[dict[str, Any]]) -> dict[str, Any]:
     return summed
 
 
-def rejected_lines(data: Array, offsets: Array, rows: Columns, reasons: Array) -> tuple[list[bytes], Array]:
-    """(the lines that `rows` of a text reject, without their ends; their `reasons`)."""
+def rejected_lines(
+    data: Array, offsets: Array, rows: Columns, reasons: Array, most: int | None = None
+) -> tuple[list[bytes], Array]:
+    """(the lines of a text that `rows` reject, without their ends; their `reasons`), at `most` so many."""
     import numpy as np
 
-    found = np.flatnonzero((reasons > 0) & (reasons != HEADER_BIT))
+    found = np.flatnonzero((reasons > 0) & (reasons != HEADER_BIT))[:most]
     numbers = rows["line"][found]
     return [data[offsets[n] : offsets[n + 1]].tobytes().rstrip(b"\r") for n in numbers], reasons[found]
 
