@@ -26,19 +26,16 @@ from ml_platform.simulator import Simulation
 
 EPOCH = date(2019, 8, 22)
 
-#: Query → what it asks for, and the column and literals whose statistics tell which row groups it needs.
-QUERIES = {
-    "one day": (
-        "SELECT count(*), sum(tx_amount * tx_fraud) FROM {table} "
-        "WHERE tx_datetime >= TIMESTAMP '2019-09-05' AND tx_datetime < TIMESTAMP '2019-09-06'",
-        ("tx_datetime", "2019-09-05 00:00:00", "2019-09-05 23:59:59"),
-    ),
+#: Query → what it asks for, and the ranges that a row group's statistics must meet to be needed.
+DAY = "tx_datetime >= TIMESTAMP '2019-09-05' AND tx_datetime < TIMESTAMP '2019-09-06'"
+DAY_RANGE = ("tx_datetime", "TIMESTAMP", "2019-09-05 00:00:00", "2019-09-05 23:59:59")
+QUERIES: dict[str, tuple[str, list[tuple[str, str, str, str]]]] = {
+    "one day": (f"SELECT count(*), sum(tx_amount * tx_fraud) FROM {{table}} WHERE {DAY}", [DAY_RANGE]),
     "one customer's day": (
-        "SELECT count(*), max(tx_amount) FROM {table} WHERE customer_id = 4711 "
-        "AND tx_datetime >= TIMESTAMP '2019-09-05' AND tx_datetime < TIMESTAMP '2019-09-06'",
-        ("tx_datetime", "2019-09-05 00:00:00", "2019-09-05 23:59:59"),
+        f"SELECT count(*), max(tx_amount) FROM {{table}} WHERE customer_id = 4711 AND {DAY}",
+        [DAY_RANGE, ("customer_id", "BIGINT", "4711", "4711")],
     ),
-    "all rows, two columns": ("SELECT sum(tx_amount), sum(tx_fraud) FROM {table}", None),
+    "all rows, two columns": ("SELECT sum(tx_amount), sum(tx_fraud) FROM {table}", []),
 }
 PLATFORM, RANDOM = "as the platform writes them", "in random order, Spark's defaults"
 
@@ -98,13 +95,17 @@ def measure(tables: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
     return results
 
 
-def _row_groups(con: Any, files: str, needs: tuple[str, str, str] | None) -> tuple[int, int]:
+def _row_groups(con: Any, files: str, needs: list[tuple[str, str, str, str]]) -> tuple[int, int]:
     """(row groups whose statistics do not rule a query out, row groups in all)."""
-    column, low, high = needs or ("tx_amount", "", "")
-    could = f"stats_max_value >= '{low}' AND stats_min_value <= '{high}'" if needs else "true"
+    meets = "true"
+    for column, kind, low, high in needs:
+        meets += (
+            f" AND bool_or(path_in_schema = '{column}' AND try_cast(stats_max_value AS {kind}) >= {kind} '{low}' "
+            f"AND try_cast(stats_min_value AS {kind}) <= {kind} '{high}')"
+        )
     found: tuple[int, int] = con.execute(
-        f"SELECT count(*) FILTER (WHERE {could}), count(*) FROM parquet_metadata('{files}') "
-        f"WHERE path_in_schema = '{column}'"
+        f"SELECT count(*) FILTER (WHERE needed), count(*) FROM (SELECT {meets} AS needed "
+        f"FROM parquet_metadata('{files}') GROUP BY file_name, row_group_id)"
     ).fetchall()[0]
     return found
 

@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ml-platform-ticks-") as directory:
         rows = measure(World(Path(directory)), arguments.sensor, arguments.ticks)
-    per_tick = (rows[-1][1] - rows[0][1]) / arguments.ticks * 1000
+    per_tick = (rows[-1][1] - rows[0][1]) / rows[-1][0] * 1000
     print(markdown(["ticks", "code server, MB"], [[f"{ticks:,}", f"{size:.1f}"] for ticks, size in rows]))
     print(f"\na tick of {arguments.sensor} adds {per_tick:.2f} kB")
 

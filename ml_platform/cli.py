@@ -340,7 +340,8 @@ def _move_champion(settings: Settings, version: str, who: str | None, why: str) 
         raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
     if not why.strip():
         raise CommandError("--why is empty: say why, for whoever asks later")
-    if PROOF_TAG not in found.tags:
+    # Before there was the tag, the gate proved what it promoted, and nothing else.
+    if PROOF_TAG not in found.tags and found.tags.get("champion_by") != "fraud_model":
         raise CommandError(
             f"version {version} was never loaded back from MLflow and held against its own scores (it has no tag "
             f"{PROOF_TAG}): materialize fraud_model for a version that was. The champion is as it was"

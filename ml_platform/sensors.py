@@ -7,6 +7,7 @@ now. Dagster's memory only adds what a failed run left unfinished, and keeps two
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -196,6 +197,7 @@ def process_new_files_daily(
 
 #: Dagster's storage as it is open, after what it was opened by; see `lasting_instance`.
 _opened: list[tuple[object, dg.DagsterInstance]] = []
+_opening = threading.Lock()
 
 
 def lasting_instance(context: dg.SensorEvaluationContext) -> dg.DagsterInstance:
@@ -207,10 +209,11 @@ def lasting_instance(context: dg.SensorEvaluationContext) -> dg.DagsterInstance:
     ref = context.instance_ref
     if ref is None:  # a test brings its own
         return context.instance
-    found = next((instance for opened_by, instance in _opened if opened_by == ref), None)
-    if found is None:
-        found = dg.DagsterInstance.from_ref(ref)
-        _opened[:] = [(ref, found)]
+    with _opening:  # sensors tick in threads
+        found = next((instance for opened_by, instance in _opened if opened_by == ref), None)
+        if found is None:
+            found = dg.DagsterInstance.from_ref(ref)
+            _opened[:] = [(ref, found)]
     return found
 
 

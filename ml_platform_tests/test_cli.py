@@ -617,6 +617,9 @@ class TestChampion:
             code, _, error = run("champion", *arguments, "--why", "x")
             assert code == 1
             assert "version 2 was never loaded back" in error
+        registry.client().set_model_version_tag("fraud_model", "2", "champion_by", "fraud_model")
+        assert run("champion", "rollback", "--why", "the gate proved it, before there was the tag")[0] == 0
+        registry.set_champion("1", {})
         champion = registry.champion()
         assert champion is not None
         assert champion.version == 1

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from ml_platform.orphans import delete_orphans
 from ml_platform.resources.dataproc import CLUSTER_ID_TAG, CLUSTER_NAME_TAG, JOB_PROPERTIES, expired
 from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, StorageError
 from ml_platform.resources.spark import job_file
+from ml_platform.run_processes import PROCESS_TAG
 from ml_platform.sizing import BYTES_PER_ROW, expected_seconds
 from ml_platform_tests.fakes import local_path, put_raw, raw_spec, recorded
 from ml_platform_tests.fakes_cloud import FakeClock, Platform, Result, ScriptedJobs, engine_of, platform_on
@@ -574,44 +576,65 @@ def test_an_own_cluster_that_broke_before_it_was_found(platform: Platform):
     assert platform.cloud.clusters == {}
 
 
-def left_over(platform: Platform, status: dg.DagsterRunStatus) -> str:
-    """A cluster of another run of that status."""
+def left_over(platform: Platform, status: dg.DagsterRunStatus, *, job: str | None) -> str:
+    """A cluster of another run of that status, perhaps with a job that is RUNNING or DONE."""
     platform.instance.add_run(dg.DagsterRun("process_new_files", run_id=RUN_ID, status=status))
-    return platform.cloud.add_cluster("mlp-before", platform.engine().labels(RUN_ID, time.time() + HOUR))
+    left = platform.cloud.add_cluster("mlp-before", platform.engine().labels(RUN_ID, time.time() + HOUR))
+    if job:
+        work = PysparkJob(main_python_file_uri=Path(__file__).as_uri(), python_file_uris=[], args=[], properties={})
+        platform.cloud.run_job = lambda _: JobScript(seconds=math.inf if job == "RUNNING" else 1)
+        platform.engine().api.submit_job(left, "of-before", work)
+        platform.cloud.run_job = platform.jobs
+        platform.advance(60)
+        assert [found.state for found in platform.cloud.jobs.values()] == [job]
+    return left
 
 
-@pytest.mark.parametrize("status", [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.STARTED], ids=lambda it: it.value)
-def test_a_cluster_of_an_ended_run_is_gone_before_another_is_made(platform: Platform, status: dg.DagsterRunStatus):
-    left = left_over(platform, status)
+@pytest.mark.parametrize(
+    ("status", "job", "is_deleted"),
+    [
+        (dg.DagsterRunStatus.FAILURE, "RUNNING", True),
+        (dg.DagsterRunStatus.FAILURE, "DONE", False),
+        (dg.DagsterRunStatus.SUCCESS, None, False),
+        (dg.DagsterRunStatus.STARTED, "RUNNING", False),
+    ],
+    ids=["ended, its job goes on", "ended with its job", "ended without a job", "running"],
+)
+def test_a_cluster_at_work_for_an_ended_run_is_gone_before_another_is_made(
+    platform: Platform, status: dg.DagsterRunStatus, job: str | None, is_deleted: bool
+):
+    left = left_over(platform, status, job=job)
     result = platform.run()
     assert result.success, result.errors
     (created,) = platform.cloud.calls("ClusterService.Create")
     deleted = {call["request"]["cluster_id"]: call["time"] for call in platform.cloud.calls("ClusterService.Delete")}
-    if status == dg.DagsterRunStatus.STARTED:
-        assert list(platform.cloud.clusters) == [left]
-        assert left not in deleted
-    else:
+    if is_deleted:
         assert platform.cloud.clusters == {}
         assert deleted[left] + platform.cloud.delete_seconds <= created["time"]
+    else:
+        assert list(platform.cloud.clusters) == [left]
+        assert left not in deleted
 
 
-@pytest.mark.parametrize("status", ["DONE", "RUNNING"])
-def test_a_cluster_of_an_ended_run_that_cannot_be_deleted(platform: Platform, status: str):
-    """Nothing is written while its job may be writing, too; without one it costs, but does no harm."""
-    left = left_over(platform, dg.DagsterRunStatus.FAILURE)
-    job = PysparkJob(main_python_file_uri=Path(__file__).as_uri(), python_file_uris=[], args=[], properties={})
-    platform.cloud.run_job = lambda _: JobScript(seconds=math.inf if status == "RUNNING" else 1)
-    platform.engine().api.submit_job(left, "of-before", job)
-    platform.cloud.run_job = platform.jobs
-    platform.advance(60)
-    assert [job.state for job in platform.cloud.jobs.values()] == [status]
+def test_the_cluster_of_a_run_whose_process_is_gone(platform: Platform):
+    """Nobody has noticed yet that it does not run."""
+    left = left_over(platform, dg.DagsterRunStatus.STARTED, job="RUNNING")
+    platform.instance.add_run_tags(RUN_ID, {PROCESS_TAG: f"{socket.gethostname()}:{2**22}:1"})
+    assert platform.run().success
+    assert platform.cloud.clusters == {}
+    assert left in [call["request"]["cluster_id"] for call in platform.cloud.calls("ClusterService.Delete")]
+
+
+def test_a_cluster_at_work_for_an_ended_run_that_cannot_be_deleted(platform: Platform):
+    """Nothing is written while its job may be writing, too."""
+    left = left_over(platform, dg.DagsterRunStatus.FAILURE, job="RUNNING")
     platform.cloud.fail(
         "ClusterService.Delete", "PERMISSION_DENIED", "not you", times=9, when=lambda call: call.cluster_id == left
     )
     result = platform.run()
-    assert result.success is (status == "DONE"), result.errors
-    assert len(platform.accepted("ClusterService.Create")) == (1 if status == "DONE" else 0)
-    assert platform.cleaned == (["a"] if status == "DONE" else [])
+    assert not result.success
+    assert len(platform.accepted("ClusterService.Create")) == 0
+    assert platform.cleaned == []
     assert list(platform.cloud.clusters) == [left]
 
 

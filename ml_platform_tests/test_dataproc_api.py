@@ -137,7 +137,7 @@ def test_a_call_that_was_interrupted_ends_before_the_next_begins():
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGUSR1, interrupt)
-    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+    threading.Thread(target=lambda: begun.wait(10) and os.kill(os.getpid(), signal.SIGUSR1)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             calls.run(create)

@@ -2,8 +2,8 @@
 
 A file is read once: its lines are parsed in numpy, a hundred thousand at a time, and shuffled in blocks by
 ``transaction_id``, so that copies meet; there they are found, counted, and the rest is sorted and written. Rejected
-lines are few in real files and come back to the driver, which writes them. Only where they are many, or where good rows
-turn out to contradict each other, is the file read a second time.
+lines are few in real files and come back to the driver, which writes them. Only where they are many or long, or where
+good rows turn out to contradict each other, is the file read again.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     lines = spark.read.option("lineSep", "\n").text(runtime.literal_path(raw["uri"]))
     tallies, rejects = runtime.gathering(spark), runtime.gathering(spark)
     tasks = runtime.shuffle_partitions(spark, raw["size"])
-    # As many, and as large ones, as the tasks after the shuffle: whole rounds of the cores.
-    spark.conf.set("spark.sql.files.maxPartitionBytes", str(raw["size"] // tasks + 1))
+    # Parts as large as those after the shuffle: whole rounds of the cores. No smaller than what opening a file costs.
+    spark.conf.set("spark.sql.files.maxPartitionBytes", str(max(4 << 20, raw["size"] // tasks + 1)))
     ranges = IdRanges(head, raw["size"], tasks)
     cleaned = kept_rows(lines, parser, ranges, tallies.add, rejects.add)
     writer = cleaned.write.mode("overwrite").option("parquet.block.size", ROW_GROUP_BYTES)
@@ -107,6 +107,7 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     files.delete(item["rejected_uri"])
     if rejected_rows:
         found = told_lines(spark, rejects.value, tally)
+        rejects.value.clear()
         if found is None:
             found = lines_read_again(lines, parser, tally["conflicting_ids"])
         rejected = with_reasons(found, parser, repeated_headers).repartition(1 + rejected_rows // 1000000)
@@ -236,7 +237,8 @@ def kept_rows(
                     told.append((line, int(reasons)))
             rows = counted(parsed)
             yield blocks.split(rows, SHUFFLED, ranges.partition(rows["transaction_id"]), keys)
-        tell_rejects([(blocks.task_number(), told)])
+        # Some are of no use: without the others the file is read again.
+        tell_rejects([(blocks.task_number(), told if room >= 0 else [])])
 
     def written(packed: list[bytes]) -> Iterator[Columns]:
         kept, tally = deduplicated(blocks.unpack(packed, SHUFFLED))

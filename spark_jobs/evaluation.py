@@ -36,6 +36,9 @@ CALIBRATION_BINS = 10
 #: Of the intervals of shares.
 CONFIDENCE = 0.95
 
+#: What the order of a sum may change of it.
+SUM_NOISE = 1e-12
+
 #: Distinct scores that one task ranks, or so.
 ROWS_PER_PARTITION = 250_000
 
@@ -236,19 +239,43 @@ def wilson_interval(share: float, draws: float) -> tuple[float, float]:
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
-def share_interval(part: float, whole: float, variance: float, customers: int) -> tuple[float, float]:
+def share_interval(part: float, whole: float, variance: float, customers: int, rows: int) -> tuple[float, float]:
     """The interval of part / whole, sums over customers c of x_c and y_c, where 0 <= part <= whole > 0.
 
-    It is Wilson's for as many draws as would have the same variance (the effective sample size of Korn and Graubard,
-    1998, Survey Methodology 24, pages 193 to 201), for the rows of one customer are not independent of each other.
-    Where nothing or everything is found, each of the `customers`, those with y_c > 0, is one draw.
+    It is Wilson's for as many draws as would have the same variance, at most `rows`, for the rows of one customer are
+    not independent of each other; times (t_{rows-1} / t_{customers-1})^2 of Student's distribution, for few customers
+    tell little of their variance: Korn and Graubard's effective sample size, 1998, Survey Methodology 24, 193 to 201.
+    Where nothing or everything is found, and where there is one customer, each customer is one draw.
 
-    `variance` is the sum of (x_c - part / whole * y_c)^2 over whole^2: that of a ratio of sums over independent
-    customers (Cochran, Sampling Techniques, 1977, chapter 6).
+    `variance` is C / (C - 1) times the sum of (x_c - part / whole * y_c)^2 over whole^2, C the number of `customers`,
+    those with y_c > 0: that of a ratio of sums over independent customers (Cochran, Sampling Techniques, 1977, chapter
+    6). `rows` are those that add to whole.
     """
     share = min(1.0, part / whole)
-    spread = share * (1 - share)
-    return wilson_interval(share, spread / variance if spread > 0 and variance > 0 else customers)
+    if customers < 2 or share in (0.0, 1.0):
+        return wilson_interval(share, customers)
+    draws = min(rows, share * (1 - share) / variance) if variance > 0 else rows
+    return wilson_interval(share, draws * (_student(rows - 1) / _student(customers - 1)) ** 2)
+
+
+def _student(degrees: int) -> float:
+    """The (1 + CONFIDENCE) / 2 quantile of Student's t distribution, to 1 % from two degrees of freedom on.
+
+    Exact for one and two; else the expansion of Abramowitz and Stegun, 1964, 26.7.5.
+    """
+    p = (1 + CONFIDENCE) / 2
+    if degrees <= 1:
+        return math.tan(math.pi * (p - 0.5))
+    if degrees == 2:
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 class _Ranking:
@@ -517,23 +544,34 @@ def _shares(
     ]
     # A row without a customer is one of its own.
     lone = F.expr("IF(customer_id IS NULL, transaction_id, NULL)").alias("lone")
-    by_customer = rows.groupBy(group.alias("group"), "customer_id", lone).agg(*sums)
+    counts_of = [
+        F.sum(F.expr(f"IF(double({pair[1]}) > 0, 1, 0)")).alias(f"{name}_rows") for name, pair in shares.items()
+    ]
+    by_customer = rows.groupBy(group.alias("group"), "customer_id", lone).agg(*sums, *counts_of)
     moments = [
-        F.sum(F.expr(sql.format(x=f"{name}_0", y=f"{name}_1"))).alias(f"{name}_{moment}")
+        F.sum(F.expr(sql.format(x=f"{name}_0", y=f"{name}_1", rows=f"{name}_rows"))).alias(f"{name}_{moment}")
         for name in shares
         for moment, sql in {
             "x": "{x}", "y": "{y}", "xx": "{x} * {x}", "xy": "{x} * {y}", "yy": "{y} * {y}", "n": "IF({y} > 0, 1, 0)",
+            "all": "{rows}",
         }.items()
     ]  # fmt: skip
     found: dict[Any, dict[str, Any]] = {}
     for row in by_customer.groupBy("group").agg(*moments).collect():
         entry = found.setdefault(row["group"], {})
         for name in shares:
-            x, y, xx, xy, yy, customers = (row[f"{name}_{moment}"] for moment in ("x", "y", "xx", "xy", "yy", "n"))
+            x, y, xx, xy, yy = (row[f"{name}_{moment}"] for moment in ("x", "y", "xx", "xy", "yy"))
             bounds: tuple[float | None, ...] = (None, None, None)
             if y > 0:
-                variance = max(0.0, xx - 2 * (x / y) * xy + (x / y) ** 2 * yy) / (y * y)
-                bounds = (x / y, *(round(end, 12) for end in share_interval(x, y, variance, customers)))
+                # What is all but for the order of its sum is all, and what is left of the squares may be no more.
+                share = 1.0 if abs(y - x) <= SUM_NOISE * y else x / y
+                squares = xx - 2 * share * xy + share * share * yy
+                customers = row[f"{name}_n"]
+                variance = 0.0
+                if customers > 1 and squares > SUM_NOISE * (xx + share * share * yy):
+                    variance = squares / (y * y) * customers / (customers - 1)
+                ends = share_interval(share * y, y, variance, customers, row[f"{name}_all"])
+                bounds = (share, *(round(end, 12) for end in ends))
             entry.update(zip((name, f"{name}_lower", f"{name}_upper"), bounds))
             if counts:
                 entry.update({f"{name}_part": x, f"{name}_whole": y})

@@ -24,6 +24,8 @@ SESSION_SETTINGS = {
     # As before Spark 4, which raises where a value does not fit: the jobs mean the same in every version.
     "spark.sql.ansi.enabled": "false",
     "spark.sql.session.timeZone": "UTC",
+    # Cleaning has its own for each file.
+    "spark.sql.files.maxPartitionBytes": "134217728",
     # A damaged or vanished input is an error of its partition, never fewer rows.
     "spark.sql.files.ignoreCorruptFiles": "false",
     "spark.sql.files.ignoreMissingFiles": "false",
@@ -93,7 +95,8 @@ def set_shuffle_partitions(spark: SparkSession, input_bytes: int) -> None:
 def gathering(spark: SparkSession) -> Any:
     """An accumulator of lists: what the tasks of an action add (a list) is in its `value` once the action has finished.
 
-    Exactly once, whatever is tried again, if it is added by the tasks that produce the action's result.
+    Exactly once, whatever is tried again, if it is added by the tasks that produce the action's result. PySpark keeps
+    it as long as the driver lives: clear what is large.
     """
     return spark.sparkContext.accumulator([], _ListParam())  # type: ignore[arg-type]
 

@@ -187,6 +187,7 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
         if ends is None:
             return _too_little("The cut-off partition {} has no rows.".format(settings["cutoff"]))
         last_day, day_zero = ends
+        runtime.set_shuffle_partitions(spark, 0)  # a row for each day
         per_day = _rows_per_day(frame, last_day)
         if not per_day:
             return _too_little("The cut-off partition {} has no full day.".format(settings["cutoff"]))

@@ -37,7 +37,7 @@ from ml_platform.dataproc_api import (
 from ml_platform.outside_text import printable
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.spark import SparkEngine, job_file
-from ml_platform.run_processes import note_process
+from ml_platform.run_processes import fail_dead_runs, note_process
 from ml_platform.sizing import choose_nodes, cores_of, expected_seconds
 
 CLUSTER_ID_TAG = "ml_platform/cluster_id"
@@ -206,27 +206,34 @@ class DataprocEngine(SparkEngine):
         return cluster
 
     def _delete_predecessors(self, context: dg.AssetExecutionContext) -> None:
-        """Delete clusters of runs that have ended, and wait until they are gone.
+        """Delete clusters of runs that have ended and whose job goes on, and wait until they are gone.
 
-        A run that was killed leaves a cluster whose job goes on: it may be writing the very partitions that this run is
-        about to write, and two writers would leave rows twice. The sensor ``orphaned_clusters`` may come too late.
+        A run that was killed leaves such a one: its job may be writing the very partitions that this run is about to
+        write, and two writers would leave rows twice. The sensor ``orphaned_clusters`` may come too late. A cluster
+        without such a job does no harm: its run is deleting it, or the sensor will.
 
         Raises:
-            DataprocError: one on which a job may still be at work cannot be deleted.
+            DataprocError: one cannot be deleted.
         """
+        # Whose process is gone counts as running until somebody looks.
+        fail_dead_runs(context.instance)
         for cluster in self.clusters():
             run = context.instance.get_run_by_id(cluster.labels.get("dagster-run-id", ""))
-            if run is None or not run.is_finished:
+            if run is None or not run.is_finished or not self._is_at_work(cluster.id):
                 continue
             context.log.warning(f"deleting cluster {cluster.name} ({cluster.id}) first: its run {run.run_id} has ended")
-            try:
-                self.api.delete_cluster(
-                    cluster.id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(context.log)
-                )
-            except DataprocError as error:
-                if any(job.status not in FINISHED_JOB for job in self.api.list_jobs(cluster.id)):
-                    raise
-                context.log.error(f"it has no job any more, and is left to the sensor orphaned_clusters: {error}")
+            self.api.delete_cluster(
+                cluster.id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(context.log)
+            )
+
+    def _is_at_work(self, cluster_id: str) -> bool:
+        """Whether a cluster has a job that has not ended."""
+        try:
+            return any(job.status not in FINISHED_JOB for job in self.api.list_jobs(cluster_id))
+        except DataprocError as error:
+            if error.code == "NOT_FOUND":  # it is gone
+                return False
+            raise
 
     def _sized(self, context: dg.AssetExecutionContext, job: str, rows: int) -> ClusterSpec:
         """What the cluster is made of, with as many nodes as the work needs where the settings leave a choice.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -136,9 +135,10 @@ class LocalStore:
         with entries:
             for entry in entries:
                 report = f"{name}/{entry.name}/{REPORT_NAME}"
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    found = self._path(report).stat()
-                    if stat.S_ISREG(found.st_mode):
+                with suppress(FileNotFoundError):
+                    # Whatever else somebody named so, such as a link that leads to itself, is no file.
+                    found = self._path(report).stat() if self._path(report).is_file() else None
+                    if found:
                         # A report is replaced by another file, perhaps of the same size within one tick of the clock.
                         fingerprint = f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
                         yield StoredFile(report, found.st_size, fingerprint)

@@ -191,7 +191,7 @@ def try_artifacts(where: str, tracking_uri: str) -> None:
 
 def without_password(text: str) -> str:
     """`text` with addresses that name no user and no password."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
+    return re.sub(r"//\S*@", "//", text)
 
 
 def write_spark_flavor(

@@ -320,6 +320,14 @@ def test_whole_files(cleaner: Cleaner, content: bytes, clean_rows: int, rejected
     assert json.loads((cleaner.directory / "cleaned/raw_file=file/_report.json").read_text()) == report
 
 
+def test_an_empty_file_leaves_no_tiny_parts_to_whoever_reads_next(cleaner: Cleaner, spark: SparkSession) -> None:
+    """A run has one session, and a table of 13 MB was read in 13 million parts."""
+    cleaner.clean(b"")
+    assert int(spark.conf.get("spark.sql.files.maxPartitionBytes") or 0) >= 4 << 20
+    runtime.configure(spark)
+    assert spark.conf.get("spark.sql.files.maxPartitionBytes") == str(128 << 20)
+
+
 def test_rejects_keep_every_byte(cleaner: Cleaner) -> None:
     _, _, rejects = cleaner.clean(HEADER + "naïve\n".encode() + b"na\xefve\n\xff\xfe\x00\n")
     texts = {reject.raw_line for reject in rejects}

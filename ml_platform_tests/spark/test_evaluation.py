@@ -54,9 +54,10 @@ def check_bounds(entry, name, part, whole, of=lambda row: 1):
         assert (entry[f"{name}_lower"], entry[f"{name}_upper"]) == (None, None)
         return
     share = sum(x for x, _ in customers.values()) / total
-    variance = sum((x - share * y) ** 2 for x, y in customers.values()) / total**2
-    customers_of_whole = sum(y > 0 for _, y in customers.values())
-    expected = evaluation.share_interval(share * total, total, variance, customers_of_whole)
+    number = sum(y > 0 for _, y in customers.values())
+    variance = sum((x - share * y) ** 2 for x, y in customers.values()) / total**2 * number / max(1, number - 1)
+    rows = sum(of(row) > 0 for row in whole)
+    expected = evaluation.share_interval(share * total, total, variance, number, rows)
     assert (entry[f"{name}_lower"], entry[f"{name}_upper"]) == pytest.approx(expected, abs=1e-9)
 
 
@@ -336,23 +337,53 @@ class TestIntervalsOfShares:
         with pytest.raises(ValueError, match="is no share"):
             evaluation.wilson_interval(share, draws)
 
-    @pytest.mark.parametrize("part", [0, 10])
-    def test_where_nothing_or_everything_is_found(self, part):
-        # Ten rows of four customers.
-        assert evaluation.share_interval(part, 10, 0.0, 4) == evaluation.wilson_interval(part / 10, 4)
+    @pytest.mark.parametrize(("part", "customers"), [(0, 4), (10, 4), (3, 1)])
+    def test_where_nothing_or_everything_is_found_and_of_one_customer(self, part, customers):
+        found = evaluation.share_interval(part, 10, 0.0, customers, 10)
+        assert found == evaluation.wilson_interval(part / 10, customers)
 
-    def test_cover_the_share_where_the_rows_of_a_customer_are_alike(self):
-        """Every customer has ten rows, all found or none: as many draws as customers, not as rows."""
+    @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30, 1000])
+    def test_students_quantiles(self, degrees):
+        from scipy.stats import t
+
+        assert evaluation._student(degrees) == pytest.approx(t.ppf(0.975, degrees), rel=0.01)
+
+    def test_there_are_never_more_draws_than_rows(self):
+        lower, upper = evaluation.share_interval(2, 10, 1e-9, 5, 10)
+        assert upper - lower > 0.4
+        assert evaluation.share_interval(2, 10, 0.0, 5, 10) == (lower, upper)
+
+    @pytest.mark.parametrize(("customers", "alike"), [(3, False), (3, True), (8, False), (60, True)])
+    def test_cover_the_share(self, customers, alike):
+        """Customers have two to six rows, each found by itself, or all of a customer's or none: `alike`."""
         draw = random.Random(7)
         covered = 0
-        for _ in range(400):
-            found = [10 * (draw.random() < 0.3) for _ in range(60)]
-            share = sum(found) / 600
-            variance = sum((x - share * 10) ** 2 for x in found) / 600**2
-            lower, upper = evaluation.share_interval(sum(found), 600, variance, 60)
+        for _ in range(1000):
+            sums = []
+            for _ in range(customers):
+                y = draw.randint(2, 6)
+                x = y * (draw.random() < 0.3) if alike else sum(draw.random() < 0.3 for _ in range(y))
+                sums.append((x, y))
+            part, whole = (sum(column) for column in zip(*sums))
+            squares = sum((x - part / whole * y) ** 2 for x, y in sums)
+            variance = squares / whole**2 * customers / (customers - 1)
+            lower, upper = evaluation.share_interval(part, whole, variance, customers, whole)
             covered += lower <= 0.3 <= upper
-        # 95 % of 400 are 380, with a standard deviation of 4.4.
-        assert 366 <= covered <= 394
+        # The standard error of 95 % of a thousand is 0.7 %.
+        assert covered / 1000 >= 0.93
+
+    def test_sums_in_another_order_are_no_variance(self, spark):
+        """Of each customer the same share, and all of the amount: their squares leave rounding errors."""
+        rows = [(n, MIDNIGHT, n % 7, 1, 1.0 - n / 100, 0.1 + n % 3) for n in range(35)]
+        rows += [(100 + n, MIDNIGHT, n % 7, 1, 0.0, 0.1) for n in range(140)]
+        (entry,) = evaluation.budget_table(spark.createDataFrame(rows, AMOUNTS), budgets=(35,))
+        assert entry["recall"] == pytest.approx(0.2)
+        assert (entry["recall_lower"], entry["recall_upper"]) == pytest.approx(
+            evaluation.share_interval(35, 175, 0.0, 7, 175)
+        )
+        (entry,) = evaluation.budget_table(spark.createDataFrame(rows, AMOUNTS), budgets=(175,))
+        assert (entry["amount_share"], entry["amount_share_upper"]) == (1.0, 1.0)
+        assert entry["amount_share_lower"] == pytest.approx(evaluation.wilson_interval(1.0, 7)[0])
 
 
 def test_days_are_utc_in_any_session(spark):
