@@ -42,9 +42,9 @@ demo: setup .dagster_home/dagster.yaml ## from simulated raw files to a promoted
 dev: setup .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's UI on port 5000
 	@$(WITH_JAVA) exec bash scripts/dev.sh
 
-# Four at a time on two cores: the tests of whole systems wait half of the time.
+# Three at a time on two cores: the tests of whole systems wait half of the time.
 test: classes ## run all tests
-	@$(WITH_JAVA) $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see docs/cluster.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh

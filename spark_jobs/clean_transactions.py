@@ -41,12 +41,15 @@ HEAD_BYTES = 64 << 10
 TOLD_BYTES = 256 << 10
 LINE_BYTES = 64
 
-#: Columns in which looking for repetitions costs time and saves no space.
-ALL_DIFFERENT = ("transaction_id", "tx_datetime", "tx_time_seconds")
-
-#: Bytes of a row group of Parquet, before compression: a quarter of a file of a million rows. Readers skip those whose
-#: days or customers they do not look for.
-ROW_GROUP_BYTES = 8 << 20
+PARQUET_OPTIONS: dict[str, str | int] = {
+    # Bytes of a row group before compression: a quarter of a file of a million rows. Readers skip those whose days or
+    # customers they do not look for.
+    "parquet.block.size": 8 << 20,
+    # The values all differ: looking for repetitions among them costs time and saves no space. Unknown to Spark 3.0.
+    "parquet.enable.dictionary#transaction_id": "false",
+    "parquet.enable.dictionary#tx_datetime": "false",
+    "parquet.enable.dictionary#tx_time_seconds": "false",
+}
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +97,7 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     spark.conf.set("spark.sql.files.maxPartitionBytes", str(max(4 << 20, raw["size"] // tasks + 1)))
     ranges = IdRanges(head, raw["size"], tasks)
     cleaned = kept_rows(lines, parser, ranges, tallies.add, rejects.add)
-    writer = cleaned.write.mode("overwrite").option("parquet.block.size", ROW_GROUP_BYTES)
-    for name in ALL_DIFFERENT:
-        writer = writer.option(f"parquet.enable.dictionary#{name}", "false")
-    writer.parquet(item["output_uri"])
+    cleaned.write.mode("overwrite").options(**PARQUET_OPTIONS).parquet(item["output_uri"])
     if len(tallies.value) != ranges.partitions:
         raise RuntimeError(f"{len(tallies.value)} of {ranges.partitions} tasks told what they wrote")
     tally = total(tallies.value)

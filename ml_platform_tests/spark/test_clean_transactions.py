@@ -248,7 +248,7 @@ def test_parquet_files_and_row_groups_are_for_their_readers(cleaner: Cleaner, mo
     import pyarrow.parquet
 
     monkeypatch.setattr(runtime, "shuffle_partitions", lambda spark, size: 2)
-    monkeypatch.setattr(clean_transactions, "ROW_GROUP_BYTES", 1 << 20)
+    monkeypatch.setitem(clean_transactions.PARQUET_OPTIONS, "parquet.block.size", 1 << 20)
     per_day = 60_000
     lines = [
         good(
