@@ -13,7 +13,6 @@ import random
 import re
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -261,7 +260,6 @@ class DataprocApi:
         self.clock = clock or Clock()
         self._sdk: Any = None
         self._has_worked = False
-        self._thread = _CallThread()
 
     # clusters
 
@@ -556,7 +554,7 @@ class DataprocApi:
 
     def _call(self, stub: Any, method: str, request: Any, *, what: str, codes: Any = None) -> Any:
         def call() -> Any:
-            return self._thread.run(lambda: self._call_once(stub, method, request, what))
+            return _uninterrupted(lambda: self._call_once(stub, method, request, what))
 
         return self._repeat(call, RETRYABLE if codes is None else codes)
 
@@ -619,46 +617,44 @@ class DataprocApi:
             seen.add(request.page_token)
 
 
-class _CallThread:
-    """Runs calls one after the other in a thread of its own, where no signal cuts short what gRPC does.
+#: What the thread for calls of the API serves, once there is one.
+_calls: list[SimpleQueue[Any]] = []
+
+
+def _uninterrupted(call: Callable[[], Any]) -> Any:
+    """The result of `call`, or what it raises; made in a thread where no signal cuts short what gRPC does.
 
     Handlers of signals run in the main thread, wherever it is. In gRPC's callback for credentials, what they raise
     corrupts the heap: the process dies, and its cluster stays. Here the main thread only waits, for a queue that may be
-    left at any instant (a ``Future`` may not: its lock could stay locked). A call that nobody waits for any more ends
-    before the next begins, so a cluster that was being created is there when it is looked for by its name.
+    left at any instant (a ``Future`` may not: its lock could stay locked). There is one thread for all clients of a
+    process, so a call that nobody waits for any more ends before the next begins: a cluster that was being created is
+    there when it is looked for by its name.
     """
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[Any] | None = None
-
-    def run(self, call: Callable[[], Any]) -> Any:
-        """The result of `call`, or what it raises."""
-        if self._calls is None:
-            calls: SimpleQueue[Any] = SimpleQueue()
-            threading.Thread(target=_serve, args=(calls,), name="dataproc-calls", daemon=True).start()
-            weakref.finalize(self, calls.put, None)
-            self._calls = calls
-        answer: SimpleQueue[Any] = SimpleQueue()
-        self._calls.put((call, answer))
-        value, error = answer.get()
-        if error is None:
-            return value
-        try:
-            raise error
-        finally:
-            # The error's traceback has this frame: they would keep each other alive.
-            del error
+    if not _calls:
+        calls: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=_serve, args=(calls,), name="dataproc-calls", daemon=True).start()
+        _calls.append(calls)
+    answer: SimpleQueue[Any] = SimpleQueue()
+    _calls[0].put((call, answer))
+    value, error = answer.get()
+    if error is None:
+        return value
+    try:
+        raise error
+    finally:
+        # The error's traceback has this frame: they would keep each other alive.
+        del error
 
 
 def _serve(calls: SimpleQueue[Any]) -> None:
-    while (work := calls.get()) is not None:
-        call, answer = work
+    while True:
+        call, answer = calls.get()
         try:
             answer.put((call(), None))
         except BaseException as error:
             answer.put((None, error))
         # Until the next call, nothing is kept alive here.
-        del work, call, answer
+        del call, answer
 
 
 class WaitTimeout(DataprocError):

@@ -594,13 +594,13 @@ def left_over(platform: Platform, status: dg.DagsterRunStatus, *, job: str | Non
     ("status", "job", "is_deleted"),
     [
         (dg.DagsterRunStatus.FAILURE, "RUNNING", True),
-        (dg.DagsterRunStatus.FAILURE, "DONE", False),
-        (dg.DagsterRunStatus.SUCCESS, None, False),
+        (dg.DagsterRunStatus.FAILURE, "DONE", True),
+        (dg.DagsterRunStatus.SUCCESS, None, True),
         (dg.DagsterRunStatus.STARTED, "RUNNING", False),
     ],
     ids=["ended, its job goes on", "ended with its job", "ended without a job", "running"],
 )
-def test_a_cluster_at_work_for_an_ended_run_is_gone_before_another_is_made(
+def test_a_cluster_of_an_ended_run_is_deleted_and_gone_before_another_is_made_if_it_is_at_work(
     platform: Platform, status: dg.DagsterRunStatus, job: str | None, is_deleted: bool
 ):
     left = left_over(platform, status, job=job)
@@ -610,7 +610,8 @@ def test_a_cluster_at_work_for_an_ended_run_is_gone_before_another_is_made(
     deleted = {call["request"]["cluster_id"]: call["time"] for call in platform.cloud.calls("ClusterService.Delete")}
     if is_deleted:
         assert platform.cloud.clusters == {}
-        assert deleted[left] + platform.cloud.delete_seconds <= created["time"]
+        waited = deleted[left] + platform.cloud.delete_seconds <= created["time"]
+        assert waited == (job == "RUNNING")
     else:
         assert list(platform.cloud.clusters) == [left]
         assert left not in deleted
@@ -625,16 +626,25 @@ def test_the_cluster_of_a_run_whose_process_is_gone(platform: Platform):
     assert left in [call["request"]["cluster_id"] for call in platform.cloud.calls("ClusterService.Delete")]
 
 
-def test_a_cluster_at_work_for_an_ended_run_that_cannot_be_deleted(platform: Platform):
-    """Nothing is written while its job may be writing, too."""
-    left = left_over(platform, dg.DagsterRunStatus.FAILURE, job="RUNNING")
+def test_a_cluster_that_its_ended_run_is_deleting_is_left_alone(platform: Platform):
+    left = left_over(platform, dg.DagsterRunStatus.SUCCESS, job="DONE")
+    assert platform.engine().api.request_deletion(left)
+    assert platform.run().success
+    requests = [call["request"]["cluster_id"] for call in platform.cloud.calls("ClusterService.Delete")]
+    assert requests.count(left) == 1
+
+
+@pytest.mark.parametrize("job", ["RUNNING", "DONE"])
+def test_a_cluster_of_an_ended_run_that_cannot_be_deleted(platform: Platform, job: str):
+    """Nothing is written while its job may be writing, too; without one it costs, but does no harm."""
+    left = left_over(platform, dg.DagsterRunStatus.FAILURE, job=job)
     platform.cloud.fail(
         "ClusterService.Delete", "PERMISSION_DENIED", "not you", times=9, when=lambda call: call.cluster_id == left
     )
     result = platform.run()
-    assert not result.success
-    assert len(platform.accepted("ClusterService.Create")) == 0
-    assert platform.cleaned == []
+    assert result.success is (job == "DONE"), result.errors
+    assert len(platform.accepted("ClusterService.Create")) == (1 if job == "DONE" else 0)
+    assert platform.cleaned == (["a"] if job == "DONE" else [])
     assert list(platform.cloud.clusters) == [left]
 
 

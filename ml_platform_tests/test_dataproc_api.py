@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,12 +124,11 @@ def test_a_call_may_be_interrupted_at_any_instant(cloud: FakeDataproc):
 def test_a_call_that_was_interrupted_ends_before_the_next_begins():
     """Else a cluster could be created after nobody was found by its name."""
     ended: list[str] = []
-    calls = dataproc_api._CallThread()
-    begun = threading.Event()
+    begun, released = threading.Event(), threading.Event()
 
     def create() -> None:
         begun.set()
-        time.sleep(0.5)
+        released.wait(30)
         ended.append("create")
 
     def interrupt(number: int, frame: Any) -> None:
@@ -140,23 +138,21 @@ def test_a_call_that_was_interrupted_ends_before_the_next_begins():
     threading.Thread(target=lambda: begun.wait(10) and os.kill(os.getpid(), signal.SIGUSR1)).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            calls.run(create)
+            dataproc_api._uninterrupted(create)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert begun.is_set()
     assert ended == []
-    assert calls.run(lambda: list(ended)) == ["create"]
+    released.set()
+    assert dataproc_api._uninterrupted(lambda: list(ended)) == ["create"]
 
 
-def test_the_thread_for_calls_ends_with_its_client():
-    calls = dataproc_api._CallThread()
-    (thread,) = {calls.run(threading.current_thread)}
+def test_all_calls_are_made_in_one_thread():
+    threads = {dataproc_api._uninterrupted(threading.current_thread) for _ in range(3)}
+    assert len(threads) == 1
+    assert threads.isdisjoint({threading.current_thread()})
     with pytest.raises(ZeroDivisionError):
-        calls.run(lambda: 1 // 0)
-    assert thread.is_alive()
-    del calls
-    thread.join(10)
-    assert not thread.is_alive()
+        dataproc_api._uninterrupted(lambda: 1 // 0)
+    assert dataproc_api._uninterrupted(threading.current_thread) in threads
 
 
 # --- Names and labels

@@ -206,25 +206,35 @@ class DataprocEngine(SparkEngine):
         return cluster
 
     def _delete_predecessors(self, context: dg.AssetExecutionContext) -> None:
-        """Delete clusters of runs that have ended and whose job goes on, and wait until they are gone.
+        """Delete clusters of runs that have ended, and wait for those to be gone whose job goes on.
 
         A run that was killed leaves such a one: its job may be writing the very partitions that this run is about to
-        write, and two writers would leave rows twice. The sensor ``orphaned_clusters`` may come too late. A cluster
-        without such a job does no harm: its run is deleting it, or the sensor will.
+        write, and two writers would leave rows twice. The sensor ``orphaned_clusters`` may come too late.
 
         Raises:
-            DataprocError: one cannot be deleted.
+            DataprocError: one on which a job is at work cannot be deleted.
         """
         # Whose process is gone counts as running until somebody looks.
         fail_dead_runs(context.instance)
         for cluster in self.clusters():
             run = context.instance.get_run_by_id(cluster.labels.get("dagster-run-id", ""))
-            if run is None or not run.is_finished or not self._is_at_work(cluster.id):
+            if run is None or not run.is_finished:
                 continue
-            context.log.warning(f"deleting cluster {cluster.name} ({cluster.id}) first: its run {run.run_id} has ended")
-            self.api.delete_cluster(
-                cluster.id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(context.log)
-            )
+            is_at_work = self._is_at_work(cluster.id)
+            if cluster.status == "STOPPING" and not is_at_work:  # its run has just asked for that
+                continue
+            context.log.warning(f"deleting cluster {cluster.name} ({cluster.id}): its run {run.run_id} has ended")
+            try:
+                if is_at_work:
+                    self.api.delete_cluster(
+                        cluster.id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(context.log)
+                    )
+                else:
+                    self.api.request_deletion(cluster.id)
+            except DataprocError as error:
+                if is_at_work:
+                    raise
+                context.log.error(f"it is left to the sensor orphaned_clusters: {error}")
 
     def _is_at_work(self, cluster_id: str) -> bool:
         """Whether a cluster has a job that has not ended."""
