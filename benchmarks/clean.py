@@ -13,29 +13,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import cleaners
 from benchmarks.common import (
-    ROWS_PER_CUSTOMER,
+    EPOCH,
     markdown,
     options,
     peak_memory,
     say,
     simulate,
+    simulation,
     spark_session,
     work_directory,
     write_results,
 )
 from ml_platform.bare_jobs import clean
-from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-EPOCH = date(2019, 8, 22)
 WARM = "this platform, warm job"
 PLATFORM = "this platform"
 
@@ -51,11 +49,9 @@ def main() -> None:
     parser.add_argument("--conflicts", action="store_true", help="also rows that share an id and differ")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
-        customers = round(arguments.million_rows * 1e6 / ROWS_PER_CUSTOMER)
         # Of the faults, conflicting duplicates were never seen in real files, and looking for them takes time.
         without = () if arguments.conflicts else ("conflicting_duplicate",)
-        simulation = Simulation(start=EPOCH, customers=customers, terminals=1000, without=without)
-        (raw,) = simulate(work / "raw", simulation, 1)
+        (raw,) = simulate(work / "raw", simulation(arguments.million_rows * 1e6, without=without), 1)
         require_equal_results(raw, work)
         results = measure(raw, work, arguments.rounds, arguments.done)
     write_results(arguments.json, results, lambda: table(results))

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ml_platform.bare_jobs import clean, features
 from ml_platform.local_spark import default_spark_config, local_session
 from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+
+#: First day of the simulated files.
+EPOCH = date(2019, 8, 22)
 
 #: Transactions of a simulated customer in the 30 days of a file, about.
 ROWS_PER_CUSTOMER = 57.6
@@ -79,6 +86,11 @@ def peak_memory(pid: int) -> Iterator[Callable[[], float]]:
         thread.join()
 
 
+def simulation(rows: float, terminals: int = 1000, **settings: Any) -> Simulation:
+    """A simulation whose files begin at EPOCH and have about so many rows each."""
+    return Simulation(start=EPOCH, customers=round(rows / ROWS_PER_CUSTOMER), terminals=terminals, **settings)
+
+
 def simulate(directory: Path, simulation: Simulation, files: int) -> list[Path]:
     """Write `files` raw files into `directory`, in order of time; those that are there already stay."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,6 +103,25 @@ def simulate(directory: Path, simulation: Simulation, files: int) -> list[Path]:
                 simulation.write_file(index, out)
             draft.rename(path)
     return paths
+
+
+def timed_jobs(spark: SparkSession, raw: list[Path], lake: Path) -> list[dict[str, Any]]:
+    """Clean one raw file and build its features; of each job the rows and MB of text, seconds, and memory in MB."""
+    cleaned: dict[str, Any] = {}
+    results = []
+    for job in ("cleaning", "features"):
+        with peak_memory(os.getpid()) as peak:
+            started = time.monotonic()
+            if job == "cleaning":
+                cleaned = clean(spark, raw, lake, EPOCH)
+            else:
+                features(spark, cleaned, lake)
+            seconds = time.monotonic() - started
+        (report,) = cleaned.values()
+        rows, size = report["counts"]["raw_rows"], report["raw"]["size"] / 1e6
+        results.append({"job": job, "rows": rows, "mb": size, "seconds": seconds, "memory_mb": peak()})
+        say(str(results[-1]))
+    return results
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

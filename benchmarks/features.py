@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
-    ROWS_PER_CUSTOMER,
+    EPOCH,
     markdown,
     options,
     say,
     simulate,
+    simulation,
     spark_session,
     work_directory,
     write_results,
 )
 from ml_platform.bare_jobs import clean, features
-from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-EPOCH = date(2019, 8, 22)
+    from ml_platform.simulator import Simulation
+
 
 #: Of the second data set of each size: so many terminals carry this share of all rows.
 HOT_TERMINALS = 10
@@ -54,10 +54,8 @@ def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) ->
     """Seconds of each size and distribution, `rounds` times."""
     data = {}
     for size in sizes:
-        customers = round(size * 1e6 / ROWS_PER_CUSTOMER)
-        simulation = Simulation(start=EPOCH, customers=customers, terminals=10_000, fault_rate=0)
         lake = work / f"{size:g}"
-        data[size, "even"] = lake, clean(spark, simulate(lake / "raw", simulation, 1), lake, EPOCH)
+        data[size, "even"] = lake, clean(spark, simulate(lake / "raw", large_simulation(size), 1), lake, EPOCH)
         hot = work / f"{size:g}-hot"
         for key in data[size, "even"][1]:
             table = f"cleaned_transactions/raw_file={key}"
@@ -77,6 +75,11 @@ def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) ->
             results.append({"size": size, "terminals": terminals, "rows": count, "seconds": seconds})
             say(f"round {number + 1}: {results[-1]}")
     return results
+
+
+def large_simulation(million_rows: float) -> Simulation:
+    """Faultless files of so many rows, at terminals of which none has a large share."""
+    return simulation(million_rows * 1e6, terminals=10_000, fault_rate=0)
 
 
 def with_hot_terminals(rows: DataFrame) -> DataFrame:

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
-    ROWS_PER_CUSTOMER,
+    EPOCH,
     markdown,
     options,
     say,
     simulate,
+    simulation,
     spark_session,
     work_directory,
     write_results,
 )
 from ml_platform.bare_jobs import clean, features
-from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
-
-EPOCH = date(2019, 8, 22)
 
 
 def main() -> None:
@@ -47,11 +44,7 @@ def main() -> None:
 def measure(spark: SparkSession, work: Path, partitions: int, rows: float) -> list[dict[str, Any]]:
     """Seconds of both halves and of the large file, for each job."""
     # Files of 30 days would need decades: the history of these is that of a few of them, as in real data.
-    small = Simulation(start=EPOCH, customers=round(rows / ROWS_PER_CUSTOMER), terminals=1000, fault_rate=0)
-    large = Simulation(
-        start=EPOCH, customers=round(partitions * rows / ROWS_PER_CUSTOMER), terminals=1000, fault_rate=0
-    )
-    files = simulate(work / "small", small, 2 * partitions)
+    files = simulate(work / "small", simulation(rows, fault_rate=0), 2 * partitions)
     halves = {"first half": files[:partitions], "second half": files[partitions:]}
     reports: dict[str, dict[str, Any]] = {}
     results = []
@@ -74,7 +67,7 @@ def measure(spark: SparkSession, work: Path, partitions: int, rows: float) -> li
             "features",
             lambda keys=keys: {key: features(spark, {key: reports[key]}, work / "lake")[key] for key in keys},  # type: ignore[misc]
         )
-    whole = simulate(work / "large", large, 1)
+    whole = simulate(work / "large", simulation(partitions * rows, fault_rate=0), 1)
     cleaned = timed("one file", "cleaning", lambda: clean(spark, whole, work / "one", EPOCH))
     timed("one file", "features", lambda: features(spark, cleaned, work / "one"))
     return results

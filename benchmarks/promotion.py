@@ -10,7 +10,7 @@ from benchmarks.common import markdown, options, say, write_results
 from ml_platform.promotion import delong, paired_bootstrap
 
 FRAUD_SHARE = 0.008
-ROWS_PER_CUSTOMER = 11  # in a week
+WEEKLY_ROWS_PER_CUSTOMER = 11
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def measure(rows: int, replicates: int) -> dict[str, Any]:
     random = np.random.default_rng(0)
     label = (random.random(rows) < FRAUD_SHARE).astype(np.int64)
     challenger, champion = (label + random.normal(size=rows) for _ in range(2))
-    customers = random.integers(0, max(1, rows // ROWS_PER_CUSTOMER), rows)
+    customers = random.integers(0, max(1, rows // WEEKLY_ROWS_PER_CUSTOMER), rows)
     started = time.monotonic()
     found = paired_bootstrap(label, challenger, champion, customers, replicates=replicates)
     bootstrapped = time.monotonic()

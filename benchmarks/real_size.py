@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import time
-from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
-    ROWS_PER_CUSTOMER,
     markdown,
     options,
-    peak_memory,
-    say,
     simulate,
+    simulation,
     spark_session,
+    timed_jobs,
     work_directory,
     write_results,
 )
-from ml_platform.bare_jobs import clean, features
-from ml_platform.simulator import Simulation
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pyspark.sql import SparkSession
-
-EPOCH = date(2019, 8, 22)
 
 
 def main() -> None:
@@ -47,29 +39,11 @@ def measure(spark: SparkSession, sizes: list[float], work: Path) -> list[dict[st
     """Seconds and memory of each job and size; the smallest goes first once more, to warm the session up."""
     results = []
     for number, size in enumerate([sizes[0], *sizes]):
-        simulation = Simulation(
-            start=EPOCH,
-            customers=round(size * 1e6 / ROWS_PER_CUSTOMER),
-            terminals=1000,
-            without=("conflicting_duplicate",),
-        )
         lake = work / f"{size:g}"
-        raw = simulate(lake / "raw", simulation, 1)
-        cleaned: dict[str, Any] = {}
-        for job in ("cleaning", "features"):
-            with peak_memory(os.getpid()) as peak:
-                started = time.monotonic()
-                if job == "cleaning":
-                    cleaned = clean(spark, raw, lake, EPOCH)
-                else:
-                    features(spark, cleaned, lake)
-                seconds = time.monotonic() - started
-            (report,) = cleaned.values()
-            result = {"job": job, "rows": report["counts"]["raw_rows"], "mb": report["raw"]["size"] / 1e6}
-            result |= {"seconds": seconds, "memory_mb": peak()}
-            say(str(result))
-            if number:
-                results.append(result)
+        raw = simulate(lake / "raw", simulation(size * 1e6, without=("conflicting_duplicate",)), 1)
+        measured = timed_jobs(spark, raw, lake)
+        if number:
+            results += measured
     return results
 
 

@@ -15,15 +15,12 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROWS_PER_CUSTOMER, markdown, options, say, simulate, work_directory, write_results
-from ml_platform.simulator import Simulation
+from benchmarks.common import EPOCH, markdown, options, say, simulate, simulation, work_directory, write_results
 
 PROJECT = Path(__file__).resolve().parents[1]
-EPOCH = date(2019, 8, 22)
 
 NOTHING = "python -c pass"
 DAGSTER = "import dagster"
@@ -57,8 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (default: 5)")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
-        customers = round(arguments.thousand_rows * 1e3 / ROWS_PER_CUSTOMER)
-        simulate(work / "raw", Simulation(start=EPOCH, customers=customers, terminals=1000), 1)
+        simulate(work / "raw", simulation(arguments.thousand_rows * 1e3), 1)
         results = measure(work, arguments.rounds)
     write_results(arguments.json, results, lambda: table(results))
 

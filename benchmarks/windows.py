@@ -9,22 +9,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import (
-    ROWS_PER_CUSTOMER,
-    markdown,
-    options,
-    say,
-    simulate,
-    spark_session,
-    work_directory,
-    write_results,
-)
-from benchmarks.features import HOT_SHARE, HOT_TERMINALS, with_hot_terminals
+from benchmarks.common import EPOCH, markdown, options, say, simulate, spark_session, work_directory, write_results
+from benchmarks.features import HOT_SHARE, HOT_TERMINALS, large_simulation, with_hot_terminals
 from ml_platform.bare_jobs import clean
-from ml_platform.simulator import Simulation
+from ml_platform.sizing import BYTES_PER_ROW
+from spark_jobs import runtime
 from spark_jobs.build_features import add_features
 from spark_jobs.features import LABEL_DELAY_DAYS, WINDOW_DAYS
 from spark_jobs.windows import DAY_S
@@ -32,7 +23,6 @@ from spark_jobs.windows import DAY_S
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-EPOCH = date(2019, 8, 22)
 NAMES = [
     f"{name}_{days}d"
     for name in ("customer_tx_count", "customer_mean_amount", "terminal_tx_count", "terminal_fraud_risk")
@@ -52,11 +42,8 @@ def main() -> None:
     with work_directory(arguments.work) as work:
         spark = spark_session()
         for size in sorted(arguments.million_rows):
-            simulation = Simulation(
-                start=EPOCH, customers=round(size * 1e6 / ROWS_PER_CUSTOMER), terminals=10_000, fault_rate=0
-            )
             lake = work / f"{size:g}"
-            clean(spark, simulate(lake / "raw", simulation, 1), lake, EPOCH)
+            clean(spark, simulate(lake / "raw", large_simulation(size), 1), lake, EPOCH)
             even = spark.read.parquet(f"file://{lake}/cleaned_transactions").drop("raw_file").coalesce(2).cache()
             for terminals, rows in (
                 ("even", even),
@@ -71,6 +58,8 @@ def compare(rows: DataFrame, rounds: int, case: dict[str, Any]) -> list[dict[str
     """Seconds of each way, `rounds` times. Raises SystemExit if they give other values."""
     from pyspark.sql import functions as F
 
+    # Spark's own default, 200, would be most of what its windows take here.
+    runtime.set_shuffle_partitions(runtime.session(rows), BYTES_PER_ROW * case["rows"])
     ways = {"range windows": range_windows, "sorted columns": sorted_columns}
     both = range_windows(rows).join(
         sorted_columns(rows).toDF("transaction_id", *[f"our_{name}" for name in NAMES]), "transaction_id"

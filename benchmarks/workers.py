@@ -6,28 +6,15 @@ Here the jobs run in a session that has run before, so that the start of Spark, 
 
 from __future__ import annotations
 
-import time
-from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import (
-    ROWS_PER_CUSTOMER,
-    markdown,
-    options,
-    say,
-    simulate,
-    work_directory,
-    write_results,
-)
-from ml_platform.bare_jobs import clean, features
+from benchmarks.common import markdown, options, simulate, simulation, timed_jobs, work_directory, write_results
 from ml_platform.local_spark import default_spark_config, local_session
-from ml_platform.simulator import Simulation
 from ml_platform_tests.standalone import StandaloneCluster
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-EPOCH = date(2019, 8, 22)
 EXECUTOR_MEMORY_MB = 2048
 
 
@@ -37,20 +24,13 @@ def main() -> None:
     parser.add_argument("--million-rows", type=float, default=4, metavar="N", help="size of the file (default: 4)")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
-        simulation = Simulation(
-            start=EPOCH,
-            customers=round(arguments.million_rows * 1e6 / ROWS_PER_CUSTOMER),
-            terminals=1000,
-            fault_rate=0,
-        )
-        raw = simulate(work / "raw", simulation, 1)
+        raw = simulate(work / "raw", simulation(arguments.million_rows * 1e6, fault_rate=0), 1)
         results = [result for workers in (1, 2) for result in measure(raw, work, workers)]
     write_results(arguments.json, results, lambda: table(results))
 
 
 def measure(raw: list[Path], work: Path, workers: int) -> list[dict[str, Any]]:
     """Seconds of each job on so many workers of one core; the second time that it runs."""
-    results = []
     directory = work / f"{workers} workers"
     directory.mkdir(parents=True)
     with StandaloneCluster(directory, {}, workers=workers, memory_mb=EXECUTOR_MEMORY_MB) as cluster:
@@ -63,23 +43,10 @@ def measure(raw: list[Path], work: Path, workers: int) -> list[dict[str, Any]]:
         }
         spark = local_session("benchmark", config)
         try:
-            for number in range(2):
-                cleaned: dict[str, Any] = {}
-                for job in ("cleaning", "features"):
-                    started = time.monotonic()
-                    if job == "cleaning":
-                        cleaned = clean(spark, raw, directory, EPOCH)
-                    else:
-                        features(spark, cleaned, directory)
-                    seconds = time.monotonic() - started
-                    (report,) = cleaned.values()
-                    result = {"job": job, "workers": workers, "rows": report["counts"]["raw_rows"], "seconds": seconds}
-                    say(str(result))
-                    if number:
-                        results.append(result)
+            timed_jobs(spark, raw, directory)
+            return [{"workers": workers, **result} for result in timed_jobs(spark, raw, directory)]
         finally:
             spark.stop()
-    return results
 
 
 def table(results: list[dict[str, Any]]) -> str:

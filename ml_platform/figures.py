@@ -691,19 +691,20 @@ THRESHOLDS = (
 
 def _panel_thresholds(ax: Axes, view: _View) -> None:
     rows = view.tables["thresholds"]
-    title = "What a daily budget of alerts finds"
+    banded = False
     for column, label, colour, marker in THRESHOLDS:
         x, y = _columns(rows, "alerts_per_day", column)
         if x:
             ax.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.5, label=label)
         bounds = [(row["alerts_per_day"], *ends) for row in rows if (ends := _ends(row, column))]
         if bounds:
-            title = "What a daily budget of alerts finds\nBands: 95 % intervals"
+            banded = True
             places, low, high = zip(*bounds, strict=True)
             ax.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     _budget_axis(ax, rows)
     ax.set_ylim(-0.03, 1.03)
     _percent(ax.yaxis)
+    title = "What a daily budget of alerts finds" + ("\nBands: 95 % intervals" if banded else "")
     _label(ax, title, _budget_label(rows), "share")
     _legend(ax, loc="best")
 

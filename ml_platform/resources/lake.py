@@ -135,13 +135,14 @@ class LocalStore:
         with entries:
             for entry in entries:
                 report = f"{name}/{entry.name}/{REPORT_NAME}"
-                with suppress(FileNotFoundError):
-                    # Whatever else somebody named so, such as a link that leads to itself, is no file.
-                    found = self._path(report).stat() if self._path(report).is_file() else None
-                    if found:
-                        # A report is replaced by another file, perhaps of the same size within one tick of the clock.
-                        fingerprint = f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
-                        yield StoredFile(report, found.st_size, fingerprint)
+                path = self._path(report)
+                if not path.is_file():
+                    continue
+                with suppress(FileNotFoundError):  # it vanished while we listed
+                    found = path.stat()
+                    # A report is replaced by another file, perhaps of the same size within one tick of the clock.
+                    fingerprint = f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
+                    yield StoredFile(report, found.st_size, fingerprint)
 
     def read(self, name: str) -> bytes:
         return self._path(name).read_bytes()
