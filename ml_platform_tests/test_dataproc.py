@@ -919,17 +919,22 @@ class RunProcess:
             time.sleep(0.02)
 
     def tell(self, number: int) -> None:
-        """Send a signal and wait for the end; send it again if nothing happens, as who stops a run would.
-
-        What the handler of a signal raises is lost, with "Exception ignored in", in a finalizer or a weak reference's
-        callback: seen in SQLAlchemy's, once in ten runs.
-        """
-        for _ in range(3):
+        """Send a signal and wait for the end; send it again if it was lost, as who stops a run would."""
+        for sent in (1, 2, 3):
             self.process.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
+                self.process.wait(60)
                 return
+            assert self.lost_signals() == sent, self.log.read_text()
         raise AssertionError(self.log.read_text())
+
+    def lost_signals(self) -> int:
+        """How often Python dropped what Dagster's handler of a signal raised, as the log tells.
+
+        It does so in a finalizer and in a weak reference's callback: seen in SQLAlchemy's, once in ten runs.
+        """
+        dropped = r"Exception ignored in.*\n(?:Traceback.*\n(?: .*\n)+)?dagster\S*DagsterExecutionInterruptedError"
+        return len(re.findall(dropped, self.log.read_text()))
 
     def status(self) -> dg.DagsterRunStatus:
         with self.instance() as instance:
@@ -1005,8 +1010,9 @@ def test_a_process_that_is_told_to_stop_clears_up(run_process: Callable[..., Run
         run.wait_for_no_cluster()
         assert len(run.cloud.calls("ClusterService.Delete")) == 1
         assert list(run.lake.reports(CLEANED)) == ["a"]
-        # It went on to the end if it was told while Python could not listen: see `tell`.
-        assert run.status() in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS), run.log.read_text()
+        # One that was not heard ends as if nobody had told it.
+        expected = dg.DagsterRunStatus.SUCCESS if run.lost_signals() else dg.DagsterRunStatus.FAILURE
+        assert run.status() == expected, run.log.read_text()
     else:
         assert run.cloud.clusters == {}, run.log.read_text()
         assert run.status() in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
