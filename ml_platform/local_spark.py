@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spark_jobs.runtime import START_PROPERTIES
+
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
@@ -48,7 +50,9 @@ def default_spark_config(master: str, driver_memory: str | None = None) -> dict[
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
         }
-    return config | {
+    return {
+        **config,
+        **START_PROPERTIES,
         "spark.driver.memory": driver_memory or f"{default_driver_memory_mb()}m",
         "spark.driver.defaultJavaOptions": java_options(CLASS_ARCHIVE),
     }

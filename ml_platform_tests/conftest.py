@@ -84,9 +84,12 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """One Spark session for all tests, set up as the jobs set up theirs."""
     from spark_jobs import runtime
 
-    config = default_spark_config("local[2]", "2g")
-    warehouse = {"spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse"))}
-    session = local_session("ml_platform_tests", config | warehouse)
+    config = default_spark_config("local[2]", "2g") | {
+        "spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse")),
+        # The default, 200, is work for minutes on a handful of rows. A job says how many it wants.
+        "spark.sql.shuffle.partitions": "3",
+    }
+    session = local_session("ml_platform_tests", config)
     runtime.configure(session)
     yield session
     session.stop()

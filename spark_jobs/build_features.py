@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from spark_jobs import blocks, runtime
-from spark_jobs.features import FEATURE_COLUMNS, FEATURES, HISTORY_DAYS, REGISTRY
+from spark_jobs.features import FEATURE_COLUMNS, FEATURES, HISTORY_DAYS, REGISTRY, REPEATING
 from spark_jobs.schema import CLEANED_COLUMNS, REPORT_NAME, SCHEMA_VERSION, ddl
 from spark_jobs.windows import NO_KEY, over_history
 
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 #: Raw text behind the rows that one Python process holds at a time, about a quarter of a million, 250 MB in all.
 BYTES_PER_TASK = 16 << 20
+
+PARQUET_OPTIONS = {
+    # To look for repetitions among measurements costs a sixth of the job and saves no space.
+    "parquet.enable.dictionary": "false",
+    # Where values do repeat, dictionaries save 7 % of the job. Unknown to Spark 3.0.
+    **{f"parquet.enable.dictionary#{name}": "true" for name in REPEATING},
+}
 
 #: The columns that a row is carried in: name, numpy type. `tx_unix_seconds` is the instant.
 ROW_LAYOUT = (
@@ -84,8 +91,7 @@ def build_partition(spark: SparkSession, item: dict[str, Any], run_id: str) -> d
     tallies = runtime.gathering(spark)
     tasks = whole_rounds(spark, -(-item["cleaned_bytes"] // BYTES_PER_TASK))
     features = add_features(rows, tasks=tasks, tell=tallies.add)
-    # Most columns are measurements: looking for repetitions among them costs a sixth of the job and saves no space.
-    features.write.mode("overwrite").option("parquet.enable.dictionary", "false").parquet(item["output_uri"])
+    features.write.mode("overwrite").options(**PARQUET_OPTIONS).parquet(item["output_uri"])
     if len(tallies.value) != tasks:
         raise RuntimeError(f"{len(tallies.value)} of {tasks} tasks told what they wrote")
     counts = {name: sum(tally[name] for tally in tallies.value) for name in ("rows", "fraud_rows", "unusable_rows")}

@@ -291,3 +291,9 @@ FEATURE_COLUMNS = tuple(
 
 #: Days of history before its first row that a partition needs.
 HISTORY_DAYS = max(feature.days for feature in REGISTRY)
+
+#: Columns whose values repeat, being counts, shares of few rows or labels: Parquet keeps them as a dictionary.
+REPEATING = (
+    *("tx_time_days", "tx_fraud", "tx_fraud_scenario"),
+    *[feature.name for feature in REGISTRY if feature.unit in ("0 or 1", "frauds", "share", "transactions")],
+)

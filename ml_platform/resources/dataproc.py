@@ -39,6 +39,7 @@ from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.spark import SparkEngine, job_file
 from ml_platform.run_processes import fail_dead_runs, note_process
 from ml_platform.sizing import choose_nodes, cores_of, expected_seconds
+from spark_jobs.runtime import START_PROPERTIES
 
 CLUSTER_ID_TAG = "ml_platform/cluster_id"
 CLUSTER_NAME_TAG = "ml_platform/cluster_name"
@@ -50,6 +51,7 @@ HOUR_S = 3600
 
 #: Spark properties of each job.
 JOB_PROPERTIES = {
+    **START_PROPERTIES,
     # In cluster mode the driver would be somewhere in YARN, and its log not in the job's.
     "spark.submit.deployMode": "client",
     # A rename on S3 is a copy: version 2 makes half as many. See docs/s3.md.
