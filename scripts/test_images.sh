@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs the tests of spark_jobs, and a pass from raw files to scored rows, in environments that copy the cluster's images
 # (ml_platform_tests/images/*.txt), and holds what they make of the same raw files against what .venv makes of them.
-# PYTHON38 names a Python 3.8. TESTS chooses among the tests: paths and options of pytest.
+# PYTHON38 names a Python 3.8.
 # Exits with 3 if there is no Python 3.8. Called by `make test-images`, which sets JAVA_HOME for .venv.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,7 +11,6 @@ unset PYTHONHOME PYTHONPATH SPARK_HOME
 images="2.0 2.1"
 # For JVMs that live a minute or two: without the second compiler they need two thirds of the time.
 short_lived="-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-tests=${TESTS:-ml_platform_tests/spark}
 
 say() { printf 'test-images: %s\n' "$*" >&2; }
 
@@ -66,9 +65,8 @@ in_image() {
 }
 
 run_tests() {
-    # shellcheck disable=SC2086 # TESTS is a list
     in_image "$1" -m pytest -p ml_platform_tests.images.session -p no:cacheprovider \
-        --confcutdir=ml_platform_tests/spark $tests
+        --confcutdir=ml_platform_tests/spark ml_platform_tests/spark
 }
 
 make_all() { in_image "$1" -m $full_pass make "$work/raw" "$work/$1"; }
