@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from spark_jobs.windows import Array, Columns, History
 
-#: Raw text behind the rows that one Python process holds at a time, about a quarter of a million, 250 MB in all.
+#: Raw text behind the rows that one Python process holds at a time, about a quarter of a million, 400 MB in all.
 BYTES_PER_TASK = 16 << 20
 
 PARQUET_OPTIONS = {
