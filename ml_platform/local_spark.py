@@ -50,8 +50,7 @@ def default_spark_config(master: str, driver_memory: str | None = None) -> dict[
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
         }
-    return {
-        **config,
+    return config | {
         **START_PROPERTIES,
         "spark.driver.memory": driver_memory or f"{default_driver_memory_mb()}m",
         "spark.driver.defaultJavaOptions": java_options(CLASS_ARCHIVE),

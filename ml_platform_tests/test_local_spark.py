@@ -6,12 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ml_platform import class_archive
 from ml_platform.dev_cloud.spark_submit import spark_home
 from ml_platform.local_spark import CLASS_ARCHIVE, GARBAGE_COLLECTOR, default_spark_config, java_options
+from spark_jobs.runtime import START_PROPERTIES
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 
 def java_command(config: dict[str, str]) -> list[str]:
@@ -84,3 +89,14 @@ def test_a_failure_is_said_in_one_line_and_remembered(
     assert (tmp_path / "spark.jsa").read_bytes() == b""
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("Spark's class archive was not made; each start of Spark takes longer: ")
+
+
+@pytest.mark.spark
+def test_workers_of_python_keep_freed_memory(spark: SparkSession) -> None:
+    prefix = "spark.executorEnv."
+    wanted = {name[len(prefix) :]: value for name, value in START_PROPERTIES.items()}
+
+    def environment(_: int) -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in wanted}
+
+    assert spark.sparkContext.parallelize([0], 1).map(environment).collect() == [wanted]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from spark_jobs import build_features
+from spark_jobs import build_features, runtime
 from spark_jobs.features import FEATURES, HIGH_RATIO, HISTORY_DAYS, LABEL_DELAY_DAYS, REGISTRY, REPEATING, WINDOW_DAYS
 from spark_jobs.schema import CLEANED_COLUMNS, SCHEMA_VERSION, ddl
 from spark_jobs.windows import DAY_S, NO_KEY, History
@@ -265,7 +265,7 @@ def test_columns_of_repeating_values_alone_have_dictionaries(partitions: Partiti
     group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
     columns = [group.column(number) for number in range(group.num_columns)]
     found = {column.path_in_schema for column in columns if column.has_dictionary_page}
-    assert found == (set() if partitions.spark.version < "3.1" else set(REPEATING))
+    assert found == (set() if runtime.spark_version(partitions.spark) < (3, 1) else set(REPEATING))
 
 
 def test_a_row_is_the_same_alone_in_a_range_and_after_its_history_was_built_again(partitions: Partitions) -> None:
