@@ -251,7 +251,7 @@ def kept_rows(
     moved = blocks.exchange(blocks.map_text(texts, shuffled, blocks.BLOCK_SCHEMA, PADDING), partitions)
     # pandas has no NULL integer and slow timestamps: both come out as plain integers.
     kinds = {name: "bigint" if kind == "timestamp" else kind for name, kind, _ in CLEANED_COLUMNS}
-    rows = blocks.map_blocks(moved, written, ", ".join(f"{name} {kind}" for name, kind in kinds.items()))
+    rows = blocks.map_blocks(moved, written, blocks.schema(kinds.items()))
     restored = {
         "tx_datetime": "CAST(tx_datetime AS TIMESTAMP)",
         "customer_id": f"IF(customer_id = {NO_KEY}, NULL, customer_id)",
