@@ -49,6 +49,9 @@ def default_spark_config(master: str, driver_memory: str | None = None) -> dict[
             # Nothing here is served to others; without this Spark wants a host name that resolves.
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
+            # Not by TCP, over which Java and a worker with each other's buffers full came to wait for ever (once, on
+            # Linux 6.18). Unknown to Spark before 4.1.
+            "spark.python.unix.domain.socket.enabled": "true",
         }
     return config | {
         **START_PROPERTIES,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,6 +91,18 @@ def test_a_failure_is_said_in_one_line_and_remembered(
     assert (tmp_path / "spark.jsa").read_bytes() == b""
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("Spark's class archive was not made; each start of Spark takes longer: ")
+
+
+@pytest.mark.spark
+def test_workers_of_python_are_reached_without_tcp(spark: SparkSession) -> None:
+    def families(_: int) -> list[str]:
+        found = set()
+        for descriptor in range(3, 100):
+            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                found.add(connection.family.name)
+        return sorted(found)
+
+    assert spark.sparkContext.parallelize([0], 1).map(families).collect() == [["AF_UNIX"]]
 
 
 @pytest.mark.spark
