@@ -32,7 +32,6 @@ def main() -> None:
 def measure(raw: list[Path], work: Path, workers: int) -> list[dict[str, Any]]:
     """Seconds of each job on so many workers of one core; the second time that it runs."""
     directory = work / f"{workers} workers"
-    directory.mkdir(parents=True)
     with StandaloneCluster(directory, {}, workers=workers, memory_mb=EXECUTOR_MEMORY_MB) as cluster:
         config = default_spark_config(cluster.master) | {
             "spark.executor.memory": f"{EXECUTOR_MEMORY_MB}m",

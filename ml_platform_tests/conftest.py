@@ -14,8 +14,6 @@ import pytest
 from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.local_spark import default_spark_config, local_session
 from ml_platform.resources.lake import LakeResource
-from ml_platform_tests.standalone import StandaloneCluster
-from ml_platform_tests.world import SHORT_LIVED_JAVA
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -112,10 +110,3 @@ def s3(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> LocalS3:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
-
-
-@pytest.fixture(scope="session")
-def standalone_cluster(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandaloneCluster]:
-    """A Spark cluster of one master and two workers, which may use the S3 server."""
-    with StandaloneCluster(tmp_path_factory.mktemp("cluster"), s3_server.environment() | SHORT_LIVED_JAVA) as cluster:
-        yield cluster

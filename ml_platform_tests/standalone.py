@@ -28,6 +28,7 @@ class StandaloneCluster:
         self.master = ""
 
     def __enter__(self) -> StandaloneCluster:
+        self.directory.mkdir(exist_ok=True)
         with self._stack:
             port = free_port()
             self.master = f"spark://127.0.0.1:{port}"

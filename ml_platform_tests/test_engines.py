@@ -112,17 +112,21 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "local":
         yield request.getfixturevalue("local")
     elif request.param == "standalone":
-        cluster: StandaloneCluster = request.getfixturevalue("standalone_cluster")
-        settings = bucket_settings(request.getfixturevalue("s3_server"), "engines") | {
-            "SPARK_MASTER": cluster.master,
-            "SPARK_LOCAL_IP": "127.0.0.1",
-            "PYSPARK_PYTHON": sys.executable,
-        }
+        # Its executors have neither the project nor the connector for S3: the driver brings both.
+        server: LocalS3 = request.getfixturevalue("s3_server")
+        with StandaloneCluster(directory / "cluster", server.environment() | SHORT_LIVED_JAVA) as cluster:
+            settings = bucket_settings(server, "engines") | {
+                "SPARK_MASTER": cluster.master,
+                "SPARK_LOCAL_IP": "127.0.0.1",
+                "PYSPARK_PYTHON": sys.executable,
+            }
 
-        def executors() -> int:
-            return len(list(cluster.directory.glob("worker-*/app-*/*/stderr")))
+            def executors() -> int:
+                return len(list(cluster.directory.glob("worker-*/app-*/*/stderr")))
 
-        yield prepare(EngineWorld(directory, overrides=settings, truths={}, left_over=list, started=executors))
+            yield prepare(
+                EngineWorld(directory / "world", overrides=settings, truths={}, left_over=list, started=executors)
+            )
     else:
         with DevCloud(directory / "cloud", SHORT_LIVED_JAVA, create_seconds=1, delete_seconds=1) as cloud:
             settings = cloud.environment() | {"DATAPROC_POLL_S": "1"}

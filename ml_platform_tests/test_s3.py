@@ -39,7 +39,7 @@ from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
 from ml_platform.resources.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
 from ml_platform.simulator import Simulation
-from ml_platform_tests.standalone import StandaloneCluster
+from ml_platform_tests.world import SHORT_LIVED_JAVA, wait_until
 
 PROJECT = Path(__file__).resolve().parent.parent
 SIMULATION = Simulation(days_per_file=10, customers=200, terminals=200, radius=10, fault_rate=300, seed=5)
@@ -74,14 +74,6 @@ def executable(path: Path, script: str) -> Path:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return path
-
-
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain until {what}"
-        time.sleep(0.02)
-    return value
 
 
 def with_real_go_missing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
@@ -656,6 +648,7 @@ class Deployment:
             "ML_PLATFORM_LAKE_URI": self.lake_uri,
             "PYTHONPATH": str(PROJECT),
             "SPARK_DRIVER_MEMORY": "1g",
+            **SHORT_LIVED_JAVA,
         }
         return subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -778,33 +771,6 @@ class TestSpark:
         assert s3_server.secret_key not in output
         check_lake(s3_server, bucket, expected, tmp_path / "copy")
 
-    def test_a_cluster_of_two_workers(
-        self,
-        s3_server: LocalS3,
-        standalone_cluster: StandaloneCluster,
-        bucket: str,
-        raw_directory: Path,
-        expected: Path,
-        tmp_path: Path,
-    ):
-        """The executors have neither the project nor the connector; the driver brings both."""
-        upload_raw(s3_server, bucket, raw_directory)
-        environment = s3_server.environment() | {
-            "SPARK_MASTER": standalone_cluster.master,
-            "SPARK_LOCAL_IP": "127.0.0.1",
-            "PYSPARK_PYTHON": sys.executable,
-        }
-
-        def executors() -> int:
-            return len(list(standalone_cluster.directory.glob("worker-*/app-*/*/stderr")))
-
-        of_other_tests = executors()
-        user = Deployment(tmp_path / "user", f"s3://{bucket}/raw", f"s3://{bucket}/lake", environment)
-        user.register()
-        user.run(*user.materialize("cleaned_transactions,transaction_features", f"{KEYS[0]}...{KEYS[1]}"))
-        check_lake(s3_server, bucket, expected, tmp_path / "copy")
-        assert executors() - of_other_tests == 2
-
     def test_an_endpoint_that_dies_leaves_no_partition(
         self, real_s3: S3Server, raw_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
@@ -814,7 +780,7 @@ class TestSpark:
         user.register()
         partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={KEYS[0]}"
         with user.start(*user.materialize("cleaned_transactions", KEYS[0])) as process:
-            wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", 120)
+            wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", pause=0.02)
             real_s3.kill()
             killed = time.monotonic()
             output, _ = process.communicate(timeout=240)
