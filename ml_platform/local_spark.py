@@ -49,10 +49,11 @@ def default_spark_config(master: str, driver_memory: str | None = None) -> dict[
             # Nothing here is served to others; without this Spark wants a host name that resolves.
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
-            # Not by TCP, over which Java and a worker with each other's buffers full came to wait for ever (once, on
-            # Linux 6.18). Unknown to Spark before 4.1.
-            "spark.python.unix.domain.socket.enabled": "true",
         }
+    if master.startswith(("local", "spark://")):
+        # Java and Python's workers not by TCP, over which both, their buffers full of each other's rows, came to wait
+        # for ever (once, on Linux 6.18). Unknown to Spark before 4.1. YARN's directories are too deep for such sockets.
+        config["spark.python.unix.domain.socket.enabled"] = "true"
     return config | {
         **START_PROPERTIES,
         "spark.driver.memory": driver_memory or f"{default_driver_memory_mb()}m",

@@ -270,7 +270,7 @@ WEAK = [{"learner": "logistic_regression", "grid": {"regParam": [100.0], "elasti
 
 
 #: One that learns, in seconds.
-FAIR = [{"learner": "logistic_regression", "grid": {"regParam": [0.0], "maxIter": [50]}}]
+FAIR = [{"learner": "logistic_regression", "grid": {"regParam": [0.0], "maxIter": [15]}}]
 
 
 def retrain(world: World, candidates: list[dict[str, Any]]) -> dict[str, Any]:
