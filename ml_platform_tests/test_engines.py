@@ -10,9 +10,11 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -80,6 +82,27 @@ class EngineWorld(World):
         found = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
         return sorted(found, key=lambda row: json.dumps(row, default=str, sort_keys=True))
 
+    def changed(self) -> dict[str, datetime]:
+        """When each file of the lake was last written."""
+        import boto3
+
+        place = urlsplit(self.settings["ML_PLATFORM_LAKE_URI"])
+        if place.scheme != "s3":
+            files = [file for file in self.lake.rglob("*") if file.is_file()]
+            return {str(file.relative_to(self.lake)): datetime.fromtimestamp(file.stat().st_mtime) for file in files}
+        prefix = place.path.strip("/") + "/"
+        with mock.patch.dict(os.environ, self.overrides):
+            # A session of its own: the default one keeps the credentials of an earlier test.
+            pages = (
+                boto3.Session()
+                .client("s3")
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=place.netloc, Prefix=prefix)
+            )
+            return {
+                item["Key"].removeprefix(prefix): item["LastModified"] for page in pages for item in page["Contents"]
+            }
+
 
 def bucket_settings(server: LocalS3, bucket: str) -> dict[str, str]:
     server.client().create_bucket(Bucket=bucket)
@@ -119,6 +142,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 "SPARK_MASTER": cluster.master,
                 "SPARK_LOCAL_IP": "127.0.0.1",
                 "PYSPARK_PYTHON": sys.executable,
+                "HOME": os.environ["HOME"],  # where Spark's connector may have been downloaded before
             }
 
             def executors() -> int:
@@ -155,6 +179,17 @@ def test_rows_are_the_same_on_every_engine(world: EngineWorld, local: EngineWorl
             wanted = local.rows(table, key, tmp_path / "local")
             assert wanted
             assert world.rows(table, key, tmp_path / "copy") == wanted
+
+
+def test_the_report_comes_last_and_nothing_temporary_stays(world: EngineWorld) -> None:
+    changed = world.changed()
+    assert not [name for name in changed if "_temporary" in name]
+    for table in (CLEANED, FEATURES):
+        for key in KEYS:
+            directory = f"{table}/raw_file={key}"
+            rows = [at for name, at in changed.items() if name.startswith(f"{directory}/part-")]
+            assert rows
+            assert max(rows) <= changed[f"{directory}/_report.json"]
 
 
 def test_requests_and_reports_are_kept(world: EngineWorld) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -17,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import dagster as dg
 import pytest
@@ -33,17 +33,15 @@ from ml_platform.dev_cloud.s3_server import (
     build_versitygw,
     start_s3_server,
 )
-from ml_platform.partitions import raw_files
 from ml_platform.resources import lake as lake_module
-from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource, StorageError, open_store
+from ml_platform.resources.lake import CLEANED, LakeResource, StorageError, open_store
 from ml_platform.resources.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
 from ml_platform.simulator import Simulation
-from ml_platform_tests.world import SHORT_LIVED_JAVA, wait_until
+from ml_platform_tests.world import World, materialize_command, no_process_left, wait_until
 
 PROJECT = Path(__file__).resolve().parent.parent
 SIMULATION = Simulation(days_per_file=10, customers=200, terminals=200, radius=10, fault_rate=300, seed=5)
-KEYS = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(2)]
 CONNECTION = s3a.S3Connection("https://s3.example.org", "ru-central1")
 
 
@@ -626,172 +624,59 @@ class TestJars:
 # --- Spark -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Deployment:
-    """A user's settings, and Dagster's own command under them."""
+@dataclass(frozen=True)
+class S3World(World):
+    """A world whose raw files and lake are in a bucket."""
 
-    directory: Path
-    raw_uri: str
-    lake_uri: str
-    environment: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, str] = field(kw_only=True)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "JAVA_HOME") if name in os.environ}
-        (self.directory / "home").mkdir(exist_ok=True)
-        settings = {
-            "DAGSTER_HOME": str(self.directory / "home"),
-            "DAGSTER_DISABLE_TELEMETRY": "true",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_TRACKING_URI": f"sqlite:///{self.directory / 'mlflow.db'}",
-            "ML_PLATFORM_RAW_URI": self.raw_uri,
-            "ML_PLATFORM_LAKE_URI": self.lake_uri,
-            "PYTHONPATH": str(PROJECT),
+    @property
+    def settings(self) -> dict[str, str]:
+        return {
+            "ML_PLATFORM_RAW_URI": "s3://own-bucket/raw",
+            "ML_PLATFORM_LAKE_URI": "s3://own-bucket/lake",
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
             "SPARK_DRIVER_MEMORY": "1g",
-            **SHORT_LIVED_JAVA,
+            "HOME": os.environ["HOME"],  # where Spark's connector may have been downloaded before
+            **self.overrides,
         }
-        return subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=self.directory,
-            env=kept | settings | self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *arguments: str, timeout_s: float = 300) -> str:
-        """Output of a command that must succeed."""
-        with self.start(*arguments) as process:
-            output, _ = process.communicate(timeout=timeout_s)
-        assert process.returncode == 0, output[-5000:]
-        return output
-
-    def register(self) -> None:
-        """What `ml-platform sync` does, without its seconds."""
-        (self.directory / "home").mkdir(parents=True, exist_ok=True)
-        home = {"DAGSTER_HOME": str(self.directory / "home")}
-        with mock.patch.dict(os.environ, home), dg.DagsterInstance.get() as instance:
-            instance.add_dynamic_partitions(str(raw_files.name), KEYS)
-
-    def materialize(self, assets: str, keys: str) -> list[str]:
-        which = ["--partition-range", keys] if "..." in keys else ["--partition", keys]
-        return ["dagster", "asset", "materialize", "-m", "ml_platform.definitions", "--select", assets, *which]
-
-
-def rows(directory: Path, table: str) -> list[list[dict[str, Any]]]:
-    """The rows of a table in a copy of a lake, by partition, in order."""
-    import pyarrow.parquet as pq
-
-    tables = []
-    for key in KEYS:
-        # One by one: pyarrow would take the directory's name for a column.
-        files = sorted((directory / table / f"raw_file={key}").glob("*.parquet"))
-        found = [row for file in files for row in pq.ParquetFile(file).read().to_pylist()]
-        tables.append(sorted(found, key=lambda row: json.dumps(row, default=str, sort_keys=True)))
-    return tables
-
-
-def comparable(report: dict[str, Any]) -> dict[str, Any]:
-    """What two reports of the same data agree on."""
-    left_out = {"run_id", "seconds", "raw", "inputs"}
-    return {name: value for name, value in report.items() if name not in left_out}
-
-
-@pytest.fixture(scope="module")
-def raw_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("raw")
-    for index, key in enumerate(KEYS):
-        with (directory / f"{key}.txt").open("wb") as file:
-            SIMULATION.write_file(index, file)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, raw_directory: Path) -> Path:
-    """The lake that two raw files give on local directories."""
-    directory = tmp_path_factory.mktemp("local")
-    local = Deployment(directory, str(raw_directory), str(directory / "lake"))
-    local.register()
-    local.run(*local.materialize("cleaned_transactions,transaction_features", f"{KEYS[0]}...{KEYS[1]}"))
-    return directory / "lake"
-
-
-def check_lake(server: LocalS3, bucket: str, expected: Path, target: Path) -> None:
-    """The lake in the bucket is the expected one, and in each partition the report is what came last."""
-    with mock.patch.dict(os.environ, server.environment()):
-        store = open_store(f"s3://{bucket}/lake")
-        for table in (CLEANED, REJECTED, FEATURES):
-            store.download(table, target / table)
-        lake = LakeResource(raw_uri=f"s3://{bucket}/raw", lake_uri=f"s3://{bucket}/lake", epoch="2019-08-22")
-        local = LakeResource(raw_uri=str(target), lake_uri=str(expected), epoch="2019-08-22")
-        for table in (CLEANED, FEATURES):
-            found = {key: comparable(report) for key, report in lake.reports(table).items()}
-            assert found == {key: comparable(report) for key, report in local.reports(table).items()}
-            assert list(found) == KEYS
-    for table in (CLEANED, REJECTED, FEATURES):
-        wanted = rows(expected, table)
-        assert all(wanted), table
-        assert rows(target, table) == wanted
-    pages = server.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="lake/")
-    changed = {item["Key"]: item["LastModified"] for page in pages for item in page["Contents"]}
-    for table in (CLEANED, FEATURES):
-        for key in KEYS:
-            times = {name: at for name, at in changed.items() if name.startswith(f"lake/{table}/raw_file={key}/p")}
-            assert times
-            assert max(times.values()) <= changed[f"lake/{table}/raw_file={key}/_report.json"]
-    assert not [name for name in changed if "_temporary" in name]
-
-
-def upload_raw(server: LocalS3, bucket: str, raw_directory: Path) -> None:
-    for path in raw_directory.iterdir():
-        server.client().upload_file(str(path), bucket, f"raw/{path.name}")
 
 
 @pytest.mark.spark
-class TestSpark:
-    def test_row_for_row_with_a_profile(
-        self, s3_server: LocalS3, bucket: str, raw_directory: Path, expected: Path, tmp_path: Path
-    ):
-        """Credentials, region and endpoint are in files alone: Python and Java find them there."""
-        upload_raw(s3_server, bucket, raw_directory)
-        credentials, config = tmp_path / "credentials", tmp_path / "config"
-        credentials.write_text(
-            f"[fraud]\naws_access_key_id = {s3_server.access_key}\naws_secret_access_key = {s3_server.secret_key}\n"
-        )
-        credentials.chmod(stat.S_IRUSR | stat.S_IWUSR)
-        config.write_text(f"[profile fraud]\nregion = {s3_server.region}\nendpoint_url = {s3_server.endpoint_url}\n")
-        profile = {
-            "AWS_PROFILE": "fraud",
-            "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
-            "AWS_CONFIG_FILE": str(config),
-        }
-        user = Deployment(tmp_path / "user", f"s3://{bucket}/raw", f"s3://{bucket}/lake", profile)
-        user.run("ml_platform.cli", "sync")
-        output = user.run(*user.materialize("cleaned_transactions,transaction_features", f"{KEYS[0]}...{KEYS[1]}"))
-        assert s3_server.secret_key not in output
-        check_lake(s3_server, bucket, expected, tmp_path / "copy")
-
-    def test_an_endpoint_that_dies_leaves_no_partition(
-        self, real_s3: S3Server, raw_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ):
-        use(real_s3, monkeypatch)
-        upload_raw(real_s3, "own-bucket", raw_directory)
-        user = Deployment(tmp_path / "user", "s3://own-bucket/raw", "s3://own-bucket/lake", real_s3.environment())
-        user.register()
-        partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={KEYS[0]}"
-        with user.start(*user.materialize("cleaned_transactions", KEYS[0])) as process:
-            wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", pause=0.02)
-            real_s3.kill()
-            killed = time.monotonic()
-            output, _ = process.communicate(timeout=240)
-            seconds = time.monotonic() - killed
-        assert process.returncode != 0, output[-5000:]
-        assert "AWS_ENDPOINT_URL_S3" in output
-        real_s3.start()
-        lake = LakeResource(raw_uri=user.raw_uri, lake_uri=user.lake_uri, epoch="2019-08-22")
-        assert lake.reports(CLEANED) == {}
-        assert seconds < 120
-        # Nothing of what lies there now is in the way.
-        user.run(*user.materialize("cleaned_transactions", KEYS[0]))
-        assert list(lake.reports(CLEANED)) == KEYS[:1]
-        assert lake.reports(CLEANED)[KEYS[0]]["counts"]["clean_rows"] > 0
+def test_an_endpoint_that_dies_leaves_no_partition(
+    real_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials, region and endpoint are in files alone: Python and Java find them there."""
+    use(real_s3, monkeypatch)
+    key, content = SIMULATION.file_name(0).removesuffix(".txt"), io.BytesIO()
+    truth = SIMULATION.write_file(0, content).counts
+    real_s3.client().put_object(Bucket="own-bucket", Key=f"raw/{key}.txt", Body=content.getvalue())
+    credentials, config = tmp_path / "credentials", tmp_path / "config"
+    credentials.write_text(
+        f"[fraud]\naws_access_key_id = {real_s3.access_key}\naws_secret_access_key = {real_s3.secret_key}\n"
+    )
+    credentials.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    config.write_text(f"[profile fraud]\nregion = {real_s3.region}\nendpoint_url = {real_s3.endpoint_url}\n")
+    profile = {
+        "AWS_PROFILE": "fraud",
+        "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
+        "AWS_CONFIG_FILE": str(config),
+    }
+    user = S3World(tmp_path / "user", overrides=profile)
+    output = user.sync()
+    partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={key}"
+    with no_process_left(user):
+        process = user.start(*materialize_command(CLEANED, key, key), log=tmp_path / "log")
+        wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", pause=0.02)
+        real_s3.kill()
+        assert process.wait(120) != 0
+    output += (tmp_path / "log").read_text()
+    assert "AWS_ENDPOINT_URL_S3" in output
+    real_s3.start()
+    lake = LakeResource(raw_uri="s3://own-bucket/raw", lake_uri="s3://own-bucket/lake", epoch="2019-08-22")
+    assert lake.reports(CLEANED) == {}
+    # Nothing of what lies there now is in the way.
+    output += user.materialize(CLEANED, key, key)
+    counts = lake.reports(CLEANED)[key]["counts"]
+    assert {name: counts[name] for name in truth} == truth
+    assert real_s3.secret_key not in output
