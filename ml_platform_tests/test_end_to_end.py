@@ -498,7 +498,7 @@ def test_check_names_the_files_that_are_all_rejects(hostile: tuple[World, str, s
 
 # --- interruption ------------------------------------------------------------------------------------------------
 
-COPIES = 30
+COPIES = 20
 
 
 def test_interrupted_cleaning_leaves_nothing_that_counts(tmp_path: Path, raw_files: RawFiles) -> None:
