@@ -88,20 +88,14 @@ class EngineWorld(World):
 
         place = urlsplit(self.settings["ML_PLATFORM_LAKE_URI"])
         if place.scheme != "s3":
-            files = [file for file in self.lake.rglob("*") if file.is_file()]
-            return {str(file.relative_to(self.lake)): datetime.fromtimestamp(file.stat().st_mtime) for file in files}
+            paths = [path for path in self.lake.rglob("*") if path.is_file()]
+            return {str(path.relative_to(self.lake)): datetime.fromtimestamp(path.stat().st_mtime) for path in paths}
         prefix = place.path.strip("/") + "/"
         with mock.patch.dict(os.environ, self.overrides):
             # A session of its own: the default one keeps the credentials of an earlier test.
-            pages = (
-                boto3.Session()
-                .client("s3")
-                .get_paginator("list_objects_v2")
-                .paginate(Bucket=place.netloc, Prefix=prefix)
-            )
-            return {
-                item["Key"].removeprefix(prefix): item["LastModified"] for page in pages for item in page["Contents"]
-            }
+            pager = boto3.Session().client("s3").get_paginator("list_objects_v2")
+            files = [item for page in pager.paginate(Bucket=place.netloc, Prefix=prefix) for item in page["Contents"]]
+        return {item["Key"].removeprefix(prefix): item["LastModified"] for item in files}
 
 
 def bucket_settings(server: LocalS3, bucket: str) -> dict[str, str]:
@@ -148,9 +142,11 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             def executors() -> int:
                 return len(list(cluster.directory.glob("worker-*/app-*/*/stderr")))
 
-            yield prepare(
+            prepared = prepare(
                 EngineWorld(directory / "world", overrides=settings, truths={}, left_over=list, started=executors)
             )
+            assert executors() == 2, "one of each worker"
+            yield prepared
     else:
         with DevCloud(directory / "cloud", SHORT_LIVED_JAVA, create_seconds=1, delete_seconds=1) as cloud:
             settings = cloud.environment() | {"DATAPROC_POLL_S": "1"}
