@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -173,6 +174,11 @@ def champion_run(trained: Trained) -> tuple[Any, Any]:
     return version, client.get_run(version.run_id)
 
 
+def grid_points(run: Any) -> list[dict[str, Any]]:
+    """What the search tried."""
+    return [json.loads(run.data.params[f"grid.{number}"]) for number in range(12)]
+
+
 def scores_directory(trained: Trained) -> Path:
     return trained.world.lake / "models" / THIRD / trained.run.run_id / "test_scores"
 
@@ -199,7 +205,7 @@ def test_mlflow_and_dagster_name_each_other(trained: Trained) -> None:
 
 def test_mlflow_has_every_grid_point_and_the_winner(trained: Trained) -> None:
     _, run = champion_run(trained)
-    points = [json.loads(run.data.params[f"grid.{number}"]) for number in range(12)]
+    points = grid_points(run)
     assert Counter(point["learner"] for point in points) == {
         "logistic_regression": 9,
         "gbt": 2,
@@ -282,12 +288,16 @@ def retrain(world: World, candidates: list[dict[str, Any]]) -> dict[str, Any]:
 def test_champion_changes_only_for_a_better_model(trained: Trained, tmp_path: Path) -> None:
     """The same data again change nothing; a champion made worse is replaced, one that is better is not."""
     world = trained.world.copy(tmp_path / "gate")
+    shutil.copy(trained.world.root / "mlflow.db", world.root)
     world.sync()
-
-    first = retrain(world, FAIR)
+    version, run = champion_run(trained)
+    point = {name.removeprefix("best."): value for name, value in run.data.params.items() if name.startswith("best.")}
+    point = next(found for found in grid_points(run) if {name: str(value) for name, value in found.items()} == point)
+    winner = [{"learner": point.pop("learner"), "grid": {name: [value] for name, value in point.items()}}]
+    first = trained.world.metadata("fraud_model", THIRD)
     assert (first["promotion"], first["is_champion"]) == ("first_model", True)
 
-    again = retrain(world, FAIR)
+    again = retrain(world, winner)
     assert (again["promotion"], again["is_champion"]) == ("no_difference", False)
     assert again["test_average_precision"] == first["test_average_precision"]
     assert "as the champion" in again["promotion_reasons"]
@@ -295,7 +305,7 @@ def test_champion_changes_only_for_a_better_model(trained: Trained, tmp_path: Pa
     weak = retrain(world, WEAK)
     assert (weak["promotion"], weak["is_champion"]) == ("not_better", False)
     assert "worse" in weak["promotion_reasons"]
-    assert weak["champion_version"] == first["model_version"]
+    assert weak["champion_version"] == int(version.version)
 
     world.run(*ML_PLATFORM, "champion", "set", str(weak["model_version"]), "--why", "made worse on purpose")
     better = retrain(world, FAIR)
