@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from ml_platform.dev_cloud.s3_server import (
     start_s3_server,
 )
 from ml_platform.resources import lake as lake_module
-from ml_platform.resources.lake import CLEANED, LakeResource, StorageError, open_store
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, StorageError, open_store
 from ml_platform.resources.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
 from ml_platform.simulator import Simulation
@@ -624,24 +623,6 @@ class TestJars:
 # --- Spark -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class S3World(World):
-    """A world whose raw files and lake are in a bucket."""
-
-    overrides: dict[str, str] = field(kw_only=True)
-
-    @property
-    def settings(self) -> dict[str, str]:
-        return {
-            "ML_PLATFORM_RAW_URI": "s3://own-bucket/raw",
-            "ML_PLATFORM_LAKE_URI": "s3://own-bucket/lake",
-            "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "SPARK_DRIVER_MEMORY": "1g",
-            "HOME": os.environ["HOME"],  # where Spark's connector may have been downloaded before
-            **self.overrides,
-        }
-
-
 @pytest.mark.spark
 def test_an_endpoint_that_dies_leaves_no_partition(
     real_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -657,12 +638,18 @@ def test_an_endpoint_that_dies_leaves_no_partition(
     )
     credentials.chmod(stat.S_IRUSR | stat.S_IWUSR)
     config.write_text(f"[profile fraud]\nregion = {real_s3.region}\nendpoint_url = {real_s3.endpoint_url}\n")
-    profile = {
+    lake = LakeResource(raw_uri="s3://own-bucket/raw", lake_uri="s3://own-bucket/lake", epoch="2019-08-22")
+    settings = {
         "AWS_PROFILE": "fraud",
         "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
         "AWS_CONFIG_FILE": str(config),
+        "ML_PLATFORM_RAW_URI": lake.raw_uri,
+        "ML_PLATFORM_LAKE_URI": lake.lake_uri,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
+        "SPARK_DRIVER_MEMORY": "1g",
+        "HOME": os.environ["HOME"],  # where Spark's connector may have been downloaded before
     }
-    user = S3World(tmp_path / "user", overrides=profile)
+    user = World(tmp_path / "user", overrides=settings)
     output = user.sync()
     partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={key}"
     with no_process_left(user):
@@ -673,10 +660,10 @@ def test_an_endpoint_that_dies_leaves_no_partition(
     output += (tmp_path / "log").read_text()
     assert "AWS_ENDPOINT_URL_S3" in output
     real_s3.start()
-    lake = LakeResource(raw_uri="s3://own-bucket/raw", lake_uri="s3://own-bucket/lake", epoch="2019-08-22")
     assert lake.reports(CLEANED) == {}
     # Nothing of what lies there now is in the way.
-    output += user.materialize(CLEANED, key, key)
+    output += user.materialize(f"{CLEANED},{FEATURES}", key, key)
     counts = lake.reports(CLEANED)[key]["counts"]
     assert {name: counts[name] for name in truth} == truth
+    assert lake.reports(FEATURES)[key]["counts"]["rows"] == truth["clean_rows"]
     assert real_s3.secret_key not in output

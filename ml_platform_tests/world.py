@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class World:
 
     root: Path
     home_name: str = "dagster home"
+    #: Settings beside, or in place of, those of the directories.
+    overrides: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         self.raw.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ class World:
     @property
     def settings(self) -> dict[str, str]:
         """The platform's settings."""
-        return {"ML_PLATFORM_RAW_URI": str(self.raw), "ML_PLATFORM_LAKE_URI": str(self.lake)}
+        return {"ML_PLATFORM_RAW_URI": str(self.raw), "ML_PLATFORM_LAKE_URI": str(self.lake), **self.overrides}
 
     @property
     def environment(self) -> dict[str, str]:

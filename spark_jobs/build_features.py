@@ -31,7 +31,7 @@ PARQUET_OPTIONS = {
     **{f"parquet.enable.dictionary#{name}": "true" for name in REPEATING},
     # A third less time to compress than with 3, the default, and 4 % more bytes.
     "parquet.compression.codec.zstd.level": "1",
-    # Counted value by value, and of no use without NULLs and texts. Unknown to Spark before 4.1.
+    # Counted value by value, and of no use without NULLs and texts. Unknown to the clusters' Spark.
     "parquet.size.statistics.enabled": "false",
 }
 
