@@ -81,5 +81,5 @@ clean: ## remove .venv, data, Dagster's state and caches
 	rm -rf .audit .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-constraints: setup ## renew constraints.txt for changed dependencies (UV_ARGS=--upgrade: all of them)
+constraints: ## renew constraints.txt for changed dependencies (UV_ARGS=--upgrade: all of them)
 	@sh scripts/constraints.sh

@@ -8,6 +8,7 @@ rows and counts. Memory is the largest sum of resident memory over a process and
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -117,27 +118,19 @@ def warm_job(spark: SparkSession, raw: Path, work: Path) -> dict[str, Any]:
 
 
 def make_done(raw: Path, work: Path, files: int) -> None:
-    """Put rows of `files` files into the predecessor's CLEANED, under other ids, as it would have left them."""
-    import shutil
+    """Put `files` files into the predecessor's CLEANED: what it made of the new one, as often.
 
-    import duckdb
-
-    out = work / "old_pipeline"
+    So they are in the order that its search for duplicates left, which takes longer to read and to write than the
+    order of the raw file. That their ids are the same costs nothing: it never compared files.
+    """
+    left, out = work / "left", work / "old_pipeline"
+    if not left.exists():
+        _process("old_pipeline", raw, left)
     shutil.rmtree(out, ignore_errors=True)
     (out / "CLEANED").mkdir(parents=True)
-    con = duckdb.connect()
-    con.execute("SET TimeZone = 'UTC'")
-    for index in range(files):
-        con.execute(
-            f"""
-            COPY (
-                SELECT * REPLACE (
-                    transaction_id - {(index + 1) * 10**9} AS transaction_id, tx_time_days::BIGINT AS tx_time_days,
-                    coalesce(terminal_id, 0) AS terminal_id, coalesce(customer_id, 999999) AS customer_id
-                ) FROM read_parquet('{work}/platform/cleaned_transactions/*/*.parquet', hive_partitioning = false)
-            ) TO '{out}/CLEANED/part-{index}.parquet' (FORMAT parquet, COMPRESSION snappy)
-            """
-        )
+    for file in (left / "CLEANED").glob("*.parquet"):
+        for index in range(files):
+            shutil.copy(file, out / "CLEANED" / f"{index}-{file.name}")
 
 
 def _process(name: str, raw: Path, out: Path) -> tuple[dict[str, Any], dict[str, int]]:

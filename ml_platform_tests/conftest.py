@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ def pytest_configure() -> None:
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]
     os.environ.update(TELEMETRY_OFF | FORK_TO_EXEC)
+    # A script's background job ignores SIGINT. Dagster gives SIGTERM the handler of SIGINT, what it starts inherits
+    # that, and runs wait half a minute for each `tail` that is then told in vain to end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

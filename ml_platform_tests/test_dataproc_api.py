@@ -124,10 +124,9 @@ def test_a_call_may_be_interrupted_at_any_instant(cloud: FakeDataproc):
 def test_a_call_that_was_interrupted_ends_before_the_next_begins():
     """Else a cluster could be created after nobody was found by its name."""
     ended: list[str] = []
-    begun, released = threading.Event(), threading.Event()
+    released = threading.Event()
 
     def create() -> None:
-        begun.set()
         released.wait(30)
         ended.append("create")
 
@@ -135,7 +134,8 @@ def test_a_call_that_was_interrupted_ends_before_the_next_begins():
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGUSR1, interrupt)
-    threading.Thread(target=lambda: begun.wait(10) and os.kill(os.getpid(), signal.SIGUSR1)).start()
+    # Not at once: what comes as the main thread is about to wait, Python handles when it has waited.
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGUSR1]).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             dataproc_api._uninterrupted(create)

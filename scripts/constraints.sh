@@ -4,6 +4,10 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+# An environment that is there stays as it is: it may not fit pyproject.toml before the constraints are renewed.
+[ -x .venv/bin/python ] || sh scripts/setup.sh
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+
 new=$(mktemp)
 trap 'rm -f "$new"' EXIT
 cp constraints.txt "$new"
