@@ -1,8 +1,9 @@
 """What cleaning one new file costs: this platform, its predecessor with files already done, DuckDB and Polars.
 
-Each is timed as a whole process, and the platform's job in a warm session, too; the rounds are interleaved, so that a
-disturbance of the machine meets all of them. First it is checked that the platform, DuckDB and Polars give the same
-rows and counts. Memory is the largest sum of resident memory over a process and its children, sampled.
+Each is timed as a whole process, with nothing beside it, and the platform's job in a warm session, too; the rounds are
+interleaved, so that a disturbance of the machine meets all of them. First it is checked that the platform, DuckDB and
+Polars give the same rows and counts. Memory is the largest sum of resident memory over a process and its children,
+sampled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import cleaners
 from benchmarks.common import (
@@ -26,14 +27,9 @@ from benchmarks.common import (
     say,
     simulate,
     simulation,
-    spark_session,
     work_directory,
     write_results,
 )
-from ml_platform.bare_jobs import clean
-
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
 
 WARM = "this platform, warm job"
 PLATFORM = "this platform"
@@ -87,16 +83,13 @@ def require_equal_results(raw: Path, work: Path) -> None:
 
 def measure(raw: Path, work: Path, rounds: int, done: list[int]) -> list[dict[str, Any]]:
     """Seconds and memory of each, `rounds` times."""
-    spark = spark_session()
-    for _ in range(2):
-        warm_job(spark, raw, work)
 
     def old(files: int) -> dict[str, Any]:
         make_done(raw, work, files)
         return _process("old_pipeline", raw, work / "old_pipeline")[0]
 
     contestants: dict[str, Callable[[], dict[str, Any]]] = {
-        WARM: lambda: warm_job(spark, raw, work),
+        WARM: lambda: {**_process("warm_job", raw, work / "warm")[1], "memory_mb": None},
         PLATFORM: lambda: _process("platform", raw, work / "platform")[0],
         **{f"its predecessor, {files} files done": lambda files=files: old(files) for files in done},  # type: ignore[misc]
         "DuckDB": lambda: _process("duckdb", raw, work / "duckdb")[0],
@@ -108,13 +101,6 @@ def measure(raw: Path, work: Path, rounds: int, done: list[int]) -> list[dict[st
             results.append({"name": name, **run()})
             say(f"round {number + 1}: {results[-1]}")
     return results
-
-
-def warm_job(spark: SparkSession, raw: Path, work: Path) -> dict[str, Any]:
-    """Seconds of the platform's job in a session that has run before."""
-    started = time.monotonic()
-    counts = clean(spark, [raw], work / "warm", EPOCH)[raw.stem]["counts"]
-    return {"rows": counts["raw_rows"], "seconds": time.monotonic() - started, "memory_mb": None}
 
 
 def make_done(raw: Path, work: Path, files: int) -> None:

@@ -106,16 +106,19 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     rejected_rows = tally["rejected"] + repeated_headers
     files.delete(item["rejected_uri"])
     if rejected_rows:
-        found = told_lines(spark, rejects.value, tally)
+        told = told_lines(rejects.value, tally, parser, repeated_headers)
         rejects.value.clear()
-        if found is None:
+        if told is not None:
+            compression = str(spark.conf.get("spark.sql.parquet.compression.codec"))
+            files.write(item["rejected_uri"] + "/part-00000.parquet", rejects_file(told, compression))
+        else:
             found = lines_read_again(lines, parser, tally["conflicting_ids"])
-        rejected = with_reasons(found, parser, repeated_headers).repartition(1 + rejected_rows // 1000000)
-        rejected.write.mode("overwrite").parquet(item["rejected_uri"])
-        # A second scan that found other lines would leave rows that do not add up.
-        written = spark.read.schema(ddl(REJECTED_COLUMNS)).parquet(runtime.literal_path(item["rejected_uri"]))
-        if written.count() != rejected_rows:
-            raise RuntimeError("the raw file changed while it was read")
+            rejected = with_reasons(found, parser, repeated_headers).repartition(1 + rejected_rows // 1000000)
+            rejected.write.mode("overwrite").parquet(item["rejected_uri"])
+            # A second scan that found other lines would leave rows that do not add up.
+            written = spark.read.schema(ddl(REJECTED_COLUMNS)).parquet(runtime.literal_path(item["rejected_uri"]))
+            if written.count() != rejected_rows:
+                raise RuntimeError("the raw file changed while it was read")
     _require_size(files, raw)
 
     report = {
@@ -381,13 +384,39 @@ def rejected_lines(
     return [data[offsets[n] : offsets[n + 1]].tobytes().rstrip(b"\r") for n in numbers], reasons[found]
 
 
-def told_lines(spark: SparkSession, told: list[Told], tally: dict[str, Any]) -> DataFrame | None:
-    """The rejected lines as the tasks told them: ``line``, ``rejected``; None if these are not all."""
+def told_lines(
+    told: list[Told], tally: dict[str, Any], parser: Parser, repeated_headers: int
+) -> list[tuple[bytes, int]] | None:
+    """The rejected lines with their reasons (bits), as the tasks told them; None if these are not all.
+
+    A header that stands again further down is a malformed row: all its copies but one, `repeated_headers`.
+    """
     # A task that is tried again tells again.
     lines = [line for task in dict(told).values() for line in task]
-    if tally["conflicting_duplicate"] or len(lines) != tally["rejected"]:
+    if tally["conflicting_duplicate"] or len(lines) != tally["rejected"] or repeated_headers > TOLD_BYTES // LINE_BYTES:
         return None
-    return spark.createDataFrame([(bytearray(line), reasons) for line, reasons in lines], "line binary, rejected int")
+    return lines + [(parser.header or b"", REJECT_BITS["malformed_row"])] * repeated_headers
+
+
+def rejects_file(lines: list[tuple[bytes, int]], compression: str) -> bytes:
+    """A Parquet file of REJECTED_COLUMNS; what `with_reasons` does in Spark, for few lines, without two more jobs."""
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    texts, reasons = [], []
+    for line, bits in lines:
+        try:
+            texts.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            texts.append(line.decode("iso-8859-1"))
+        reasons.append([rule for rule, bit in REJECT_BITS.items() if bits & bit])
+    columns = [pyarrow.array(texts, pyarrow.string()), pyarrow.array(reasons, pyarrow.list_(pyarrow.string()))]
+    content = io.BytesIO()
+    table = pyarrow.Table.from_arrays(columns, names=[name for name, *_ in REJECTED_COLUMNS])
+    parquet.write_table(table, content, compression=compression)
+    return content.getvalue()
 
 
 def lines_read_again(lines: DataFrame, parser: Parser, conflicting_ids: Array) -> DataFrame:

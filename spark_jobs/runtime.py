@@ -219,21 +219,25 @@ class Files:
         fs.delete(path, True)
 
     def write_json(self, uri: str, value: Any) -> None:
-        """Write `value` as JSON. Readers find the whole file or none.
+        """Write `value` as JSON, as `write` does."""
+        self.write(uri, json.dumps(value, indent=1, sort_keys=True).encode("utf-8"))
+
+    def write(self, uri: str, content: bytes) -> None:
+        """Write a file. Readers find the whole file or none.
 
         On S3 an object appears whole, when it is closed; elsewhere the file is renamed into its place.
         """
         fs, path = self._open(uri)
-        content = bytearray(json.dumps(value, indent=1, sort_keys=True).encode("utf-8"))
+        array = bytearray(content)  # which Py4J passes as a byte[]
         if path.toUri().getScheme() == "s3a":
             stream = fs.create(path, True)
-            stream.write(content)
+            stream.write(array)
             stream.close()  # and not after an error: closing is what makes the object
             return
         draft = self._jvm.org.apache.hadoop.fs.Path(path.getParent(), f"_{uuid.uuid4().hex}.tmp")
         stream = fs.create(draft, True)
         try:
-            stream.write(content)
+            stream.write(array)
         finally:
             stream.close()
         fs.delete(path, False)

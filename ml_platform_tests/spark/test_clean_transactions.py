@@ -132,6 +132,14 @@ REJECTED = [
 ]
 
 
+@pytest.fixture(params=["told by the tasks", "read again"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways of the rejected lines: few are written by the driver, many by Spark."""
+    if request.param == "read again":
+        monkeypatch.setattr(clean_transactions, "told_lines", lambda *_: None)
+
+
+@pytest.mark.usefixtures("either_way")
 def test_each_rejected_line_has_its_reason_and_is_kept_as_it_stands(cleaner: Cleaner) -> None:
     counts, rows, rejects = cleaner.clean_lines(GOOD, *[line for _, line, _ in REJECTED])
     assert [row.transaction_id for row in rows] == [5]
@@ -196,6 +204,7 @@ def test_faults_are_mended_from_the_datetime_and_counted(cleaner: Cleaner) -> No
     assert counts["clean_rows"] == counts["raw_rows"] == len(KEPT)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_row_with_two_faults_is_one_rejected_row_with_two_reasons(cleaner: Cleaner) -> None:
     counts, _, rejects = cleaner.clean_lines(good(tx_amount="-1", tx_fraud="3"))
     assert rejects[0].reasons == ["invalid_amount", "invalid_label"]
@@ -328,6 +337,7 @@ def test_an_empty_file_leaves_no_tiny_parts_to_whoever_reads_next(cleaner: Clean
     assert spark.conf.get("spark.sql.files.maxPartitionBytes") == str(128 << 20)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_rejects_keep_every_byte(cleaner: Cleaner) -> None:
     _, _, rejects = cleaner.clean(HEADER + "naïve\n".encode() + b"na\xefve\n\xff\xfe\x00\n")
     texts = {reject.raw_line for reject in rejects}
