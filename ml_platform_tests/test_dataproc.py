@@ -427,7 +427,7 @@ ENDS = [
     ),
     fault(
         "cluster gone under a job",
-        lambda p: p.cloud.script_create(Outcome(vanish_after=30)),
+        lambda p: p.cloud.script_create(Outcome(vanish_after=60)),
         "cluster c9q.* is gone while its job clean-transactions-1 ran",
     ),
     fault(
