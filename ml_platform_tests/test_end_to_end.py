@@ -174,10 +174,11 @@ def champion_run(trained: Trained) -> tuple[Any, Any]:
     return version, client.get_run(version.run_id)
 
 
-def grid(run: Any) -> tuple[list[dict[str, Any]], list[float]]:
-    """What the search tried, and the score of each."""
+def grid(run: Any) -> tuple[list[dict[str, Any]], list[float], dict[str, Any]]:
+    """What the search tried, the score of each, and the one with the highest."""
     points = [json.loads(run.data.params[f"grid.{number}"]) for number in range(12)]
-    return points, [run.data.metrics[f"grid.{number}.validation_average_precision"] for number in range(12)]
+    scores = [run.data.metrics[f"grid.{number}.validation_average_precision"] for number in range(12)]
+    return points, scores, points[scores.index(max(scores))]
 
 
 def scores_directory(trained: Trained) -> Path:
@@ -206,7 +207,7 @@ def test_mlflow_and_dagster_name_each_other(trained: Trained) -> None:
 
 def test_mlflow_has_every_grid_point_and_the_winner(trained: Trained) -> None:
     _, run = champion_run(trained)
-    points, scores = grid(run)
+    points, scores, best = grid(run)
     assert Counter(point["learner"] for point in points) == {
         "logistic_regression": 9,
         "gbt": 2,
@@ -216,7 +217,6 @@ def test_mlflow_has_every_grid_point_and_the_winner(trained: Trained) -> None:
     baseline = [point for point in points if point["learner"] == "logistic_regression"]
     assert sorted((point["regParam"], point["maxIter"]) for point in baseline) == sorted(expected)
     assert run.data.metrics["validation_average_precision"] == max(scores)
-    best = points[scores.index(max(scores))]
     assert {name: run.data.params[f"best.{name}"] for name in best} == {
         name: str(value) for name, value in best.items()
     }
@@ -292,8 +292,7 @@ def test_champion_changes_only_for_a_better_model(trained: Trained, tmp_path: Pa
     shutil.copy(trained.world.root / "mlflow.db", world.root)
     world.sync()
     version, run = champion_run(trained)
-    points, scores = grid(run)
-    best = points[scores.index(max(scores))]
+    *_, best = grid(run)
     winner = [{"learner": best.pop("learner"), "grid": {name: [value] for name, value in best.items()}}]
     first = trained.world.metadata("fraud_model", THIRD)
     assert (first["promotion"], first["is_champion"]) == ("first_model", True)

@@ -8,6 +8,7 @@ good rows turn out to contradict each other, is the file read again.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import time
@@ -400,8 +401,6 @@ def told_lines(
 
 def rejects_file(lines: list[tuple[bytes, int]], compression: str) -> bytes:
     """A Parquet file of REJECTED_COLUMNS; what `with_reasons` does in Spark, for few lines, without two more jobs."""
-    import io
-
     import pyarrow
     from pyarrow import parquet
 
