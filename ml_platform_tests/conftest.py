@@ -15,6 +15,7 @@ import pytest
 from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.local_spark import default_spark_config, local_session
 from ml_platform.resources.lake import LakeResource
+from ml_platform.resources.mlflow import MlflowResource
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -90,6 +91,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         "spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse")),
         # The default, 200, is work for minutes on a handful of rows. A job says how many it wants.
         "spark.sql.shuffle.partitions": "3",
+        # To generate and compile code takes longer than a test's few rows; what tests start as processes does it.
+        "spark.sql.codegen.wholeStage": "false",
+        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     }
     session = local_session("ml_platform_tests", config)
     runtime.configure(session)
@@ -114,3 +118,19 @@ def s3(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> LocalS3:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An SQLite store of MLflow with its tables, which take seconds to create."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def do_not_wait_for_the_disk(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", do_not_wait_for_the_disk)
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowResource(tracking_uri=f"sqlite:///{path}").champion()
+    yield path
+    event.remove(Engine, "connect", do_not_wait_for_the_disk)

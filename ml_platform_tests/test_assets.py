@@ -429,22 +429,6 @@ class TestFeatures:
         assert partitions_sent(lake, healed.run_id, "build_features") == [keys[1]]
 
 
-@pytest.fixture(scope="module")
-def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An SQLite store of MLflow with its tables, which take seconds to create."""
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    def do_not_wait_for_the_disk(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
-
-    event.listen(Engine, "connect", do_not_wait_for_the_disk)
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowResource(tracking_uri=f"sqlite:///{path}").champion()
-    yield path
-    event.remove(Engine, "connect", do_not_wait_for_the_disk)
-
-
 @pytest.fixture
 def mlflow(empty_mlflow_store: Path, tmp_path: Path) -> Iterator[MlflowResource]:
     """MLflow on a store of the test's own."""
@@ -461,6 +445,11 @@ def mlflow(empty_mlflow_store: Path, tmp_path: Path) -> Iterator[MlflowResource]
 
 
 class TestModel:
+    @pytest.fixture(autouse=True)
+    def pictures(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is drawn is the matter of test_figures, and would be most of the time of a test here."""
+        monkeypatch.setattr("ml_platform.assets.model.draw_figures", lambda *_, **__: {"overview": b"a picture"})
+
     @pytest.fixture
     def ready(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]) -> list[str]:
         """Cleaned data and features of all partitions."""
@@ -580,6 +569,7 @@ class TestModel:
             "sparkml/stages/0",
         }
         assert "pyspark==4.0.0" in (artifacts / "model" / "requirements.txt").read_text()
+        assert (artifacts / "figures" / "overview.png").read_bytes() == b"a picture"
         report = lake.read_json(f"models/{ready[2]}/{result.run_id}/{REPORT_NAME}")
         assert (report["outcome"], report["schema_version"]) == ("trained", SCHEMA_VERSION)
         decision = lake.read_json(f"models/{ready[2]}/{result.run_id}/promotion.json")

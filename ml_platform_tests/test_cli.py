@@ -301,10 +301,11 @@ class TestDoctor:
         (raw / "a.txt").write_text("x")
 
     @pytest.fixture
-    def mlflow_server(self, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    def mlflow_server(self, tmp_path: Path, empty_mlflow_store: Path) -> Iterator[tuple[str, Path]]:
         """MLflow's server, which keeps its clients' artifacts: its address, and its directory for them."""
         port, directory = free_port(), tmp_path / "server" / "artifacts"
-        store = f"sqlite:///{tmp_path}/server/mlflow.db"
+        directory.parent.mkdir()
+        store = f"sqlite:///{shutil.copy(empty_mlflow_store, directory.parent)}"
         options = {"--host": "127.0.0.1", "--port": str(port), "--workers": "1", "--backend-store-uri": store}
         command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", str(directory)]
         server = TetheredProcess(
@@ -561,8 +562,8 @@ class TestChampion:
     """The command group champion, on a registry of two versions."""
 
     @pytest.fixture
-    def registry(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MlflowResource:
-        uri = f"sqlite:///{tmp_path}/mlflow.db"
+    def registry(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, empty_mlflow_store: Path) -> MlflowResource:
+        uri = f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         resource = MlflowResource(tracking_uri=uri)
         client = resource.client()

@@ -456,9 +456,9 @@ class TestErrors:
                 open_store("s3://some-bucket").read("a")
 
 
-def test_mlflow_keeps_artifacts_there(s3: LocalS3, bucket: str, tmp_path: Path):
+def test_mlflow_keeps_artifacts_there(s3: LocalS3, bucket: str, tmp_path: Path, empty_mlflow_store: Path):
     """MLflow's client needs no settings beyond those of boto3."""
-    resource = MlflowResource(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    resource = MlflowResource(tracking_uri=f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}")
     client = resource.client()
     run = client.create_run(client.create_experiment("x", artifact_location=f"s3://{bucket}/artifacts"))
     client.log_text(run.info.run_id, "content", "model/MLmodel")

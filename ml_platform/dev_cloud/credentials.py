@@ -1,4 +1,4 @@
-"""Certificates, a service account and its tokens for the stand-in of the API. Everything is made anew at each start."""
+"""Certificates, a service account and its tokens for the stand-in of the API. All are made anew by each process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import json
 import os
 import secrets
 import time
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 #: How far the clock of who signs a JWT may be ahead.
 JWT_LEEWAY_SECONDS = 60
@@ -87,15 +91,22 @@ def issue_certificates(directory: Path, days: int = 30) -> tuple[Path, Path, Pat
     return files
 
 
+@cache
+def _private_key() -> RSAPrivateKey:
+    """One for all accounts of this process: to find the primes takes longer than a short-lived stand-in works."""
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
 class ServiceAccount:
     """A service account with one authorized key, whose private half only the key file holds."""
 
     def __init__(self, directory: Path, account_id: str) -> None:
         from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import rsa
 
         self.id, self.key_id = account_id, random_id("aje")
-        private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        private = _private_key()
         self._public_key = private.public_key()
         pem = serialization.Encoding.PEM
         public_pem = self._public_key.public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
