@@ -19,6 +19,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -103,7 +104,11 @@ class LocalS3(ABC):
         }
 
     def client(self) -> Any:
-        """A boto3 client of this server, whatever the environment says."""
+        """A boto3 client of this server, whatever the environment says; always the same one."""
+        return self._client
+
+    @cached_property
+    def _client(self) -> Any:
         import boto3
 
         return boto3.Session().client(

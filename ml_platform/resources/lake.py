@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -273,15 +273,26 @@ class S3Store:
                     self._client.upload_file(str(path), self._bucket, key)
 
 
+@cache
+def _boto_models(data_path: str | None) -> Any:
+    """boto3's descriptions of services, which each session would read anew: a tenth of a second for each store."""
+    from botocore.loaders import create_loader
+
+    return create_loader(data_path)
+
+
 def _s3_resource() -> Any:
     """dagster-aws's S3Resource, with timeouts, which it lacks, and heeding AWS_CA_BUNDLE."""
     import boto3
     from botocore.config import Config
+    from botocore.session import Session
     from dagster_aws.s3 import S3Resource
 
     class TimedS3Resource(S3Resource):
         def get_client(self) -> Any:
-            return boto3.Session(profile_name=self.profile_name).client(
+            core = Session(profile=self.profile_name)
+            core.register_component("data_loader", _boto_models(core.get_config_variable("data_path")))
+            return boto3.Session(botocore_session=core).client(
                 "s3",
                 config=Config(
                     connect_timeout=CONNECT_TIMEOUT_S,
