@@ -16,6 +16,7 @@ from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.local_spark import default_spark_config, local_session
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.mlflow import MlflowResource
+from ml_platform_tests.images.session import FEW_PARTITIONS, NO_CODEGEN
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -87,14 +88,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """One Spark session for all tests, set up as the jobs set up theirs."""
     from spark_jobs import runtime
 
-    config = default_spark_config("local[2]", "2g") | {
-        "spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse")),
-        # The default, 200, is work for minutes on a handful of rows. A job says how many it wants.
-        "spark.sql.shuffle.partitions": "3",
-        # To generate and compile code takes longer than a test's few rows; what tests start as processes does it.
-        "spark.sql.codegen.wholeStage": "false",
-        "spark.sql.codegen.factoryMode": "NO_CODEGEN",
-    }
+    config = default_spark_config("local[2]", "2g") | FEW_PARTITIONS | NO_CODEGEN
+    config["spark.sql.warehouse.dir"] = str(tmp_path_factory.mktemp("warehouse"))
     session = local_session("ml_platform_tests", config)
     runtime.configure(session)
     yield session

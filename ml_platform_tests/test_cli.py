@@ -301,11 +301,10 @@ class TestDoctor:
         (raw / "a.txt").write_text("x")
 
     @pytest.fixture
-    def mlflow_server(self, tmp_path: Path, empty_mlflow_store: Path) -> Iterator[tuple[str, Path]]:
+    def mlflow_server(self, tmp_path: Path) -> Iterator[tuple[str, Path]]:
         """MLflow's server, which keeps its clients' artifacts: its address, and its directory for them."""
         port, directory = free_port(), tmp_path / "server" / "artifacts"
-        directory.parent.mkdir()
-        store = f"sqlite:///{shutil.copy(empty_mlflow_store, directory.parent)}"
+        store = f"sqlite:///{tmp_path}/server/mlflow.db"
         options = {"--host": "127.0.0.1", "--port": str(port), "--workers": "1", "--backend-store-uri": store}
         command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", str(directory)]
         server = TetheredProcess(

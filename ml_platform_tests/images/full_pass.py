@@ -171,10 +171,10 @@ def _test_rows(spark: SparkSession, out: Path, report: dict[str, Any]) -> DataFr
 
 
 def _session(out: Path) -> SparkSession:
-    from ml_platform_tests.images.session import start_session
+    from ml_platform_tests.images.session import FEW_PARTITIONS, start_session
 
     out.mkdir(parents=True, exist_ok=True)
-    return start_session(str(out / "warehouse"))
+    return start_session(str(out / "warehouse"), FEW_PARTITIONS)
 
 
 def _partition(out: Path, table: str, key: str) -> str:

@@ -18,25 +18,33 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-def start_session(warehouse: str) -> SparkSession:
-    """A session in this process, set up as the jobs set up theirs."""
+#: Spark's default, 200, is work for minutes on a handful of rows. A job says how many it wants.
+FEW_PARTITIONS = {"spark.sql.shuffle.partitions": "3"}
+
+#: Code generated for each query takes longer to compile than a test's rows to process. What tests start as processes,
+#: and full_pass, do generate it.
+NO_CODEGEN = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
+
+
+def start_session(warehouse: str, config: dict[str, str]) -> SparkSession:
+    """A session in this process, set up as the jobs set up theirs, with the properties of `config`."""
     from pyspark.sql import SparkSession
 
     from spark_jobs import runtime
 
-    session = (
+    builder = (
         SparkSession.builder.master("local[2]")
         .appName("ml_platform_tests")
         .config("spark.driver.memory", "2g")
         .config("spark.driver.bindAddress", "127.0.0.1")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.sql.warehouse.dir", warehouse)
-        # As in ml_platform_tests/conftest.py.
-        .config("spark.sql.shuffle.partitions", "3")
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
-        .getOrCreate()
     )
+    for name, value in config.items():
+        builder = builder.config(name, value)
+    session = builder.getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
     session.sparkContext.pythonExec = sys.executable
     runtime.configure(session)
@@ -53,6 +61,6 @@ def isolated_environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """One Spark session for all tests."""
-    session = start_session(str(tmp_path_factory.mktemp("warehouse")))
+    session = start_session(str(tmp_path_factory.mktemp("warehouse")), {**FEW_PARTITIONS, **NO_CODEGEN})
     yield session
     session.stop()
