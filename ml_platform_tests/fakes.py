@@ -126,7 +126,7 @@ class FakeEngine(SparkEngine):
     too_little: dict[str, str] = Field(default_factory=dict, description="Cut-off → reason.")
     breaks_down: str = Field("", description="Job that raises.")
     challenger_skill: float = Field(2.0, description="How far its scores of frauds are above those of the others.")
-    champion_skill: float = Field(2.0, description="The same of the champion.")
+    champion_skill: float | None = Field(2.0, description="The same of the champion; None: its very scores.")
     champion_error: str = Field("", description="Why the champion cannot score: a newer Spark saved it.")
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
@@ -248,10 +248,13 @@ class FakeEngine(SparkEngine):
 
         random = np.random.default_rng(0)
         label = (np.arange(500) < 60).astype("int32")
-        champion = label * self.champion_skill + random.normal(size=500)
+        challenger = label * self.challenger_skill + random.normal(size=500)
+        champion = challenger
+        if self.champion_skill is not None:
+            champion = label * self.champion_skill + random.normal(size=500)
         columns = {
             "tx_fraud": label,
-            "score": label * self.challenger_skill + random.normal(size=500),
+            "score": challenger,
             "champion_score": champion if with_champion else np.full(500, np.nan),
             "customer_id": np.arange(500) % 250,
         }

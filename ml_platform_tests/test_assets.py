@@ -748,6 +748,7 @@ class TestModel:
         [
             ({"challenger_skill": 0.5, "champion_skill": 3.0}, "not_better"),
             ({"challenger_skill": 2.0, "champion_skill": 2.0}, "not_better"),
+            ({"challenger_skill": 2.0, "champion_skill": None}, "no_difference"),
             ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"mode": "dry_run"}}, "better"),
             ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"min_frauds": 61}}, "too_few_frauds"),
             ({"challenger_skill": 3.0, "champion_skill": 0.5, "promotion": {"margin": 0.9}}, "not_better"),

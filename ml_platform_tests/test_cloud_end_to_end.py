@@ -148,7 +148,7 @@ def test_no_new_object_creates_nothing(world: CloudWorld, processed: str) -> Non
 
 def test_killed_run_leaves_no_cluster_after_two_ticks(world: CloudWorld, processed: str, tmp_path: Path) -> None:
     world.put(3)
-    world.sync()
+    world.register(KEYS[3])
     clean = materialize_command("cleaned_transactions", KEYS[3], KEYS[3])
     dataproc = world.cloud.dataproc
     stranger = dataproc.add_cluster("somebody-elses", {"owner": "somebody"})

@@ -114,8 +114,8 @@ NOTHING: dict[str, Any] = {"left_over": list, "started": int}
 def prepare(world: EngineWorld) -> EngineWorld:
     """Raw files in place, then cleaned and with features, all in one run."""
     world.put_raw_files()
+    world.register(*KEYS)
     with no_process_left(world):
-        world.sync()
         world.materialize("cleaned_transactions,transaction_features", KEYS[0], KEYS[1])
     return world
 

@@ -141,6 +141,11 @@ class World:
         """`ml-platform sync`"""
         return self.run(*ML_PLATFORM, "sync")
 
+    def register(self, *keys: str) -> None:
+        """Partitions, as `sync` registers them, without a process of its own."""
+        with self.instance() as instance:
+            instance.add_dynamic_partitions("raw_files", keys)
+
     def materialize(
         self, selection: str, first: str, last: str, *, config: dict[str, Any] | None = None, fails: bool = False
     ) -> str:
