@@ -46,9 +46,13 @@ FIRST, SECOND, THIRD, FOURTH = KEYS
 #: All kinds of learners, the logistic regression's grid whole; the default trees would take most of the tests' time.
 CANDIDATES = [
     {"learner": "logistic_regression", "grid": {"regParam": [0, 0.1, 0.5], "maxIter": [100, 500, 1000]}},
-    {"learner": "gbt", "grid": {"maxIter": [8], "maxDepth": [2, 3], "maxBins": [256], "stepSize": [0.3]}},
-    {"learner": "random_forest", "grid": {"numTrees": [8], "maxDepth": [4], "maxBins": [256]}},
+    {"learner": "gbt", "grid": {"maxIter": [4], "maxDepth": [2, 3], "maxBins": [64], "stepSize": [0.3]}},
+    {"learner": "random_forest", "grid": {"numTrees": [4], "maxDepth": [4], "maxBins": [64]}},
 ]
+
+
+#: Settings of worlds where training is not the matter: there are too little data for it, which fails nothing.
+NO_TRAINING = {"ML_PLATFORM_RUN_CONFIG": str(Path(__file__).with_name("no_training.yaml"))}
 
 
 def search(candidates: list[dict[str, Any]]) -> dict[str, Any]:
@@ -361,7 +365,7 @@ def test_tick_without_a_new_file_is_skipped_with_its_reason(watched: World) -> N
 
 
 def test_lost_report_and_replaced_file_are_healed_alone(tmp_path: Path, cleaned: World, raw_files: RawFiles) -> None:
-    world = cleaned.copy(tmp_path / "healed world")
+    world = replace(cleaned.copy(tmp_path / "healed world"), overrides=NO_TRAINING)
     other = replace(SIMULATION, fault_rate=100)  # the same transactions, so that their ids fit
     with (world.raw / f"{THIRD}.txt").open("wb") as out:
         replaced = other.write_file(KEYS.index(THIRD), out).counts
@@ -507,7 +511,7 @@ COPIES = 20
 def test_interrupted_cleaning_leaves_nothing_that_counts(tmp_path: Path, raw_files: RawFiles) -> None:
     import pandas as pd
 
-    world = World(tmp_path / "interrupted world")
+    world = World(tmp_path / "interrupted world", overrides=NO_TRAINING)
     world.add(raw_files.paths[FIRST])
     # The same rows again and again: long to clean, and all but one copy are duplicates.
     content = raw_files.paths[SECOND].read_bytes().removeprefix(HEADER)

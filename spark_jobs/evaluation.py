@@ -53,38 +53,46 @@ def evaluate(scores: DataFrame, score: str = "score", alerts_per_day: int = 100)
     A figure that is not defined on these rows is None (see each function). Rows whose score is NULL are left
     out.
     """
-    ranking = ranking_metrics(scores, score)
-    budget = budget_metrics(scores, score, alerts_per_day)
-    return {
-        "average_precision": ranking["average_precision"],
-        "roc_auc": ranking["roc_auc"],
-        "card_precision_at_100": card_precision(scores, score, CARDS_PER_DAY),
-        "precision_at_budget": budget["precision"],
-        "recall_at_budget": budget["recall"],
-        "rows": ranking["rows"],
-        "frauds": ranking["frauds"],
-    }
+    return _figures(scores, score, alerts_per_day, _ranking(scores, score))
 
 
-def tables(
+def evaluate_with_tables(
     scores: DataFrame, scenarios: DataFrame, score: str = "score", alerts_per_day: int = 100
-) -> dict[str, list[dict[str, Any]]]:
-    """All tables of one score column, each a list of flat dicts: `ranking_tables`, ``per_day`` (`daily_metrics`),
-    ``per_scenario`` (`scenario_recall`) and ``thresholds`` (`budget_table`).
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """(what `evaluate` gives, all tables of the same score column), from the same rankings of its rows.
 
-    `scores` has also ``tx_amount``; `scenarios` is as in `scenario_recall`.
+    Each table is a list of flat dicts: `ranking_tables`, ``per_day`` (`daily_metrics`), ``per_scenario``
+    (`scenario_recall`) and ``thresholds`` (`budget_table`). `scores` has also ``tx_amount``; `scenarios` is as in
+    `scenario_recall`.
     """
+    ranking = _ranking(scores, score)
     # The one ranking of the days serves all budgets.
     alerts = _alerts(scores, score, max(alerts_per_day, *BUDGETS)).persist()
     try:
-        return {
-            **ranking_tables(scores, score),
+        tables = {
+            **ranking.tables(),
             "per_day": daily_metrics(scores, score, alerts_per_day, alerts),
             "per_scenario": scenario_recall(scores, scenarios, score, alerts_per_day, alerts),
             "thresholds": budget_table(scores, score, BUDGETS, alerts),
         }
+        return _figures(scores, score, alerts_per_day, ranking, alerts), tables
     finally:
         alerts.unpersist()
+
+
+def _figures(
+    scores: DataFrame, score: str, alerts_per_day: int, ranking: _Ranking, alerts: DataFrame | None = None
+) -> dict[str, Any]:
+    ranked, budget = ranking.metrics(), budget_metrics(scores, score, alerts_per_day, alerts)
+    return {
+        "average_precision": ranked["average_precision"],
+        "roc_auc": ranked["roc_auc"],
+        "card_precision_at_100": card_precision(scores, score, CARDS_PER_DAY),
+        "precision_at_budget": budget["precision"],
+        "recall_at_budget": budget["recall"],
+        "rows": ranked["rows"],
+        "frauds": ranked["frauds"],
+    }
 
 
 def ranking_metrics(
@@ -106,8 +114,7 @@ def ranking_metrics(
     ``rows``, ``frauds``. Rounded to 12 decimals, because the order in which partial sums arrive changes the
     last ones.
     """
-    ranking = _rankings(scores, score, label, rows_per_partition=rows_per_partition).get(0, _Ranking(0, 0))
-    return ranking.metrics()
+    return _ranking(scores, score, label, rows_per_partition).metrics()
 
 
 def ranking_tables(
@@ -126,7 +133,7 @@ def ranking_tables(
     ``calibration`` (``mean_score``, ``fraud_share``, ``rows``): rows by rank in up to `CALIBRATION_BINS` bins of
     equal size, lowest scores first. Rows of equal score are in the same bin, so bins can differ in size.
     """
-    return _rankings(scores, score, rows_per_partition=rows_per_partition).get(0, _Ranking(0, 0)).tables()
+    return _ranking(scores, score, rows_per_partition=rows_per_partition).tables()
 
 
 def daily_metrics(
@@ -346,6 +353,13 @@ class _Ranking:
         return [bins[index] for index in sorted(bins)]
 
 
+def _ranking(
+    scores: DataFrame, score: str, label: str = "tx_fraud", rows_per_partition: int = ROWS_PER_PARTITION
+) -> _Ranking:
+    """The ranking of all rows."""
+    return _rankings(scores, score, label, rows_per_partition=rows_per_partition).get(0, _Ranking(0, 0))
+
+
 def _rankings(
     scores: DataFrame,
     score: str,
@@ -464,7 +478,9 @@ def card_precision(scores: DataFrame, score: str = "score", cards_per_day: int =
     return math.fsum(shares) / len(shares)
 
 
-def budget_metrics(scores: DataFrame, score: str = "score", alerts_per_day: int = 100) -> dict[str, float | None]:
+def budget_metrics(
+    scores: DataFrame, score: str = "score", alerts_per_day: int = 100, alerts: DataFrame | None = None
+) -> dict[str, float | None]:
     """Precision and recall of the alerts that a fixed daily budget raises.
 
     Each day's `alerts_per_day` transactions with the highest scores are alerts (equal scores: the lower
@@ -473,13 +489,14 @@ def budget_metrics(scores: DataFrame, score: str = "score", alerts_per_day: int 
         precision = frauds among the alerts / alerts        recall = frauds among the alerts / frauds
 
     Also known as precision and recall at k. Precision is None if there are no alerts, recall if there are no
-    frauds.
+    frauds. `alerts` as in `daily_metrics`.
     """
     from pyspark.sql import functions as F
 
     frauds = scores.where(F.col(score).isNotNull()).agg(F.sum("tx_fraud")).collect()[0][0] or 0
-    alerts, caught = _alerts(scores, score, alerts_per_day).agg(F.count(F.lit(1)), F.sum("tx_fraud")).collect()[0]
-    return {"precision": _share(caught or 0, alerts), "recall": _share(caught or 0, frauds)}
+    raised = _alerts(scores, score, alerts_per_day, alerts)
+    count, caught = raised.agg(F.count(F.lit(1)), F.sum("tx_fraud")).collect()[0]
+    return {"precision": _share(caught or 0, count), "recall": _share(caught or 0, frauds)}
 
 
 def _alerts(scores: DataFrame, score: str, alerts_per_day: int, alerts: DataFrame | None = None) -> DataFrame:

@@ -149,10 +149,10 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
       latest first), ``sampling`` (null if all rows were learned from, else ``max_train_rows``, ``rows``,
       ``frauds``, ``kept_rows``, ``genuine_weight``), ``feature_importances`` (feature → share, see
       `feature_importances`), ``metrics`` (``test_…``, and ``champion_test_…`` where a champion scored; see
-      `evaluation.evaluate`), ``tables`` (of the test rows; see `evaluation.tables`), ``champion`` (null, or the
-      request's with ``status`` scored, unreadable or newer_spark, the latter two with ``error``), ``model_uri``,
-      ``scores_uri``; of logistic regression also ``coefficients`` (feature → value, in units of the feature),
-      ``intercept``.
+      `evaluation.evaluate`), ``tables`` (of the test rows; see `evaluation.evaluate_with_tables`), ``champion`` (null,
+      or the request's with ``status`` scored, unreadable or newer_spark, the latter two with ``error``),
+      ``model_uri``, ``scores_uri``; of logistic regression also ``coefficients`` (feature → value, in units of the
+      feature), ``intercept``.
 
     Writes ``output_uri/model`` (PipelineModel) and ``output_uri/test_scores`` (Parquet: `SCORED_COLUMNS`,
     score, champion_score), the latter being the rows that the metrics are computed on.
@@ -247,8 +247,14 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
         champion = write_scores(spark, test, pipeline, settings["champion"], scores_uri)
     with clock.phase("evaluate"):
         scores = runtime.read_parquet(spark, scores_uri)
-        metrics = _metrics(scores, champion, settings["alerts_per_day"])
-        tables = evaluation.tables(scores, test.where("tx_fraud = 1"), "score", settings["alerts_per_day"])
+        alerts_per_day = settings["alerts_per_day"]
+        figures, tables = evaluation.evaluate_with_tables(scores, test.where("tx_fraud = 1"), "score", alerts_per_day)
+        metrics = {f"test_{name}": value for name, value in figures.items()}
+        if champion is not None and champion["status"] == "scored":
+            figures = evaluation.evaluate(scores, "champion_score", alerts_per_day)
+            metrics.update(
+                (f"champion_test_{name}", figures[name]) for name in figures if name not in ("rows", "frauds")
+            )
     log.info("test: %s", metrics)
     report = {
         "outcome": "trained",
@@ -547,17 +553,6 @@ def _champion_scored(spark: SparkSession, scored: DataFrame, champion: dict[str,
         raise ValueError("it needs features that these partitions do not have: {}".format(", ".join(missing)))
     model = runtime.load_model(spark, champion["model_uri"])
     return model.transform(scored).withColumn("champion_score", _probability())
-
-
-def _metrics(scores: DataFrame, champion: dict[str, Any] | None, alerts_per_day: int) -> dict[str, Any]:
-    metrics = {}
-    for name, value in evaluation.evaluate(scores, "score", alerts_per_day).items():
-        metrics["test_" + name] = value
-    if champion is not None and champion["status"] == "scored":
-        for name, value in evaluation.evaluate(scores, "champion_score", alerts_per_day).items():
-            if name not in ("rows", "frauds"):
-                metrics["champion_test_" + name] = value
-    return metrics
 
 
 def _settings(request: dict[str, Any]) -> dict[str, Any]:
