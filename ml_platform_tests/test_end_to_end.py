@@ -290,14 +290,21 @@ def retrain(world: World, candidates: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_champion_changes_only_for_a_better_model(trained: Trained, tmp_path: Path) -> None:
-    """A champion that is better stays; one made worse is replaced."""
+    """The same data again change nothing; a champion made worse is replaced, one that is better is not."""
     world = trained.world.copy(tmp_path / "gate")
     # The champion, whose files stay where they are.
     shutil.copy(trained.world.root / "mlflow.db", world.root)
     world.register(FIRST, SECOND, THIRD)
-    version, _ = champion_run(trained)
+    version, run = champion_run(trained)
+    *_, best = grid(run)
+    winner = [{"learner": best.pop("learner"), "grid": {name: [value] for name, value in best.items()}}]
     first = trained.world.metadata("fraud_model", THIRD)
     assert (first["promotion"], first["is_champion"]) == ("first_model", True)
+
+    again = retrain(world, winner)
+    assert (again["promotion"], again["is_champion"]) == ("no_difference", False)
+    assert again["test_average_precision"] == first["test_average_precision"]
+    assert "as the champion" in again["promotion_reasons"]
 
     weak = retrain(world, WEAK)
     assert (weak["promotion"], weak["is_champion"]) == ("not_better", False)
