@@ -39,8 +39,8 @@ CONFIDENCE = 0.95
 #: What the order of a sum may change of it.
 SUM_NOISE = 1e-12
 
-#: Distinct scores that one task ranks, or so.
-ROWS_PER_PARTITION = 250_000
+#: What stands for a day where all rows are ranked together.
+ALL_DAYS = -(1 << 31)
 
 #: Parts into which a day is split before its best rows are ranked, so that no task has to sort a whole day.
 DAY_BUCKETS = 64
@@ -65,13 +65,16 @@ def evaluate_with_tables(
     (`scenario_recall`) and ``thresholds`` (`budget_table`). `scores` has also ``tx_amount``; `scenarios` is as in
     `scenario_recall`.
     """
-    ranking = _ranking(scores, score)
+    from pyspark.sql import functions as F
+
+    rankings = _rankings(scores, score, [F.lit(ALL_DAYS), _utc_day()])
+    ranking = rankings.pop(ALL_DAYS, _Ranking(0, 0))
     # The one ranking of the days serves all budgets.
     alerts = _alerts(scores, score, max(alerts_per_day, *BUDGETS)).persist()
     try:
         tables = {
             **ranking.tables(),
-            "per_day": daily_metrics(scores, score, alerts_per_day, alerts),
+            "per_day": daily_metrics(scores, score, alerts_per_day, alerts, rankings),
             "per_scenario": scenario_recall(scores, scenarios, score, alerts_per_day, alerts),
             "thresholds": budget_table(scores, score, BUDGETS, alerts),
         }
@@ -95,9 +98,7 @@ def _figures(
     }
 
 
-def ranking_metrics(
-    scores: DataFrame, score: str = "score", label: str = "tx_fraud", rows_per_partition: int = ROWS_PER_PARTITION
-) -> dict[str, Any]:
+def ranking_metrics(scores: DataFrame, score: str = "score", label: str = "tx_fraud") -> dict[str, Any]:
     """Average precision and area under the ROC curve, exact, with ties: one sort by score gives both.
 
     With the distinct scores in descending order, n_i rows and p_i frauds at the i-th, N_i and P_i their
@@ -114,12 +115,10 @@ def ranking_metrics(
     ``rows``, ``frauds``. Rounded to 12 decimals, because the order in which partial sums arrive changes the
     last ones.
     """
-    return _ranking(scores, score, label, rows_per_partition).metrics()
+    return _ranking(scores, score, label).metrics()
 
 
-def ranking_tables(
-    scores: DataFrame, score: str = "score", rows_per_partition: int = ROWS_PER_PARTITION
-) -> dict[str, list[dict[str, Any]]]:
+def ranking_tables(scores: DataFrame, score: str = "score") -> dict[str, list[dict[str, Any]]]:
     """Curves and distributions of a score, from the sort of `ranking_metrics`; scores are probabilities.
 
     ``roc`` (``false_positive_rate``, ``true_positive_rate``): from (0, 0) to (1, 1), and ``precision_recall``
@@ -133,20 +132,25 @@ def ranking_tables(
     ``calibration`` (``mean_score``, ``fraud_share``, ``rows``): rows by rank in up to `CALIBRATION_BINS` bins of
     equal size, lowest scores first. Rows of equal score are in the same bin, so bins can differ in size.
     """
-    return _ranking(scores, score, rows_per_partition=rows_per_partition).tables()
+    return _ranking(scores, score).tables()
 
 
 def daily_metrics(
-    scores: DataFrame, score: str = "score", alerts_per_day: int = 100, alerts: DataFrame | None = None
+    scores: DataFrame,
+    score: str = "score",
+    alerts_per_day: int = 100,
+    alerts: DataFrame | None = None,
+    rankings: dict[int, _Ranking] | None = None,
 ) -> list[dict[str, Any]]:
     """The figures of each UTC day that has rows: ``date``, ``rows``, ``frauds``, ``average_precision``,
     ``roc_auc`` (see `ranking_metrics`), ``precision_at_budget``, ``recall_at_budget`` (see `budget_metrics`), the last
     two also with ``…_lower`` and ``…_upper`` (see `share_interval`); None where a figure is not defined.
-    `alerts`: those of a budget at least as large, if they are at hand.
+    `alerts`: those of a budget at least as large, and `rankings`: those of the days, if they are at hand.
     """
     from pyspark.sql import functions as F
 
-    rankings = _rankings(scores, score, group=_utc_day())
+    if rankings is None:
+        rankings = _rankings(scores, score, [_utc_day()])
     found = _shares(
         _alerts_and_frauds(scores, score, _alerts(scores, score, alerts_per_day, alerts)),
         F.col("day"),
@@ -353,35 +357,33 @@ class _Ranking:
         return [bins[index] for index in sorted(bins)]
 
 
-def _ranking(
-    scores: DataFrame, score: str, label: str = "tx_fraud", rows_per_partition: int = ROWS_PER_PARTITION
-) -> _Ranking:
+def _ranking(scores: DataFrame, score: str, label: str = "tx_fraud") -> _Ranking:
     """The ranking of all rows."""
-    return _rankings(scores, score, label, rows_per_partition=rows_per_partition).get(0, _Ranking(0, 0))
+    from pyspark.sql import functions as F
+
+    return _rankings(scores, score, [F.lit(ALL_DAYS)], label).get(ALL_DAYS, _Ranking(0, 0))
 
 
-def _rankings(
-    scores: DataFrame,
-    score: str,
-    label: str = "tx_fraud",
-    group: Column | None = None,
-    rows_per_partition: int = ROWS_PER_PARTITION,
-) -> dict[int, _Ranking]:
-    """Group → its ranking by descending score; without a group, all rows are group 0.
+def _rankings(scores: DataFrame, score: str, groups: Sequence[Column], label: str = "tx_fraud") -> dict[int, _Ranking]:
+    """Group → its ranking by descending score. `groups` are integers, and a row is in as many groups as there are.
 
-    The distinct scores are partitioned by range, each partition's totals (`rows_per_partition` rows or so)
-    are collected and become the offsets of the running sums within the partitions after it. All bins follow
+    The distinct scores are partitioned by range, into as many partitions as the session's shuffles have; the totals of
+    each are collected and become the offsets of the running sums within the partitions after it. All bins follow
     the ranking, so the pieces that they cut it into, which are what is collected at last, are few.
     """
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
-    known = scores.where(F.col(score).isNotNull())
-    partitions = max(1, math.ceil(known.count() / rows_per_partition))
     by_score = (
-        known.groupBy((F.lit(0) if group is None else group).alias("group"), F.col(score).cast("double").alias("score"))
-        .agg(F.count(F.lit(1)).alias("rows"), F.sum(F.col(label).cast("bigint")).alias("frauds"))
-        .repartitionByRange(partitions, F.col("group"), F.col("score").desc())
+        scores.where(F.col(score).isNotNull())
+        .select(
+            F.explode(F.array(*groups)).alias("group"),
+            F.col(score).cast("double").alias("score"),
+            F.col(label).cast("bigint").alias("label"),
+        )
+        .groupBy("group", "score")
+        .agg(F.count(F.lit(1)).alias("rows"), F.sum("label").alias("frauds"))
+        .repartitionByRange(F.col("group"), F.col("score").desc())
         .withColumn("part", F.spark_partition_id())
         # The bounds of the ranges are sampled: without this, the second pass could see other partitions.
         .persist()
@@ -493,10 +495,11 @@ def budget_metrics(
     """
     from pyspark.sql import functions as F
 
-    frauds = scores.where(F.col(score).isNotNull()).agg(F.sum("tx_fraud")).collect()[0][0] or 0
-    raised = _alerts(scores, score, alerts_per_day, alerts)
-    count, caught = raised.agg(F.count(F.lit(1)), F.sum("tx_fraud")).collect()[0]
-    return {"precision": _share(caught or 0, count), "recall": _share(caught or 0, frauds)}
+    rows = _alerts_and_frauds(scores, score, _alerts(scores, score, alerts_per_day, alerts))
+    caught, raised, frauds = (
+        count or 0 for count in rows.agg(*[F.sum(F.expr(sql)) for sql in (*PRECISION, RECALL[1])]).collect()[0]
+    )
+    return {"precision": _share(caught, raised), "recall": _share(caught, frauds)}
 
 
 def _alerts(scores: DataFrame, score: str, alerts_per_day: int, alerts: DataFrame | None = None) -> DataFrame:

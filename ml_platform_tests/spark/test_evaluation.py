@@ -68,25 +68,35 @@ def rows_by_day(rows):
     return [days[day] for day in sorted(days)]
 
 
+@pytest.fixture
+def shuffle_partitions(spark):
+    """Sets how many partitions the session's shuffles have, and so a ranking."""
+    name = "spark.sql.shuffle.partitions"
+    before = spark.conf.get(name)
+    yield lambda number: spark.conf.set(name, str(number))
+    spark.conf.set(name, before)
+
+
 class TestRankingMetrics:
     @pytest.mark.parametrize(
-        ("digits", "rows_per_partition"),
-        [(1, 10_000), (2, 40), (15, 40)],
+        ("digits", "partitions"),
+        [(1, 1), (2, 15), (15, 15)],
         ids=["many ties, one partition", "ties, many partitions", "no ties, many partitions"],
     )
-    def test_equals_scikit_learn(self, spark, digits, rows_per_partition):
+    def test_equals_scikit_learn(self, spark, shuffle_partitions, digits, partitions):
         from sklearn.metrics import average_precision_score, roc_auc_score
 
         draw = random.Random(digits)
         labels = [int(draw.random() < 0.1) for _ in range(600)]
         scores = [round(draw.gauss(0.5 * label, 1), digits) for label in labels]
-        result = evaluation.ranking_metrics(scored(spark, labels, scores), rows_per_partition=rows_per_partition)
+        shuffle_partitions(partitions)
+        result = evaluation.ranking_metrics(scored(spark, labels, scores))
         assert result["average_precision"] == pytest.approx(average_precision_score(labels, scores), abs=1e-11)
         assert result["roc_auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-11)
         assert (result["rows"], result["frauds"]) == (600, sum(labels))
 
     def test_equal_scores_rank_nothing(self, spark):
-        result = evaluation.ranking_metrics(scored(spark, [1, 0, 0, 0] * 5, [0.3] * 20), rows_per_partition=3)
+        result = evaluation.ranking_metrics(scored(spark, [1, 0, 0, 0] * 5, [0.3] * 20))
         assert result == {"average_precision": 0.25, "roc_auc": 0.5, "rows": 20, "frauds": 5}
 
     @pytest.mark.parametrize("label", [0, 1])
@@ -161,13 +171,14 @@ def longest_step(values):
 
 
 class TestRankingTables:
-    @pytest.fixture(params=[(1, 10_000), (2, 200), (15, 200)], ids=["many ties", "ties", "no ties"])
-    def labels_scores_tables(self, spark, request):
-        digits, rows_per_partition = request.param
+    @pytest.fixture(params=[(1, 1), (2, 8), (15, 8)], ids=["many ties", "ties", "no ties"])
+    def labels_scores_tables(self, spark, shuffle_partitions, request):
+        digits, partitions = request.param
         draw = random.Random(digits)
         labels = [int(draw.random() < 0.25) for _ in range(1500)]
         scores = [round(min(1.0, draw.random() ** 2 + 0.4 * label * draw.random()), digits) for label in labels]
-        tables = evaluation.ranking_tables(scored(spark, labels, scores), rows_per_partition=rows_per_partition)
+        shuffle_partitions(partitions)
+        tables = evaluation.ranking_tables(scored(spark, labels, scores))
         return labels, scores, tables
 
     def test_curves_are_points_of_scikit_learns(self, labels_scores_tables):
