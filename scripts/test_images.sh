@@ -9,8 +9,9 @@ cd "$(dirname "$0")/.."
 unset PYTHONHOME PYTHONPATH SPARK_HOME
 
 images="2.0 2.1"
-# For JVMs that live a minute or two: without the second compiler they need two thirds of the time.
-short_lived="-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+# For JVMs that live a minute or two: without the second compiler they need two thirds of the time, if they need not make
+# room for the code of all tests.
+short_lived="-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m -XX:+UseSerialGC"
 
 say() { printf 'test-images: %s\n' "$*" >&2; }
 
