@@ -17,7 +17,7 @@ from ml_platform.local_spark import default_spark_config, local_session
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.mlflow import MlflowResource
 from ml_platform_tests.images.session import FEW_PARTITIONS, NO_CODEGEN
-from ml_platform_tests.world import SHORT_LIVED_JAVA
+from ml_platform_tests.world import SHORT_LIVED
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -90,7 +90,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     from spark_jobs import runtime
 
     config = default_spark_config("local[2]", "2g") | FEW_PARTITIONS | NO_CODEGEN
-    config["spark.driver.extraJavaOptions"] = " ".join(SHORT_LIVED_JAVA.values())
+    config["spark.driver.extraJavaOptions"] = SHORT_LIVED
     config["spark.sql.warehouse.dir"] = str(tmp_path_factory.mktemp("warehouse"))
     session = local_session("ml_platform_tests", config)
     runtime.configure(session)

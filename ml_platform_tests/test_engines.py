@@ -20,10 +20,18 @@ import pytest
 
 from ml_platform.dev_cloud import DevCloud
 from ml_platform.dev_cloud.s3_server import LocalS3
+from ml_platform.local_spark import CLASS_ARCHIVE, java_options
 from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
 from ml_platform.simulator import FileTruth, Simulation
 from ml_platform_tests.standalone import StandaloneCluster
-from ml_platform_tests.world import ML_PLATFORM, SHORT_LIVED_JAVA, World, materialize_command, no_process_left
+from ml_platform_tests.world import (
+    ML_PLATFORM,
+    SHORT_LIVED,
+    SHORT_LIVED_JAVA,
+    World,
+    materialize_command,
+    no_process_left,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.spark, pytest.mark.timeout(900)]
 
@@ -128,7 +136,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     elif request.param == "standalone":
         # Its executors have neither the project nor the connector for S3: the driver brings both.
         server: LocalS3 = request.getfixturevalue("s3_server")
-        with StandaloneCluster(directory / "cluster", server.environment() | SHORT_LIVED_JAVA) as cluster:
+        java = {"JAVA_TOOL_OPTIONS": f"{SHORT_LIVED} {java_options(CLASS_ARCHIVE)}"}
+        with StandaloneCluster(directory / "cluster", server.environment() | java) as cluster:
             settings = bucket_settings(server, "engines") | {
                 "SPARK_MASTER": cluster.master,
                 "SPARK_LOCAL_IP": "127.0.0.1",

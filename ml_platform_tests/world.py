@@ -23,7 +23,8 @@ COMMAND_TIMEOUT_S = 600
 
 #: A JVM that has ended after a minute works off less without the second compiler, whose work would pay later. With the
 #: first alone Java keeps 48 MB of code by default, of all tests' queries too little, and is at work to make room.
-SHORT_LIVED_JAVA = {"JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m"}
+SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m"
+SHORT_LIVED_JAVA = {"JAVA_TOOL_OPTIONS": SHORT_LIVED}
 
 ModificationTimes = dict[str, int]
 
