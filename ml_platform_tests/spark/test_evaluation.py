@@ -253,6 +253,11 @@ def alerts_of(rows, budget):
     return alerts
 
 
+def labels_of(spark, rows, scenarios):
+    schema = "transaction_id bigint, tx_datetime timestamp, tx_fraud_scenario int"
+    return spark.createDataFrame([(row[0], row[1], scenario) for row, scenario in zip(rows, scenarios)], schema)
+
+
 class TestTables:
     def test_each_day_is_as_if_it_were_alone(self, spark):
         rows, _ = random_amounts(1)
@@ -278,10 +283,7 @@ class TestTables:
     def test_scenarios(self, spark):
         rows, scenarios = random_amounts(2)
         frame = spark.createDataFrame(rows, AMOUNTS)
-        labels = spark.createDataFrame(
-            [(row[0], row[1], scenario) for row, scenario in zip(rows, scenarios)],
-            "transaction_id bigint, tx_datetime timestamp, tx_fraud_scenario int",
-        )
+        labels = labels_of(spark, rows, scenarios)
         alerts = {row[0] for row in alerts_of(rows, 15)}
         table = evaluation.scenario_recall(frame, labels, alerts_per_day=15)
         assert [entry["scenario"] for entry in table] == [1, 2, 3]
@@ -315,6 +317,21 @@ class TestTables:
         for name in ("recall", "amount_caught", "amount_share"):
             assert [entry[name] for entry in table] == sorted(entry[name] for entry in table)
         assert table[-1]["recall"] == table[-1]["amount_share"] == 1
+
+    def test_together_they_are_what_each_is_alone(self, spark, shuffle_partitions):
+        rows, scenarios = random_amounts(4)
+        frame, labels = spark.createDataFrame(rows, AMOUNTS), labels_of(spark, rows, scenarios)
+        alone = (
+            evaluation.evaluate(frame, alerts_per_day=15),
+            {
+                **evaluation.ranking_tables(frame),
+                "per_day": evaluation.daily_metrics(frame, alerts_per_day=15),
+                "per_scenario": evaluation.scenario_recall(frame, labels, alerts_per_day=15),
+                "thresholds": evaluation.budget_table(frame),
+            },
+        )
+        shuffle_partitions(8)  # so that a day's ranking, and that of the whole, is in several
+        assert evaluation.evaluate_with_tables(frame, labels, alerts_per_day=15) == alone
 
     def test_nothing_to_find(self, spark):
         frame = spark.createDataFrame([(1, MIDNIGHT, 1, 0, 0.5, 3.0)], AMOUNTS)
