@@ -60,8 +60,10 @@ def build_versitygw(cache: Path = DEFAULT_CACHE) -> Path:
         print(f"building the S3 server versitygw {VERSITYGW_VERSION} once, about a minute …", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=directory) as draft:
             try:
+                # Without what a debugger would read, it takes four fifths of the time.
+                plain = ("-gcflags=all=-dwarf=false", "-ldflags=-s -w")
                 built = subprocess.run(
-                    ["env", f"GOBIN={draft}", go, "install", f"{VERSITYGW}@{VERSITYGW_VERSION}"],
+                    ["env", f"GOBIN={draft}", go, "install", *plain, f"{VERSITYGW}@{VERSITYGW_VERSION}"],
                     capture_output=True,
                     text=True,
                     timeout=BUILD_TIMEOUT_S,
