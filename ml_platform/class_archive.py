@@ -81,7 +81,7 @@ def record(archive: Path) -> None:
     """
     work = archive.parent
     config = default_spark_config("local[*]") | {
-        # Its second compiler would work off more than all else.
+        # In its minute, Java's second compiler is a third of the work, and the archive holds none of what it makes.
         "spark.driver.defaultJavaOptions": java_options(archive, write=True) + " -XX:TieredStopAtLevel=1",
         "spark.sql.warehouse.dir": str(work / "warehouse"),
     }

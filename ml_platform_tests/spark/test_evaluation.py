@@ -95,7 +95,8 @@ class TestRankingMetrics:
         assert result["roc_auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-11)
         assert (result["rows"], result["frauds"]) == (600, sum(labels))
 
-    def test_equal_scores_rank_nothing(self, spark):
+    def test_equal_scores_rank_nothing(self, spark, shuffle_partitions):
+        shuffle_partitions(7)
         result = evaluation.ranking_metrics(scored(spark, [1, 0, 0, 0] * 5, [0.3] * 20))
         assert result == {"average_precision": 0.25, "roc_auc": 0.5, "rows": 20, "frauds": 5}
 
