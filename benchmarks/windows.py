@@ -1,7 +1,7 @@
 """Two ways to compute the handbook's twelve windows: Spark's range windows, and the platform's sorted numpy columns.
 
 Both read the same cleaned rows in the same warm session, on terminals of even size and on few that carry a large share;
-that they give the same values is checked first. Rows are computed and dropped, so that neither waits for Parquet.
+that they give the same values is checked first. Each writes what it computed to Parquet.
 Spark goes over a window's rows once more for each row, so its cost grows with the rows of a terminal.
 """
 
@@ -15,12 +15,14 @@ from benchmarks.common import EPOCH, markdown, options, say, simulate, spark_ses
 from benchmarks.features import HOT_SHARE, HOT_TERMINALS, large_simulation, with_hot_terminals
 from ml_platform.bare_jobs import clean
 from ml_platform.sizing import BYTES_PER_ROW
-from spark_jobs import runtime
-from spark_jobs.build_features import add_features
+from spark_jobs import parquet_files, runtime
+from spark_jobs.build_features import feature_files
 from spark_jobs.features import LABEL_DELAY_DAYS, WINDOW_DAYS
 from spark_jobs.windows import DAY_S
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pyspark.sql import DataFrame
 
 NAMES = [
@@ -49,21 +51,24 @@ def main() -> None:
                 ("even", even),
                 (f"{HOT_TERMINALS} terminals carry {HOT_SHARE:.0%}", with_hot_terminals(even)),
             ):
-                results += compare(rows, arguments.rounds, {"rows": rows.count(), "terminals": terminals})
+                results += compare(rows, arguments.rounds, {"rows": rows.count(), "terminals": terminals}, lake)
             even.unpersist()
     write_results(arguments.json, results, lambda: table(results))
 
 
-def compare(rows: DataFrame, rounds: int, case: dict[str, Any]) -> list[dict[str, Any]]:
+def compare(rows: DataFrame, rounds: int, case: dict[str, Any], lake: Path) -> list[dict[str, Any]]:
     """Seconds of each way, `rounds` times. Raises SystemExit if they give other values."""
     from pyspark.sql import functions as F
 
     # Spark's own default, 200, would be most of what its windows take here.
-    runtime.set_shuffle_partitions(runtime.session(rows), BYTES_PER_ROW * case["rows"])
+    spark = runtime.session(rows)
+    runtime.set_shuffle_partitions(spark, BYTES_PER_ROW * case["rows"])
     ways = {"range windows": range_windows, "sorted columns": sorted_columns}
-    both = range_windows(rows).join(
-        sorted_columns(rows).toDF("transaction_id", *[f"our_{name}" for name in NAMES]), "transaction_id"
-    )
+    found = []
+    for way, compute in ways.items():
+        compute(rows, f"file://{lake}/{way}")
+        found.append(spark.read.parquet(f"file://{lake}/{way}").select("transaction_id", *NAMES))
+    both = found[0].join(found[1].toDF("transaction_id", *[f"our_{name}" for name in NAMES]), "transaction_id")
     same = [F.expr(f"abs({name} - our_{name}) <= 1e-9 * greatest(1, abs({name}))") for name in NAMES]
     if both.count() != case["rows"]:
         raise SystemExit("the two ways do not give the same rows")
@@ -74,14 +79,14 @@ def compare(rows: DataFrame, rounds: int, case: dict[str, Any]) -> list[dict[str
     for _ in range(rounds):
         for way, compute in ways.items():
             started = time.monotonic()
-            compute(rows).write.format("noop").mode("overwrite").save()
+            compute(rows, f"file://{lake}/{way}")
             results.append({**case, "way": way, "seconds": time.monotonic() - started})
             say(str(results[-1]))
     return results
 
 
-def range_windows(rows: DataFrame) -> DataFrame:
-    """The twelve features by Spark's own windows; the rows have a customer and a terminal each."""
+def range_windows(rows: DataFrame, uri: str) -> None:
+    """Write the twelve features by Spark's own windows; the rows have a customer and a terminal each."""
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
@@ -95,14 +100,16 @@ def range_windows(rows: DataFrame) -> DataFrame:
         columns[f"customer_mean_amount_{days}d"] = F.avg("tx_amount").over(own)
         columns[f"terminal_tx_count_{days}d"] = F.count(F.lit(1)).over(known).cast("double")
         columns[f"terminal_fraud_risk_{days}d"] = F.coalesce(F.avg("tx_fraud").over(known), F.lit(0.0))
-    return rows.select("transaction_id", *[columns[name].alias(name) for name in NAMES])
+    features = rows.select("transaction_id", *[columns[name].alias(name) for name in NAMES])
+    features.write.mode("overwrite").parquet(uri)
 
 
-def sorted_columns(rows: DataFrame) -> DataFrame:
-    """The same by the platform, which computes its other features, too."""
+def sorted_columns(rows: DataFrame, uri: str) -> None:
+    """The same by the platform, which computes its other features, too, and writes all columns."""
     from pyspark.sql import functions as F
 
-    return add_features(rows.withColumn("is_current", F.lit(True)), tasks=2).select("transaction_id", *NAMES)
+    files = feature_files(rows.withColumn("is_current", F.lit(True)), 2, lambda tallies: None)
+    parquet_files.write(files, uri)
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -22,9 +22,6 @@ BLOCK_SCHEMA = "partition_key int NOT NULL, block binary NOT NULL"
 #: Bytes of text that are looked at together, unless one line has more.
 TEXT_PER_BATCH = 8 << 20
 
-#: Rows that are handed to Spark at a time.
-ROWS_PER_BATCH = 50000
-
 
 def map_text(
     lines: DataFrame, function: Callable[[Iterator[tuple[Array, Array]]], Iterator[Columns]], schema: str, padding: int
@@ -65,20 +62,12 @@ def map_columns(frame: DataFrame, function: Callable[[Columns], Columns], schema
 
 
 def map_blocks(blocks: DataFrame, function: Callable[[list[bytes]], Iterator[Columns]], schema: str) -> DataFrame:
-    """Apply `function` to all blocks of each partition of `exchange`; it returns columns named as in `schema`."""
+    """Apply `function` to all blocks of each partition of `exchange`; it returns columns as in `schema`."""
 
     def gathered(batches: Iterable[Any]) -> Iterator[Columns]:
         return function([block for batch in batches for block in _values_of(batch, 1)])
 
     return _map_batches(blocks, gathered, schema)
-
-
-def schema(columns: Iterable[tuple[str, str]]) -> str:
-    """Spark DDL string of columns, name and Spark type, as the functions here return them: none has NULLs.
-
-    Told so, Spark asks no value whether it is there, and Parquet keeps no note of it: 5 % of the features job.
-    """
-    return ", ".join(f"{name} {kind} NOT NULL" for name, kind in columns)
 
 
 def exchange(blocks: DataFrame, partitions: int) -> DataFrame:
@@ -130,13 +119,6 @@ def task_number() -> int:
     context = TaskContext.get()
     assert context is not None, "not in a task"
     return context.partitionId()
-
-
-def batches_of(columns: Columns) -> Iterator[Columns]:
-    """The same columns, ROWS_PER_BATCH rows at a time."""
-    rows = len(next(iter(columns.values())))
-    for start in range(0, rows, ROWS_PER_BATCH):
-        yield {name: values[start : start + ROWS_PER_BATCH] for name, values in columns.items()}
 
 
 def partition_keys(partitions: int) -> Array:

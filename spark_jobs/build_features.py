@@ -2,7 +2,7 @@
 
 A partition is built from its own rows and those of earlier partitions within `HISTORY_DAYS` before its first row. The
 features are those of spark_jobs/features.py; the rows pass through numpy three times: to be gathered by terminal, then
-by customer, and to be sorted.
+by customer, and to be sorted and written.
 """
 
 from __future__ import annotations
@@ -11,29 +11,19 @@ import time
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from spark_jobs import blocks, runtime
+from spark_jobs import blocks, parquet_files, runtime
 from spark_jobs.features import FEATURE_COLUMNS, FEATURES, HISTORY_DAYS, REGISTRY, REPEATING
 from spark_jobs.schema import CLEANED_COLUMNS, REPORT_NAME, SCHEMA_VERSION, ddl
-from spark_jobs.windows import NO_KEY, over_history
+from spark_jobs.windows import DAY_S, NO_KEY, over_history
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
+    from spark_jobs.progress import Progress
     from spark_jobs.windows import Array, Columns, History
 
 #: Raw text behind the rows that one Python process holds at a time, about a quarter of a million, 400 MB in all.
 BYTES_PER_TASK = 16 << 20
-
-PARQUET_OPTIONS = {
-    # To look for repetitions among measurements costs a sixth of the job and saves no space.
-    "parquet.enable.dictionary": "false",
-    # Where values do repeat, dictionaries save 7 % of the job. Unknown to Spark 3.0.
-    **{f"parquet.enable.dictionary#{name}": "true" for name in REPEATING},
-    # A third less time to compress than with 3, the default, and 4 % more bytes.
-    "parquet.compression.codec.zstd.level": "1",
-    # Counted value by value, and of no use without NULLs and texts. Unknown to the clusters' Spark.
-    "parquet.size.statistics.enabled": "false",
-}
 
 #: The columns that a row is carried in: name, numpy type. `tx_unix_seconds` is the instant.
 ROW_LAYOUT = (
@@ -65,7 +55,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     partitions = runtime.for_each_partition(
         spark,
         request["partitions"],
-        lambda item: build_partition(spark, item, request["run_id"]),
+        lambda item, progress: build_partition(spark, item, request["run_id"], progress),
         what="features",
         size=lambda item: item["cleaned_bytes"],
     )
@@ -77,7 +67,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_partition(spark: SparkSession, item: dict[str, Any], run_id: str) -> dict[str, Any]:
+def build_partition(spark: SparkSession, item: dict[str, Any], run_id: str, progress: Progress) -> dict[str, Any]:
     """Build one partition and return its report, which is written last."""
     from pyspark.sql import functions as F
 
@@ -93,9 +83,9 @@ def build_partition(spark: SparkSession, item: dict[str, Any], run_id: str) -> d
         history = read_cleaned(spark, item["history"]).withColumn("is_current", F.lit(False))
         rows = rows.union(history.where(F.col("tx_datetime") > F.lit(first - timedelta(days=HISTORY_DAYS))))
     tallies = runtime.gathering(spark)
+    progress.follow(tallies)
     tasks = whole_rounds(spark, -(-item["cleaned_bytes"] // BYTES_PER_TASK))
-    features = add_features(rows, tasks=tasks, tell=tallies.add)
-    features.write.mode("overwrite").options(**PARQUET_OPTIONS).parquet(item["output_uri"])
+    parquet_files.write(feature_files(rows, tasks, tallies.add), item["output_uri"])
     if len(tallies.value) != tasks:
         raise RuntimeError(f"{len(tallies.value)} of {tasks} tasks told what they wrote")
     counts = {name: sum(tally[name] for tally in tallies.value) for name in ("rows", "fraud_rows", "unusable_rows")}
@@ -127,10 +117,8 @@ def whole_rounds(spark: SparkSession, tasks: int) -> int:
     return -(-max(tasks, 1) // cores) * cores
 
 
-def add_features(
-    rows: DataFrame, *, tasks: int = 1, tell: Callable[[list[dict[str, int]]], None] = lambda tallies: None
-) -> DataFrame:
-    """The rows that are `is_current`, with the columns of FEATURE_COLUMNS, each task's sorted by instant and id.
+def feature_files(rows: DataFrame, tasks: int, tell: Callable[[list[dict[str, int]]], None]) -> DataFrame:
+    """Files of the rows that are `is_current`, with FEATURE_COLUMNS, sorted by instant and id (see parquet_files).
 
     `rows` has the columns of CLEANED_COLUMNS and the boolean `is_current`; the others are history. `tasks` is how many
     parts the rows are gathered in at least. Each task that returns rows tells how many: ``rows``, ``fraud_rows``, and
@@ -138,7 +126,9 @@ def add_features(
     """
     from pyspark.sql import functions as F
 
-    tasks = whole_rounds(runtime.session(rows), tasks)
+    spark = runtime.session(rows)
+    options = parquet_files.options(spark, REPEATING)
+    tasks = whole_rounds(spark, tasks)
     keys = blocks.partition_keys(tasks)
     with_terminals = (*ROW_LAYOUT, *[(name, "f8") for name in _features_of("terminal")])
 
@@ -155,34 +145,21 @@ def add_features(
     def finished(packed: list[bytes]) -> Iterator[Columns]:
         columns = blocks.unpack(packed, with_terminals)
         columns.update(_history_features(columns, "customer"))
-        ordered = _current_in_order(columns)
+        ordered = _with_all_columns(_current_in_order(columns))
         tell([_tally(ordered)])
-        return blocks.batches_of(ordered)
+        return parquet_files.files_of(ordered, (*CLEANED_COLUMNS, *FEATURE_COLUMNS), options)
 
-    # numpy has no NULL integer, and slow timestamps: both go in and come out as plain integers.
+    # numpy has no NULL integer, and slow timestamps: both come as plain integers.
     plain = {
         "tx_unix_seconds": "CAST(tx_datetime AS BIGINT)",
         "customer_id": f"coalesce(customer_id, {NO_KEY})",
         "terminal_id": f"coalesce(terminal_id, {NO_KEY})",
         "is_current": "CAST(is_current AS TINYINT)",
     }
-    restored = {
-        "tx_datetime": "CAST(tx_unix_seconds AS TIMESTAMP)",
-        "tx_time_days": "CAST(floor(tx_time_seconds / 86400) AS INT)",
-        "customer_id": f"IF(customer_id = {NO_KEY}, NULL, customer_id)",
-        "terminal_id": f"IF(terminal_id = {NO_KEY}, NULL, terminal_id)",
-    }
     frame = rows.select(*[F.expr(plain.get(name, name)).alias(name) for name, _ in ROW_LAYOUT])
     frame = blocks.exchange(blocks.map_columns(frame, by_terminal, blocks.BLOCK_SCHEMA), tasks)
     frame = blocks.exchange(blocks.map_blocks(frame, by_customer, blocks.BLOCK_SCHEMA), tasks)
-    kinds = {"i8": "bigint", "f8": "double", "i4": "int"}
-    layout = [(name, kinds[kind]) for name, kind in ROW_LAYOUT if name != "is_current"]
-    layout += [(name, "double") for of in ("terminal", "customer") for name in _features_of(of)]
-    frame = blocks.map_blocks(frame, finished, blocks.schema(layout))
-    columns = [name for name, _, _ in (*CLEANED_COLUMNS, *FEATURE_COLUMNS)]
-    of_transaction = {feature.name: str(feature.define) for feature in REGISTRY if feature.of == "transaction"}
-    frame = frame.withColumn("tx_datetime", F.expr(restored.pop("tx_datetime")))
-    return frame.select(*[F.expr({**restored, **of_transaction}.get(name, name)).alias(name) for name in columns])
+    return blocks.map_blocks(frame, finished, parquet_files.FILE_SCHEMA)
 
 
 def _features_of(of: str) -> list[str]:
@@ -201,7 +178,7 @@ def _gathered_by(columns: Columns, key: str) -> Array:
 
 def _history_features(columns: Columns, of: str) -> Columns:
     def compute(history: History) -> Columns:
-        return {feature.name: feature.define(history) for feature in REGISTRY if feature.of == of}  # type: ignore[operator]
+        return {feature.name: feature.define(history) for feature in REGISTRY if feature.of == of}
 
     return over_history(columns, f"{of}_id", compute)
 
@@ -215,13 +192,23 @@ def _current_in_order(columns: Columns) -> Columns:
     return {name: values[order] for name, values in columns.items()}
 
 
+def _with_all_columns(columns: Columns) -> Columns:
+    """The columns of a table of features, from those that are carried and those of histories."""
+    seconds = columns["tx_unix_seconds"]
+    return {
+        **columns,
+        "tx_datetime": seconds,
+        "tx_time_days": (columns["tx_time_seconds"] // DAY_S).astype("i4"),
+        **{feature.name: feature.define(seconds) for feature in REGISTRY if feature.of == "transaction"},
+    }
+
+
 def _tally(columns: Columns) -> dict[str, int]:
     import numpy as np
 
-    usable = np.isfinite(columns["tx_amount"])
-    for of in ("terminal", "customer"):
-        for name in _features_of(of):
-            usable &= np.isfinite(columns[name])
+    usable = np.ones(len(columns["tx_amount"]), dtype=bool)
+    for name in FEATURES:
+        usable &= np.isfinite(columns[name])
     return {
         "rows": len(usable),
         "fraud_rows": int(columns["tx_fraud"].sum()),

@@ -15,7 +15,7 @@ import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Tuple
 
-from spark_jobs import blocks, runtime
+from spark_jobs import blocks, parquet_files, runtime
 from spark_jobs.cleaning_rules import FIX_BITS, HEADER_BIT, REJECT_BITS, is_number
 from spark_jobs.plain_lines import LINE_COLUMNS, PADDING, parse_lines
 from spark_jobs.schema import CLEANED_COLUMNS, REJECT_RULES, REJECTED_COLUMNS, REPORT_NAME, SCHEMA_VERSION, ddl
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
     from spark_jobs.blocks import Columns
+    from spark_jobs.progress import Progress
 
     Array = np.ndarray[Any, Any]
 
@@ -42,15 +43,8 @@ HEAD_BYTES = 64 << 10
 TOLD_BYTES = 256 << 10
 LINE_BYTES = 64
 
-PARQUET_OPTIONS: dict[str, str | int] = {
-    # Bytes of a row group before compression: a quarter of a file of a million rows. Readers skip those whose days or
-    # customers they do not look for.
-    "parquet.block.size": 8 << 20,
-    # The values all differ: looking for repetitions among them costs time and saves no space. Unknown to Spark 3.0.
-    "parquet.enable.dictionary#transaction_id": "false",
-    "parquet.enable.dictionary#tx_datetime": "false",
-    "parquet.enable.dictionary#tx_time_seconds": "false",
-}
+#: Columns with few values, to be kept as dictionaries: of the others these would take time and more space.
+REPEATING = ("terminal_id", "tx_amount", "tx_time_days", "tx_fraud", "tx_fraud_scenario")
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +61,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     partitions = runtime.for_each_partition(
         spark,
         request["partitions"],
-        lambda item: clean_file(spark, item, request),
+        lambda item, progress: clean_file(spark, item, request, progress),
         what="cleaning",
         size=lambda item: item["raw"]["size"],
     )
@@ -79,7 +73,9 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+def clean_file(
+    spark: SparkSession, item: dict[str, Any], request: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     """Clean one file and return its report, which is written last. Raises if the file changes meanwhile."""
     started = time.monotonic()
     files = runtime.Files(spark)
@@ -93,12 +89,14 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
     parser = Parser(header_line(head), _unix_seconds(request["epoch"]))
     lines = spark.read.option("lineSep", "\n").text(runtime.literal_path(raw["uri"]))
     tallies, rejects = runtime.gathering(spark), runtime.gathering(spark)
+    progress.follow(tallies)
     tasks = runtime.shuffle_partitions(spark, raw["size"])
     # Parts as large as those after the shuffle: whole rounds of the cores. No smaller than what opening a file costs.
     spark.conf.set("spark.sql.files.maxPartitionBytes", str(max(4 << 20, raw["size"] // tasks + 1)))
     ranges = IdRanges(head, raw["size"], tasks)
-    cleaned = kept_rows(lines, parser, ranges, tallies.add, rejects.add)
-    cleaned.write.mode("overwrite").options(**PARQUET_OPTIONS).parquet(item["output_uri"])
+    options = parquet_files.options(spark, REPEATING)
+    cleaned = cleaned_files(lines, parser, ranges, options, tallies.add, rejects.add)
+    parquet_files.write(cleaned, item["output_uri"])
     if len(tallies.value) != ranges.partitions:
         raise RuntimeError(f"{len(tallies.value)} of {ranges.partitions} tasks told what they wrote")
     tally = total(tallies.value)
@@ -110,8 +108,7 @@ def clean_file(spark: SparkSession, item: dict[str, Any], request: dict[str, Any
         told = told_lines(rejects.value, tally, parser, repeated_headers)
         rejects.value.clear()
         if told is not None:
-            compression = str(spark.conf.get("spark.sql.parquet.compression.codec"))
-            files.write(item["rejected_uri"] + "/part-00000.parquet", rejects_file(told, compression))
+            files.write(item["rejected_uri"] + "/part-00000.parquet", rejects_file(told, options["compression"]))
         else:
             found = lines_read_again(lines, parser, tally["conflicting_ids"])
             rejected = with_reasons(found, parser, repeated_headers).repartition(1 + rejected_rows // 1000000)
@@ -210,17 +207,18 @@ class IdRanges:
         return np.where(expected, number, blocks.mixed(number) % self.partitions)
 
 
-def kept_rows(
+def cleaned_files(
     lines: DataFrame,
     parser: Parser,
     ranges: IdRanges,
+    options: dict[str, Any],
     tell: Callable[[list[Columns]], None],
     tell_rejects: Callable[[list[Told]], None],
 ) -> DataFrame:
-    """The rows of `cleaned_transactions`, sorted within partitions, from the column `value` of `lines`.
+    """Files of `cleaned_transactions`, sorted rows in each (see parquet_files), from the column `value` of `lines`.
 
-    Each task that writes some of them tells its tally (see `deduplicated`), each that parses lines those that it
-    rejects (see `Told`).
+    `options` are those of the files. Each task that writes some of them tells its tally (see `deduplicated`), each that
+    parses lines those that it rejects (see `Told`).
     """
     from pyspark.sql import functions as F
 
@@ -247,21 +245,13 @@ def kept_rows(
     def written(packed: list[bytes]) -> Iterator[Columns]:
         kept, tally = deduplicated(blocks.unpack(packed, SHUFFLED))
         tell([tally])
-        return blocks.batches_of(in_order(kept, parser.epoch))
+        return parquet_files.files_of(in_order(kept, parser.epoch), CLEANED_COLUMNS, options)
 
     # Long lines stay where they are: Python would have to hold a hundred thousand of them.
     short = F.when(F.expr("octet_length(value)") <= MAX_ROW_BYTES, F.col("value")).otherwise(LONG_LINE)
     texts = lines.select(short.cast("binary"))
     moved = blocks.exchange(blocks.map_text(texts, shuffled, blocks.BLOCK_SCHEMA, PADDING), partitions)
-    # pandas has no NULL integer and slow timestamps: both come out as plain integers.
-    kinds = {name: "bigint" if kind == "timestamp" else kind for name, kind, _ in CLEANED_COLUMNS}
-    rows = blocks.map_blocks(moved, written, blocks.schema(kinds.items()))
-    restored = {
-        "tx_datetime": "CAST(tx_datetime AS TIMESTAMP)",
-        "customer_id": f"IF(customer_id = {NO_KEY}, NULL, customer_id)",
-        "terminal_id": f"IF(terminal_id = {NO_KEY}, NULL, terminal_id)",
-    }
-    return rows.select(*[F.expr(restored.get(name, name)).alias(name) for name in kinds])
+    return blocks.map_blocks(moved, written, parquet_files.FILE_SCHEMA)
 
 
 def counted(rows: Columns) -> Columns:

@@ -30,18 +30,29 @@ LARGEST_RATIO = 10.0
 class Feature(NamedTuple):
     """A feature of a transaction, a double that is never NULL, NaN or infinite.
 
-    ``of`` says whose history it looks at: customer, terminal, or none (the transaction alone, then ``define`` is a
-    SQL expression). ``days`` is how far back the feature reaches in all, ``delay_days`` how old the youngest label is.
+    ``of`` says whose history ``define`` is given: that of the customer or of the terminal; or, for a feature of the
+    transaction alone, instants in Unix seconds. ``days`` is how far back the feature reaches in all, ``delay_days`` how
+    old the youngest label is.
     """
 
     name: str
     of: str
-    define: Callable[[History], Array] | str
+    define: Callable[[Any], Array]
     days: int
     delay_days: int
     unit: str
     source: str
     description: str
+
+
+def during_weekend(unix_seconds: Array) -> Array:
+    """Whether it is Saturday or Sunday in UTC; the first day of Unix was a Thursday."""
+    return ((unix_seconds // DAY_S + 3) % 7 >= 5).astype("float64")
+
+
+def during_night(unix_seconds: Array) -> Array:
+    """Whether it is before 7 o'clock in UTC."""
+    return (unix_seconds % DAY_S < 7 * 3600).astype("float64")
 
 
 def customer_count(days: int) -> Callable[[History], Array]:
@@ -182,8 +193,8 @@ WINDOW_DAYS = (1, 7, 30)
 def _registry() -> list[Feature]:
     delay = LABEL_DELAY_DAYS
 
-    def row(name: str, sql: str, source: str, unit: str, text: str) -> Feature:
-        return Feature(name, "transaction", sql, 0, 0, unit, source, text)
+    def row(name: str, define: Any, source: str, unit: str, text: str) -> Feature:
+        return Feature(name, "transaction", define, 0, 0, unit, source, text)
 
     def customer(name: str, define: Any, days: int, source: str, unit: str, text: str) -> Feature:
         return Feature(name, "customer", define, days, 0, unit, source, text)
@@ -195,20 +206,8 @@ def _registry() -> list[Feature]:
         return "1 day" if days == 1 else f"{days} days"
 
     features = [
-        row(
-            "tx_during_weekend",
-            "double(pmod(floor(CAST(tx_datetime AS BIGINT) / 86400) + 4, 7) IN (0, 6))",
-            "handbook",
-            "0 or 1",
-            "Saturday or Sunday (UTC).",
-        ),
-        row(
-            "tx_during_night",
-            "double(pmod(CAST(tx_datetime AS BIGINT), 86400) < 7 * 3600)",
-            "handbook",
-            "0 or 1",
-            "00:00 to 06:59 (UTC).",
-        ),
+        row("tx_during_weekend", during_weekend, "handbook", "0 or 1", "Saturday or Sunday (UTC)."),
+        row("tx_during_night", during_night, "handbook", "0 or 1", "00:00 to 06:59 (UTC)."),
     ]
     for days in WINDOW_DAYS:
         features += [

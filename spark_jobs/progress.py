@@ -34,6 +34,7 @@ class Progress:
         self._what = what
         self._doing = ""
         self._begin, self._end = 0.0, 0.0
+        self._tallies: Any = None
         self._started = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
@@ -41,6 +42,10 @@ class Progress:
     def enter(self, doing: str, begin: float, end: float) -> None:
         """From here on the job is `doing` something that takes it from the share `begin` to `end`, of 0 to 1."""
         self._doing, self._begin, self._end = doing, begin, end
+
+    def follow(self, tallies: Any) -> None:
+        """From here on tasks that write tell their ``rows`` in this accumulator (see runtime.gathering)."""
+        self._tallies = tallies
 
     def __enter__(self) -> Progress:
         self._thread.start()
@@ -84,7 +89,7 @@ class Progress:
 
     def _rows_per_second(self) -> float:
         """Rows of the running stages per second since they started: those that they read, or, where they read blocks of
-        rows, those that their finished tasks wrote. 0 while there are none, and between blocks and blocks.
+        rows, those that their finished tasks told. 0 while there are none, and between blocks and blocks.
         """
         # Not in PySpark's own status tracker, and the REST API needs the web UI.
         store = self._context._jsc.sc().statusStore()
@@ -97,8 +102,8 @@ class Progress:
                 records = stage.inputRecords()
                 if stage.shuffleReadBytes() < LARGEST_ROW_BYTES * stage.shuffleReadRecords():
                     records += stage.shuffleReadRecords()
-                elif not records:
-                    records = stage.outputRecords()
+                elif not records and self._tallies is not None:
+                    records = sum(tally["rows"] for tally in list(self._tallies.value))
                 speed += records / max(seconds, 1)
         return speed
 

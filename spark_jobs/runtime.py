@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Callable
 
 from spark_jobs.progress import Progress
@@ -186,6 +187,10 @@ def load_model(spark: SparkSession, uri: str) -> PipelineModel:
     return PipelineModel.load(uri)
 
 
+#: Files that are renamed together.
+RENAMES_AT_A_TIME = 8
+
+
 class Files:
     """Small files through Hadoop's FileSystem, so that local paths and S3 are alike."""
 
@@ -218,6 +223,22 @@ class Files:
         fs, path = self._open(uri)
         fs.delete(path, True)
 
+    def change_suffix(self, uri: str, old: str, new: str) -> None:
+        """Let the files of a directory whose names end in `old` end in `new`. Raises OSError if one does not.
+
+        S3 copies each, and most of that is waiting: several at a time.
+        """
+        fs, directory = self._open(uri)
+        names = [str(status.getPath().getName()) for status in fs.listStatus(directory)]
+        path = self._jvm.org.apache.hadoop.fs.Path
+
+        def rename(name: str) -> None:
+            if not fs.rename(path(directory, name), path(directory, name[: -len(old)] + new)):
+                raise OSError(f"cannot rename {name} in {uri}")
+
+        with ThreadPoolExecutor(RENAMES_AT_A_TIME) as pool:
+            list(pool.map(rename, [name for name in names if name.endswith(old)]))
+
     def write_json(self, uri: str, value: Any) -> None:
         """Write `value` as JSON, as `write` does."""
         self.write(uri, json.dumps(value, indent=1, sort_keys=True).encode("utf-8"))
@@ -248,12 +269,12 @@ class Files:
 def for_each_partition(
     spark: SparkSession,
     partitions: list[dict[str, Any]],
-    work: Callable[[dict[str, Any]], dict[str, Any]],
+    work: Callable[[dict[str, Any], Progress], dict[str, Any]],
     *,
     what: str,
     size: Callable[[dict[str, Any]], int],
 ) -> dict[str, dict[str, Any]]:
-    """Do `work(item)` for each item of a request's `partitions`; one verdict each, whatever befalls the others.
+    """Do `work(item, progress)` for each of a request's `partitions`; one verdict each, whatever befalls the others.
 
     `size(item)` says how much work it is compared with the others, for the time left that is logged.
 
@@ -270,7 +291,7 @@ def for_each_partition(
             share = sizes[number - 1]
             progress.enter(name, done / sum(sizes), (done + share) / sum(sizes))
             try:
-                report = work(item)
+                report = work(item, progress)
             except Exception as error:
                 log.exception("%s %s failed", what, name)
                 verdicts[key] = {"status": "failed", "error": describe(error)}

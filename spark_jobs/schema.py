@@ -27,6 +27,9 @@ CLEANED_COLUMNS = (
     ("tx_fraud_scenario", "int", "Number of the simulated fraud scenario, 0 for none."),
 )
 
+#: The columns that may be NULL.
+KEY_COLUMNS = ("customer_id", "terminal_id")
+
 #: Columns of ``rejected_transactions``.
 REJECTED_COLUMNS = (
     ("raw_line", "string", "The line as it stands in the raw file, without its line end."),

@@ -86,12 +86,6 @@ def test_much_text_comes_in_parts(spark: SparkSession) -> None:
     assert [(row.lines, row.bytes) for row in found] == [(3, 2 * size), (2, 2 * size), (1, size)]
 
 
-def test_large_columns_are_handed_on_in_parts() -> None:
-    parts = list(blocks.batches_of(columns(2 * blocks.ROWS_PER_BATCH + 1)))
-    assert [len(part["id"]) for part in parts] == [blocks.ROWS_PER_BATCH, blocks.ROWS_PER_BATCH, 1]
-    assert np.concatenate([part["id"] for part in parts]).tolist() == list(range(2 * blocks.ROWS_PER_BATCH + 1))
-
-
 @pytest.mark.spark
 def test_what_tasks_tell_is_gathered_once(spark: SparkSession) -> None:
     gathered = runtime.gathering(spark)

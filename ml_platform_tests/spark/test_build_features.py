@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from spark_jobs import build_features, runtime
+from spark_jobs import build_features, parquet_files
 from spark_jobs.features import FEATURES, HIGH_RATIO, HISTORY_DAYS, LABEL_DELAY_DAYS, REGISTRY, REPEATING, WINDOW_DAYS
 from spark_jobs.schema import CLEANED_COLUMNS, SCHEMA_VERSION, ddl
 from spark_jobs.windows import DAY_S, NO_KEY, History
@@ -147,11 +147,18 @@ def close(features: dict[str, float]) -> Any:
     return pytest.approx(features, rel=1e-7, abs=1e-8)
 
 
-def built(spark: SparkSession, rows: list[Transaction]) -> dict[int, dict[str, float]]:
-    """Features of `rows` by transaction_id."""
+def built(spark: SparkSession, rows: list[Transaction], tasks: int = 1) -> dict[int, dict[str, float]]:
+    """Features of `rows` by transaction_id, gathered in so many parts."""
+    import pyarrow.parquet
+
     frame = spark.createDataFrame(rows, ddl(CLEANED_COLUMNS)).selectExpr("*", "true AS is_current")
-    frame = build_features.add_features(frame)
-    return {row.transaction_id: {name: row[name] for name in FEATURES} for row in frame.collect()}
+    found = {}
+    for row in build_features.feature_files(frame, tasks, lambda tallies: None).collect():
+        file = pyarrow.BufferReader(bytes(row.file) + parquet_files.MAGIC.encode())
+        columns = pyarrow.parquet.read_table(file).to_pydict()
+        for index, number in enumerate(columns["transaction_id"]):
+            found[number] = {name: columns[name][index] for name in FEATURES}
+    return found
 
 
 def test_features_are_what_their_definitions_say(spark: SparkSession) -> None:
@@ -265,7 +272,7 @@ def test_columns_of_repeating_values_alone_have_dictionaries(partitions: Partiti
     group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
     columns = [group.column(number) for number in range(group.num_columns)]
     found = {column.path_in_schema for column in columns if column.has_dictionary_page}
-    assert found == (set() if runtime.spark_version(partitions.spark) < (3, 1) else set(REPEATING))
+    assert found == set(REPEATING)
 
 
 def test_a_row_is_the_same_alone_in_a_range_and_after_its_history_was_built_again(partitions: Partitions) -> None:
@@ -301,10 +308,10 @@ def test_a_row_is_the_same_whatever_stands_beside_it(spark: SparkSession) -> Non
     rows = random_transactions(300, days=50, seed=4)
     others = [{**row, "transaction_id": 10_000 + n, "customer_id": 9, "terminal_id": 9, "tx_amount": 1e6 / 7}
               for n, row in enumerate(random_transactions(300, days=50, seed=5))]  # fmt: skip
-    frame = spark.createDataFrame(rows + others, ddl(CLEANED_COLUMNS)).selectExpr("*", "true AS is_current")
-    among = {row.transaction_id: row for row in build_features.add_features(frame, tasks=7).collect()}
+    among = built(spark, rows + others, tasks=7)
+    assert len(among) == 600
     for number, features in built(spark, rows).items():
-        assert {name: among[number][name] for name in FEATURES} == features
+        assert among[number] == features
 
 
 def test_each_feature_stays_within_the_window_that_it_declares() -> None:
@@ -322,7 +329,7 @@ def test_each_feature_stays_within_the_window_that_it_declares() -> None:
 
     now = max(row["tx_time_seconds"] for row in rows) + 1
     for feature in REGISTRY:
-        if not callable(feature.define):
+        if feature.of == "transaction":
             continue
         for customer_id, terminal_id in ((1, 1), (2, 2)):
             last = transaction(10_000, now, customer_id=customer_id, terminal_id=terminal_id)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spark_jobs import clean_transactions, runtime
+from spark_jobs import clean_transactions, parquet_files, runtime
 from spark_jobs.plain_lines import PADDING
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
@@ -257,7 +257,7 @@ def test_parquet_files_and_row_groups_are_for_their_readers(cleaner: Cleaner, mo
     import pyarrow.parquet
 
     monkeypatch.setattr(runtime, "shuffle_partitions", lambda spark, size: 2)
-    monkeypatch.setitem(clean_transactions.PARQUET_OPTIONS, "parquet.block.size", 1 << 20)
+    monkeypatch.setattr(parquet_files, "ROWS_PER_GROUP", 30_000)
     per_day = 60_000
     lines = [
         good(
@@ -376,7 +376,7 @@ def test_a_file_cleaned_again_loses_its_report_first_and_its_old_rejects(
         raise RuntimeError("the job dies while it works")
 
     with monkeypatch.context() as patch:
-        patch.setattr(clean_transactions, "kept_rows", fail)
+        patch.setattr(clean_transactions, "cleaned_files", fail)
         verdict = cleaner.run(cleaner.item("file", HEADER + GOOD.encode()))["partitions"]["file"]
     assert verdict["status"] == "failed"
     assert not report.exists()

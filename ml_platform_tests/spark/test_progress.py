@@ -5,9 +5,10 @@ import re
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from spark_jobs import progress, runtime
+from spark_jobs import blocks, progress, runtime
 from spark_jobs.progress import Progress, _duration
 
 pytestmark = pytest.mark.spark
@@ -50,13 +51,19 @@ def test_the_rows_per_second_of_a_stage_that_reads_are_told(spark, said, tmp_pat
     assert any(re.search(r"[\d,]+ rows/s", line) for line in said()), said()
 
 
-def test_where_blocks_are_read_the_rows_that_are_written_are_told(spark, said, tmp_path):
+def test_where_blocks_are_read_the_rows_that_tasks_tell_are_told(spark, said):
     block = "array_join(transform(sequence(1, 1000), n -> sha2(string(n * (id + 7)), 256)), '')"
-    blocks = spark.range(4).selectExpr("id", f"{block} AS block").repartition(4, "id")
-    waited = blocks.selectExpr("reflect('java.lang.Thread', 'sleep', 500L) AS waited", "block")
-    rows = waited.selectExpr("waited", "length(block) AS length", "explode(sequence(1, 1000)) AS n")
-    with Progress(spark, "cleaning"):
-        rows.write.parquet(str(tmp_path / "rows"))
+    moved = spark.range(4).selectExpr("CAST(id AS INT) AS partition_key", f"CAST({block} AS BINARY) AS block")
+    tallies = runtime.gathering(spark)
+
+    def written(packed):
+        time.sleep(0.3)
+        tallies.add([{"rows": 1000 * len(packed)}])
+        yield {"blocks": np.array([len(packed)])}
+
+    with Progress(spark, "cleaning") as telling:
+        telling.follow(tallies)
+        blocks.map_blocks(moved.repartition(8, "partition_key"), written, "blocks bigint").collect()
     speeds = [float(found[1].replace(",", "")) for line in said() if (found := re.search(r"([\d,]+) rows/s", line))]
     # Four blocks are no more than four a second; a thousand rows of the first are more for four minutes.
     assert max(speeds, default=0) > 4, said()
@@ -91,7 +98,7 @@ def test_partitions_take_their_share_of_the_work(spark, monkeypatch):
     entered = []
     monkeypatch.setattr(Progress, "enter", lambda self, *told: entered.append(told))
     items = [{"partition": key, "size": size} for key, size in (("a", 99), ("b", 0), ("c", 299))]
-    runtime.for_each_partition(spark, items, lambda item: {}, what="cleaning", size=lambda item: item["size"])
+    runtime.for_each_partition(spark, items, lambda item, progress: {}, what="cleaning", size=lambda item: item["size"])
     names, begins, ends = zip(*entered)
     assert names == ("1/3: a", "2/3: b", "3/3: c")
     assert begins == pytest.approx((0, 100 / 401, 101 / 401))
