@@ -77,8 +77,8 @@ def _array(field: Any, values: Array) -> Any:
     import pyarrow
 
     if pyarrow.types.is_timestamp(field.type):
-        return pyarrow.array(values * 1_000_000).cast(field.type)
-    return pyarrow.array(values, field.type, mask=values == NO_KEY if field.nullable else None)
+        values = values * 1_000_000
+    return blocks.arrow_array(values, field.type, values != NO_KEY if field.nullable else None)
 
 
 def write(files: DataFrame, uri: str) -> None:

@@ -36,6 +36,36 @@ def test_no_blocks_are_no_rows() -> None:
     }
 
 
+def test_arrow_arrays_are_what_pyarrow_makes_of_the_same() -> None:
+    import pyarrow
+
+    numbers = np.arange(-5, 20)
+    texts = [b"", b"\x00\xff", b"", b"abc"]
+    seconds = pyarrow.timestamp("s", tz="UTC")
+    for found, expected in (
+        (blocks.arrow_array(numbers), pyarrow.array(numbers)),
+        (blocks.arrow_array(numbers[::3].astype("u1")), pyarrow.array(numbers[::3].astype("u1"))),
+        (blocks.arrow_array(numbers / 7), pyarrow.array(numbers / 7)),
+        (blocks.arrow_array(numbers, valid=numbers % 3 > 0), pyarrow.array(numbers, mask=numbers % 3 == 0)),
+        (blocks.arrow_array(numbers, seconds), pyarrow.array(numbers).cast(seconds)),
+        (blocks.arrow_array(texts), pyarrow.array(texts, pyarrow.binary())),
+    ):
+        found.validate()
+        assert found.equals(expected)
+        assert found.type == expected.type
+    with pytest.raises(TypeError, match="int64 is no int32"):
+        blocks.arrow_array(numbers, pyarrow.int32())
+
+
+def test_bytes_that_arrow_cannot_hold_are_an_error() -> None:
+    class Long(bytes):
+        def __len__(self) -> int:
+            return 1 << 30
+
+    with pytest.raises(OverflowError, match="2,147,483,648 bytes"):
+        blocks.arrow_array([Long(), Long()])
+
+
 @pytest.mark.spark
 @pytest.mark.parametrize("partitions", [1, 2, 7, 200])
 def test_keys_lead_to_their_partitions_in_spark(spark: SparkSession, partitions: int) -> None:
