@@ -36,8 +36,8 @@ MAX_ROW_BYTES = 4096
 #: What stands for such a line: malformed, too, and no header.
 LONG_LINE = "0"
 
-#: Bytes of a file that are looked at first.
-HEAD_BYTES = 64 << 10
+#: Bytes at either end of a file that are looked at first.
+END_BYTES = 64 << 10
 
 #: Rejected lines that a task tells the driver, in bytes with LINE_BYTES for each; with more, the file is read again.
 TOLD_BYTES = 256 << 10
@@ -85,7 +85,8 @@ def clean_file(
     raw = item["raw"]
     _require_size(files, raw)
 
-    head = files.read(raw["uri"], HEAD_BYTES)
+    head = files.read(raw["uri"], END_BYTES)
+    tail = files.read(raw["uri"], END_BYTES, start=raw["size"] - END_BYTES) if raw["size"] > END_BYTES else head
     parser = Parser(header_line(head), _unix_seconds(request["epoch"]))
     lines = spark.read.option("lineSep", "\n").text(runtime.literal_path(raw["uri"]))
     tallies, rejects = runtime.gathering(spark), runtime.gathering(spark)
@@ -93,7 +94,7 @@ def clean_file(
     tasks = runtime.shuffle_partitions(spark, raw["size"])
     # Parts as large as those after the shuffle: whole rounds of the cores. No smaller than what opening a file costs.
     spark.conf.set("spark.sql.files.maxPartitionBytes", str(max(4 << 20, raw["size"] // tasks + 1)))
-    ranges = IdRanges(head, raw["size"], tasks)
+    ranges = IdRanges(head, tail, raw["size"], tasks)
     options = parquet_files.options(spark, REPEATING)
     cleaned = cleaned_files(lines, parser, ranges, options, tallies.add, rejects.add)
     parquet_files.write(cleaned, item["output_uri"])
@@ -185,17 +186,18 @@ class IdRanges:
     """Which partition of the shuffle an id goes to: ids near each other go to the same one.
 
     Ids and instants grow together in the course's files, so that each partition, and each Parquet file written from
-    one, holds days of its own. Beyond the range that `head`, the first bytes of a file of `size`, makes one expect,
-    ids are spread at random.
+    one, holds days of its own. Beyond the range that `head` and `tail`, the first and last bytes of a file of `size`,
+    make one expect, ids are spread at random.
     """
 
-    def __init__(self, head: bytes, size: int, partitions: int) -> None:
+    def __init__(self, head: bytes, tail: bytes, size: int, partitions: int) -> None:
         self.partitions = partitions
-        ids = [int(field) for field in re.findall(rb"^([0-9]{1,18}),", head, re.MULTILINE)]
-        self._first = ids[0] if ids else 0
-        # Longer lines further down would make fewer rows, and the last partition smaller.
+        first, last = [re.findall(rb"^([0-9]{1,18}),", end, re.MULTILINE) for end in (head, b"?" + tail)]
+        self._first = int(first[0]) if first else 0
         rows = size * (head.count(b"\n") + 1) // max(len(head), 1)
-        self._width = max(1, -(-rows // partitions))
+        # Not those of a file whose ids do not grow.
+        ids = int(last[-1]) - self._first + 1 if last else 0
+        self._width = max(1, -(-(ids if 0 < ids < 2 * rows else rows) // partitions))
 
     def partition(self, transaction_id: Array) -> Array:
         """Numbers of partitions."""

@@ -207,11 +207,12 @@ class Files:
         fs, path = self._open(uri)
         return fs.getFileStatus(path).getLen()
 
-    def read(self, uri: str, limit: int | None = None) -> bytes:
-        """The bytes of a file, at most the first `limit`."""
+    def read(self, uri: str, limit: int | None = None, start: int = 0) -> bytes:
+        """The bytes of a file from `start` on, at most `limit`."""
         fs, path = self._open(uri)
         stream = fs.open(path)
         try:
+            stream.seek(start)
             io = self._jvm.org.apache.commons.io
             source = stream if limit is None else io.input.BoundedInputStream(stream, limit)
             return bytes(io.IOUtils.toByteArray(source))

@@ -284,6 +284,28 @@ def test_parquet_files_and_row_groups_are_for_their_readers(cleaner: Cleaner, mo
     assert statistics.median(customers) < 0.9
 
 
+@pytest.mark.parametrize(
+    ("ids", "even"),
+    [
+        (range(60_000), True),
+        (range(10**12, 10**12 + 60_000), True),
+        (range(0, 90_000, 2), True),
+        (range(60_000, 0, -1), False),
+        ([0, 10**17] * 30_000, False),
+        ([], False),
+    ],
+    ids=["from 0 on", "long ids", "every second is missing", "backwards", "to and fro", "none"],
+)
+def test_ids_are_spread_evenly_where_they_grow(ids: Any, even: bool) -> None:
+    content = "\n".join(good(transaction_id=str(number)) for number in ids).encode() or b"?"
+    size = clean_transactions.END_BYTES
+    ranges = clean_transactions.IdRanges(content[:size], content[-size:], len(content), 6)
+    found = np.bincount(ranges.partition(np.array(ids, dtype="i8")), minlength=6)
+    assert (len(found), found.sum()) == (6, len(ids))
+    if even:
+        assert max(found) - min(found) <= 6
+
+
 def test_a_row_rejected_by_itself_is_no_duplicate_of_another(cleaner: Cleaner) -> None:
     counts, rows, _ = cleaner.clean_lines(GOOD, good(tx_amount="-1"), good(tx_amount="-1"))
     assert [row.tx_amount for row in rows] == [70.91]
