@@ -194,7 +194,7 @@ def _map_batches(frame: DataFrame, function: Callable[[Iterator[Any]], Iterator[
 
 
 def arrow_array(values: Array | list[bytes], kind: Any = None, valid: Array | None = None) -> Any:
-    """An Arrow array of numbers, or of bytes. `kind` is its type, if not that of the numbers; NULL where not `valid`.
+    """An Arrow array of numbers, or of bytes. `kind` is its type, if another than theirs; NULL where not `valid`.
 
     pyarrow.array would import pandas, to ask whether it has got a column of that: a third of a second for each process.
 
@@ -209,7 +209,7 @@ def arrow_array(values: Array | list[bytes], kind: Any = None, valid: Array | No
         offsets = np.cumsum([0, *map(len, values)])
         if offsets[-1] >= 1 << 31:
             raise OverflowError(f"{offsets[-1]:,} bytes are too many for one batch of Arrow")
-        kind, buffers = pyarrow.binary(), [offsets.astype("i4"), b"".join(values)]
+        kind, buffers = kind or pyarrow.binary(), [offsets.astype("i4"), b"".join(values)]
     else:
         kind, buffers = kind or pyarrow.from_numpy_dtype(values.dtype), [np.ascontiguousarray(values)]
         if kind.bit_width != 8 * values.dtype.itemsize:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any, Iterator
 
 import numpy as np
@@ -49,12 +51,30 @@ def test_arrow_arrays_are_what_pyarrow_makes_of_the_same() -> None:
         (blocks.arrow_array(numbers, valid=numbers % 3 > 0), pyarrow.array(numbers, mask=numbers % 3 == 0)),
         (blocks.arrow_array(numbers, seconds), pyarrow.array(numbers).cast(seconds)),
         (blocks.arrow_array(texts), pyarrow.array(texts, pyarrow.binary())),
+        (blocks.arrow_array([b"", b"abc"], pyarrow.string()), pyarrow.array(["", "abc"])),
     ):
         found.validate()
         assert found.equals(expected)
         assert found.type == expected.type
     with pytest.raises(TypeError, match="int64 is no int32"):
         blocks.arrow_array(numbers, pyarrow.int32())
+
+
+def test_no_pandas_is_imported() -> None:
+    """By a process of its own: this one may have it already."""
+    program = """
+import sys
+import numpy, pyarrow
+from spark_jobs import blocks, clean_transactions, parquet_files
+
+batch = pyarrow.RecordBatch.from_arrays([blocks.arrow_array(numpy.arange(5))], names=["id"])
+assert blocks._array_of(batch, "id").tolist() == [0, 1, 2, 3, 4]
+assert clean_transactions.rejects_file([(b"garbage", 1)], "snappy")
+options = {"compression": "snappy"}
+assert list(parquet_files.files_of({"id": numpy.arange(5)}, [("id", "bigint")], options))
+assert "pandas" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_bytes_that_arrow_cannot_hold_are_an_error() -> None:
