@@ -26,8 +26,8 @@ FILE_SCHEMA = "file binary NOT NULL"
 #: The last bytes of every Parquet file.
 MAGIC = "PAR1"
 
-#: More rows are several files: a value of Arrow holds less than 2 GB.
-ROWS_PER_FILE = 2_000_000
+#: More rows are several files: Java holds one as a whole. Of features these are 100 MB.
+ROWS_PER_FILE = 1_250_000
 
 #: Readers skip the row groups whose days or customers they do not look for.
 ROWS_PER_GROUP = 500_000
