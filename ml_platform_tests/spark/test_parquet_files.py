@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Iterator
 import numpy as np
 import pytest
 
-from spark_jobs import blocks, parquet_files
+from spark_jobs import blocks, parquet_files, runtime
 from spark_jobs.schema import CLEANED_COLUMNS
 from spark_jobs.windows import NO_KEY
 
@@ -25,7 +25,7 @@ def columns(first: int, rows: int) -> dict[str, Any]:
     """Columns of CLEANED_COLUMNS, every third customer and every seventh terminal unknown."""
     numbers = np.arange(first, first + rows)
     return {
-        **dict.fromkeys(NAMES, numbers % 2),
+        **{name: (numbers % 2).astype("i4" if kind == "int" else "i8") for name, kind, _ in CLEANED_COLUMNS},
         "transaction_id": numbers,
         # From the year 1 on.
         "tx_datetime": -62_135_596_800 + numbers * 86400,
@@ -37,6 +37,7 @@ def columns(first: int, rows: int) -> dict[str, Any]:
 
 def write(spark: SparkSession, uri: str, rows_of_tasks: list[int]) -> None:
     """Write as many rows as each task is to have; their numbers go on from task to task."""
+    runtime.configure(spark)
     options = parquet_files.options(spark, ["tx_fraud"])
 
     def made(packed: list[bytes]) -> Iterator[dict[str, Any]]:
