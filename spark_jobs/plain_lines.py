@@ -38,6 +38,9 @@ WORD = 8
 #: Days of the months. The last of February in leap years is left to parse_line.
 _MONTH_DAYS = (0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
+#: The bits of a length by which tables are looked up, those of longer and of broken fields, too.
+_LENGTHS = 31
+
 # Words whose bytes are all alike.
 _ZEROS, _SIXES, _HIGH_HALVES = 0x3030303030303030, 0x0606060606060606, 0xF0F0F0F0F0F0F0F0
 
@@ -51,11 +54,19 @@ def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, s
     import numpy as np
 
     start, stop = offsets[:-1], offsets[1:]
+    commas = np.flatnonzero(data == ord(","))
+    # Of each line, and of the line behind the last.
+    first_comma = np.searchsorted(commas, offsets)
     ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
     while ends_in_return.any():
         stop = stop - ends_in_return
         ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
-    rows, plain = _parse_plain(data, start, stop, epoch, seed)
+    rows = np.flatnonzero(np.diff(first_comma) == FIELD_COUNT - 1)
+    separators = [commas[first_comma[rows] + number] for number in range(FIELD_COUNT - 1)]
+    begins, ends = [start[rows], *(at + 1 for at in separators)], [*separators, stop[rows]]
+    fields = _Fields(data, begins, ends, seed)
+    plain = _plain_columns(fields, epoch)
+    rows = rows[fields.plain]
     is_plain = np.zeros(len(start), dtype=bool)
     is_plain[rows] = True
     numbers, others = [], []
@@ -71,17 +82,12 @@ def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, s
     return columns
 
 
-def _parse_plain(data: Array, start: Array, stop: Array, epoch: int, seed: int) -> tuple[Array, Columns]:
-    """The numbers of the plain lines, and their LINE_COLUMNS."""
+def _plain_columns(fields: _Fields, epoch: int) -> Columns:
+    """LINE_COLUMNS of those lines that prove to be plain."""
     import numpy as np
 
-    commas = np.flatnonzero(data == ord(","))
-    first = np.searchsorted(commas, start)
-    rows = np.flatnonzero(np.searchsorted(commas, stop) - first == FIELD_COUNT - 1)
-    separators = [commas[first[rows] + number] for number in range(FIELD_COUNT - 1)]
-    fields = _Fields(data, [start[rows], *(at + 1 for at in separators)], [*separators, stop[rows]], seed)
     values = {
-        "rejected": np.zeros(len(rows), dtype="u1"),
+        "rejected": np.zeros(len(fields.plain), dtype="u1"),
         "transaction_id": fields.integer(0, 2 * WORD),
         "tx_unix_seconds": fields.instant(1),
         "customer_id": fields.integer(2),
@@ -92,11 +98,10 @@ def _parse_plain(data: Array, start: Array, stop: Array, epoch: int, seed: int) 
     wrong_seconds = fields.integer(5, 2 * WORD) != seconds
     wrong_days = fields.integer(6) != seconds // DAY_S
     values["fixes"] = wrong_seconds * FIX_BITS["wrong_seconds"] + wrong_days * FIX_BITS["wrong_days"]
-    values["tx_fraud"] = fields.integer(7)
-    values["tx_fraud_scenario"] = fields.integer(8)
+    values["tx_fraud"], values["tx_fraud_scenario"] = fields.two_digits(7, 8)
     values["content"] = fields.content
     fields.require(values["tx_fraud"] <= 1)
-    return rows[fields.plain], {name: column[fields.plain] for name, column in values.items()}
+    return {name: column[fields.plain] for name, column in values.items()}
 
 
 class _Fields:
@@ -110,12 +115,17 @@ class _Fields:
     def __init__(self, data: Array, begins: list[Array], ends: list[Array], seed: int) -> None:
         import numpy as np
 
+        self._bytes = data
         # A view of the eight bytes from each position on. Little-endian: the first character is the lowest byte.
         self._words = np.ndarray((len(data) - WORD + 1,), "<u8", data.data, strides=(1,))
         self._begins, self._ends = begins, ends
         # A word of which only the last n characters stay, for n from 0 to 8.
         full = (1 << 64) - 1
-        self._last = np.array([full ^ (full >> 8 * n) if n else 0 for n in range(WORD + 1)], dtype="u8")
+        last = [full ^ (full >> 8 * n) if n else 0 for n in range(WORD + 1)]
+        self._last = np.array(last, dtype="u8")
+        # The same for the last word of a field of n characters and for the one before it, for n & _LENGTHS.
+        self._last_of_field = np.array([last[min(n, WORD)] for n in range(_LENGTHS + 1)], dtype="u8")
+        self._last_before = np.array([last[min(max(n - WORD, 0), WORD)] for n in range(_LENGTHS + 1)], dtype="u8")
         self.plain = np.ones(len(begins[0]), dtype=bool)
         self.content = np.full(len(begins[0]), seed, dtype="u8")
 
@@ -125,22 +135,37 @@ class _Fields:
 
     def integer(self, field: int, longest: int = WORD) -> Array:
         """A field of digits, `longest` (8 or 16) at most."""
+        length = self._length(field, longest)
+        end = self._ends[field]
+        value = self._value(*self._text(end, self._last_of_field[length & _LENGTHS]))
+        if longest > WORD:
+            if (length > WORD).any():
+                value += self._value(*self._text(end - WORD, self._last_before[length & _LENGTHS])) * 10**WORD
+            else:
+                # What those of other batches take in.
+                self._hash(self._last[:1])
+        return value
+
+    def two_digits(self, field: int, other: int) -> tuple[Array, Array]:
+        """Two fields of one digit each."""
         import numpy as np
 
-        length = self._ends[field] - self._begins[field]
-        self.require((length >= 1) & (length <= longest))
-        value = self._digits(self._ends[field], np.clip(length, 0, WORD))
-        if longest > WORD:
-            value += self._digits(self._ends[field] - WORD, np.clip(length - WORD, 0, WORD)) * 10**WORD
-        return value
+        texts = []
+        for number in (field, other):
+            self._length(number, 1)
+            texts.append(self._bytes[self._begins[number]])
+        self._hash(texts[0].astype("u8") << np.uint64(8) | texts[1])
+        values = [text - np.uint8(ord("0")) for text in texts]
+        for value in values:
+            self.require(value <= 9)
+        return values[0], values[1]
 
     def amount(self, field: int) -> Array:
         """A field of eight characters at most, digits and perhaps a point with one to three of them behind it."""
         import numpy as np
 
-        length = self._ends[field] - self._begins[field]
-        self.require((length >= 1) & (length <= WORD))
-        text = self._text(self._ends[field], np.clip(length, 0, WORD))
+        length = self._length(field, WORD)
+        text, _ = self._text(self._ends[field], self._last_of_field[length & _LENGTHS])
         decimals = np.zeros(len(text), dtype="i8")
         for count in (3, 1, 2):
             is_point = _byte(text, WORD - 1 - count) == ord(".")
@@ -150,7 +175,7 @@ class _Fields:
         # The digits before the point move up to those behind it.
         behind, before = text & self._last[decimals], text & ~self._last[np.minimum(decimals + 1, WORD)]
         text = np.where(has_point, behind | (before << np.uint64(8)), text)
-        digits = self._value(text, np.clip(length - has_point, 0, WORD))
+        digits = self._value(text, self._last_of_field[(length - has_point) & _LENGTHS])
         # Both are exact, so that their quotient is the double that is nearest to the decimal number.
         return digits / np.array([1.0, 10.0, 100.0, 1000.0])[decimals]
 
@@ -178,25 +203,27 @@ class _Fields:
         self.require((hour < 24) & (minute < 60) & (second < 60))
         return _days(year, month, day) * DAY_S + hour * 3600 + minute * 60 + second
 
-    def _digits(self, end: Array, count: Array) -> Array:
-        """The number of the `count` digits before `end`."""
-        return self._value(self._text(end, count), count)
+    def _length(self, field: int, longest: int) -> Array:
+        """How many characters a field has: 1 to `longest`, or the line is not plain."""
+        length = self._ends[field] - self._begins[field]
+        self.require((length - 1).view("u8") < longest)
+        return length
 
-    def _text(self, end: Array, count: Array) -> Array:
-        """The `count` characters before `end`, as the last ones of a word."""
-        text: Array = self._words[end - WORD] & self._last[count]
+    def _text(self, end: Array, mask: Array) -> tuple[Array, Array]:
+        """The characters before `end` that `mask` leaves, as the last ones of a word; and `mask`."""
+        text: Array = self._words[end - WORD] & mask
         self._hash(text)
-        return text
+        return text, mask
 
-    def _value(self, text: Array, count: Array) -> Array:
-        """The number of the last `count` characters of `text`, all digits; the other bytes are 0.
+    def _value(self, text: Array, mask: Array) -> Array:
+        """The number of the characters of `text` that `mask` leaves, all digits; the other bytes are 0.
 
         Neighbours are joined: to numbers below 100, then all four of them at once.
         """
         import numpy as np
 
         u = np.uint64
-        digits = text ^ (u(_ZEROS) & self._last[count])
+        digits = text ^ (u(_ZEROS) & mask)
         self.require(_are_digits(digits))
         pairs = digits * u(10) + (digits >> u(8))
         even = (pairs & u(0x000000FF000000FF)) * u((1000000 << 32) + 100)
