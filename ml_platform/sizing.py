@@ -10,7 +10,7 @@ from dataclasses import dataclass
 BYTES_PER_ROW = 64
 
 #: Core-seconds for a million input rows of each job, history included (see docs/scaling.md).
-CORE_SECONDS_PER_MILLION_ROWS = {"clean_transactions": 3.2, "build_features": 8.5, "train_model": 540.0}
+CORE_SECONDS_PER_MILLION_ROWS = {"clean_transactions": 2.1, "build_features": 5.7, "train_model": 540.0}
 
 #: Seconds of a job that no node shortens: starting Spark, planning, writing the reports.
 FIXED_S = 30.0
