@@ -119,13 +119,10 @@ class _Fields:
         # A view of the eight bytes from each position on. Little-endian: the first character is the lowest byte.
         self._words = np.ndarray((len(data) - WORD + 1,), "<u8", data.data, strides=(1,))
         self._begins, self._ends = begins, ends
-        # A word of which only the last n characters stay, for n from 0 to 8.
+        # A word of which only the last n characters stay, for n & _LENGTHS; from 8 on all do.
         full = (1 << 64) - 1
-        last = [full ^ (full >> 8 * n) if n else 0 for n in range(WORD + 1)]
+        last = [full ^ (full >> 8 * min(n, WORD)) for n in range(_LENGTHS + 1)]
         self._last = np.array(last, dtype="u8")
-        # The same for the last word of a field of n characters and for the one before it, for n & _LENGTHS.
-        self._last_of_field = np.array([last[min(n, WORD)] for n in range(_LENGTHS + 1)], dtype="u8")
-        self._last_before = np.array([last[min(max(n - WORD, 0), WORD)] for n in range(_LENGTHS + 1)], dtype="u8")
         self.plain = np.ones(len(begins[0]), dtype=bool)
         self.content = np.full(len(begins[0]), seed, dtype="u8")
 
@@ -135,15 +132,18 @@ class _Fields:
 
     def integer(self, field: int, longest: int = WORD) -> Array:
         """A field of digits, `longest` (8 or 16) at most."""
+        import numpy as np
+
         length = self._length(field, longest)
         end = self._ends[field]
-        value = self._value(*self._text(end, self._last_of_field[length & _LENGTHS]))
+        value = self._digits(end, self._last[length & _LENGTHS])
         if longest > WORD:
             if (length > WORD).any():
-                value += self._value(*self._text(end - WORD, self._last_before[length & _LENGTHS])) * 10**WORD
+                before = self._last[(np.maximum(length, WORD) - WORD) & _LENGTHS]
+                value += self._digits(end - WORD, before) * 10**WORD
             else:
-                # What those of other batches take in.
-                self._hash(self._last[:1])
+                # As in batches that have longer ones: copies of a line must have the same hash.
+                self._hash(np.zeros(1, dtype="u8"))
         return value
 
     def two_digits(self, field: int, other: int) -> tuple[Array, Array]:
@@ -165,7 +165,7 @@ class _Fields:
         import numpy as np
 
         length = self._length(field, WORD)
-        text, _ = self._text(self._ends[field], self._last_of_field[length & _LENGTHS])
+        text = self._text(self._ends[field], self._last[length & _LENGTHS])
         decimals = np.zeros(len(text), dtype="i8")
         for count in (3, 1, 2):
             is_point = _byte(text, WORD - 1 - count) == ord(".")
@@ -175,7 +175,7 @@ class _Fields:
         # The digits before the point move up to those behind it.
         behind, before = text & self._last[decimals], text & ~self._last[np.minimum(decimals + 1, WORD)]
         text = np.where(has_point, behind | (before << np.uint64(8)), text)
-        digits = self._value(text, self._last_of_field[(length - has_point) & _LENGTHS])
+        digits = self._value(text, self._last[(length - has_point) & _LENGTHS])
         # Both are exact, so that their quotient is the double that is nearest to the decimal number.
         return digits / np.array([1.0, 10.0, 100.0, 1000.0])[decimals]
 
@@ -209,11 +209,15 @@ class _Fields:
         self.require((length - 1).view("u8") < longest)
         return length
 
-    def _text(self, end: Array, mask: Array) -> tuple[Array, Array]:
-        """The characters before `end` that `mask` leaves, as the last ones of a word; and `mask`."""
+    def _digits(self, end: Array, mask: Array) -> Array:
+        """The number of the digits before `end` that `mask` leaves."""
+        return self._value(self._text(end, mask), mask)
+
+    def _text(self, end: Array, mask: Array) -> Array:
+        """The characters before `end` that `mask` leaves, as the last ones of a word."""
         text: Array = self._words[end - WORD] & mask
         self._hash(text)
-        return text, mask
+        return text
 
     def _value(self, text: Array, mask: Array) -> Array:
         """The number of the characters of `text` that `mask` leaves, all digits; the other bytes are 0.

@@ -138,6 +138,15 @@ def test_rows_that_differ_in_a_digit_have_other_hashes() -> None:
     require_same(list(dict.fromkeys(lines)))
 
 
+def test_copies_have_the_same_hash_whatever_is_parsed_beside_them() -> None:
+    """Ids and seconds of more than eight digits are read in two parts, and only where there are some."""
+    short = b"5,2019-08-22 06:51:03,17,711,70.91,24663,0,0,0"
+    long = b"123456789012,2019-08-22 06:51:03,17,711,70.91,123456789012,0,0,0"
+    alone = parsed([short])[0]
+    assert not alone.rejected
+    assert parsed([short, long])[0] == parsed([long, short])[1] == alone
+
+
 def test_the_header_is_known_by_its_text() -> None:
     assert parsed([HEADER, HEADER + b" "])[0].rejected == HEADER_BIT
     assert parsed([HEADER + b" "])[0].rejected != HEADER_BIT
