@@ -8,7 +8,6 @@ good rows turn out to contradict each other, is the file read again.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import time
@@ -395,7 +394,6 @@ def rejects_file(lines: list[tuple[bytes, int]], compression: str) -> bytes:
     """A Parquet file of REJECTED_COLUMNS; what `with_reasons` does in Spark, for few lines, without two more jobs."""
     import numpy as np
     import pyarrow
-    from pyarrow import parquet
 
     texts, reasons, counts = [], [], [0]
     for line, bits in lines:
@@ -413,9 +411,7 @@ def rejects_file(lines: list[tuple[bytes, int]], compression: str) -> bytes:
     table = pyarrow.Table.from_arrays(
         [blocks.arrow_array(texts, text), lists], names=[name for name, *_ in REJECTED_COLUMNS]
     )
-    content = io.BytesIO()
-    parquet.write_table(table, content, compression=compression)
-    return content.getvalue()
+    return parquet_files.file_of(table, compression=compression)
 
 
 def lines_read_again(lines: DataFrame, parser: Parser, conflicting_ids: Array) -> DataFrame:

@@ -51,7 +51,6 @@ def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: d
     """
     import numpy as np
     import pyarrow
-    from pyarrow import parquet
 
     types = {
         "bigint": pyarrow.int64(),
@@ -67,9 +66,17 @@ def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: d
     bounds = np.linspace(0, rows, max(1, -(-rows // ROWS_PER_FILE)) + 1).astype("i8")
     for begin, end in zip(bounds[:-1], bounds[1:]):
         arrays = [_array(field, columns[field.name][begin:end]) for field in fields]
-        content = io.BytesIO()
-        parquet.write_table(pyarrow.Table.from_arrays(arrays, schema=pyarrow.schema(fields)), content, **options)
-        yield {"file": [content.getvalue()[: -len(MAGIC)]]}
+        file = file_of(pyarrow.Table.from_arrays(arrays, schema=pyarrow.schema(fields)), **options)
+        yield {"file": [file[: -len(MAGIC)]]}
+
+
+def file_of(table: Any, **options: Any) -> bytes:
+    """A Parquet file of an Arrow table; `options` are those of pyarrow.parquet.write_table."""
+    from pyarrow import parquet
+
+    content = io.BytesIO()
+    parquet.write_table(table, content, **options)
+    return content.getvalue()
 
 
 def _array(field: Any, values: Array) -> Any:
