@@ -11,6 +11,8 @@ from unittest import mock
 
 import dagster as dg
 import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 
 from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.local_spark import default_spark_config, local_session
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 MOCK_REASON = pytest.StashKey[str]()
 
 FOREIGN = ("ML_PLATFORM_", "DAGSTER_", "MLFLOW_", "AWS_", "YC_", "DATAPROC_", "SPARK_", "PYSPARK_")
+
+#: Where tests use the fixture `spark`.
+SPARK_SESSION = tuple(
+    f"ml_platform_tests/{name}"
+    for name in ("spark/", "test_files_read.py", "test_local_spark.py", "test_security.py", "test_simulator.py")
+)
 
 # Before any test imports MLflow, which reads it once; nothing is to leave this machine.
 TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
@@ -45,9 +53,26 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _share(nodeid: str) -> str:
+    """What pytest-xdist gives to one worker: a file's tests, which share its fixtures, or all of the Spark session."""
+    return "spark" if nodeid.startswith(SPARK_SESSION) else nodeid.split("::", 1)[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow files first, so that no worker waits at the end for one that another has just begun."""
-    items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, item.get_closest_marker("spark") is None))
+    """The large shares first, so that no worker waits at the end for one that another has just begun."""
+    items.sort(key=lambda item: (_share(item.nodeid) != "spark", item.get_closest_marker("e2e") is None))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker has the only Spark session: each session takes half a minute of a core to get warm."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shares(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _share(nodeid)
+
+    return Shares(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -62,6 +87,23 @@ def pytest_testnodedown(node: Any) -> None:
     """What a worker of pytest-xdist found out, for the summary."""
     if reason := getattr(node, "workeroutput", {}).get("mock_reason"):
         node.config.stash[MOCK_REASON] = reason
+
+
+@pytest.fixture(scope="session", autouse=True)
+def migrations_read_once() -> Iterator[None]:
+    """Alembic reads each directory of migrations once. It does so for each of Dagster's instances, twice for one in
+    memory, and runs 60 files of Python: a tenth of a second, in hundreds of tests.
+    """
+    read, known = ScriptDirectory.from_config, {}
+
+    def read_once(config: Config) -> ScriptDirectory:
+        location = config.get_alembic_option("script_location")
+        if location not in known:
+            known[location] = read(config)
+        return known[location]
+
+    with mock.patch.object(ScriptDirectory, "from_config", read_once):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from ml_platform_tests.world import (
     COMMAND_TIMEOUT_S,
     DAGSTER,
     ML_PLATFORM,
+    WITH_CODEGEN,
     ModificationTimes,
     World,
     daemon,
@@ -102,7 +103,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cleaned(directory: Path, raw_files: RawFiles) -> World:
     """Three files, synchronized and cleaned. Not to be altered: copy it."""
-    world = World(directory / "cleaned")
+    world = World(directory / "cleaned", overrides=WITH_CODEGEN)
     for key in (FIRST, SECOND, THIRD):
         world.add(raw_files.paths[key])
     world.sync()
@@ -122,7 +123,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(directory: Path, cleaned: World) -> Trained:
     """All assets of the three files, on a lake where they are cleaned. Not to be altered."""
-    world = cleaned.copy(directory / "trained")
+    world = replace(cleaned.copy(directory / "trained"), overrides=WITH_CODEGEN)
     before = world.modification_times()
     world.register(FIRST, SECOND, THIRD)
     world.materialize("*", FIRST, THIRD, config=search(CANDIDATES))
