@@ -18,6 +18,7 @@ from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.local_spark import default_spark_config, local_session
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.mlflow import MlflowResource
+from ml_platform_tests.fakes import SessionEngine
 from ml_platform_tests.images.session import FEW_PARTITIONS, NO_CODEGEN
 from ml_platform_tests.world import SHORT_LIVED
 
@@ -30,9 +31,9 @@ MOCK_REASON = pytest.StashKey[str]()
 FOREIGN = ("ML_PLATFORM_", "DAGSTER_", "MLFLOW_", "AWS_", "YC_", "DATAPROC_", "SPARK_", "PYSPARK_")
 
 #: Where tests use the fixture `spark`.
-SPARK_SESSION = tuple(
-    f"ml_platform_tests/{name}"
-    for name in ("spark/", "test_files_read.py", "test_local_spark.py", "test_security.py", "test_simulator.py")
+SPARK_SESSION = (
+    "ml_platform_tests/spark/",
+    *(f"ml_platform_tests/test_{name}.py" for name in ("files_read", "gate", "local_spark", "security", "simulator")),
 )
 
 # Before any test imports MLflow, which reads it once; nothing is to leave this machine.
@@ -60,7 +61,12 @@ def _share(nodeid: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The large shares first, so that no worker waits at the end for one that another has just begun."""
-    items.sort(key=lambda item: (_share(item.nodeid) != "spark", item.get_closest_marker("e2e") is None))
+
+    def order(item: pytest.Item) -> tuple[bool, ...]:
+        slow = (item.get_closest_marker(name) is None for name in ("e2e", "spark"))
+        return _share(item.nodeid) != "spark", *slow
+
+    items.sort(key=order)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -138,6 +144,19 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     runtime.configure(session)
     yield session
     session.stop()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn is the matter of test_figures, and would be much of a training's time."""
+    monkeypatch.setattr("ml_platform.assets.model.draw_figures", lambda *_, **__: {"overview": b"a picture"})
+
+
+@pytest.fixture
+def session_engine(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> SessionEngine:
+    """Runs the jobs in the tests' own session."""
+    monkeypatch.setattr(SessionEngine, "session", spark, raising=False)
+    return SessionEngine()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Fabricated raw files and reports, and a Spark engine that acts without Spark.
+"""Fabricated raw files and reports, a Spark engine that acts without Spark, and one on the tests' session.
 
 The fake engine's raw files hold JSON, which says what the file would have held::
 
@@ -9,12 +9,13 @@ An empty file is an empty partition; ``{"error": "…"}`` is a file that cannot 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import dagster as dg
 from pydantic import Field
@@ -31,6 +32,9 @@ from ml_platform.resources.mlflow import MlflowResource
 from ml_platform.resources.spark import SparkEngine, job_file
 from spark_jobs import build_features
 from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 EPOCH = "2020-01-01"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
@@ -273,6 +277,25 @@ class FakeEngine(SparkEngine):
             "spark_version": "4.0.0",
             "seconds": 0.1,
         }
+
+
+class SessionEngine(SparkEngine):
+    """Runs the jobs in the tests' own session."""
+
+    session: ClassVar[SparkSession]
+
+    def _execute(
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str,
+    ) -> dict[str, Any]:
+        report: dict[str, Any] = importlib.import_module(f"spark_jobs.{job}").run(self.session, request)
+        return report
 
 
 def features_report(

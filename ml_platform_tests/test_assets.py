@@ -444,12 +444,8 @@ def mlflow(empty_mlflow_store: Path, tmp_path: Path) -> Iterator[MlflowResource]
         module.end_run()
 
 
+@pytest.mark.usefixtures("no_pictures")
 class TestModel:
-    @pytest.fixture(autouse=True)
-    def pictures(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What is drawn is the matter of test_figures, and would be most of the time of a test here."""
-        monkeypatch.setattr("ml_platform.assets.model.draw_figures", lambda *_, **__: {"overview": b"a picture"})
-
     @pytest.fixture
     def ready(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]) -> list[str]:
         """Cleaned data and features of all partitions."""

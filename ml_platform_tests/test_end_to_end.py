@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -23,7 +22,6 @@ from ml_platform_tests.world import (
     COMMAND_TIMEOUT_S,
     DAGSTER,
     ML_PLATFORM,
-    WITH_CODEGEN,
     ModificationTimes,
     World,
     daemon,
@@ -103,7 +101,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cleaned(directory: Path, raw_files: RawFiles) -> World:
     """Three files, synchronized and cleaned. Not to be altered: copy it."""
-    world = World(directory / "cleaned", overrides=WITH_CODEGEN)
+    world = World(directory / "cleaned")
     for key in (FIRST, SECOND, THIRD):
         world.add(raw_files.paths[key])
     world.sync()
@@ -123,7 +121,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(directory: Path, cleaned: World) -> Trained:
     """All assets of the three files, on a lake where they are cleaned. Not to be altered."""
-    world = replace(cleaned.copy(directory / "trained"), overrides=WITH_CODEGEN)
+    world = cleaned.copy(directory / "trained")
     before = world.modification_times()
     world.register(FIRST, SECOND, THIRD)
     world.materialize("*", FIRST, THIRD, config=search(CANDIDATES))
@@ -272,51 +270,6 @@ def test_champion_can_be_loaded_and_scores_rows(trained: Trained, tmp_path: Path
     expected = pd.read_parquet(scores_directory(trained)).set_index("transaction_id")["score"]
     assert len(found) == world.report(THIRD)["counts"]["clean_rows"]
     assert (found[expected.index] - expected).abs().max() < 1e-12
-
-
-# --- the gate ----------------------------------------------------------------------------------------------------
-
-#: A model that can hardly learn: one step of a heavily regularised regression.
-WEAK = [{"learner": "logistic_regression", "grid": {"regParam": [100.0], "elasticNetParam": [1.0], "maxIter": [1]}}]
-
-
-#: One that learns, in seconds.
-FAIR = [{"learner": "logistic_regression", "grid": {"regParam": [0.0], "maxIter": [15]}}]
-
-
-def retrain(world: World, candidates: list[dict[str, Any]]) -> dict[str, Any]:
-    """Train again at the last cut-off; returns the partition's metadata."""
-    world.materialize("fraud_model", THIRD, THIRD, config=search(candidates))
-    return world.metadata("fraud_model", THIRD)
-
-
-def test_champion_changes_only_for_a_better_model(trained: Trained, tmp_path: Path) -> None:
-    """The same data again change nothing; a champion made worse is replaced, one that is better is not."""
-    world = trained.world.copy(tmp_path / "gate")
-    # The champion, whose files stay where they are.
-    shutil.copy(trained.world.root / "mlflow.db", world.root)
-    world.register(FIRST, SECOND, THIRD)
-    version, run = champion_run(trained)
-    *_, best = grid(run)
-    winner = [{"learner": best.pop("learner"), "grid": {name: [value] for name, value in best.items()}}]
-    first = trained.world.metadata("fraud_model", THIRD)
-    assert (first["promotion"], first["is_champion"]) == ("first_model", True)
-
-    again = retrain(world, winner)
-    assert (again["promotion"], again["is_champion"]) == ("no_difference", False)
-    assert again["test_average_precision"] == first["test_average_precision"]
-    assert "as the champion" in again["promotion_reasons"]
-
-    weak = retrain(world, WEAK)
-    assert (weak["promotion"], weak["is_champion"]) == ("not_better", False)
-    assert "worse" in weak["promotion_reasons"]
-    assert weak["champion_version"] == int(version.version)
-
-    world.run(*ML_PLATFORM, "champion", "set", str(weak["model_version"]), "--why", "made worse on purpose")
-    better = retrain(world, FAIR)
-    assert (better["promotion"], better["is_champion"]) == ("better", True)
-    shown = world.run(*ML_PLATFORM, "champion", "show")
-    assert f"version {better['model_version']}" in shown
 
 
 # --- sensor and daemon -------------------------------------------------------------------------------------------

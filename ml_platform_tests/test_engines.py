@@ -26,8 +26,8 @@ from ml_platform.simulator import FileTruth, Simulation
 from ml_platform_tests.standalone import StandaloneCluster
 from ml_platform_tests.world import (
     ML_PLATFORM,
+    SHORT_LIVED,
     SHORT_LIVED_JAVA,
-    SHORT_LIVED_SPARK,
     World,
     materialize_command,
     no_process_left,
@@ -136,7 +136,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     elif request.param == "standalone":
         # Its executors have neither the project nor the connector for S3: the driver brings both.
         server: LocalS3 = request.getfixturevalue("s3_server")
-        java = {"JAVA_TOOL_OPTIONS": f"{SHORT_LIVED_SPARK} {java_options(CLASS_ARCHIVE)}"}
+        java = {"JAVA_TOOL_OPTIONS": f"{SHORT_LIVED} {java_options(CLASS_ARCHIVE)}"}
         with StandaloneCluster(directory / "cluster", server.environment() | java) as cluster:
             settings = bucket_settings(server, "engines") | {
                 "SPARK_MASTER": cluster.master,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pytest
@@ -14,8 +13,8 @@ from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.raw import raw_transactions
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
-from ml_platform.resources.spark import SparkEngine
 from ml_platform.simulator import Simulation
+from ml_platform_tests.fakes import SessionEngine
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -24,25 +23,6 @@ pytestmark = pytest.mark.spark
 
 #: Files of 30 days; the history of features reaches into two of them.
 SIMULATION = Simulation(customers=20, terminals=40, fault_rate=0)
-
-
-class SessionEngine(SparkEngine):
-    """Runs the jobs in the tests' own session."""
-
-    session: ClassVar[SparkSession]
-
-    def _execute(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        job: str,
-        request: dict[str, Any],
-        *,
-        rows: int,
-        label: str,
-    ) -> dict[str, Any]:
-        report: dict[str, Any] = importlib.import_module(f"spark_jobs.{job}").run(self.session, request)
-        return report
 
 
 def newest_queries(spark: SparkSession) -> Iterator[Any]:
@@ -72,9 +52,8 @@ def files_read(spark: SparkSession, after: int) -> int:
 
 
 def test_old_partitions_are_not_read(
-    spark: SparkSession, lake: LakeResource, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession, session_engine: SessionEngine, lake: LakeResource, instance: dg.DagsterInstance
 ) -> None:
-    monkeypatch.setattr(SessionEngine, "session", spark, raising=False)
     keys = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(5)]
     read: dict[str, list[int]] = {CLEANED: [], FEATURES: []}
     for index, key in enumerate(keys):
@@ -88,7 +67,7 @@ def test_old_partitions_are_not_read(
                 selection=[asset],
                 partition_key=key,
                 instance=instance,
-                resources={"lake": lake, "spark": SessionEngine()},
+                resources={"lake": lake, "spark": session_engine},
             )
             assert done.success
             read[asset.key.to_user_string()].append(files_read(spark, before))

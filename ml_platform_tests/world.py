@@ -18,19 +18,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform_tests.images.session import NO_CODEGEN
-
 PROJECT = Path(__file__).resolve().parents[1]
 COMMAND_TIMEOUT_S = 600
 
 #: A JVM that has ended after a minute works off less without the second compiler, whose work would pay later. With the
 #: first alone Java keeps 48 MB of code by default, of all tests' queries too little, and is at work to make room.
 SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m"
-#: Of processes, which read Spark's properties from Java's.
-SHORT_LIVED_SPARK = " ".join([SHORT_LIVED, *(f"-D{name}={value}" for name, value in NO_CODEGEN.items())])
-SHORT_LIVED_JAVA = {"JAVA_TOOL_OPTIONS": SHORT_LIVED_SPARK}
-#: Spark that generates code for its queries, as it does for users.
-WITH_CODEGEN = {"JAVA_TOOL_OPTIONS": SHORT_LIVED}
+SHORT_LIVED_JAVA = {"JAVA_TOOL_OPTIONS": SHORT_LIVED}
 
 ModificationTimes = dict[str, int]
 
