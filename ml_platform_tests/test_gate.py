@@ -28,7 +28,11 @@ WEAK = [{"learner": "logistic_regression", "grid": {"regParam": [100.0], "elasti
 
 @pytest.mark.usefixtures("no_pictures")
 def test_champion_changes_only_for_a_better_model(
-    session_engine: SessionEngine, instance: dg.DagsterInstance, empty_mlflow_store: Path, tmp_path: Path
+    session_engine: SessionEngine,
+    instance: dg.DagsterInstance,
+    empty_mlflow_store: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The same data again change nothing; a champion made worse is replaced, one that is better is not."""
     epoch = SIMULATION.start.isoformat()
@@ -50,6 +54,7 @@ def test_champion_changes_only_for_a_better_model(
 
     first = train(FAIR)
     assert (first["promotion"], first["is_champion"]) == ("first_model", True)
+    assert "%|" not in capfd.readouterr().err, "no bars of MLflow's in a log"
 
     again = train(FAIR)
     assert (again["promotion"], again["is_champion"]) == ("no_difference", False)

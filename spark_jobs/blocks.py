@@ -176,7 +176,7 @@ def _map_batches(frame: DataFrame, function: Callable[[Iterator[Any]], Iterator[
             import pyarrow
 
             for columns in function(batches):
-                # Without values an array has no type, and all batches must have the same.
+                # All batches must have the same types, which those of no values need not have.
                 if not len(next(iter(columns.values()))):
                     continue
                 arrays = [arrow_array(values) for values in columns.values()]
