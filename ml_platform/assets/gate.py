@@ -152,7 +152,11 @@ def verify_reload(
         dagster.Failure: the version does not load, or scores differ.
     """
     import mlflow as mlflow_api
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR as PROGRESS_BAR
 
+    # It would be two dozen lines of the run's log. Who wants it sets the variable.
+    if not PROGRESS_BAR.is_set():
+        PROGRESS_BAR.set(False)
     reloaded = f"{directory}/reloaded"
     with tempfile.TemporaryDirectory(prefix="ml-platform-") as target:
         mlflow_api.set_tracking_uri(mlflow.tracking_uri)

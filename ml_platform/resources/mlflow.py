@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Callable, Generator, Mapping
@@ -38,8 +37,6 @@ class MlflowResource(dg.ConfigurableResource):
     _init_context: dg.InitResourceContext | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        # A bar for each model that is loaded back is two dozen lines of a run's log. Who wants it sets the variable.
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self._init_context = context
 
     def client(self) -> Any:
