@@ -97,8 +97,8 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def migrations_read_once() -> Iterator[None]:
-    """Alembic reads each directory of migrations once. It does so for each of Dagster's instances, twice for one in
-    memory, and runs 60 files of Python: a tenth of a second, in hundreds of tests.
+    """Let Alembic read a directory of migrations once, not for each instance of Dagster, and twice for one in memory:
+    these are a hundred Python files, read in a tenth of a second, in hundreds of tests.
     """
     read, known = ScriptDirectory.from_config, {}
 
