@@ -9,11 +9,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.assets.gate import champion_tags
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
 from ml_platform.simulator import Simulation
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
+from ml_platform_tests.world import ML_PLATFORM, World
 
 pytestmark = pytest.mark.spark
 
@@ -66,9 +66,9 @@ def test_champion_changes_only_for_a_better_model(
     assert "worse" in weak["promotion_reasons"]
     assert weak["champion_version"] == first["model_version"]
 
-    mlflow.set_champion(str(weak["model_version"]), champion_tags(who="the test", why="made worse on purpose"))
+    user = World(tmp_path / "user", overrides={"MLFLOW_TRACKING_URI": store})
+    user.run(*ML_PLATFORM, "champion", "set", str(weak["model_version"]), "--why", "made worse on purpose")
     better = train(FAIR)
     assert (better["promotion"], better["is_champion"]) == ("better", True)
-    champion = mlflow.champion()
-    assert champion is not None
-    assert int(champion.version) == better["model_version"]
+    shown = user.run(*ML_PLATFORM, "champion", "show")
+    assert f"version {better['model_version']}" in shown
