@@ -64,9 +64,13 @@ install_with_uv() {
     fi
     quiet=""
     [ -t 2 ] || quiet=--quiet
+    # PySpark comes as source. pip keeps the wheel that it makes of it; where the index does not say how long its files
+    # may be kept, uv downloads and builds it in each new clone, and keeps another 2 GB in its cache.
+    "$python" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check -c constraints.txt \
+        --no-build-isolation --no-deps pyspark || return 1
     # uv trusts its own list of authorities unless told to use the system's, as pip does.
     if ! UV_SYSTEM_CERTS=1 .venv/bin/uv pip install ${quiet:+"$quiet"} --python "$python" -c constraints.txt \
-        --no-build-isolation --compile-bytecode -e '.[dev]'; then
+        --no-build-isolation -e '.[dev]'; then
         say "uv failed: using pip, which takes longer"
         return 1
     fi
