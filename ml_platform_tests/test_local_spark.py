@@ -108,7 +108,7 @@ def test_workers_of_python_are_reached_without_tcp(spark: SparkSession) -> None:
 @pytest.mark.spark
 def test_workers_of_python_keep_freed_memory(spark: SparkSession) -> None:
     prefix = "spark.executorEnv."
-    wanted = {name[len(prefix) :]: value for name, value in START_PROPERTIES.items()}
+    wanted = {name[len(prefix) :]: value for name, value in START_PROPERTIES.items() if name.startswith(prefix)}
 
     def environment(_: int) -> dict[str, str | None]:
         return {name: os.environ.get(name) for name in wanted}

@@ -51,7 +51,7 @@ prepare() {
 }
 
 # Becomes Python in the copy of image $1, with nothing of this shell's environment, or in .venv if $1 is "current". The
-# property is for Arrow on Java 11.
+# property is for Arrow on Java 11; executors get it from the jobs' own properties, but here the driver does their work.
 in_image() {
     if [ "$1" = current ]; then
         shift
