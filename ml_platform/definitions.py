@@ -35,6 +35,7 @@ def build_engine(settings: Settings) -> SparkEngine:
         return LocalSparkEngine(
             master=settings.spark_master,
             driver_memory=settings.spark_driver_memory,
+            spark_config=settings.spark_properties,
             with_s3=any(uri.startswith("s3://") for uri in (settings.raw_uri, settings.lake_uri)),
         )
     cluster = load_cluster_settings()

@@ -15,11 +15,24 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from ml_platform.dataproc_api import ClusterSpec
 
 _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
+#: boto3 takes an empty, `.` or `..` part of a key as it stands; Hadoop's paths do not.
+_UNLIKE_PARTS = {"", ".", ".."}
 _EMAIL_ADDRESS = re.compile(r"[!-~]+@[A-Za-z0-9.-]+")
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SettingsError(Exception):
     """A setting is missing or unusable; the message names the variable and says what it takes."""
+
+
+def _decoded(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise ValueError("takes JSON") from None
 
 
 class Settings(BaseSettings):
@@ -63,14 +76,16 @@ class Settings(BaseSettings):
         alias="SPARK_MASTER",
         description="Master of the local engine: local[*], spark://host:port, yarn.",
     )
-    s3_endpoint_url: str | None = Field(
-        None, alias="AWS_ENDPOINT_URL_S3", description="S3 endpoint, if it is not that of AWS."
-    )
     java_home: Path | None = Field(None, alias="JAVA_HOME", description="Where Java is, for Spark.")
     spark_driver_memory: str | None = Field(
         None,
         alias="SPARK_DRIVER_MEMORY",
         description="Memory of the embedded Spark, e.g. 4g; default: a third of the machine's, from 1 to 8 GB.",
+    )
+    spark_properties: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        alias="SPARK_PROPERTIES",
+        description="More Spark properties of the local engine, JSON; they win over the platform's own.",
     )
     dagster_home: Path | None = Field(None, alias="DAGSTER_HOME", description="Directory of Dagster's own storage.")
     dagster_ui_url: str | None = Field(None, alias="DAGSTER_UI_URL", description="Dagster's UI, for links in alerts.")
@@ -93,12 +108,28 @@ class Settings(BaseSettings):
     @classmethod
     def _directory_or_bucket(cls, value: str) -> str:
         if "://" in value:
-            if not _S3_URI.fullmatch(value):
+            value = value.rstrip("/")
+            if not _S3_URI.fullmatch(value) or _UNLIKE_PARTS.intersection(value.split("/")[3:]):
                 raise ValueError("takes a directory or s3://bucket/prefix")
-            return value.rstrip("/")
+            return value
         if "?" in value:
             raise ValueError("takes no path with a '?', which the address of an SQLite file cannot hold")
         return str(Path(value).expanduser().absolute())
+
+    @field_validator("mlflow_tracking_uri", "mlflow_ui_url", "dagster_ui_url")
+    @classmethod
+    def _shown_address(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Refuses an address of HTTP with a password: MLflow prints it, errors repeat it, links hold it."""
+        if value and re.match("(?i)https?://", value) and "@" in urlsplit(value).netloc:
+            of_client = info.field_name == "mlflow_tracking_uri"
+            advice = "; they go into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if of_client else ""
+            raise ValueError(f"takes an address without user and password{advice}")
+        return value
+
+    @field_validator("spark_properties", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        return _decoded(value) if isinstance(value, str) else value
 
     @property
     def default_mlflow_directory(self) -> Path:
@@ -142,15 +173,15 @@ class ClusterSettings(ClusterSpec, BaseSettings):
     api_endpoint: str | None = Field(None, description="host:port of another installation of the API.")
     root_certificates_file: Path | None = Field(None, description="Authorities that its certificate is from (PEM).")
     console_url: str = Field("https://console.yandex.cloud", description="Where links to the console lead.")
-    create_timeout_s: float = Field(1800, gt=0, description="Longest wait for a cluster.")
-    job_timeout_s: float = Field(4 * 3600, gt=0, description="Longest time of a job; then it is cancelled.")
+    create_timeout_s: Seconds = Field(1800, description="Longest wait for a cluster.")
+    job_timeout_s: Seconds = Field(4 * 3600, description="Longest time of a job; then it is cancelled.")
     data_max_count: int = Field(0, ge=0, le=32, description="Data nodes that a run with much work gets; 0: no more.")
-    target_s: float = Field(900, gt=0, description="Time that a run's work on data is to take, as far as nodes go.")
-    max_lifetime_s: float = Field(8 * 3600, gt=0, description="A cluster older than this is deleted.")
-    delete_timeout_s: float = Field(900, gt=0, description="Longest wait for a cluster to be gone.")
-    poll_s: float = Field(10, gt=0, description="Longest pause between two looks.")
+    target_s: Seconds = Field(900, description="Time that a run's work on data is to take, as far as nodes go.")
+    max_lifetime_s: Seconds = Field(8 * 3600, description="A cluster older than this is deleted.")
+    delete_timeout_s: Seconds = Field(900, description="Longest wait for a cluster to be gone.")
+    poll_s: Seconds = Field(10, description="Longest pause between two looks.")
     job_properties: dict[str, str] = Field({}, description="More Spark properties of each job.")
-    prices: dict[str, float] = Field({}, description="Per hour: of a host of a preset, of a GB of a disk type.")
+    prices: dict[str, Price] = Field({}, description="Per hour: of a host of a preset, of a GB of a disk type.")
     currency: str = Field("RUB", description="What the prices are in.")
 
     @field_validator("*", mode="before")
@@ -162,10 +193,7 @@ class ClusterSettings(ClusterSpec, BaseSettings):
             return value
         if kind == "list[str]":
             return [item for part in value.split(",") if (item := part.strip())]
-        try:
-            return json.loads(value)
-        except ValueError:
-            raise ValueError("takes JSON") from None
+        return _decoded(value)
 
     @model_validator(mode="after")
     def _lifetime_covers_creation(self) -> ClusterSettings:

@@ -405,12 +405,11 @@ class TestDoctor:
 
     def test_no_mlflow(self, run: Run, java: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
         """The real client, and nobody who answers."""
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:very-secret@127.0.0.1:9")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         simulate(run, "--files", "1")
         wrong = self.wrong(run)
         assert list(wrong) == ["MLflow"]
         assert "127.0.0.1" in wrong["MLflow"]
-        assert "very-secret" not in wrong["MLflow"]
 
     def test_a_check_that_never_ends(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(cli, "CHECK_TIMEOUT_S", 0.5)
@@ -439,7 +438,7 @@ class TestDoctor:
         self, run: Run, healthy_but_for_mlflow: None, mlflow_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
     ):
         address, directory = mlflow_server
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("//", "//me:very-secret@"))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         client = MlflowResource(tracking_uri=address).client()
         assert self.artifacts(run) == ("ok", "can be written, read and deleted in mlflow-artifacts:/0")
         # A new experiment would have been a row of MLflow's UI.
@@ -455,7 +454,6 @@ class TestDoctor:
         assert verdict == "wrong"
         assert f"nothing can be written in mlflow-artifacts:/{number}: " in found
         assert "--artifacts-destination" in found
-        assert "very-secret" not in found
 
     def test_artifacts_beside_the_lake(self, run: Run, healthy_but_for_mlflow: None):
         directory = Path("data/mlflow-artifacts").absolute()

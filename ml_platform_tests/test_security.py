@@ -539,7 +539,7 @@ def test_dagster_is_not_told_the_password_of_mlflow(monkeypatch: pytest.MonkeyPa
     from ml_platform.definitions import build_resources
     from ml_platform.settings import load_settings
 
-    address = "http://me:hunter22@mlflow.example"
+    address = "postgresql+psycopg2://me:hunter22@db.example/mlflow"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     resource = build_resources(load_settings())["mlflow"]
     assert "hunter22" not in repr(resource) + str(resource.model_dump())

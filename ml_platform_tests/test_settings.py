@@ -11,6 +11,7 @@ import pytest
 
 from ml_platform.definitions import build_resources
 from ml_platform.resources.dataproc import DataprocEngine
+from ml_platform.resources.spark import LocalSparkEngine
 from ml_platform.settings import (
     ClusterSettings,
     ClusterSpec,
@@ -37,7 +38,6 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert settings.spark_master == "local[*]"
     assert settings.tracking_uri == f"sqlite:///{tmp_path}/data/mlflow.db"
     assert settings.artifact_root == (tmp_path / "data" / "mlflow-artifacts").as_uri()
-    assert settings.s3_endpoint_url is None
     assert settings.dagster_home is None
 
 
@@ -50,7 +50,7 @@ def test_every_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ML_PLATFORM_EPOCH="2018-04-01",
         MLFLOW_TRACKING_URI="http://mlflow.example:5000",
         SPARK_MASTER="spark://master:7077",
-        AWS_ENDPOINT_URL_S3="http://127.0.0.1:9000",
+        SPARK_PROPERTIES='{"spark.local.dir": "/large/disk"}',
         DAGSTER_HOME=str(tmp_path),
     )
     assert (settings.raw_uri, settings.lake_uri) == ("s3://raw.bucket-1", "s3://lake-bucket/some/prefix")
@@ -58,7 +58,7 @@ def test_every_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert settings.tracking_uri == "http://mlflow.example:5000"
     assert settings.artifact_root is None
     assert settings.spark_master == "spark://master:7077"
-    assert settings.s3_endpoint_url == "http://127.0.0.1:9000"
+    assert settings.spark_properties == {"spark.local.dir": "/large/disk"}
     assert settings.dagster_home == tmp_path
 
 
@@ -95,6 +95,15 @@ def test_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ("ML_PLATFORM_LAKE_URI", "https://bucket.example/prefix"),
         ("ML_PLATFORM_LAKE_URI", "gs://bucket"),
         ("ML_PLATFORM_LAKE_URI", "what?/lake"),
+        ("ML_PLATFORM_LAKE_URI", "s3://bucket//lake"),
+        ("ML_PLATFORM_LAKE_URI", "s3://bucket/data/./lake"),
+        ("ML_PLATFORM_RAW_URI", "s3://bucket/data/../raw"),
+        ("SPARK_PROPERTIES", "spark.local.dir=/tmp"),
+        ("SPARK_PROPERTIES", '["spark.local.dir"]'),
+        ("MLFLOW_TRACKING_URI", "https://me:hunter22@mlflow.example"),
+        ("MLFLOW_TRACKING_URI", "HTTP://me@mlflow.example:5000/"),
+        ("MLFLOW_UI_URL", "https://me:hunter22@mlflow.example"),
+        ("DAGSTER_UI_URL", "https://me:hunter22@dagster.example"),
     ],
 )
 def test_an_unusable_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyPatch, variable: str, value: str):
@@ -299,6 +308,12 @@ def test_everything_reaches_the_engine(yandex: pytest.MonkeyPatch):
     assert (engine.deployment, engine.lake_uri) == ("yandex", "s3://bucket/lake")
 
 
+def test_spark_properties_are_those_of_the_local_engine(monkeypatch: pytest.MonkeyPatch):
+    engine = build_resources(load(monkeypatch, SPARK_PROPERTIES='{"spark.x": "y"}', SPARK_DRIVER_MEMORY="5g"))["spark"]
+    assert isinstance(engine, LocalSparkEngine)
+    assert (engine.spark_config, engine.driver_memory) == ({"spark.x": "y"}, "5g")
+
+
 def test_a_deployment_may_have_a_name(yandex: pytest.MonkeyPatch):
     yandex.setenv("ML_PLATFORM_DEPLOYMENT_NAME", "team a")
     engine = build_resources(load_settings())["spark"]
@@ -327,6 +342,9 @@ def test_a_cluster_reaches_no_directory(yandex: pytest.MonkeyPatch, variable: st
         ("DATAPROC_PROPERTIES", "[1]"),
         ("DATAPROC_LABELS", '{"a": {}}'),
         ("DATAPROC_PRICES", '{"s3-c2-m8": "cheap"}'),
+        ("DATAPROC_PRICES", '{"s3-c2-m8": NaN}'),
+        ("DATAPROC_PRICES", '{"s3-c2-m8": -1}'),
+        ("DATAPROC_MAX_LIFETIME_S", "inf"),
         ("DATAPROC_INITIALIZATION_ACTIONS", "s3a://bucket/init.sh"),
         ("DATAPROC_INITIALIZATION_ACTIONS", '[{"args": []}]'),
         ("DATAPROC_DATA_COUNT", "33"),

@@ -152,14 +152,14 @@ def test_the_environment_is_one_that_the_platform_takes(monkeypatch: pytest.Monk
     assert (settings.deployment, settings.deployment_name) == ("yandex", "ml-platform")
     assert settings.raw_uri == "s3://abc123/transactions"
     assert settings.lake_uri == "s3://abc123/lake"
-    assert settings.s3_endpoint_url == "https://storage.yandexcloud.net"
+    assert printed["AWS_ENDPOINT_URL_S3"] == "https://storage.yandexcloud.net"
     assert cluster.zone == "ru-central1-a"
     assert cluster.security_group_ids == ["abc123"]
 
 
 def test_every_printed_variable_is_read_and_every_needed_one_is_printed():
     read = {field.alias for kind in (Settings, ClusterSettings) for field in kind.model_fields.values()}
-    by_boto3 = {"AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    by_boto3 = {"AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     by_compose = {"ML_PLATFORM_RAW_URI", "ML_PLATFORM_LAKE_URI", "MLFLOW_ARTIFACTS_DESTINATION"}
     printed = LOCALS["environment"].keys() | LOCALS["secrets"].keys()
     needed = {field.alias for field in ClusterSettings.model_fields.values() if field.is_required()}

@@ -120,10 +120,9 @@ class MlflowResource(dg.ConfigurableResource):
         base = self.ui_url or self.tracking_uri
         if not re.match(r"https?://", base):
             return None
-        base = without_password(base).rstrip("/")
         # Without the parameter MLflow 3 opens its page for language models.
         page = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
-        return f"{base}/#/{page}"
+        return f"{base.rstrip('/')}/#/{page}"
 
 
 class ArtifactError(Exception):
@@ -187,11 +186,6 @@ def try_artifacts(where: str, tracking_uri: str) -> None:
             path.rmdir()
     if problems:
         raise ArtifactError(problems[0])
-
-
-def without_password(text: str) -> str:
-    """`text` with addresses that name no user and no password."""
-    return re.sub(r"//\S*@", "//", text)
 
 
 def write_spark_flavor(
