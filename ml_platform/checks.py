@@ -98,7 +98,7 @@ def misplaced_time_range(key: str, cleaned: Reports, limits: QualityLimits) -> s
     if last - first > timedelta(days=limits.max_days_per_file):
         return f"it spans {(last - first).days} days, from {first} to {last}, more than {limits.max_days_per_file}"
     named = _date_of(key)
-    if named and not named <= first <= named + timedelta(days=limits.max_days_per_file):
+    if named and not timedelta(0) <= first - named <= timedelta(days=limits.max_days_per_file):
         return f"its first transaction is of {first}, which does not fit its name"
     for other, report in cleaned.items():
         other_times = report["tx_datetime"]

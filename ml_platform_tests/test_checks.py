@@ -137,6 +137,8 @@ class TestTimeRange:
             ("2020-01-01", "2019-12-31T23:59:59Z", "2020-01-31T00:00:00Z", "does not fit its name"),
             ("2020-01-01", "2020-06-01T00:00:00Z", "2020-06-30T00:00:00Z", "does not fit its name"),
             ("2020-13-01", "2019-01-01T00:00:00Z", "2019-01-31T00:00:00Z", None),
+            ("9999-12-30", "9999-12-30T00:00:00Z", "9999-12-31T00:00:00Z", None),
+            ("any-name", "0001-01-01T00:00:00Z", "0999-12-31T00:00:00Z", "spans 364876 days"),
         ],
     )
     def test_one_file(self, key: str, first: str | None, last: str | None, expected: str | None):

@@ -8,7 +8,6 @@ by customer, and to be sorted and written.
 from __future__ import annotations
 
 import time
-from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from spark_jobs import blocks, parquet_files, runtime
@@ -79,9 +78,9 @@ def build_partition(spark: SparkSession, item: dict[str, Any], run_id: str, prog
 
     rows = read_cleaned(spark, [item["cleaned_uri"]]).withColumn("is_current", F.lit(True))
     if item["history"] and item["tx_datetime_min"]:
-        first = datetime.strptime(item["tx_datetime_min"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+        since = F.lit(item["tx_datetime_min"]).cast("timestamp") - F.expr(f"INTERVAL {HISTORY_DAYS} DAYS")
         history = read_cleaned(spark, item["history"]).withColumn("is_current", F.lit(False))
-        rows = rows.union(history.where(F.col("tx_datetime") > F.lit(first - timedelta(days=HISTORY_DAYS))))
+        rows = rows.union(history.where(F.col("tx_datetime") > since))
     tallies = runtime.gathering(spark)
     progress.follow(tallies)
     tasks = whole_rounds(spark, -(-item["cleaned_bytes"] // BYTES_PER_TASK))

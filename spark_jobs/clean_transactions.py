@@ -497,7 +497,8 @@ def _require_size(files: runtime.Files, raw: dict[str, Any]) -> None:
 def _iso(unix_seconds: int | None) -> str | None:
     if unix_seconds is None:
         return None
-    return datetime.fromtimestamp(unix_seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # Years in four digits, which strftime's %Y has not everywhere; and utcfromtimestamp is deprecated.
+    return datetime.fromtimestamp(unix_seconds, timezone.utc).replace(tzinfo=None).isoformat() + "Z"
 
 
 if __name__ == "__main__":

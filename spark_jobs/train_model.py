@@ -21,7 +21,6 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import evaluation, runtime
@@ -656,12 +655,15 @@ def _describe(
 
 def _window(first: int, last: int, per_day: dict[int, tuple[int, int]], day_zero: int) -> dict[str, Any]:
     """A window for the report."""
+    import numpy as np
+
     rows, frauds = _rows_and_frauds((first, last), per_day)
     return {
         "first_day": first,
         "last_day": last,
-        "first_date": (date(1970, 1, 1) + timedelta(days=day_zero + first)).isoformat(),
-        "last_date": (date(1970, 1, 1) + timedelta(days=day_zero + last)).isoformat(),
+        # numpy's dates, for a window may reach to before the year 1.
+        "first_date": str(np.datetime64(day_zero + first, "D")),
+        "last_date": str(np.datetime64(day_zero + last, "D")),
         "days": max(0, last - first + 1),
         "rows": rows,
         "frauds": frauds,

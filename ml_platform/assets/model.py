@@ -122,9 +122,11 @@ def fraud_model(
 def training_partitions(cleaned: Reports, features: Reports, cutoff: str, days: int) -> tuple[list[str], list[str]]:
     """Partitions within `days` before the end of `cutoff`: those with features, and those without."""
     ordered = in_order_of_time(cleaned)
-    since = instant(cleaned[cutoff]["tx_datetime"]["max"]) - timedelta(days=days + 1)
+    end = instant(cleaned[cutoff]["tx_datetime"]["max"])
     window = [
-        key for key in ordered[: ordered.index(cutoff) + 1] if instant(cleaned[key]["tx_datetime"]["max"]) >= since
+        key
+        for key in ordered[: ordered.index(cutoff) + 1]
+        if end - instant(cleaned[key]["tx_datetime"]["max"]) <= timedelta(days=days + 1)
     ]
     return [key for key in window if key in features], [key for key in window if key not in features]
 

@@ -303,6 +303,13 @@ def test_history_is_long_enough_to_the_second(partitions: Partitions) -> None:
     assert max(feature.days for feature in REGISTRY) == HISTORY_DAYS
 
 
+def test_history_may_reach_to_before_the_first_year(partitions: Partitions) -> None:
+    partitions.write("old", random_transactions(10, days=1, seed=5))
+    partitions.write("new", random_transactions(10, days=1, seed=6))
+    item = {**partitions.item("new", START, ["old"]), "tx_datetime_min": "0001-01-02T00:00:00Z"}
+    assert partitions.run(item)["new"]["status"] == "succeeded"
+
+
 def test_a_row_is_the_same_whatever_stands_beside_it(spark: SparkSession) -> None:
     """Bit by bit: however many others there are, and in however many parts they are gathered."""
     rows = random_transactions(300, days=50, seed=4)

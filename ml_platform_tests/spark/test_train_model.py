@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 import statistics
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 
 import pytest
 
@@ -340,6 +340,12 @@ def test_cards_are_removed_from_the_day_they_are_known(spark):
         "never known in the window",
         "never compromised",
     }
+
+
+def test_a_window_may_begin_before_the_first_year() -> None:
+    first_of_january = date(1, 1, 1).toordinal() - date(1970, 1, 1).toordinal()
+    window = train_model._window(-1, 1, {}, first_of_january)
+    assert (window["first_date"], window["last_date"]) == ("0000-12-31", "0001-01-02")
 
 
 class TestTooLittleData:
