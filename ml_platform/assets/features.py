@@ -44,14 +44,16 @@ def history_of(cleaned: Reports) -> dict[str, list[str]]:
     ordered = in_order_of_time(cleaned)
     ends = [instant(cleaned[key]["tx_datetime"]["max"]) for key in ordered]
     latest_ends = list(accumulate(ends, max))
+    reach = timedelta(days=HISTORY_DAYS)
     history: dict[str, list[str]] = {key: [] for key in cleaned}
     for index, key in enumerate(ordered):
-        since = instant(cleaned[key]["tx_datetime"]["min"]) - timedelta(days=HISTORY_DAYS)
+        # By differences, which exist for all instants: no date is before the year 1.
+        first = instant(cleaned[key]["tx_datetime"]["min"])
         # Backwards, until none before reaches so far: a partition costs its history, not all that came before.
         earlier = index
-        while earlier and latest_ends[earlier - 1] > since:
+        while earlier and first - latest_ends[earlier - 1] < reach:
             earlier -= 1
-        history[key] = [ordered[n] for n in range(earlier, index) if ends[n] > since]
+        history[key] = [ordered[n] for n in range(earlier, index) if first - ends[n] < reach]
     return history
 
 
@@ -92,7 +94,7 @@ used. Features whose history changed (a late file, a file cleaned again) are bui
 def transaction_features(
     context: dg.AssetExecutionContext, config: FeaturesConfig, lake: LakeResource, spark: SparkEngine
 ) -> dg.MaterializeResult:
-    """Build what is missing or stale among the run's partitions, and what is stale beyond them, in one Spark job."""
+    """Build what is missing or stale among the run's partitions, and what is stale or lost beyond them, in one job."""
     cleaned, (features, outdated) = lake.reports(CLEANED), lake.split_reports(FEATURES)
     inputs, history = expected_inputs(cleaned), history_of(cleaned)
     failed = {
@@ -102,10 +104,14 @@ def transaction_features(
     }
     stale = stale_features(features, inputs)
     stale += [key for key in outdated if key in inputs]
+    # A run that failed at stale features has deleted their reports; nothing in the lake tells that they are wanted.
+    made_before = context.instance.get_materialized_partitions(context.asset_key)
+    stale += sorted(key for key in made_before if key in inputs and key not in features and key not in stale)
     beyond = [key for key in stale if key not in context.partition_keys]
     if beyond:
         context.log.info(
-            f"{some_of(beyond)}: the history changed, or the version of the platform; their features are built again"
+            f"{some_of(beyond)}: the history changed, or the version of the platform, or the features are gone; they "
+            "are built again"
         )
     current = [
         key
