@@ -780,6 +780,12 @@ def _sdk(endpoint: str | None, root_certificates: bytes | None, key: str | None,
     """The SDK with these options. One for all clients of a process: an SDK never closes its connections."""
     import yandexcloud
 
+    class Deadlines(yandexcloud.RetryPolicy):
+        """The SDK's way to gRPC's service configuration, for the calls that it makes by itself and without a limit."""
+
+        def to_json(self) -> str:
+            return json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{CALL_TIMEOUT_S}s"}]})
+
     options = {
         "endpoint": endpoint,
         "root_certificates": root_certificates,
@@ -787,7 +793,7 @@ def _sdk(endpoint: str | None, root_certificates: bytes | None, key: str | None,
         "iam_token": iam_token,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    return yandexcloud.SDK(user_agent=OWNER, **given)
+    return yandexcloud.SDK(user_agent=OWNER, retry_policy=Deadlines(), **given)
 
 
 def _read(path: str | Path, variable: str) -> bytes:

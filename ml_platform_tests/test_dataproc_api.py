@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -491,6 +492,19 @@ def test_an_answer_that_does_not_come_in_time(cloud: FakeDataproc, api: Dataproc
     found = api.get_cluster(cluster_id)
     assert found is not None
     assert found.id == cluster_id
+
+
+@pytest.mark.parametrize("method", ["ApiEndpointService.List", "IamTokenService.Create"])
+def test_a_call_of_the_sdk_itself_that_is_not_answered_in_time(
+    cloud: FakeDataproc, api: DataprocApi, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    """All calls of a process are made in one thread, which it would hold up."""
+    # Limits by configuration end up to a second too soon, by gRPC's own clock.
+    monkeypatch.setattr(dataproc_api, "CALL_TIMEOUT_S", 2.5)
+    cloud.delay(method, 30.0)
+    started = time.monotonic()
+    assert api.get_cluster("some-id") is None
+    assert time.monotonic() - started < 15
 
 
 def test_a_create_whose_answer_is_late_makes_one_cluster(
