@@ -336,7 +336,9 @@ def _move_champion(settings: Settings, version: str, who: str | None, why: str) 
     resource = _mlflow(settings)
     try:
         found = resource.client().get_model_version(MODEL_NAME, version)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
         raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
     if not why.strip():
         raise CommandError("--why is empty: say why, for whoever asks later")

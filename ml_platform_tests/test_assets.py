@@ -757,6 +757,50 @@ class TestModel:
         assert run.data.metrics["promotion.average_precision_difference_lower"] > 0
 
     @pytest.mark.parametrize(
+        ("tag", "value", "asked"),
+        [
+            ("features", "[1]", False),
+            ("features", "tx_amount", False),
+            ("features", None, False),
+            ("model_uri", None, False),
+            ("spark_version", None, True),
+            ("train_last_date", "yesterday", True),
+        ],
+    )
+    def test_an_edited_tag_of_the_champion_stops_no_training(
+        self,
+        lake: LakeResource,
+        instance: dg.DagsterInstance,
+        ready: list[str],
+        mlflow: MlflowResource,
+        tag: str,
+        value: str | None,
+        asked: bool,
+    ):
+        self.trained(lake, instance, mlflow, ready[1])
+        client = mlflow.client()
+        client.delete_model_version_tag("fraud_model", "1", tag)
+        if value is not None:
+            client.set_model_version_tag("fraud_model", "1", tag, value)
+        metadata = self.trained(lake, instance, mlflow, ready[2], champion_skill=0.5)
+        assert (metadata["promotion"], metadata["is_champion"]) == ("better" if asked else "champion_unreadable", True)
+
+    def test_the_reload_proof_looks_for_rows_of_the_whole_test_week(
+        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
+    ):
+        """The last file may have a handful of them."""
+        put_raw(lake, "short", raw_spec(1, start="2020-01-30T12:00:00Z", days=1, first_id=90_000_000, rows=5))
+        instance.add_dynamic_partitions("raw_files", ["short"])
+        result = run_assets(
+            definitions(lake, mlflow=mlflow), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=("short", "short")
+        )
+        assert result.success
+        (request,) = requests_of(lake, result.run_id, "verify_model")
+        uri = f"file://{lake.lake_uri}/{FEATURES}/raw_file="
+        # The week begins on 24 January.
+        assert request["feature_uris"] == [f"{uri}{ready[0]}", f"{uri}short"]
+
+    @pytest.mark.parametrize(
         ("engine", "outcome"),
         [
             ({"challenger_skill": 0.5, "champion_skill": 3.0}, "not_better"),
@@ -864,8 +908,14 @@ class TestModel:
         assert module.active_run() is None
         assert mlflow.champion() is None
 
-    @pytest.mark.parametrize("config", [{"test_days": 0}, {"min_frauds": 0}, {"alerts_per_day": 0}, {"delay_days": -1}])
-    def test_impossible_windows_are_refused(self, config: dict[str, int]):
+    @pytest.mark.parametrize(
+        "config",
+        [
+            *({"test_days": 0}, {"min_frauds": 0}, {"alerts_per_day": 0}, {"delay_days": -1}),
+            {"promotion": {"confidence": 0.999}},
+        ],
+    )
+    def test_what_is_impossible_is_refused(self, config: dict[str, Any]):
         with pytest.raises(ValueError, match=next(iter(config))):
             FraudModelConfig(**config)
 

@@ -584,11 +584,22 @@ class TestChampion:
         shown = run("champion", "show")[1]
         for part in ("version 2", "file-2", "ben", "by hand", "0.82"):
             assert part in shown
+        assert run("champion", "set", "2", "--why", "again", "--who", "ben")[0] == 0
         assert run("champion", "rollback", "--why", "too many alerts", "--who", "eve")[0] == 0
         champion = registry.champion()
         assert champion is not None
         assert (champion.version, champion.tags["champion_by"]) == (1, "eve")
         assert champion.tags["champion_why"] == "too many alerts"
+
+    def test_a_server_that_is_away_is_no_missing_version(
+        self, run: Run, registry: MlflowResource, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        code, _, error = run("champion", "set", "1", "--why", "x")
+        assert code == 1
+        assert "has no version" not in error
+        assert "127.0.0.1" in error
 
     @pytest.mark.parametrize(
         ("arguments", "says"),

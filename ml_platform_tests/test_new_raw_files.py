@@ -201,6 +201,7 @@ class TestOnePartitionAlone:
             {"schema_version": SCHEMA_VERSION + 0.5},
             {"schema_version": [SCHEMA_VERSION]},
             {"raw": {}},
+            {"raw": None},
             {"epoch": None},
         ],
         ids=str,

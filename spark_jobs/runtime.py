@@ -169,7 +169,8 @@ def load_model(spark: SparkSession, uri: str) -> PipelineModel:
     from pyspark.ml.util import DefaultParamsReader
 
     context = spark.sparkContext
-    metadata = DefaultParamsReader.loadMetadata(uri, context)
+    path = literal_path(uri)
+    metadata = DefaultParamsReader.loadMetadata(path, context)
     saved_by = metadata["sparkVersion"]
     if tuple(int(part) for part in saved_by.split(".")[:2]) > spark_version(spark):
         raise NewerSparkError(
@@ -181,12 +182,12 @@ def load_model(spark: SparkSession, uri: str) -> PipelineModel:
     for number, uid in enumerate(uids):
         if not re.fullmatch("[A-Za-z0-9_]+", uid):
             raise ValueError(f"the model in {uri} names a stage {uid!r}")
-        path = PipelineSharedReadWrite.getStagePath(uid, number, len(uids), f"{uri}/stages")
-        classes.add(DefaultParamsReader.loadMetadata(path, context)["class"])
+        stage = PipelineSharedReadWrite.getStagePath(uid, number, len(uids), f"{path}/stages")
+        classes.add(DefaultParamsReader.loadMetadata(stage, context)["class"])
     foreign = sorted(classes - _MODEL_CLASSES)
     if foreign:
         raise ValueError("the model in {} has parts that no job has written: {}".format(uri, ", ".join(foreign)))
-    return PipelineModel.load(uri)
+    return PipelineModel.load(path)
 
 
 #: Files that are renamed together.

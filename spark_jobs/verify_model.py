@@ -21,8 +21,8 @@ SAMPLE_ROWS = 1000
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     """Score a sample of held-out rows again.
 
-    Request: ``run_id``; ``model_uri`` (a saved PipelineModel); ``features_uri`` (a partition of
-    ``transaction_features`` with at least some of the scored rows); ``features``; ``scores_uri`` (``test_scores``).
+    Request: ``run_id``; ``model_uri`` (a saved PipelineModel); ``feature_uris`` (the partitions of
+    ``transaction_features`` with the scored rows); ``features``; ``scores_uri`` (``test_scores``).
 
     Returns ``schema_version``, ``run_id``, ``rows`` (scored again), ``max_difference`` (of a row's two scores; None
     without rows), ``spark_version``, ``seconds``. Raises if the model cannot be loaded; runtime.NewerSparkError: a
@@ -37,7 +37,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     scores = runtime.read_parquet(spark, request["scores_uri"]).select("transaction_id", "score")
     share = max(1, scores.count() // SAMPLE_ROWS)
     sample = scores.where(F.expr(f"pmod(xxhash64(transaction_id), {share}) = 0"))
-    features = runtime.read_parquet(spark, request["features_uri"])
+    features = runtime.read_parquet(spark, *request["feature_uris"])
     rows = features.select("transaction_id", *request["features"]).join(F.broadcast(sample), "transaction_id")
     again = model.transform(rows).select("score", vector_to_array(F.col("probability"))[1].alias("again"))
     found = again.agg(F.count(F.lit(1)).alias("rows"), F.expr("max(abs(score - again))").alias("difference")).first()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ml_platform.promotion import DECIDED_BY_FIGURES, Decision, Facts, PromotionRule, Scores, decide
 from ml_platform.resources.lake import LakeResource, SchemaVersionError
@@ -55,6 +55,12 @@ class PromotionConfig(dg.Config):
         default=120, ge=1, description="After so many days without a comparable challenger, a check warns."
     )
 
+    @model_validator(mode="after")
+    def _is_a_rule(self) -> "PromotionConfig":
+        # What does not fit together is better known before the training than after it.
+        self.rule(seed=0)
+        return self
+
     def rule(self, seed: int) -> PromotionRule:
         """The rule that these settings are."""
         return PromotionRule(
@@ -74,8 +80,8 @@ def judge(
     windows = report["windows"]
     facts = Facts(
         challenger_features=tuple(report["features"]),
-        challenger_train_last_date=_date(windows["train"]["last_date"]),
-        test_first_date=_date(windows["test"]["first_date"]),
+        challenger_train_last_date=date.fromisoformat(windows["train"]["last_date"]),
+        test_first_date=date.fromisoformat(windows["test"]["first_date"]),
     )
     if champion is not None:
         verdict = report["champion"] or {"status": "unreadable", "error": "its version does not name its model's files"}
@@ -83,8 +89,8 @@ def judge(
             champion=champion.version,
             champion_error=None if verdict["status"] == "scored" else verdict["error"],
             champion_newer_spark=verdict["status"] == "newer_spark",
-            champion_features=tuple(json.loads(champion.tags.get("features", "[]"))) or None,
-            champion_train_last_date=_date(champion.tags.get("train_last_date")),
+            champion_features=tuple(features_of(champion)) or None,
+            champion_train_last_date=_last_date_of(champion),
             challenger_features=facts.challenger_features,
             challenger_train_last_date=facts.challenger_train_last_date,
             test_first_date=facts.test_first_date,
@@ -109,8 +115,21 @@ def read_finding(lake: LakeResource, name: str) -> dict[str, Any]:
     return found
 
 
-def _date(text: str | None) -> date | None:
-    return date.fromisoformat(text) if text else None
+def features_of(version: "ModelVersion") -> list[str]:
+    """The inputs of a version, by its tag; none where that does not name them, for anybody may edit it in MLflow."""
+    try:
+        features = json.loads(version.tags["features"])
+    except (KeyError, ValueError):
+        return []
+    return features if isinstance(features, list) and all(isinstance(name, str) for name in features) else []
+
+
+def _last_date_of(version: "ModelVersion") -> date | None:
+    """The last day that a version was trained on, by its tag; None where that does not name it."""
+    try:
+        return date.fromisoformat(version.tags["train_last_date"])
+    except (KeyError, ValueError):
+        return None
 
 
 def read_scores(lake: LakeResource, name: str, *, with_champion: bool = True) -> Scores:
@@ -142,7 +161,7 @@ def verify_reload(
     version: "ModelVersion",
     directory: str,
     report: dict[str, Any],
-    features_uri: str,
+    feature_uris: list[str],
 ) -> None:
     """Load a registered version back from MLflow, let it score held-out rows again, and note that it did as PROOF_TAG.
 
@@ -170,7 +189,7 @@ def verify_reload(
         "verify_model",
         {
             "model_uri": lake.store.spark_uri(reloaded),
-            "features_uri": features_uri,
+            "feature_uris": feature_uris,
             "features": report["features"],
             "scores_uri": report["scores_uri"],
         },

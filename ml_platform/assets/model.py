@@ -24,6 +24,7 @@ from ml_platform.assets.gate import (
     FINDINGS_VERSION,
     PromotionConfig,
     champion_tags,
+    features_of,
     judge,
     note_health,
     verify_reload,
@@ -214,10 +215,10 @@ def _train(
         download_model=lambda target: lake.store.download(f"{directory}/model", target),
     )
     # Every version, for each can be made the champion by hand later.
-    features_uri = lake.store.spark_uri(lake.partition_path(FEATURES, cutoff))
+    tested = [key for key in used if cleaned[key]["tx_datetime"]["max"] >= report["windows"]["test"]["first_date"]]
     verify_reload(
-        context, lake, spark, mlflow,
-        version=version, directory=directory, report=report, features_uri=features_uri,
+        context, lake, spark, mlflow, version=version, directory=directory, report=report,
+        feature_uris=[lake.store.spark_uri(lake.partition_path(FEATURES, key)) for key in tested],
     )  # fmt: skip
     found = {"schema_version": FINDINGS_VERSION, **asdict(decision)}
     lake.write_json(f"{directory}/{DECISION_FILE}", {**found, "cutoff": cutoff, "version": version.version})
@@ -286,13 +287,14 @@ def _log_training(run: Any, report: dict[str, Any]) -> None:
 
 
 def _champion_request(champion: Any) -> dict[str, Any] | None:
-    if champion is None or "model_uri" not in champion.tags:
+    """The champion as the training job takes it; None if its tags do not name its model."""
+    if champion is None or "model_uri" not in champion.tags or not features_of(champion):
         return None
     return {
         "version": champion.version,
         "model_uri": champion.tags["model_uri"],
-        "features": json.loads(champion.tags["features"]),
-        "spark_version": champion.tags["spark_version"],
+        "features": features_of(champion),
+        "spark_version": champion.tags.get("spark_version"),
     }
 
 

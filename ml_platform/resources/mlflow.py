@@ -104,7 +104,8 @@ class MlflowResource(dg.ConfigurableResource):
     def set_champion(self, version: str, tags: Mapping[str, str]) -> None:
         """Give a version the alias ``champion``, and tags that say since when and why."""
         previous = self.champion()
-        if previous is not None and previous.version != version:
+        # Of some stores a version's number is an integer.
+        if previous is not None and str(previous.version) != str(version):
             tags = {**tags, "champion_before": str(previous.version)}
         self.tag_version(version, tags)
         self.client().set_registered_model_alias(MODEL_NAME, CHAMPION, version)

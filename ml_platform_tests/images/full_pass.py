@@ -151,7 +151,7 @@ def score(out: Path, everyone: list[Path]) -> None:
 
 def _reload(spark: SparkSession, out: Path, model: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     features_uri = _partition(out, "transaction_features", report["cutoff"])
-    request = {"run_id": "pass", "features_uri": features_uri, "scores_uri": report["scores_uri"]}
+    request = {"run_id": "pass", "feature_uris": [features_uri], "scores_uri": report["scores_uri"]}
     try:
         return verify_model.run(spark, {**request, "model_uri": model["model_uri"], "features": model["features"]})
     except Exception as error:

@@ -664,7 +664,7 @@ class TestSparkVersions:
         """The base run's model as if a Spark of that version had saved it; its URI."""
 
         def saved_by(version):
-            copy = tmp_path / f"a model of {version}"
+            copy = tmp_path / f"a [model] {{of}} {version}"
             shutil.copytree(trained["model_uri"], str(copy))
             (metadata,) = copy.glob("metadata/part-*")
             text = metadata.read_text()
@@ -679,7 +679,7 @@ class TestSparkVersions:
     def test_a_newer_sparks_model_is_refused_by_name(self, spark, uris, trained, saved_by, tmp_path):
         uri = saved_by("99.1.0")
         told = f"saved by Spark 99.1.0, and this older Spark {spark.version} does not read it"
-        request = {"run_id": "r", "features_uri": uris[-1], "features": trained["features"], "model_uri": uri}
+        request = {"run_id": "r", "feature_uris": uris[-1:], "features": trained["features"], "model_uri": uri}
         with pytest.raises(runtime.NewerSparkError, match=re.escape(told)):
             verify_model.run(spark, {**request, "scores_uri": trained["scores_uri"]})
 
