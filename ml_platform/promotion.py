@@ -402,12 +402,13 @@ def _figures(rule: PromotionRule, scores: Scores) -> dict[str, float | int]:
     drawn = _replicates(models, clusters, rule.replicates, rule.seed)
     figures["replicates"] = drawn.shape[2]
     for column, figure in enumerate(("average_precision", "roc_auc")):
-        estimates = [model.figures()[column] for model in models]
-        _enter(figures, figure, _interval(estimates[0], drawn[0, column], rule.confidence))
         if len(models) > 1:
-            _enter(figures, f"champion_{figure}", _interval(estimates[1], drawn[1, column], rule.confidence))
-            change = drawn[0, column] - drawn[1, column]
-            _enter(figures, f"{figure}_difference", _interval(estimates[0] - estimates[1], change, rule.confidence))
+            compared = _comparison(models, drawn, column, rule.confidence)
+            _enter(figures, figure, compared.challenger)
+            _enter(figures, f"champion_{figure}", compared.champion)
+            _enter(figures, f"{figure}_difference", compared.difference)
+        else:
+            _enter(figures, figure, _interval(models[0].figures()[column], drawn[0, column], rule.confidence))
     if len(models) > 1 and 2 <= frauds <= len(label) - 2:
         found = _delong(models[0], models[1], rule.confidence)
         figures["delong_roc_auc_difference"] = found.difference
@@ -560,17 +561,18 @@ def paired_bootstrap(
     scores = Scores(label, challenger, champion, customer_id)
     models = _rankings(scores)
     drawn = _replicates(models, _Clusters.of(scores), replicates, seed)
-    comparisons = []
-    for column in range(2):
-        ours, theirs = (model.figures()[column] for model in models)
-        comparisons.append(
-            Comparison(
-                _interval(ours, drawn[0, column], confidence),
-                _interval(theirs, drawn[1, column], confidence),
-                _interval(ours - theirs, drawn[0, column] - drawn[1, column], confidence),
-            )
-        )
-    return PairedBootstrap(comparisons[0], comparisons[1], drawn.shape[2])
+    average_precision, auc = (_comparison(models, drawn, column, confidence) for column in (0, 1))
+    return PairedBootstrap(average_precision, auc, drawn.shape[2])
+
+
+def _comparison(models: list[_Ranking], drawn: Floats, column: int, confidence: float) -> Comparison:
+    """Two models by one of their figures; `drawn` is what `_replicates` drew of both."""
+    ours, theirs = (model.figures()[column] for model in models)
+    return Comparison(
+        _interval(ours, drawn[0, column], confidence),
+        _interval(theirs, drawn[1, column], confidence),
+        _interval(ours - theirs, drawn[0, column] - drawn[1, column], confidence),
+    )
 
 
 def average_precision_interval(
@@ -583,36 +585,11 @@ def average_precision_interval(
     seed: int = 0,
 ) -> Interval:
     """Average precision of one model with its interval; arguments, method and errors as in `paired_bootstrap`."""
-    return _single(0, label, score, customer_id, confidence, replicates, seed)
-
-
-def roc_auc_interval(
-    label: npt.ArrayLike,
-    score: npt.ArrayLike,
-    customer_id: npt.ArrayLike | None = None,
-    *,
-    confidence: float = 0.95,
-    replicates: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """ROC AUC of one model with its interval; arguments, method and errors as in `paired_bootstrap`."""
-    return _single(1, label, score, customer_id, confidence, replicates, seed)
-
-
-def _single(
-    column: int,
-    label: npt.ArrayLike,
-    score: npt.ArrayLike,
-    customer_id: npt.ArrayLike | None,
-    confidence: float,
-    replicates: int,
-    seed: int,
-) -> Interval:
     _check_bootstrap(confidence, replicates, seed)
     scores = Scores(label, score, None, customer_id)
     models = _rankings(scores)
     drawn = _replicates(models, _Clusters.of(scores), replicates, seed)
-    return _interval(models[0].figures()[column], drawn[0, column], confidence)
+    return _interval(models[0].figures()[0], drawn[0, 0], confidence)
 
 
 def delong(

@@ -26,7 +26,6 @@ from ml_platform.promotion import (
     delong,
     paired_bootstrap,
     roc_auc,
-    roc_auc_interval,
 )
 
 #: Enough for a test that does not depend on the last percent.
@@ -206,7 +205,6 @@ def test_single_model_has_the_interval_that_it_has_in_a_pair():
     arguments = (rows["label"], rows["challenger"], rows["customer_id"])
     alone = average_precision_interval(*arguments, replicates=300, seed=9)
     assert alone == pair.average_precision.challenger
-    assert roc_auc_interval(*arguments, replicates=300, seed=9) == pair.roc_auc.challenger
     assert alone.lower < alone.estimate < alone.upper
     assert alone.estimate == pytest.approx(average_precision_score(rows["label"], rows["challenger"]), abs=1e-12)
 
