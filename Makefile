@@ -21,7 +21,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo '  Variables: PYTHON=interpreter, USE_UV=0 (install with pip alone), PORT and MLFLOW_PORT (make dev)'
 
-setup: ## create or update .venv (every other target does it, too)
+setup: .dagster_home/dagster.yaml ## create or update .venv and .dagster_home (what needs them does it, too)
 	@sh scripts/setup.sh
 
 # Made again when the packages change. All works without it, and it takes longer than it saves a first demo.
@@ -33,21 +33,21 @@ classes: setup ## archive Spark's classes, so that local sessions start sooner (
 .dagster_home/dagster.yaml: dagster.yaml
 	@mkdir -p .dagster_home && cp dagster.yaml .dagster_home/dagster.yaml
 
-demo: setup .dagster_home/dagster.yaml ## from simulated raw files to a promoted model
+demo: setup ## from simulated raw files to a promoted model
 	@$(WITH_JAVA) \
 	  $(BIN)/ml-platform simulate && \
 	  $(BIN)/ml-platform process-new-files && \
 	  $(BIN)/ml-platform summary
 	@echo 'Open the UI with: make dev'
 
-dev: setup .dagster_home/dagster.yaml ## Dagster's UI on port 3000, MLflow's UI on port 5000
+dev: setup ## Dagster's UI on port 3000, MLflow's UI on port 5000
 	@$(WITH_JAVA) exec bash scripts/dev.sh
 
 # Three at a time on two cores: the tests of whole systems wait half of the time.
 test: classes ## run all tests
 	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see docs/cluster.md)
+test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see CONTRIBUTING.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh
 
 lint: setup ## check style, formatting, types, and that the packages fit together

@@ -485,7 +485,7 @@ def dev_cloud(
         console.print(
             f"The cloud is up. In another shell:\n\n  set -a; . {escape(str(path))}; set +a\n", soft_wrap=True
         )
-        console.print("Then ml-platform simulate, ml-platform process-new-files, make dev … work on it.")
+        console.print("Then ml-platform doctor, simulate, process-new-files … work on it.")
         if cloud.mock_reason:
             console.print(
                 f"S3 is only a mock, and empty after Ctrl-C: {cloud.mock_reason}", style="yellow", markup=False

@@ -37,7 +37,7 @@ def raw_file_observation(file: RawFile) -> dg.AssetObservation:
             kinds={"file"},
             owners=OWNERS,
             metadata={
-                "format": "text, 9 comma-separated fields a line, first line a header",
+                "format": "text, 9 comma-separated fields a line, perhaps with a header line",
                 "dagster/column_schema": table_schema((name, "string", text) for name, _, text in CLEANED_COLUMNS),
             },
             description="Raw transaction files as they land in the raw store; one partition per file. They are "
