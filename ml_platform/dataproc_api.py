@@ -60,7 +60,7 @@ FINAL = {"PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT"}
 #: What a user can do about an answer.
 ADVICE = {
     "UNAUTHENTICATED": "check YC_SERVICE_ACCOUNT_KEY_FILE or YC_IAM_TOKEN (a token lives for 12 hours at most)",
-    "PERMISSION_DENIED": "give the service account the roles that deploy/terraform/README.md lists, and check YC_FOLDER_ID",
+    "PERMISSION_DENIED": "give the service account the roles in deploy/terraform/README.md, and check YC_FOLDER_ID",
     "RESOURCE_EXHAUSTED": "a quota of the cloud is used up: ask for more, or for a smaller cluster (DATAPROC_*)",
     "UNAVAILABLE": "check YC_API_ENDPOINT, YC_ROOT_CERTIFICATES_FILE and the network",
     "DEADLINE_EXCEEDED": "check YC_API_ENDPOINT and the network",

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from ml_platform.promotion import DECIDED_BY_FIGURES, Decision, Facts, PromotionRule, Scores, decide
 from ml_platform.resources.lake import LakeResource, SchemaVersionError
-from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
+from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource, hide_progress_bars
 from ml_platform.resources.spark import SparkEngine
 
 if TYPE_CHECKING:
@@ -171,11 +171,8 @@ def verify_reload(
         dagster.Failure: the version does not load, or scores differ.
     """
     import mlflow as mlflow_api
-    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR as PROGRESS_BAR
 
-    # It would be two dozen lines of the run's log. Who wants it sets the variable.
-    if not PROGRESS_BAR.is_set():
-        PROGRESS_BAR.set(False)
+    hide_progress_bars()
     reloaded = f"{directory}/reloaded"
     with tempfile.TemporaryDirectory(prefix="ml-platform-") as target:
         mlflow_api.set_tracking_uri(mlflow.tracking_uri)

@@ -126,6 +126,14 @@ class MlflowResource(dg.ConfigurableResource):
         return f"{base.rstrip('/')}/#/{page}"
 
 
+def hide_progress_bars() -> None:
+    """Let MLflow draw none for artifacts: one is two dozen lines of a log. Who wants them sets MLflow's variable."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR as PROGRESS_BAR
+
+    if not PROGRESS_BAR.is_set():
+        PROGRESS_BAR.set(False)
+
+
 class ArtifactError(Exception):
     """Artifacts cannot be kept where they should; the message says what to do."""
 
@@ -171,6 +179,7 @@ def try_artifacts(where: str, tracking_uri: str) -> None:
         if repository.list_artifacts(name):
             raise ArtifactError(f"{name} is still there")
 
+    hide_progress_bars()
     repository = get_artifact_repository(where, tracking_uri=tracking_uri)
     directory = getattr(repository, "artifact_dir", None)  # of a local one
     made = [path for path in (Path(directory), *Path(directory).parents) if not path.exists()] if directory else []
