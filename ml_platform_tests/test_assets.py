@@ -373,6 +373,14 @@ class TestFeatures:
         assert modified(lake, FEATURES) == before
         assert {value["outcome"] for value in recorded(instance, FEATURES_KEY).values()} == {"already up to date"}
 
+    @pytest.mark.parametrize("changes", [{"counts": {}}, {"inputs": None}, {"features": "tx_amount"}], ids=str)
+    def test_an_edited_report_marks_nothing_as_built(
+        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str], changes: dict[str, Any]
+    ):
+        put_report(lake, FEATURES, built[2], {**lake.reports(FEATURES)[built[2]], **changes})
+        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[0], built[-1]))
+        assert partitions_sent(lake, result.run_id, "build_features") == [built[2]]
+
     def test_rebuild(self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]):
         result = run_assets(
             definitions(lake),

@@ -14,8 +14,9 @@ import pytest
 
 from ml_platform.dev_cloud.s3_server import LocalS3
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, LocalStore, Store, StoredFile, open_store
+from ml_platform_tests.fakes import cleaned_report, features_report
 
-REPORT = {"schema_version": 1, "raw": {"fingerprint": "1-x"}}
+REPORT = cleaned_report("a")
 ODD_NAME = "a b#c%20d[e]{f,g}*?&+ü"
 
 
@@ -297,9 +298,10 @@ class TestReports:
         site.put(f"{CLEANED}/other=b/_report.json", json.dumps(REPORT).encode())
         site.put(f"{CLEANED}/stray.txt", b"x")
         site.put(f"{CLEANED}/_report.json", json.dumps(REPORT).encode())
-        site.put(f"{FEATURES}/raw_file=c/_report.json", json.dumps(REPORT).encode())
+        features = features_report(REPORT, {"cleaned": "1", "history": {}})
+        site.put(f"{FEATURES}/raw_file=c/_report.json", json.dumps(features).encode())
         assert lake.reports(CLEANED) == {"a": REPORT}
-        assert lake.reports(FEATURES) == {"c": REPORT}
+        assert lake.reports(FEATURES) == {"c": features}
 
     def test_none(self, lake: LakeResource):
         assert lake.reports(CLEANED) == {}
@@ -361,7 +363,7 @@ class TestReports:
             lake.write_json(name, REPORT)
         assert reads() == ({"a": REPORT, "b": REPORT}, list(names.values()))
         assert reads() == ({"a": REPORT, "b": REPORT}, [])
-        other = {**REPORT, "raw": {"fingerprint": "1-y"}}
+        other = {**REPORT, "raw": {**REPORT["raw"], "fingerprint": "1-2"}}
         for _ in range(3):
             # At once, and of the same size each time.
             for content in (other, REPORT):

@@ -202,6 +202,9 @@ class TestOnePartitionAlone:
             {"schema_version": [SCHEMA_VERSION]},
             {"raw": {}},
             {"raw": None},
+            {"counts": []},
+            {"tx_datetime": {"min": "yesterday", "max": None}},
+            {"transaction_id": {"min": "1", "max": 2}},
             {"epoch": None},
         ],
         ids=str,
@@ -491,9 +494,7 @@ class TestManyPartitions:
         raw = CountingStore({f"{key}.txt": b"x" for key in reversed(keys)})
         reports = CountingStore(
             {
-                f"{lake.partition_path(CLEANED, key)}/{REPORT_NAME}": json.dumps(
-                    cleaned_report(key, None, raw={"fingerprint": "1-1"})
-                ).encode()
+                f"{lake.partition_path(CLEANED, key)}/{REPORT_NAME}": json.dumps(cleaned_report(key)).encode()
                 for key in keys[:-1:2]
             }
         )

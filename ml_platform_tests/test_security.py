@@ -24,7 +24,7 @@ from ml_platform.partitions import is_partition_key
 from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, S3Store, Store
 from ml_platform.sensors import plan_runs
 from ml_platform.webserver import OwnPagesOnly
-from ml_platform_tests.fakes import definitions, put_cleaned, put_raw, put_report, raw_spec, run_assets
+from ml_platform_tests.fakes import cleaned_report, definitions, put_cleaned, put_raw, put_report, raw_spec, run_assets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,12 +102,13 @@ def test_an_object_with_such_a_name_is_not_downloaded(tmp_path: Path, name: str)
 
 
 def test_the_lake_has_no_partitions_but_those_of_keys(lake: LakeResource, tmp_path: Path):
-    put_report(lake, CLEANED, "good", {"schema_version": 1})
+    report = cleaned_report("good")
+    put_report(lake, CLEANED, "good", report)
     for key in ("..", "a b", "\x1b[2Jgone", "new\nline", "[red]", "<b>", ".hidden", "x" * 101, "a...b"):
         assert not is_partition_key(key)
         directory = tmp_path / "lake" / CLEANED / f"raw_file={key}"
         directory.mkdir()
-        (directory / "_report.json").write_text('{"schema_version": 1}')
+        (directory / "_report.json").write_text(json.dumps(report))
     assert list(lake.reports(CLEANED)) == ["good"]
 
 

@@ -29,9 +29,7 @@ class CleaningConfig(dg.Config):
 
 def is_cleaned(report: dict[str, Any] | None, raw: RawFile, epoch: str) -> bool:
     """Whether a report of today's version is that of the raw file as it is now."""
-    if report is None or report.get("epoch") != epoch or not isinstance(report.get("raw"), dict):
-        return False
-    return bool(report["raw"].get("fingerprint") == raw.fingerprint)
+    return report is not None and report["epoch"] == epoch and report["raw"]["fingerprint"] == raw.fingerprint
 
 
 @dg.asset(

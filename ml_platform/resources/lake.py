@@ -9,12 +9,13 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Annotated, Any, BinaryIO, Protocol, cast
 
 import dagster as dg
-from pydantic import Field
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from ml_platform.partitions import RAW_SUFFIX, is_partition_key, partition_key
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
@@ -61,6 +62,61 @@ class RawFile:
     def as_request(self) -> dict[str, Any]:
         """The file as the cleaning job and its report know it."""
         return {"uri": self.uri, "size": self.size, "fingerprint": self.fingerprint}
+
+
+def _instant(text: str) -> str:
+    datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+    return text
+
+
+class _Part(BaseModel, strict=True):
+    """A part of a report, as far as the platform reads it. Somebody may have edited the file."""
+
+
+class _Raw(_Part):
+    size: int
+    fingerprint: str
+
+
+class _CleanedCounts(_Part):
+    raw_rows: int
+    clean_rows: int
+    duplicate_rows: int
+    rejected_rows: int
+    fraud_rows: int
+
+
+class _Instants(_Part):
+    min: Annotated[str, AfterValidator(_instant)] | None
+    max: Annotated[str, AfterValidator(_instant)] | None
+
+
+class _Ids(_Part):
+    min: int | None
+    max: int | None
+
+
+class _CleanedReport(_Part):
+    epoch: str
+    raw: _Raw
+    counts: _CleanedCounts
+    tx_datetime: _Instants
+    transaction_id: _Ids
+
+
+class _FeaturesCounts(_Part):
+    rows: int
+    fraud_rows: int
+    unusable_rows: int
+
+
+class _FeaturesReport(_Part):
+    inputs: dict[str, Any]
+    features: list[str]
+    counts: _FeaturesCounts
+
+
+_REPORTS: dict[str, type[_Part]] = {CLEANED: _CleanedReport, FEATURES: _FeaturesReport}
 
 
 def checked(name: str) -> str:
@@ -435,8 +491,8 @@ class LakeResource(dg.ConfigurableResource):
     def reports(self, table: str) -> dict[str, dict[str, Any]]:
         """Reports of all complete partitions of a table, by key.
 
-        An unreadable report marks nothing as complete, and neither does one of an older version: see
-        `outdated_reports`. Raises SchemaVersionError: there is one of a newer version.
+        A report that is unreadable, or lacks what is read of it, marks nothing as complete, and neither does one of
+        an older version: see `outdated_reports`. Raises SchemaVersionError: there is one of a newer version.
         """
         return self.split_reports(table)[0]
 
@@ -453,6 +509,11 @@ class LakeResource(dg.ConfigurableResource):
             if report is None:
                 continue
             version = report["schema_version"]
+            if version == SCHEMA_VERSION:
+                try:
+                    _REPORTS[table].model_validate(report)
+                except ValidationError:
+                    continue
             if version > SCHEMA_VERSION:
                 raise SchemaVersionError(
                     f"{self.partition_path(table, key)} in {self.lake_uri} was written by a newer version of "
