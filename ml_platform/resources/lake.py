@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Protocol, cast
 
 import dagster as dg
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from ml_platform.partitions import RAW_SUFFIX, is_partition_key, partition_key
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
@@ -86,12 +86,23 @@ class _CleanedCounts(_Part):
     fraud_rows: int
 
 
-class _Instants(_Part):
+class _Ends(_Part):
+    min: Any
+    max: Any
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> _Ends:
+        if (self.min is None) != (self.max is None):
+            raise ValueError("one end alone")
+        return self
+
+
+class _Instants(_Ends):
     min: Annotated[str, AfterValidator(_instant)] | None
     max: Annotated[str, AfterValidator(_instant)] | None
 
 
-class _Ids(_Part):
+class _Ids(_Ends):
     min: int | None
     max: int | None
 
