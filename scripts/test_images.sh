@@ -67,7 +67,7 @@ in_image() {
 
 run_tests() {
     in_image "$1" -m pytest -p ml_platform_tests.images.session -p no:cacheprovider \
-        --confcutdir=ml_platform_tests/spark ml_platform_tests/spark
+        --confcutdir=ml_platform_tests/spark ml_platform_tests/spark ml_platform_tests/images/executors.py
 }
 
 make_all() { in_image "$1" -m $full_pass make "$work/raw" "$work/$1"; }

@@ -1,4 +1,7 @@
-"""Executors that are processes of their own, as on a cluster. In the jobs' other tests the driver does their work."""
+"""A test of executors of their own, as on a cluster: in the other tests of the jobs the driver does their work.
+
+`make test-images` names this file. `make test` does not find it: today's Spark has such executors in test_engines.py.
+"""
 
 import os
 import subprocess
