@@ -204,7 +204,6 @@ def test_faults_are_mended_from_the_datetime_and_counted(cleaner: Cleaner) -> No
     assert counts["clean_rows"] == counts["raw_rows"] == len(KEPT)
 
 
-@pytest.mark.usefixtures("either_way")
 def test_the_report_has_years_in_four_digits(cleaner: Cleaner) -> None:
     lines = [good(transaction_id=year, tx_datetime=f"{year}-12-31 00:00:00") for year in ("0001", "0999")]
     item = cleaner.item("file", "\n".join(lines).encode())
@@ -212,6 +211,7 @@ def test_the_report_has_years_in_four_digits(cleaner: Cleaner) -> None:
     assert report["tx_datetime"] == {"min": "0001-12-31T00:00:00Z", "max": "0999-12-31T00:00:00Z"}
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_row_with_two_faults_is_one_rejected_row_with_two_reasons(cleaner: Cleaner) -> None:
     counts, _, rejects = cleaner.clean_lines(good(tx_amount="-1", tx_fraud="3"))
     assert rejects[0].reasons == ["invalid_amount", "invalid_label"]
