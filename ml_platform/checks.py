@@ -9,13 +9,13 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
-from ml_platform.assets.features import Reports, instant, transaction_features
+from ml_platform.assets.features import Reports, transaction_features
 from ml_platform.assets.gate import DECISION_FILE, HEALTH_FILE, read_finding
 from ml_platform.assets.model import fraud_model
 from ml_platform.outside_text import markdown, printable
 from ml_platform.partitions import raw_files
 from ml_platform.promotion import DECIDED_BY_FIGURES
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, instant
 from ml_platform.resources.spark import job_file
 
 

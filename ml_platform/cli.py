@@ -331,13 +331,13 @@ def _move_champion(settings: Settings, version: str, who: str | None, why: str) 
     from mlflow.exceptions import MlflowException
 
     from ml_platform.assets.gate import PROOF_TAG, champion_tags
-    from ml_platform.resources.mlflow import MODEL_NAME
+    from ml_platform.resources.mlflow import MODEL_NAME, NOT_THERE
 
     resource = _mlflow(settings)
     try:
         found = resource.client().get_model_version(MODEL_NAME, version)
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code not in NOT_THERE:
             raise
         raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
     if not why.strip():

@@ -1,6 +1,6 @@
 """Asset ``transaction_features``: the inputs of the model, with history from earlier partitions."""
 
-from datetime import datetime, timedelta
+from datetime import timedelta
 from itertools import accumulate
 from typing import Any
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.common import OWNERS, conclude, some_of, split_verdicts, table_schema
 from ml_platform.partitions import raw_files
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, instant
 from ml_platform.resources.spark import SparkEngine
 from spark_jobs.features import FEATURE_COLUMNS, HISTORY_DAYS, LABEL_DELAY_DAYS
 from spark_jobs.features import FEATURES as MODEL_INPUTS
@@ -23,11 +23,6 @@ class FeaturesConfig(dg.Config):
     """Options of one materialization."""
 
     rebuild: bool = Field(False, description="Build again even what is up to date.")
-
-
-def instant(text: str) -> datetime:
-    """An instant of a report's ``tx_datetime``."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
 
 
 def in_order_of_time(cleaned: Reports) -> list[str]:

@@ -15,7 +15,6 @@ from ml_platform.assets.features import (
     Reports,
     expected_inputs,
     in_order_of_time,
-    instant,
     stale_features,
     transaction_features,
 )
@@ -32,7 +31,7 @@ from ml_platform.assets.gate import (
 from ml_platform.figures import draw_figures, markdown_summary
 from ml_platform.partitions import raw_files
 from ml_platform.promotion import Decision
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, instant
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource, register_spark_model
 from ml_platform.resources.spark import SparkEngine
 from spark_jobs.features import FEATURES as MODEL_INPUTS

@@ -64,8 +64,13 @@ class RawFile:
         return {"uri": self.uri, "size": self.size, "fingerprint": self.fingerprint}
 
 
-def _instant(text: str) -> str:
-    datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+def instant(text: str) -> datetime:
+    """An instant of a report's ``tx_datetime``."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+
+
+def _checked_instant(text: str) -> str:
+    instant(text)
     return text
 
 
@@ -98,8 +103,8 @@ class _Ends(_Part):
 
 
 class _Instants(_Ends):
-    min: Annotated[str, AfterValidator(_instant)] | None
-    max: Annotated[str, AfterValidator(_instant)] | None
+    min: Annotated[str, AfterValidator(_checked_instant)] | None
+    max: Annotated[str, AfterValidator(_checked_instant)] | None
 
 
 class _Ids(_Ends):

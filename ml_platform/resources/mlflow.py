@@ -21,6 +21,9 @@ EXPERIMENT = "fraud_model"
 MODEL_NAME = "fraud_model"
 CHAMPION = "champion"
 
+#: Error codes of MLflow for a version, an alias or a model that is not there, whatever the store.
+NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
 
 class MlflowResource(dg.ConfigurableResource):
     """dagster-mlflow's tracking resource, set up only when a step uses it: importing MLflow takes seconds."""
@@ -97,7 +100,7 @@ class MlflowResource(dg.ConfigurableResource):
         try:
             return self.client().get_model_version_by_alias(MODEL_NAME, CHAMPION)
         except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if error.error_code in NOT_THERE:
                 return None
             raise
 
