@@ -415,6 +415,23 @@ class TestFeatures:
         assert partitions_sent(lake, result.run_id, "clean_transactions") == [built[0]]
         assert partitions_sent(lake, result.run_id, "build_features") == built[:3]
 
+    def test_a_replaced_file_that_its_checks_stopped_gets_features_from_no_other_run(
+        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
+    ):
+        put_raw(lake, built[1], raw_spec(1, frauds=15_000))
+        bad = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
+        assert {item.check_name for item in bad.get_asset_check_evaluations() if not item.passed} == {"fraud_rate"}
+        before = modified(lake, FEATURES)
+        other = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[3], built[3]))
+        assert other.success
+        # Of the bad file's data, as all complete data, the others' history is made.
+        assert partitions_sent(lake, other.run_id, "build_features") == built[2:4]
+        assert modified(lake, FEATURES)[built[1]] == before[built[1]]
+        put_raw(lake, built[1], raw_spec(1, rows=15_000))
+        mended = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
+        assert mended.success
+        assert partitions_sent(lake, mended.run_id, "build_features") == built[1:4]
+
     def test_a_failure_beyond_the_range_is_named_and_healed_by_the_next_run(
         self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
     ):
@@ -714,17 +731,34 @@ class TestModel:
         assert "features are missing or stale for " in message
         assert all((key in message) == (key in ready[2:]) for key in ready)
 
-    def test_stale_features_before_the_range_are_not_trained_on_unseen(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
-    ):
-        """The training window reaches back beyond the run's own partitions."""
+    @pytest.fixture
+    def replaced(self, lake: LakeResource, ready: list[str]) -> list[str]:
+        """The second file was cleaned anew, and the features that have it as history built again."""
         changed = cleaned_report(ready[1], raw_spec(1), raw={"fingerprint": "other", "size": 1, "uri": ""})
         put_report(lake, CLEANED, ready[1], changed)
         inputs = expected_inputs(lake.reports(CLEANED))
         for key in ready[2:]:
             put_report(lake, FEATURES, key, features_report(lake.reports(CLEANED)[key], inputs[key]))
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[3], ready[3]))
-        assert f"features are missing or stale for {ready[1]}" in failure_of(result, MODEL)
+        return ready
+
+    def test_stale_features_before_the_range_are_not_trained_on_unseen(
+        self, lake: LakeResource, instance: dg.DagsterInstance, replaced: list[str], mlflow: MlflowResource
+    ):
+        """The training window reaches back beyond the run's own partitions."""
+        put_report(lake, FEATURES, replaced[2], lake.reports(FEATURES)[replaced[2]] | {"features": ["tx_amount"]})
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(replaced[3], replaced[3]))
+        assert f"features are missing or stale for {replaced[2]};" in failure_of(result, MODEL)
+
+    def test_features_of_a_replaced_file_before_the_range_are_left_out(
+        self, lake: LakeResource, instance: dg.DagsterInstance, replaced: list[str], mlflow: MlflowResource
+    ):
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(replaced[3], replaced[3]))
+        assert result.success
+        metadata = recorded(instance, MODEL)[replaced[3]]
+        assert metadata["left_out"] == [replaced[1]]
+        assert list(metadata["trained_on"]) == replaced[2:4]
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(replaced[1], replaced[3]))
+        assert f"features are missing or stale for {replaced[1]};" in failure_of(result, MODEL)
 
     def test_nothing_but_empty_files(self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource):
         for key in ("a", "b"):

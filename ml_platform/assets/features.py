@@ -73,6 +73,18 @@ def stale_features(features: Reports, inputs: dict[str, dict[str, Any]]) -> list
     ]
 
 
+def features_of_replaced_files(features: Reports, inputs: dict[str, dict[str, Any]]) -> set[str]:
+    """Keys of feature partitions whose own file was cleaned anew after they were built.
+
+    They wait for a run over that file, which checks it first: its last one may have been stopped by its checks.
+    """
+    return {
+        key
+        for key, report in features.items()
+        if key in inputs and report["inputs"].get("cleaned") != inputs[key]["cleaned"]
+    }
+
+
 @dg.asset(
     partitions_def=raw_files,
     backfill_policy=dg.BackfillPolicy.single_run(),
@@ -84,7 +96,8 @@ def stale_features(features: Reports, inputs: dict[str, dict[str, Any]]) -> list
     description=f"""Cleaned transactions with the {len(MODEL_INPUTS)} inputs of the model.
 
 History comes from earlier partitions alone, and no label younger than {LABEL_DELAY_DAYS} days is
-used. Features whose history changed (a late file, a file cleaned again) are built again in the next run.""",
+used. Features whose history changed (a late file, a file cleaned again) are built again in the next run, those of a
+replaced file in a run over that file alone, whose checks come first.""",
 )
 def transaction_features(
     context: dg.AssetExecutionContext, config: FeaturesConfig, lake: LakeResource, spark: SparkEngine
@@ -102,7 +115,13 @@ def transaction_features(
     # A run that failed at stale features has deleted their reports; nothing in the lake tells that they are wanted.
     made_before = context.instance.get_materialized_partitions(context.asset_key)
     stale += sorted(key for key in made_before if key in inputs and key not in features and key not in stale)
-    beyond = [key for key in stale if key not in context.partition_keys]
+    waiting = features_of_replaced_files(features, inputs).difference(context.partition_keys)
+    if waiting:
+        context.log.warning(
+            f"{some_of(sorted(waiting))}: cleaned anew, and no run over them has built their features since; they are "
+            "left as they are, and not trained on, until one does"
+        )
+    beyond = [key for key in stale if key not in context.partition_keys and key not in waiting]
     if beyond:
         context.log.info(
             f"{some_of(beyond)}: the history changed, or the version of the platform, or the features are gone; they "

@@ -14,6 +14,7 @@ from ml_platform.assets.common import OWNERS, some_of
 from ml_platform.assets.features import (
     Reports,
     expected_inputs,
+    features_of_replaced_files,
     in_order_of_time,
     stale_features,
     transaction_features,
@@ -95,7 +96,10 @@ def fraud_model(
     """Train, log and register; then name the outcome in each partition's metadata."""
     cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
     missing = [key for key in context.partition_keys if key not in features or key not in cleaned]
-    stale = stale_features(features, expected_inputs(cleaned))
+    inputs = expected_inputs(cleaned)
+    for key in features_of_replaced_files(features, inputs).difference(context.partition_keys):
+        del features[key]
+    stale = stale_features(features, inputs)
     if missing or stale:
         raise dg.Failure(
             f"features are missing or stale for {some_of(sorted({*missing, *stale}))}; "
@@ -145,7 +149,7 @@ def _train(
     """Train at one cut-off within the active MLflow run; returns the partition's metadata."""
     used, without = training_partitions(cleaned, features, cutoff, config.window_days)
     if without:
-        context.log.warning(f"no features, so not trained on: {some_of(without)}")
+        context.log.warning(f"no features of their present data, so not trained on: {some_of(without)}")
     champion = mlflow.champion()
     directory = f"models/{cutoff}/{context.run.run_id}"
     report = spark.run_job(
@@ -184,6 +188,7 @@ def _train(
     details = {
         "windows": dg.MetadataValue.json(report["windows"]),
         "trained_on": dg.MetadataValue.json(data_set),
+        "left_out": dg.MetadataValue.json(without),
     }
     if report["outcome"] != "trained":
         context.log.warning(f"no model for {cutoff}: {report['reason']}")
