@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -67,6 +68,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return _share(item.nodeid) != "spark", *slow
 
     items.sort(key=order)
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's garbage collector pass over the packages: it would look at them again and again, in vain."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -174,17 +174,12 @@ def test_killed_run_leaves_no_cluster_after_two_ticks(world: CloudWorld, process
     assert world.runs()[-1].status == dg.DagsterRunStatus.FAILURE
     report = f"cleaned_transactions/raw_file={KEYS[3]}/_report.json"
     if report in world.lake_names("cleaned_transactions"):
-        # The job had ended before its cluster was deleted. (One that is interrupted: see test_end_to_end.)
+        # The job had ended before its cluster was deleted. (One that is interrupted: see test_end_to_end. That the next
+        # run does what is left undone: see test_stack.)
         counts = world.lake_json(report)["counts"]
         assert counts["raw_rows"] == counts["clean_rows"] + counts["duplicate_rows"] + counts["rejected_rows"] > 0
     for cluster_id in (stranger, of_others):
         dataproc.vanish(cluster_id)
-
-    # The next run does what the killed one left undone.
-    world.run(*clean)
-    assert world.runs()[-1].is_success
-    assert report in world.lake_names("cleaned_transactions")
-    assert dataproc.clusters == {}
 
 
 TICK = """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -25,11 +26,9 @@ from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
 from ml_platform.simulator import FileTruth, Simulation
 from ml_platform_tests.standalone import StandaloneCluster
 from ml_platform_tests.world import (
-    ML_PLATFORM,
     SHORT_LIVED,
     SHORT_LIVED_JAVA,
     World,
-    materialize_command,
     no_process_left,
 )
 
@@ -46,6 +45,8 @@ class EngineWorld(World):
     """A world on directories or on S3, and what its engine has started and not ended."""
 
     truths: dict[str, FileTruth] = field(kw_only=True)
+    #: What the commands printed.
+    said: list[str] = field(default_factory=list, kw_only=True)
     left_over: Callable[[], list[str]] = field(kw_only=True)
     started: Callable[[], int] = field(kw_only=True)
 
@@ -119,12 +120,17 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> EngineWorld:
 NOTHING: dict[str, Any] = {"left_over": list, "started": int}
 
 
+#: A training that the job refuses when it has started.
+NO_LEARNER = {"ops": {"fraud_model": {"config": {"candidates": [{"learner": "oracle", "grid": {}}]}}}}
+
+
 def prepare(world: EngineWorld) -> EngineWorld:
-    """Raw files in place, then cleaned and with features, all in one run."""
+    """Raw files in place, then cleaned and with features, and a job that fails, all in one run."""
     world.put_raw_files()
     world.register(*KEYS)
+    selection = "cleaned_transactions,transaction_features,fraud_model"
     with no_process_left(world):
-        world.materialize("cleaned_transactions,transaction_features", KEYS[0], KEYS[1])
+        world.said.append(world.materialize(selection, KEYS[0], KEYS[1], config=NO_LEARNER, fails=True))
     return world
 
 
@@ -204,7 +210,7 @@ def test_the_report_comes_last_and_nothing_temporary_stays(world: EngineWorld) -
 
 
 def test_requests_and_reports_are_kept(world: EngineWorld) -> None:
-    (run,) = world.runs()[:1]
+    run = world.runs()[0]
     for job in ("clean_transactions", "build_features"):
         assert world.json_file(f"_runs/{run.run_id}/{job}.request.json")["run_id"] == run.run_id
         report = world.json_file(f"_runs/{run.run_id}/{job}.report.json")
@@ -216,6 +222,13 @@ def test_nothing_is_left_running(world: EngineWorld) -> None:
     assert world.left_over() == []
 
 
+def test_a_job_that_fails_fails_the_run_in_its_own_words(world: EngineWorld) -> None:
+    assert world.runs()[0].is_failure
+    assert "there is no learner 'oracle'" in world.said[0]
+    with sqlite3.connect(world.root / "mlflow.db") as registry:
+        assert registry.execute("SELECT count(*) FROM model_versions").fetchone() == (0,)
+
+
 def test_nothing_to_do_starts_nothing(world: EngineWorld) -> None:
     before = world.started()
     said = world.materialize("cleaned_transactions,transaction_features", KEYS[0], KEYS[1])
@@ -223,15 +236,3 @@ def test_nothing_to_do_starts_nothing(world: EngineWorld) -> None:
     assert "starting Spark" not in said
     assert world.started() == before
     assert world.left_over() == []
-
-
-def test_a_job_that_fails_fails_the_run_in_its_own_words(world: EngineWorld) -> None:
-    config = {"ops": {"fraud_model": {"config": {"candidates": [{"learner": "oracle", "grid": {}}]}}}}
-    with no_process_left(world):
-        said = world.run(
-            *materialize_command("fraud_model", KEYS[1], KEYS[1]), "--config-json", json.dumps(config), fails=True
-        )
-    assert "there is no learner 'oracle'" in said
-    assert world.runs()[-1].is_failure
-    assert world.left_over() == []
-    assert "No model" in world.run(*ML_PLATFORM, "champion", "show")

@@ -40,6 +40,7 @@ from yandex.cloud.operation.operation_service_pb2_grpc import OperationServiceSt
 from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas, SparkSubmit
 from ml_platform.dev_cloud.proto_validation import violations, within
 from ml_platform_tests.fakes_cloud import FakeClock
+from ml_platform_tests.world import SHORT_LIVED_JAVA
 
 GB = 1 << 30
 CREATE = cluster_service_pb2.CreateClusterRequest
@@ -1098,23 +1099,26 @@ def test_a_real_pyspark_job(tmp_path: Path):
     main = tmp_path / "main.py"
     main.write_text(
         "import sys\n"
+        "if sys.argv[1] == 'bad':\n"
+        "    print('of no use')\n"
+        "    sys.exit(3)\n"
         "from pyspark.sql import SparkSession\n"
         "from helper import double\n"
         "spark = SparkSession.builder.getOrCreate()\n"
         "total = spark.sparkContext.parallelize(range(5), 2).map(double).sum()\n"
         "print(f'total {total} of {sys.argv[1:]}')\n"
-        "sys.exit(0 if sys.argv[1] == 'good' else 3)\n"
     )
     (tmp_path / "helper.py").write_text("def double(x):\n    return 2 * x\n")
-    spark = SparkSubmit({"spark.log.level": "WARN"}, {"JAVA_HOME": os.environ.get("JAVA_HOME", "")})
+    environment = {"JAVA_HOME": os.environ.get("JAVA_HOME", ""), **SHORT_LIVED_JAVA}
+    spark = SparkSubmit({"spark.log.level": "WARN"}, environment)
     clock: Any = time
     with FakeDataproc(tmp_path / "cloud", run_job=spark, create_seconds=0) as cloud:
         client = Client(cloud, clock)
         cluster_id = cluster_id_of(client.clusters.Create(create_request(cloud)))
         uris = {"main_python_file_uri": f"file://{main}", "python_file_uris": [f"file://{tmp_path}/helper.py"]}
         jobs = {word: client.submit(cluster_id, args=[word], **uris) for word in ("good", "bad")}
-        for word, state in (("good", "DONE"), ("bad", "ERROR")):
+        for word, state, said in (("good", "DONE", "total 20 of ['good']"), ("bad", "ERROR", "of no use")):
             wait_for(lambda: client.job(cluster_id, jobs[word]).HasField("finished_at"), 120)  # noqa: B023
             assert client.job_state(cluster_id, jobs[word]) == state, client.log(cluster_id, jobs[word]).content
-            assert f"total 20 of ['{word}']" in client.log(cluster_id, jobs[word]).content
+            assert said in client.log(cluster_id, jobs[word]).content
     assert not processes_under(tmp_path)

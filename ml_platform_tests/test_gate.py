@@ -9,11 +9,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from ml_platform import cli
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
 from ml_platform.simulator import Simulation
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
-from ml_platform_tests.world import ML_PLATFORM, World
 
 pytestmark = pytest.mark.spark
 
@@ -33,8 +33,16 @@ def test_champion_changes_only_for_a_better_model(
     empty_mlflow_store: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same data again change nothing; a champion made worse is replaced, one that is better is not."""
+    """The same data again change nothing; a champion made worse is replaced, one that is better is not.
+
+    In the end, MLflow alone loads the champion, which gives the scores that it was judged by.
+    """
+    import mlflow.spark
+    import pandas as pd
+    from pyspark.ml.functions import vector_to_array
+
     epoch = SIMULATION.start.isoformat()
     lake = LakeResource(raw_uri=str(tmp_path / "raw"), lake_uri=str(tmp_path / "lake"), epoch=epoch)
     for index, key in enumerate(KEYS):
@@ -42,15 +50,15 @@ def test_champion_changes_only_for_a_better_model(
             SIMULATION.write_file(index, out)
     instance.add_dynamic_partitions("raw_files", KEYS)
     store = f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}"
-    mlflow = MlflowResource(tracking_uri=store, artifact_root=str(tmp_path / "artifacts"))
-    platform = definitions(lake, session_engine, mlflow)
+    resource = MlflowResource(tracking_uri=store, artifact_root=str(tmp_path / "artifacts"))
+    platform = definitions(lake, session_engine, resource)
     assert run_assets(platform, instance, CLEANED, FEATURES, keys=(KEYS[0], KEYS[-1])).success
 
     def train(candidates: list[dict[str, Any]]) -> dict[str, Any]:
         config = {MODEL_NAME: {"candidates": candidates}}
         result = run_assets(platform, instance, MODEL_NAME, keys=(KEYS[-1], KEYS[-1]), config=config)
         assert result.success
-        return recorded(instance, MODEL_NAME, result.run_id)[KEYS[-1]]
+        return recorded(instance, MODEL_NAME, result.run_id)[KEYS[-1]] | {"run_id": result.run_id}
 
     first = train(FAIR)
     assert (first["promotion"], first["is_champion"]) == ("first_model", True)
@@ -66,9 +74,20 @@ def test_champion_changes_only_for_a_better_model(
     assert "worse" in weak["promotion_reasons"]
     assert weak["champion_version"] == first["model_version"]
 
-    user = World(tmp_path / "user", overrides={"MLFLOW_TRACKING_URI": store})
-    user.run(*ML_PLATFORM, "champion", "set", str(weak["model_version"]), "--why", "made worse on purpose")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    cli.champion_set(str(weak["model_version"]), "made worse on purpose")
     better = train(FAIR)
     assert (better["promotion"], better["is_champion"]) == ("better", True)
-    shown = user.run(*ML_PLATFORM, "champion", "show")
-    assert f"version {better['model_version']}" in shown
+    champion = resource.champion()
+    assert champion is not None
+    assert champion.version == better["model_version"]
+
+    model = mlflow.spark.load_model(f"models:/{MODEL_NAME}@champion")
+    features = session_engine.session.read.parquet(f"{lake.lake_uri}/{FEATURES}/raw_file={KEYS[-1]}")
+    scored = model.transform(features).select("transaction_id", vector_to_array("probability")[1].alias("score"))
+    found = scored.toPandas().set_index("transaction_id")["score"]
+    judged = pd.read_parquet(f"{lake.lake_uri}/models/{KEYS[-1]}/{better['run_id']}/test_scores")
+    expected = judged.set_index("transaction_id")["score"]
+    assert len(found) > len(expected) > 0
+    assert (found[expected.index] - expected).abs().max() < 1e-12
