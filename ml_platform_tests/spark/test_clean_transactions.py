@@ -444,8 +444,10 @@ LINE = st.one_of(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lines=st.lists(LINE, max_size=40))
+# Few examples of many lines: what costs is a job of Spark.
+@settings(max_examples=7, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINE, min_size=20, max_size=80))
+@example(lines=[])
 @example(lines=[b",,,,,,,,"])
 @example(lines=[HEADER.rstrip(), HEADER.rstrip()])
 def test_any_lines_of_bytes_add_up(cleaner: Cleaner, lines: list[bytes]) -> None:
