@@ -13,8 +13,9 @@ from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.model import fraud_model
 from ml_platform.assets.raw import raw_transactions
-from ml_platform.checks import ASSET_CHECKS, QualityLimits
+from ml_platform.checks import ASSET_CHECKS
 from ml_platform.jobs import delete_orphaned_clusters, process_new_files
+from ml_platform.quality import QualityLimits
 from ml_platform.resources.dataproc import DataprocEngine
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.mlflow import MlflowResource

@@ -24,9 +24,10 @@ from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.model import fraud_model
 from ml_platform.assets.raw import raw_transactions
-from ml_platform.checks import ASSET_CHECKS, QualityLimits
+from ml_platform.checks import ASSET_CHECKS
 from ml_platform.jobs import process_new_files
 from ml_platform.partitions import range_tags
+from ml_platform.quality import QualityLimits
 from ml_platform.resources.lake import CLEANED, LakeResource
 from ml_platform.resources.mlflow import MlflowResource
 from ml_platform.resources.spark import SparkEngine, job_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,18 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.observe import observe
 
-from ml_platform.assets.features import expected_inputs, history_of, in_order_of_time, stale_features
+from ml_platform.assets.features import (
+    expected_inputs,
+    history_of,
+    in_order_of_time,
+    stale_features,
+    stopped_files,
+)
 from ml_platform.assets.gate import FINDINGS_VERSION
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
 from ml_platform.promotion import DECIDED_BY_FIGURES
+from ml_platform.quality import QualityLimits
 from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
 from ml_platform.resources.mlflow import MlflowResource
 from ml_platform_tests.fakes import (
@@ -288,6 +295,23 @@ class TestTime:
         assert stale_features(features, late) == ["c"]
         assert stale_features({**features, "gone": features["a"]}, inputs) == []
 
+    @pytest.mark.parametrize(
+        ("name", "value", "judged"),
+        [("schema_version", 99, False), ("epoch", "2018-04-01", False), ("raw", {"fingerprint": "a/b-2"}, True)],
+    )
+    def test_only_another_file_is_judged_again(self, name: str, value: Any, judged: bool):
+        """As a file of nothing but frauds, which it was when its features were built, too."""
+        cleaned = self.cleaned(a=0, b=1, c=2)
+        cleaned["b"]["counts"]["fraud_rows"] = cleaned["b"]["counts"]["clean_rows"]
+        features = {key: features_report(cleaned[key], inputs) for key, inputs in expected_inputs(cleaned).items()}
+        cleaned["b"] = {**cleaned["b"], name: value}
+        inputs, limits = expected_inputs(cleaned), QualityLimits()
+        assert stale_features(features, inputs) == ["b", "c"]
+        assert list(stopped_files("abc", features, cleaned, inputs, limits)) == ["b"] * judged
+        for unknown in ({}, {**features, "b": {"schema_version": 0}}, {**features, "b": {"inputs": {}}}):
+            (problem,) = stopped_files("abc", unknown, cleaned, inputs, limits).values()
+            assert "100.000% of the rows are frauds" in problem
+
     def test_training_partitions(self):
         cleaned = self.cleaned(d=0, b=1, c=2, a=3, empty=None)
         features = {key: {} for key in cleaned}
@@ -415,18 +439,29 @@ class TestFeatures:
         assert partitions_sent(lake, result.run_id, "clean_transactions") == [built[0]]
         assert partitions_sent(lake, result.run_id, "build_features") == built[:3]
 
-    def test_a_replaced_file_that_its_checks_stopped_gets_features_from_no_other_run(
+    def test_a_replaced_file_that_was_only_cleaned_gets_features_from_the_next_run(
         self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
+    ):
+        put_raw(lake, built[1], raw_spec(1, rows=15_000))
+        assert run_assets(definitions(lake), instance, CLEANED_KEY, keys=(built[1], built[1])).success
+        other = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[3], built[3]))
+        assert partitions_sent(lake, other.run_id, "build_features") == built[1:4]
+
+    @pytest.mark.parametrize("lost", [False, True])
+    def test_a_replaced_file_that_its_checks_stopped_gets_features_from_no_other_run(
+        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str], lost: bool
     ):
         put_raw(lake, built[1], raw_spec(1, frauds=15_000))
         bad = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
         assert {item.check_name for item in bad.get_asset_check_evaluations() if not item.passed} == {"fraud_rate"}
+        if lost:
+            shutil.rmtree(local_path(lake.store.spark_uri(lake.partition_path(FEATURES, built[1]))))
         before = modified(lake, FEATURES)
         other = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[3], built[3]))
         assert other.success
         # Of the bad file's data, as all complete data, the others' history is made.
         assert partitions_sent(lake, other.run_id, "build_features") == built[2:4]
-        assert modified(lake, FEATURES)[built[1]] == before[built[1]]
+        assert modified(lake, FEATURES).get(built[1]) == before.get(built[1])
         put_raw(lake, built[1], raw_spec(1, rows=15_000))
         mended = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
         assert mended.success
@@ -732,33 +767,46 @@ class TestModel:
         assert all((key in message) == (key in ready[2:]) for key in ready)
 
     @pytest.fixture
-    def replaced(self, lake: LakeResource, ready: list[str]) -> list[str]:
-        """The second file was cleaned anew, and the features that have it as history built again."""
-        changed = cleaned_report(ready[1], raw_spec(1), raw={"fingerprint": "other", "size": 1, "uri": ""})
-        put_report(lake, CLEANED, ready[1], changed)
-        inputs = expected_inputs(lake.reports(CLEANED))
-        for key in ready[2:]:
-            put_report(lake, FEATURES, key, features_report(lake.reports(CLEANED)[key], inputs[key]))
-        return ready
+    def replaced(self, lake: LakeResource, ready: list[str]) -> Callable[..., list[str]]:
+        """Replace the second file, clean it, and build the features again that have it as history."""
+
+        def replaced(**spec: int) -> list[str]:
+            changed = cleaned_report(ready[1], raw_spec(1, **spec), raw={"fingerprint": "o", "size": 1, "uri": ""})
+            put_report(lake, CLEANED, ready[1], changed)
+            inputs = expected_inputs(lake.reports(CLEANED))
+            for key in ready[2:]:
+                put_report(lake, FEATURES, key, features_report(lake.reports(CLEANED)[key], inputs[key]))
+            return ready
+
+        return replaced
 
     def test_stale_features_before_the_range_are_not_trained_on_unseen(
-        self, lake: LakeResource, instance: dg.DagsterInstance, replaced: list[str], mlflow: MlflowResource
+        self,
+        lake: LakeResource,
+        instance: dg.DagsterInstance,
+        replaced: Callable[..., list[str]],
+        mlflow: MlflowResource,
     ):
         """The training window reaches back beyond the run's own partitions."""
-        put_report(lake, FEATURES, replaced[2], lake.reports(FEATURES)[replaced[2]] | {"features": ["tx_amount"]})
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(replaced[3], replaced[3]))
-        assert f"features are missing or stale for {replaced[2]};" in failure_of(result, MODEL)
+        keys = replaced()
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(keys[3], keys[3]))
+        assert f"features are missing or stale for {keys[1]};" in failure_of(result, MODEL)
 
-    def test_features_of_a_replaced_file_before_the_range_are_left_out(
-        self, lake: LakeResource, instance: dg.DagsterInstance, replaced: list[str], mlflow: MlflowResource
+    def test_a_replaced_file_that_its_checks_would_stop_is_left_out(
+        self,
+        lake: LakeResource,
+        instance: dg.DagsterInstance,
+        replaced: Callable[..., list[str]],
+        mlflow: MlflowResource,
     ):
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(replaced[3], replaced[3]))
+        keys = replaced(frauds=15_000)
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(keys[3], keys[3]))
         assert result.success
-        metadata = recorded(instance, MODEL)[replaced[3]]
-        assert metadata["left_out"] == [replaced[1]]
-        assert list(metadata["trained_on"]) == replaced[2:4]
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(replaced[1], replaced[3]))
-        assert f"features are missing or stale for {replaced[1]};" in failure_of(result, MODEL)
+        metadata = recorded(instance, MODEL)[keys[3]]
+        assert metadata["left_out"] == [keys[1]]
+        assert list(metadata["trained_on"]) == keys[2:4]
+        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(keys[1], keys[3]))
+        assert f"features are missing or stale for {keys[1]};" in failure_of(result, MODEL)
 
     def test_nothing_but_empty_files(self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource):
         for key in ("a", "b"):

@@ -7,11 +7,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform import checks
+from ml_platform import quality
 from ml_platform.assets.common import some_of
 from ml_platform.assets.features import expected_inputs
-from ml_platform.checks import QualityLimits, ailing_champion
+from ml_platform.checks import ailing_champion
 from ml_platform.partitions import keys_of_run, range_tags
+from ml_platform.quality import QualityLimits
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.spark import job_file
 from ml_platform_tests.fakes import cleaned_report, definitions, features_report, put_report, raw_spec
@@ -50,11 +51,11 @@ class TestRowsAddUp:
             "duplicate_rows": duplicate,
             "rejected_rows": rejected,
         }
-        problem = checks.rows_that_do_not_add_up({"counts": counts})
+        problem = quality.rows_that_do_not_add_up({"counts": counts})
         assert (problem is None) == fine
 
     def test_problem_says_how_many(self):
-        problem = checks.rows_that_do_not_add_up(report(raw_rows=20_005, rejected_rows=3))
+        problem = quality.rows_that_do_not_add_up(report(raw_rows=20_005, rejected_rows=3))
         assert problem == "20005 raw rows, but 20003 clean, duplicate and rejected rows"
 
 
@@ -64,14 +65,14 @@ class TestRejectRate:
         [(0, 0, True), (100, 0, True), (100, 2, True), (100, 3, False), (10_000, 201, False), (1, 1, False)],
     )
     def test_rule(self, raw: int, rejected: int, fine: bool):
-        problem = checks.high_reject_rate(report(raw_rows=raw, rejected_rows=rejected), LIMITS)
+        problem = quality.high_reject_rate(report(raw_rows=raw, rejected_rows=rejected), LIMITS)
         assert (problem is None) == fine
         assert fine or str(raw) in str(problem)
 
     def test_limit_is_a_setting(self):
         rejected_half = report(raw_rows=100, rejected_rows=50)
-        assert checks.high_reject_rate(rejected_half, QualityLimits(max_reject_rate=0.5)) is None
-        assert checks.high_reject_rate(rejected_half, QualityLimits(max_reject_rate=0.49))
+        assert quality.high_reject_rate(rejected_half, QualityLimits(max_reject_rate=0.5)) is None
+        assert quality.high_reject_rate(rejected_half, QualityLimits(max_reject_rate=0.49))
 
 
 class TestFraudRate:
@@ -89,7 +90,7 @@ class TestFraudRate:
         ],
     )
     def test_rule(self, clean: int, frauds: int, fine: bool):
-        problem = checks.implausible_fraud_rate(report(clean_rows=clean, fraud_rows=frauds), LIMITS)
+        problem = quality.implausible_fraud_rate(report(clean_rows=clean, fraud_rows=frauds), LIMITS)
         assert (problem is None) == fine
 
     @pytest.mark.parametrize("limits", [{"max_reject_rate": 1.1}, {"min_fraud_rate": -0.1}, {"min_rows_to_judge": 0}])
@@ -118,7 +119,7 @@ class TestUniqueIds:
             return {"transaction_id": {"min": first, "max": last}}
 
         cleaned = {"it": ids_only(*ids)} | {f"other-{number}": ids_only(*ends) for number, ends in enumerate(others)}
-        problem = checks.shared_ids("it", cleaned)
+        problem = quality.shared_ids("it", cleaned)
         assert (problem is None) == (culprit is None)
         assert culprit is None or culprit in str(problem)
 
@@ -143,7 +144,7 @@ class TestTimeRange:
     )
     def test_one_file(self, key: str, first: str | None, last: str | None, expected: str | None):
         cleaned = {key: {"tx_datetime": {"min": first, "max": last}}}
-        problem = checks.misplaced_time_range(key, cleaned, LIMITS)
+        problem = quality.misplaced_time_range(key, cleaned, LIMITS)
         assert problem is None if expected is None else expected in str(problem)
 
     def test_an_hour_24_at_the_end_shares_nothing(self):
@@ -151,8 +152,8 @@ class TestTimeRange:
             "a": {"tx_datetime": {"min": "2020-01-01T00:00:05Z", "max": "2020-01-31T00:00:00Z"}},
             "b": {"tx_datetime": {"min": "2020-01-31T00:00:00Z", "max": "2020-03-01T00:00:00Z"}},
         }
-        assert checks.misplaced_time_range("a", cleaned, LIMITS) is None
-        assert checks.misplaced_time_range("b", cleaned, LIMITS) is None
+        assert quality.misplaced_time_range("a", cleaned, LIMITS) is None
+        assert quality.misplaced_time_range("b", cleaned, LIMITS) is None
 
     @pytest.mark.parametrize(
         ("first", "last", "shared"),
@@ -171,14 +172,14 @@ class TestTimeRange:
             "it": {"tx_datetime": {"min": "2020-01-01T00:00:00Z", "max": "2020-01-31T00:00:00Z"}},
             "other": {"tx_datetime": {"min": first, "max": last}},
         }
-        problem = checks.misplaced_time_range("it", cleaned, LIMITS)
+        problem = quality.misplaced_time_range("it", cleaned, LIMITS)
         assert problem == (None if shared is None else f"it shares {shared} days with other")
 
     @pytest.mark.parametrize("key", ["20200101", "2020-W01-1", "2020W011"])
     def test_a_date_in_another_form_means_nothing(self, key: str):
         """Python 3.11 reads more forms than 3.10: the verdict must not depend on the interpreter."""
         cleaned = {key: {"tx_datetime": {"min": "2018-01-01T00:00:00Z", "max": "2018-01-31T00:00:00Z"}}}
-        assert checks.misplaced_time_range(key, cleaned, LIMITS) is None
+        assert quality.misplaced_time_range(key, cleaned, LIMITS) is None
 
 
 def evaluate(

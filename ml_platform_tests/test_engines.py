@@ -10,7 +10,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ class EngineWorld(World):
     """A world on directories or on S3, and what its engine has started and not ended."""
 
     truths: dict[str, FileTruth] = field(kw_only=True)
-    #: What the commands printed.
-    said: list[str] = field(default_factory=list, kw_only=True)
+    #: What the run that prepared it printed.
+    said: str = field(default="", kw_only=True)
     left_over: Callable[[], list[str]] = field(kw_only=True)
     started: Callable[[], int] = field(kw_only=True)
 
@@ -130,8 +130,8 @@ def prepare(world: EngineWorld) -> EngineWorld:
     world.register(*KEYS)
     selection = "cleaned_transactions,transaction_features,fraud_model"
     with no_process_left(world):
-        world.said.append(world.materialize(selection, KEYS[0], KEYS[1], config=NO_LEARNER, fails=True))
-    return world
+        said = world.materialize(selection, KEYS[0], KEYS[1], config=NO_LEARNER, fails=True)
+    return replace(world, said=said)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -224,7 +224,7 @@ def test_nothing_is_left_running(world: EngineWorld) -> None:
 
 def test_a_job_that_fails_fails_the_run_in_its_own_words(world: EngineWorld) -> None:
     assert world.runs()[0].is_failure
-    assert "there is no learner 'oracle'" in world.said[0]
+    assert "there is no learner 'oracle'" in world.said
     with sqlite3.connect(world.root / "mlflow.db") as registry:
         assert registry.execute("SELECT count(*) FROM model_versions").fetchone() == (0,)
 

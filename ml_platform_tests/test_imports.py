@@ -21,7 +21,7 @@ LAYERS = [
     ("simulator", "sizing", "settings", "dev_cloud"),
     ("class_archive", "log_lines"),
     ("resources",),
-    ("alerts", "migrations", "orphans"),
+    ("alerts", "migrations", "orphans", "quality"),
     ("assets", "checks", "jobs", "sensors"),
     ("definitions",),
     ("cli", "webserver"),

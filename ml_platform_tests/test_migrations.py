@@ -72,8 +72,9 @@ def process(instance: dg.DagsterInstance, lake: LakeResource, *keys: str) -> dg.
     from ml_platform.assets.cleaned import cleaned_transactions
     from ml_platform.assets.features import transaction_features
     from ml_platform.assets.raw import raw_transactions
-    from ml_platform.checks import ASSET_CHECKS, QualityLimits
+    from ml_platform.checks import ASSET_CHECKS
     from ml_platform.partitions import range_tags
+    from ml_platform.quality import QualityLimits
 
     assets = [cleaned_transactions, transaction_features]
     checks = [check for check in ASSET_CHECKS if next(iter(check.check_keys)).asset_key.path[-1] != "fraud_model"]

@@ -1,5 +1,6 @@
 """Asset ``transaction_features``: the inputs of the model, with history from earlier partitions."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any
@@ -9,14 +10,14 @@ from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.common import OWNERS, conclude, some_of, split_verdicts, table_schema
+from ml_platform.outside_text import printable
 from ml_platform.partitions import raw_files
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, instant
+from ml_platform.quality import QualityLimits, problem_of_file
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, Reports, instant
 from ml_platform.resources.spark import SparkEngine
 from spark_jobs.features import FEATURE_COLUMNS, HISTORY_DAYS, LABEL_DELAY_DAYS
 from spark_jobs.features import FEATURES as MODEL_INPUTS
 from spark_jobs.schema import CLEANED_COLUMNS
-
-Reports = dict[str, dict[str, Any]]
 
 
 class FeaturesConfig(dg.Config):
@@ -73,16 +74,24 @@ def stale_features(features: Reports, inputs: dict[str, dict[str, Any]]) -> list
     ]
 
 
-def features_of_replaced_files(features: Reports, inputs: dict[str, dict[str, Any]]) -> set[str]:
-    """Keys of feature partitions whose own file was cleaned anew after they were built.
+def stopped_files(
+    keys: Iterable[str], features: Reports, cleaned: Reports, inputs: dict[str, dict[str, Any]], limits: QualityLimits
+) -> dict[str, str]:
+    """Of partitions beyond a run's own, whose checks it does not run: those that the checks would stop, and why.
 
-    They wait for a run over that file, which checks it first: its last one may have been stopped by its checks.
+    Raw files that `features` were built from before are not judged again: their run may have had other limits.
     """
-    return {
-        key
-        for key, report in features.items()
-        if key in inputs and report["inputs"].get("cleaned") != inputs[key]["cleaned"]
+    problems = {
+        key: problem_of_file(key, cleaned, limits)
+        for key in keys
+        if key not in features or _raw_file(features[key].get("inputs")) != _raw_file(inputs[key])
     }
+    return {key: problem for key, problem in problems.items() if problem}
+
+
+def _raw_file(inputs: Any) -> str | None:
+    """The fingerprint of the file that features were built from; None if an older report does not tell."""
+    return str(inputs["cleaned"]).split("/", 2)[-1] if isinstance(inputs, dict) and "cleaned" in inputs else None
 
 
 @dg.asset(
@@ -96,11 +105,15 @@ def features_of_replaced_files(features: Reports, inputs: dict[str, dict[str, An
     description=f"""Cleaned transactions with the {len(MODEL_INPUTS)} inputs of the model.
 
 History comes from earlier partitions alone, and no label younger than {LABEL_DELAY_DAYS} days is
-used. Features whose history changed (a late file, a file cleaned again) are built again in the next run, those of a
-replaced file in a run over that file alone, whose checks come first.""",
+used. Features whose history changed (a late file, a file cleaned again) are built again in the next run, unless
+their own file was replaced by one that the checks on `cleaned_transactions` stop.""",
 )
 def transaction_features(
-    context: dg.AssetExecutionContext, config: FeaturesConfig, lake: LakeResource, spark: SparkEngine
+    context: dg.AssetExecutionContext,
+    config: FeaturesConfig,
+    lake: LakeResource,
+    spark: SparkEngine,
+    limits: QualityLimits,
 ) -> dg.MaterializeResult:
     """Build what is missing or stale among the run's partitions, and what is stale or lost beyond them, in one job."""
     cleaned, (features, outdated) = lake.reports(CLEANED), lake.split_reports(FEATURES)
@@ -115,13 +128,14 @@ def transaction_features(
     # A run that failed at stale features has deleted their reports; nothing in the lake tells that they are wanted.
     made_before = context.instance.get_materialized_partitions(context.asset_key)
     stale += sorted(key for key in made_before if key in inputs and key not in features and key not in stale)
-    waiting = features_of_replaced_files(features, inputs).difference(context.partition_keys)
-    if waiting:
+    beyond = [key for key in stale if key not in context.partition_keys]
+    stopped = stopped_files(beyond, outdated | features, cleaned, inputs, limits)
+    for key, problem in stopped.items():
         context.log.warning(
-            f"{some_of(sorted(waiting))}: cleaned anew, and no run over them has built their features since; they are "
-            "left as they are, and not trained on, until one does"
+            f"{printable(key)} gets no new features, and is not trained on: {printable(problem)}. Mend the file, or "
+            "materialize transaction_features for it to take it as it is"
         )
-    beyond = [key for key in stale if key not in context.partition_keys and key not in waiting]
+    beyond = [key for key in beyond if key not in stopped]
     if beyond:
         context.log.info(
             f"{some_of(beyond)}: the history changed, or the version of the platform, or the features are gone; they "

@@ -12,11 +12,10 @@ from pydantic import Field
 
 from ml_platform.assets.common import OWNERS, some_of
 from ml_platform.assets.features import (
-    Reports,
     expected_inputs,
-    features_of_replaced_files,
     in_order_of_time,
     stale_features,
+    stopped_files,
     transaction_features,
 )
 from ml_platform.assets.gate import (
@@ -32,7 +31,8 @@ from ml_platform.assets.gate import (
 from ml_platform.figures import draw_figures, markdown_summary
 from ml_platform.partitions import raw_files
 from ml_platform.promotion import Decision
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, instant
+from ml_platform.quality import QualityLimits
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, Reports, instant
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource, register_spark_model
 from ml_platform.resources.spark import SparkEngine
 from spark_jobs.features import FEATURES as MODEL_INPUTS
@@ -92,14 +92,17 @@ def fraud_model(
     lake: LakeResource,
     spark: SparkEngine,
     mlflow: MlflowResource,
+    limits: QualityLimits,
 ) -> dg.MaterializeResult:
     """Train, log and register; then name the outcome in each partition's metadata."""
     cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
     missing = [key for key in context.partition_keys if key not in features or key not in cleaned]
     inputs = expected_inputs(cleaned)
-    for key in features_of_replaced_files(features, inputs).difference(context.partition_keys):
-        del features[key]
     stale = stale_features(features, inputs)
+    beyond = [key for key in stale if key not in context.partition_keys]
+    for key in stopped_files(beyond, features, cleaned, inputs, limits):
+        stale.remove(key)
+        del features[key]  # built from what the file was before
     if missing or stale:
         raise dg.Failure(
             f"features are missing or stale for {some_of(sorted({*missing, *stale}))}; "

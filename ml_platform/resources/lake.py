@@ -64,6 +64,10 @@ class RawFile:
         return {"uri": self.uri, "size": self.size, "fingerprint": self.fingerprint}
 
 
+#: Reports of a table by partition.
+Reports = dict[str, dict[str, Any]]
+
+
 def instant(text: str) -> datetime:
     """An instant of a report's ``tx_datetime``."""
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
@@ -504,7 +508,7 @@ class LakeResource(dg.ConfigurableResource):
         """Name of a partition's directory in the lake."""
         return f"{table}/raw_file={key}"
 
-    def reports(self, table: str) -> dict[str, dict[str, Any]]:
+    def reports(self, table: str) -> Reports:
         """Reports of all complete partitions of a table, by key.
 
         A report that is unreadable, or lacks what is read of it, marks nothing as complete, and neither does one of
@@ -512,14 +516,14 @@ class LakeResource(dg.ConfigurableResource):
         """
         return self.split_reports(table)[0]
 
-    def outdated_reports(self, table: str) -> dict[str, dict[str, Any]]:
+    def outdated_reports(self, table: str) -> Reports:
         """Reports of a table that an older version of the platform wrote, by key. Raises as `reports` does."""
         return self.split_reports(table)[1]
 
-    def split_reports(self, table: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    def split_reports(self, table: str) -> tuple[Reports, Reports]:
         """What `reports` and `outdated_reports` return, each report read once."""
-        current: dict[str, dict[str, Any]] = {}
-        outdated: dict[str, dict[str, Any]] = {}
+        current: Reports = {}
+        outdated: Reports = {}
         for key, content in self._report_files(table).items():
             report = self._parsed_report(content)
             if report is None:
