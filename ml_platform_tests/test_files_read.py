@@ -12,6 +12,7 @@ import pytest
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.raw import raw_transactions
+from ml_platform.quality import QualityLimits
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.simulator import Simulation
 from ml_platform_tests.fakes import SessionEngine
@@ -67,7 +68,7 @@ def test_old_partitions_are_not_read(
                 selection=[asset],
                 partition_key=key,
                 instance=instance,
-                resources={"lake": lake, "spark": session_engine},
+                resources={"lake": lake, "spark": session_engine, "limits": QualityLimits()},
             )
             assert done.success
             read[asset.key.to_user_string()].append(files_read(spark, before))

@@ -115,7 +115,9 @@ def transaction_features(
     spark: SparkEngine,
     limits: QualityLimits,
 ) -> dg.MaterializeResult:
-    """Build what is missing or stale among the run's partitions, and what is stale or lost beyond them, in one job."""
+    """Build, in one job, what is missing or stale among the run's partitions, and what is stale or lost beyond them
+    unless the checks would stop it.
+    """
     cleaned, (features, outdated) = lake.reports(CLEANED), lake.split_reports(FEATURES)
     inputs, history = expected_inputs(cleaned), history_of(cleaned)
     failed = {
