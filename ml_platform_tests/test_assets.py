@@ -13,13 +13,7 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.observe import observe
 
-from ml_platform.assets.features import (
-    expected_inputs,
-    history_of,
-    in_order_of_time,
-    stale_features,
-    stopped_files,
-)
+from ml_platform.assets.features import expected_inputs, history_of, in_order_of_time, stale_features, stopped_files
 from ml_platform.assets.gate import FINDINGS_VERSION
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
@@ -305,11 +299,10 @@ class TestTime:
         cleaned["b"]["counts"]["fraud_rows"] = cleaned["b"]["counts"]["clean_rows"]
         features = {key: features_report(cleaned[key], inputs) for key, inputs in expected_inputs(cleaned).items()}
         cleaned["b"] = {**cleaned["b"], name: value}
-        inputs, limits = expected_inputs(cleaned), QualityLimits()
-        assert stale_features(features, inputs) == ["b", "c"]
-        assert list(stopped_files("abc", features, cleaned, inputs, limits)) == ["b"] * judged
+        assert stale_features(features, expected_inputs(cleaned)) == ["b", "c"]
+        assert list(stopped_files("abc", features, cleaned, QualityLimits())) == ["b"] * judged
         for unknown in ({}, {**features, "b": {"schema_version": 0}}, {**features, "b": {"inputs": {}}}):
-            (problem,) = stopped_files("abc", unknown, cleaned, inputs, limits).values()
+            (problem,) = stopped_files("abc", unknown, cleaned, QualityLimits()).values()
             assert "100.000% of the rows are frauds" in problem
 
     def test_training_partitions(self):

@@ -231,6 +231,10 @@ BAD_CLEANED = {
 
 
 class TestThroughDagster:
+    def problem_beyond_a_run(self, lake: LakeResource) -> str | None:
+        """What is said of the second file where its checks do not run; see assets/features.py."""
+        return quality.problem_of_file("file-1", lake.reports(CLEANED), LIMITS)
+
     @pytest.mark.parametrize("check", [*BAD_CLEANED, "unique_ids", "time_range", "usable_features"])
     def test_passes(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str], check: str):
         evaluation = evaluate(instance, lake, check, (three[0], three[-1]))
@@ -254,6 +258,7 @@ class TestThroughDagster:
         assert evaluation.severity == dg.AssetCheckSeverity.ERROR
         assert list(evaluation.metadata["problems"].value) == ["file-1"]
         assert (evaluation.description or "").startswith("file-1: ")
+        assert evaluation.metadata["problems"].value["file-1"] == self.problem_beyond_a_run(lake)
 
     def test_only_the_partitions_of_the_run_are_judged(
         self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]
@@ -281,6 +286,7 @@ class TestThroughDagster:
         evaluation = evaluate(instance, lake, check, (three[1], three[1]))
         assert not evaluation.passed
         assert "file-2" in evaluation.metadata["problems"].value["file-1"]
+        assert evaluation.metadata["problems"].value["file-1"] == self.problem_beyond_a_run(lake)
 
     def test_a_partition_without_a_report_is_a_problem(
         self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]

@@ -33,7 +33,7 @@ from ml_platform.dev_cloud.s3_server import (
     start_s3_server,
 )
 from ml_platform.resources import lake as lake_module
-from ml_platform.resources.lake import CLEANED, LakeResource, StorageError, open_store
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, StorageError, open_store
 from ml_platform.resources.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
 from ml_platform.simulator import Simulation
@@ -662,7 +662,8 @@ def test_an_endpoint_that_dies_leaves_no_partition(
     real_s3.start()
     assert lake.reports(CLEANED) == {}
     # Nothing of what lies there now is in the way.
-    output += user.materialize(CLEANED, key, key)
+    output += user.materialize(f"{CLEANED},{FEATURES}", key, key)
     counts = lake.reports(CLEANED)[key]["counts"]
     assert {name: counts[name] for name in truth} == truth
+    assert lake.reports(FEATURES)[key]["counts"]["rows"] == truth["clean_rows"]
     assert real_s3.secret_key not in output

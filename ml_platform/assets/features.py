@@ -74,9 +74,7 @@ def stale_features(features: Reports, inputs: dict[str, dict[str, Any]]) -> list
     ]
 
 
-def stopped_files(
-    keys: Iterable[str], features: Reports, cleaned: Reports, inputs: dict[str, dict[str, Any]], limits: QualityLimits
-) -> dict[str, str]:
+def stopped_files(keys: Iterable[str], features: Reports, cleaned: Reports, limits: QualityLimits) -> dict[str, str]:
     """Of partitions beyond a run's own, whose checks it does not run: those that the checks would stop, and why.
 
     Raw files that `features` were built from before are not judged again: their run may have had other limits.
@@ -84,13 +82,14 @@ def stopped_files(
     problems = {
         key: problem_of_file(key, cleaned, limits)
         for key in keys
-        if key not in features or _raw_file(features[key].get("inputs")) != _raw_file(inputs[key])
+        if key not in features or _raw_file(features[key]) != cleaned[key]["raw"]["fingerprint"]
     }
     return {key: problem for key, problem in problems.items() if problem}
 
 
-def _raw_file(inputs: Any) -> str | None:
-    """The fingerprint of the file that features were built from; None if an older report does not tell."""
+def _raw_file(report: dict[str, Any]) -> str | None:
+    """The fingerprint of the file that features were built from; None if the report, maybe an old one, lacks it."""
+    inputs = report.get("inputs")
     return str(inputs["cleaned"]).split("/", 2)[-1] if isinstance(inputs, dict) and "cleaned" in inputs else None
 
 
@@ -131,7 +130,7 @@ def transaction_features(
     made_before = context.instance.get_materialized_partitions(context.asset_key)
     stale += sorted(key for key in made_before if key in inputs and key not in features and key not in stale)
     beyond = [key for key in stale if key not in context.partition_keys]
-    stopped = stopped_files(beyond, outdated | features, cleaned, inputs, limits)
+    stopped = stopped_files(beyond, outdated | features, cleaned, limits)
     for key, problem in stopped.items():
         context.log.warning(
             f"{printable(key)} gets no new features, and is not trained on: {printable(problem)}. Mend the file, or "

@@ -97,10 +97,9 @@ def fraud_model(
     """Train, log and register; then name the outcome in each partition's metadata."""
     cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
     missing = [key for key in context.partition_keys if key not in features or key not in cleaned]
-    inputs = expected_inputs(cleaned)
-    stale = stale_features(features, inputs)
+    stale = stale_features(features, expected_inputs(cleaned))
     beyond = [key for key in stale if key not in context.partition_keys]
-    for key in stopped_files(beyond, features, cleaned, inputs, limits):
+    for key in stopped_files(beyond, features, cleaned, limits):
         stale.remove(key)
         del features[key]  # built from what the file was before
     if missing or stale:
