@@ -188,7 +188,7 @@ def ailing_champion(health: Mapping[str, Any]) -> str | None:
     version, precision, floor = health["version"], health["average_precision"], health["min_average_precision"]
     if precision is not None and precision < floor:
         return f"the champion, version {version}, has an average precision of {precision:.3f}, below {floor}"
-    if health["outcome"] == "champion_newer_spark":
+    if health["outcome"] == "champion_newer_library":
         return str(health["reason"])
     days = health["days_without_comparison"]
     if days > health["max_age_days"]:

@@ -66,13 +66,15 @@ def main() -> None:
         if "--traceback" in sys.argv:
             raise
         # Here, because a command that succeeds need not wait for them.
+        from ml_platform.code_archive import CodeArchiveError
         from ml_platform.dataproc_api import DataprocError
         from ml_platform.resources.lake import SchemaVersionError, StorageError
         from ml_platform.s3a import S3AError
 
         lines = str(error).strip().splitlines() or [type(error).__name__]
         known = isinstance(
-            error, (CommandError, SettingsError, DataprocError, SchemaVersionError, StorageError, S3AError)
+            error,
+            (CommandError, SettingsError, CodeArchiveError, DataprocError, SchemaVersionError, StorageError, S3AError),
         )
         prefix = "" if known else f"{type(error).__name__}: "
         line = printable(f"error: {prefix}{lines[0]}")
@@ -256,6 +258,7 @@ def migrate(
     console.print(table if outcomes else f"Nothing of an older version is in {escape(settings.lake_uri)}.")
     if dry_run and any(item.can_move for item in outcomes):
         console.print("This was a dry run: without --dry-run it is done.")
+    _name_problem(_mlflow(settings).champion())
 
 
 champion_app = typer.Typer(help="See and move the alias champion of the fraud model.", no_args_is_help=True)
@@ -299,6 +302,15 @@ def _show_champion(settings: Settings) -> None:
         if name.startswith("test_"):
             table.add_row(name, f"{value:,.4f}".rstrip("0").rstrip("."))
     console.print(table)
+    _name_problem(champion)
+
+
+def _name_problem(champion: ModelVersion | None) -> None:
+    """Say so if the champion cannot score with this version of the platform."""
+    from ml_platform.assets.gate import champion_problem
+
+    if champion is not None and (problem := champion_problem(champion)):
+        console.print(_plain(f"The champion, {problem}.", "yellow"), soft_wrap=True)
 
 
 @champion_app.command("set")
@@ -307,7 +319,7 @@ def champion_set(
     why: Annotated[str, typer.Option(help="Why; it is recorded with the version.")],
     who: Annotated[str | None, typer.Option(help="Who decides; default: the user who runs this.")] = None,
 ) -> None:
-    """Make a version the champion by hand; one that does not load, or not in this deployment's Spark, is refused."""
+    """Make a version the champion by hand; one that this platform cannot score with is refused."""
     _move_champion(load_settings(), version, who, why)
 
 
@@ -330,7 +342,7 @@ def _move_champion(settings: Settings, version: str, who: str | None, why: str) 
 
     from mlflow.exceptions import MlflowException
 
-    from ml_platform.assets.gate import PROOF_TAG, champion_tags
+    from ml_platform.assets.gate import PROOF_TAG, champion_problem, champion_tags
     from ml_platform.resources.mlflow import MODEL_NAME, NOT_THERE
 
     resource = _mlflow(settings)
@@ -348,42 +360,10 @@ def _move_champion(settings: Settings, version: str, who: str | None, why: str) 
             f"version {version} was never loaded back from MLflow and held against its own scores (it has no tag "
             f"{PROOF_TAG}): materialize fraud_model for a version that was. The champion is as it was"
         )
-    if problem := _spark_too_old(found, settings):
+    if problem := champion_problem(found):
         raise CommandError(f"{problem}. The champion is as it was")
     resource.set_champion(version, champion_tags(who=who or getpass.getuser(), why=why))
     console.print(f"version {version} is the champion of {MODEL_NAME}")
-
-
-def _spark_too_old(version: ModelVersion, settings: Settings) -> str | None:
-    """Why the Spark of this deployment does not read a version; None if it does, as far as is known."""
-    saved_by = version.tags.get("spark_version")
-    if not saved_by:
-        return None
-    if settings.deployment == "local":
-        from importlib.metadata import version as installed
-
-        own, where = installed("pyspark"), "the installed PySpark"
-    else:
-        from ml_platform.dataproc_api import IMAGE_SPARK
-        from ml_platform.settings import load_cluster_settings
-
-        cluster = load_cluster_settings()
-        where = f"cluster image {cluster.image_version}"
-        minor = ".".join(cluster.image_version.split(".")[:2])
-        # Another installation of the API has images of its own.
-        if cluster.api_endpoint or minor not in IMAGE_SPARK:
-            errors.print(
-                f"not checked: whether {where} reads version {version.version}, which Spark {saved_by} saved",
-                style="yellow", markup=False, soft_wrap=True,
-            )  # fmt: skip
-            return None
-        own = IMAGE_SPARK[minor]
-    if [int(part) for part in saved_by.split(".")[:2]] <= [int(part) for part in own.split(".")[:2]]:
-        return None
-    return (
-        f"version {version.version} was saved by Spark {saved_by}, and this deployment's older Spark {own} ({where}) "
-        "does not read it: take a newer Spark, or a version that an older one saved"
-    )
 
 
 clusters_app = typer.Typer(help="Clusters that this deployment made.", no_args_is_help=True)
@@ -510,9 +490,12 @@ def doctor() -> None:
     if settings.deployment == "yandex":
         checks.append(("settings", lambda: f"deployment {settings.deployment}, clusters made for each run"))
         checks.append(("Data Proc", lambda: _check_dataproc(settings)))
+        checks.append(("library", _check_library))
     else:
         checks.append(("settings", lambda: f"deployment {settings.deployment}, Spark on {settings.spark_master}"))
         checks.append(("Java", lambda: _check_java(settings)))
+        if not settings.spark_master.startswith("local"):
+            checks.append(("library", _check_library))
     checks.append(("raw files", lambda: _check_raw_files(settings)))
     checks.append(("lake", lambda: _check_lake(settings)))
     checks.append(("MLflow", lambda: _check_mlflow(settings)))
@@ -594,6 +577,14 @@ def _check_java(settings: Settings) -> str:
     return f"{version} ({java})"
 
 
+def _check_library() -> str:
+    """Whether what the tasks of a cluster need can be had here."""
+    from ml_platform.code_archive import library_archive
+
+    name, content = library_archive()
+    return f"{name.rpartition('-')[0]} for clusters (Linux, x86_64), {len(content) / 1e6:.1f} MB"
+
+
 def _check_dataproc(settings: Settings) -> str:
     engine = _engine(settings)
     engine.api.retry_for_s = 15
@@ -634,8 +625,10 @@ def _check_mlflow(settings: Settings) -> str:
     if kind in ("postgresql", "mysql", "mssql"):
         _check_database(settings.tracking_uri)
     _shorten_mlflows_patience(settings)
+    from ml_platform.assets.gate import champion_problem
+
     champion = _mlflow(settings).champion()
-    if champion is not None and (problem := _spark_too_old(champion, settings)):
+    if champion is not None and (problem := champion_problem(champion)):
         raise CommandError(f"the champion, {problem} (ml-platform champion set)")
     found = "no champion yet" if champion is None else f"champion is version {champion.version}"
     return f"{kind}: {found}"

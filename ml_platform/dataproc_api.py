@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 OWNER = "ml-platform"
 
-#: Image → its Spark, as the service's documentation has it (of image 2.1, from 2.1.4 on).
-IMAGE_SPARK = {"1.4": "2.4.6", "2.0": "3.0.3", "2.1": "3.3.2"}
-
 #: A cluster that will be usable by itself.
 COMING = {"CREATING", "STARTING"}
 USABLE = {"RUNNING"}

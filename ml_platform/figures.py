@@ -43,8 +43,7 @@ INK, GREY, PALE = "#222222", "#666666", "#DDDDDD"
 
 LEARNERS = {
     "logistic_regression": "logistic regression",
-    "gbt": "gradient-boosted trees",
-    "random_forest": "random forest",
+    "xgboost": "XGBoost",
 }
 
 ALT_TEXTS = {

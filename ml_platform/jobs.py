@@ -4,6 +4,7 @@ from typing import Any
 
 import dagster as dg
 
+from ml_platform.assets.config import problem_of_run_config
 from ml_platform.orphans import delete_orphans
 from ml_platform.resources.dataproc import DataprocEngine
 from ml_platform.resources.spark import SparkEngine
@@ -21,7 +22,7 @@ def run_config() -> dict[str, Any]:
     """Run config of the runs that a sensor, a schedule or a command starts: that of ML_PLATFORM_RUN_CONFIG.
 
     Raises:
-        SettingsError: the file cannot be read, or is no YAML.
+        SettingsError: the file cannot be read, is no YAML, or says something impossible about training.
     """
     # The logger by its name: otherwise Dagster takes its own default and not that of the definitions.
     config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
@@ -31,6 +32,8 @@ def run_config() -> dict[str, Any]:
             config |= dg.config_from_files([str(path)])
         except Exception as error:  # whatever is wrong with a file that people write
             raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: cannot read {path}: {error}") from None
+        if problem := problem_of_run_config(config):
+            raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: {path}: fraud_model: {problem}")
     return config
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: What `decide` found; see there.
 Outcome = Literal[
     "first_model",
-    "champion_newer_spark",
+    "champion_newer_library",
     "champion_unreadable",
     "champion_other_features",
     "too_few_frauds",
@@ -125,7 +125,7 @@ class Facts:
     Attributes:
         champion: the champion's version; None if there is no champion.
         champion_error: why the champion could not score the rows; None if it could.
-        champion_newer_spark: whether that is because a newer Spark saved it than the one that was to score.
+        champion_newer_library: whether that is because a newer library wrote it than the one that was to score.
         champion_features, challenger_features: names of their inputs; None if they are not known.
         champion_train_last_date, challenger_train_last_date: last day of the rows that they were fitted on or
             chosen by; None if it is not known.
@@ -137,7 +137,7 @@ class Facts:
 
     champion: str | None = None
     champion_error: str | None = None
-    champion_newer_spark: bool = False
+    champion_newer_library: bool = False
     champion_features: tuple[str, ...] | None = None
     champion_train_last_date: date | None = None
     challenger_features: tuple[str, ...] | None = None
@@ -148,8 +148,8 @@ class Facts:
         of_champion = (self.champion_error, self.champion_features, self.champion_train_last_date)
         if self.champion is None and any(fact is not None for fact in of_champion):
             raise ValueError("there are facts about a champion, but no champion: give its version")
-        if self.champion_newer_spark and self.champion_error is None:
-            raise ValueError("a champion that a newer Spark saved gives no scores: give its error")
+        if self.champion_newer_library and self.champion_error is None:
+            raise ValueError("a champion that a newer library wrote gives no scores: give its error")
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,14 @@ def decide(rule: PromotionRule, scores: Scores, facts: Facts) -> Decision:
     ``not_comparable``: the challenger has seen the held-out rows, so its figures flatter it. Keep.
     ``too_few_frauds``: fewer than the rule's `min_frauds`, or their customers are fewer than
         `MIN_FRAUD_CUSTOMERS`. Keep: an interval from so few would be an accident.
-    ``champion_newer_spark``: the champion was saved by a newer Spark than the one that was to score with it. Keep:
-        it is as good as it was, and still serves wherever that Spark is. Either Spark can be changed, or the
+    ``champion_newer_library``: the champion was written by a newer library than the one that was to score with it.
+        Keep: it is as good as it was, and still serves wherever that library is. The library can be changed, or the
         champion by hand.
     ``champion_unreadable``, ``champion_other_features``: the champion gave no scores, in the second case
         because it needs features that the challenger's do not include. A champion that nobody can load serves
         nobody, so the challenger need not beat it, but it must be clearly better than chance: promote if both
         lower bounds are beyond those of a random order, average precision above the share of frauds and ROC AUC
-        above 0.5. A broken challenger does not displace a champion that another Spark may still be able to read.
+        above 0.5. A broken challenger does not displace a champion that may still be mended.
     ``better``: the lower bound of the difference in average precision is above the margin. Promote, also if
         the champion has seen the held-out rows: that flatters the champion, and the challenger beat it
         nevertheless.
@@ -294,14 +294,14 @@ def _verdict(
         if facts.champion_error is not None:
             reasons.append(f"It could not score the rows, though: {facts.champion_error}")
         return "too_few_frauds", False, reasons
-    if facts.champion_newer_spark:
+    if facts.champion_newer_library:
         reasons = [
             f"The {version} could not score the held-out rows: {facts.champion_error}",
-            "The champion stays: it may be better, and serves wherever the newer Spark is. Train with that Spark, or "
-            "make another version the champion by hand (ml-platform champion set).",
+            "The champion stays: it may be better, and serves wherever the newer library is. Train with that library, "
+            "or make another version the champion by hand (ml-platform champion set).",
             _own_figures(rule, figures, basis),
         ]
-        return "champion_newer_spark", False, reasons
+        return "champion_newer_library", False, reasons
     if facts.champion_error is not None:
         return _without_champion(rule, facts, figures, version, basis)
     return _compared(rule, facts, figures, version, basis)

@@ -153,6 +153,11 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     session.stop()
 
 
+@pytest.fixture(scope="session")
+def library_uri() -> None:
+    """Here, Python has the learners' library; in copies of the images it comes as an archive."""
+
+
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drawn is the matter of test_figures, and would be much of a training's time."""

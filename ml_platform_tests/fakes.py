@@ -32,7 +32,9 @@ from ml_platform.resources.lake import CLEANED, LakeResource
 from ml_platform.resources.mlflow import MlflowResource
 from ml_platform.resources.spark import SparkEngine, job_file
 from spark_jobs import build_features
+from spark_jobs.learners import LogisticRegressionModel, Scorer
 from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
+from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -132,7 +134,7 @@ class FakeEngine(SparkEngine):
     breaks_down: str = Field("", description="Job that raises.")
     challenger_skill: float = Field(2.0, description="How far its scores of frauds are above those of the others.")
     champion_skill: float | None = Field(2.0, description="The same of the champion; None: its very scores.")
-    champion_error: str = Field("", description="Why the champion cannot score: a newer Spark saved it.")
+    champion_error: str = Field("", description="Why the champion cannot score: a newer library wrote it.")
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
     def _execute(
@@ -202,7 +204,8 @@ class FakeEngine(SparkEngine):
             "seed": request["seed"],
             "windows": {
                 "train": {"first_date": "2020-01-01", "last_date": "2020-01-16", "rows": 5000, "frauds": 600},
-                "test": {"first_day": 23, "last_day": 29, "rows": 500, "frauds": 60, "first_date": "2020-01-24"},
+                "test": {"first_day": 23, "last_day": 29, "rows": 500, "frauds": 60}
+                | {"first_date": "2020-01-24", "last_date": "2020-01-30"},
             },
             "spark_version": "4.0.0",
             "seconds": {"total": 0.1},
@@ -210,9 +213,8 @@ class FakeEngine(SparkEngine):
         if request["cutoff"] in self.too_little:
             return report | {"outcome": "too_little_data", "reason": self.too_little[request["cutoff"]]}
         output = local_path(request["output_uri"])
-        (output / "model" / "stages").mkdir(parents=True)
-        (output / "model" / "metadata").write_text(f"model of {request['cutoff']}")
-        (output / "model" / "stages" / "0").write_text("coefficients")
+        output.mkdir(parents=True)
+        self._write_model(output, request["features"])
         points = [
             {"learner": candidate["learner"], "params": dict(zip(candidate["grid"], values, strict=True))}
             for candidate in request["candidates"]
@@ -226,6 +228,7 @@ class FakeEngine(SparkEngine):
             "outcome": "trained",
             "grid": grid,
             "best": grid[-1],
+            "sampling": None,
             "feature_importances": {name: 1 / len(request["features"]) for name in request["features"]},
             "metrics": {
                 "test_average_precision": 0.7,
@@ -236,13 +239,14 @@ class FakeEngine(SparkEngine):
             },
             "tables": {},
             "champion": request["champion"] and {**request["champion"], **self._champion_verdict()},
-            "model_uri": f"{request['output_uri']}/model",
+            "model_uri": f"{request['output_uri']}/model.json",
             "scores_uri": f"{request['output_uri']}/test_scores",
+            "sample_uri": f"{request['output_uri']}/sample.parquet",
         }
 
     def _champion_verdict(self) -> dict[str, str]:
         if self.champion_error:
-            return {"status": "newer_spark", "error": self.champion_error}
+            return {"status": "newer_library", "error": self.champion_error}
         return {"status": "scored"}
 
     def _write_scores(self, directory: Path, *, with_champion: bool) -> None:
@@ -267,17 +271,18 @@ class FakeEngine(SparkEngine):
         directory.mkdir(parents=True)
         parquet.write_table(table, directory / "part-0.parquet")
 
-    def _verify_model(self, request: dict[str, Any]) -> dict[str, Any]:
-        model = local_path(request["model_uri"])
-        assert (model / "metadata").is_file()
-        assert (model / "stages" / "0").read_text() == "coefficients"
-        return {
-            "run_id": request["run_id"],
-            "rows": 100,
-            "max_difference": self.reload_difference,
-            "spark_version": "4.0.0",
-            "seconds": 0.1,
-        }
+    def _write_model(self, directory: Path, features: list[str]) -> None:
+        """A model file, and 100 rows with its scores, which `reload_difference` changes."""
+        import numpy as np
+        import pandas
+
+        ones = np.ones(len(features))
+        scorer = Scorer("logistic_regression", features, LogisticRegressionModel(0 * ones, ones, 0.1 * ones, -1.0))
+        (directory / MODEL_FILE).write_text(scorer.to_json())
+        matrix = np.random.default_rng(1).normal(size=(100, len(features))).astype("f4")
+        sample = pandas.DataFrame(matrix.astype("f8"), columns=features)
+        sample["score"] = scorer.score(matrix) + self.reload_difference
+        sample.to_parquet(directory / SAMPLE_FILE)
 
 
 class SessionEngine(SparkEngine):

@@ -373,7 +373,7 @@ HEALTH = {
         ({}, None),
         ({"average_precision": 0.19}, "the champion, version 3, has an average precision of 0.190, below 0.2"),
         ({"average_precision": None}, None),
-        ({"outcome": "champion_newer_spark", "average_precision": None}, "Why it came to that."),
+        ({"outcome": "champion_newer_library", "average_precision": None}, "Why it came to that."),
         (
             {"outcome": "too_little_data", "days_without_comparison": 121},
             "no challenger could be compared with the champion, version 3, for 121 days; this time: too_little_data. "

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import io
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 
 import spark_jobs
-from ml_platform.code_archive import ARCHIVE_NAME, build_archive, content_hash, main_file
+from ml_platform import code_archive
+from ml_platform.code_archive import (
+    ARCHIVE_NAME,
+    CodeArchiveError,
+    build_archive,
+    content_hash,
+    library_archive,
+    main_file,
+)
 
-JOBS = ("clean_transactions", "build_features", "train_model", "verify_model")
+JOBS = ("clean_transactions", "build_features", "train_model")
 PACKAGE = Path(spark_jobs.__file__).parent
 
 
@@ -85,3 +98,61 @@ def test_a_main_file_finds_the_rest_in_the_archive(tmp_path: Path, job: str):
     assert done.returncode == 0, done.stderr
     assert "--request" in done.stdout
     assert "--report" in done.stdout
+
+
+# --- The learners' library
+
+
+@pytest.fixture
+def other_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Another kind of machine than clusters have, with the library installed in the same version."""
+    monkeypatch.setattr(code_archive, "platform_here", lambda: ("Darwin", "arm64"))
+    monkeypatch.setattr(code_archive, "version", lambda name: importlib.metadata.version("xgboost-cpu"))
+    library_archive.cache_clear()
+    yield
+    library_archive.cache_clear()
+
+
+def test_the_library_is_whole_and_named_after_its_content():
+    name, content = library_archive()
+    assert name == f"xgboost-{importlib.metadata.version('xgboost-cpu')}-{hashlib.sha256(content).hexdigest()}.zip"
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert archive.testzip() is None
+        names = archive.namelist()
+    assert {"xgboost/__init__.py", "xgboost/VERSION", "xgboost/lib/libxgboost.so"} <= set(names)
+    assert any(part.startswith("xgboost_cpu.libs/libgomp") for part in names)
+    assert not [part for part in names if part.endswith(".pyc")]
+
+
+def test_a_process_that_has_only_the_archive_loads_the_library_from_it(tmp_path: Path):
+    """As a task does, in a Python without XGBoost in its path."""
+    name, content = library_archive()
+    (tmp_path / name).write_bytes(content)
+    code = (
+        "import sys; sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
+        "from spark_jobs import library; from pathlib import Path\n"
+        f"directory = library.unpacked(Path({name!r}))\n"
+        "import importlib.util as util; assert util.find_spec('xgboost') is None\n"
+        f"sys.path = [directory, {str(Path(np.__file__).parents[1])!r}, *sys.path]\n"
+        "import xgboost; print(xgboost.__file__)"
+    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PACKAGE.parent), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"{tmp_path}/ml-platform-"), done.stderr
+
+
+def test_another_kind_of_machine_fetches_the_same_archive(other_machine: None):
+    fetched = library_archive()
+    library_archive.cache_clear()
+    with mock.patch.object(code_archive, "platform_here", return_value=code_archive.CLUSTER_PLATFORM):
+        assert library_archive() == fetched
+
+
+def test_what_cannot_be_fetched_is_said(other_machine: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(code_archive, "version", lambda name: "0.0.1")
+    with pytest.raises(
+        CodeArchiveError, match=r"need xgboost-cpu==0\.0\.1 for Linux .*\(Darwin arm64\).* cannot fetch: "
+    ):
+        library_archive()

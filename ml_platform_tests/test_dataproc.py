@@ -24,7 +24,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.code_archive import build_archive, content_hash
+from ml_platform.code_archive import CodeArchiveError, build_archive, content_hash, library_archive
 from ml_platform.dataproc_api import PysparkJob, cluster_name
 from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas
 from ml_platform.dev_cloud.s3_server import LocalS3
@@ -251,12 +251,28 @@ class TestARun:
     def test_code_is_uploaded_once(self, platform: Platform):
         assert platform.run().success
         code = local_path(platform.lake.store.spark_uri("_code"))
-        (directory,) = code.iterdir()
-        files = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
-        assert set(files) == {"spark_jobs.zip", "clean_transactions.py"}
+        files = {path: path.stat().st_mtime_ns for path in code.glob("*/*")}
+        jobs, (name, content) = content_hash(build_archive()), library_archive()
+        # The library goes along with a run's first job, which does not need it: a run without it is in vain.
+        assert {str(path.relative_to(code)) for path in files} == {
+            f"{jobs}/spark_jobs.zip",
+            f"{jobs}/clean_transactions.py",
+            f"{content_hash(content)}/{name}",
+        }
+        assert (code / content_hash(content) / name).read_bytes() == content
         platform.advance(10)
         assert platform.run(keys=("b", "b")).success
-        assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == files
+        assert {path: path.stat().st_mtime_ns for path in code.glob("*/*")} == files
+
+    def test_without_the_library_no_cluster_is_made(self, platform: Platform, monkeypatch: pytest.MonkeyPatch):
+        def missing() -> None:
+            raise CodeArchiveError("clusters need xgboost-cpu==2.1.4 for Linux on x86_64")
+
+        monkeypatch.setattr("ml_platform.resources.dataproc.library_archive", missing)
+        result = platform.run()
+        assert not result.success
+        assert "clusters need xgboost-cpu==2.1.4" in result.errors
+        assert platform.accepted("ClusterService.Create") == []
 
     def test_code_that_is_damaged_is_mended(self, platform: Platform):
         directory = local_path(platform.lake.store.spark_uri(f"_code/{content_hash(build_archive())}"))
@@ -740,11 +756,15 @@ def test_a_bucket_that_is_gone_when_the_job_is_done(
     assert f"there is no bucket {bucket}" in result.errors
     assert platform.cloud.clusters == {}
     directory = f"lake/_code/{content_hash(build_archive())}"
-    assert sorted(uploaded) == [
-        f"{directory}/clean_transactions.py",
-        f"{directory}/spark_jobs.zip",
-        f"lake/_runs/{result.run_id}/clean_transactions.request.json",
-    ]
+    name, content = library_archive()
+    assert sorted(uploaded) == sorted(
+        [
+            f"{directory}/clean_transactions.py",
+            f"{directory}/spark_jobs.zip",
+            f"lake/_code/{content_hash(content)}/{name}",
+            f"lake/_runs/{result.run_id}/clean_transactions.request.json",
+        ]
+    )
     (job,) = platform.accepted("JobService.Create")
     assert job["pyspark_job"]["main_python_file_uri"] == f"s3a://{bucket}/{directory}/clean_transactions.py"
 

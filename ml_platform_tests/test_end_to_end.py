@@ -42,11 +42,10 @@ SIMULATION = Simulation(days_per_file=20, customers=400, terminals=400, radius=1
 KEYS = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(4)]
 FIRST, SECOND, THIRD, FOURTH = KEYS
 
-#: All kinds of learners, the logistic regression's grid whole; the default trees would take most of the tests' time.
+#: Both learners, with several candidates each.
 CANDIDATES = [
-    {"learner": "logistic_regression", "grid": {"regParam": [0, 0.1, 0.5], "maxIter": [100, 500, 1000]}},
-    {"learner": "gbt", "grid": {"maxIter": [1, 2], "maxDepth": [2], "maxBins": [64], "stepSize": [0.3]}},
-    {"learner": "random_forest", "grid": {"numTrees": [2], "maxDepth": [2], "maxBins": [64]}},
+    {"learner": "xgboost", "grid": {"rounds": [5, 20], "max_depth": [2]}},
+    {"learner": "logistic_regression", "grid": {"C": [0.0001, 0.01, 1], "max_iter": [100, 200]}},
 ]
 
 
@@ -212,13 +211,12 @@ def test_mlflow_has_every_grid_point_and_the_winner(trained: Trained) -> None:
     _, run = champion_run(trained)
     points, scores, best = grid(run)
     assert Counter(point["learner"] for point in points) == {
-        "logistic_regression": 9,
-        "gbt": 2,
-        "random_forest": 1,
+        "logistic_regression": 6,
+        "xgboost": 2,
     }
-    expected = itertools.product([0, 0.1, 0.5], [100, 500, 1000])
+    expected = itertools.product([0.0001, 0.01, 1], [100, 200])
     baseline = [point for point in points if point["learner"] == "logistic_regression"]
-    assert sorted((point["regParam"], point["maxIter"]) for point in baseline) == sorted(expected)
+    assert sorted((point["C"], point["max_iter"]) for point in baseline) == sorted(expected)
     assert run.data.metrics["validation_average_precision"] == max(scores)
     assert {name: run.data.params[f"best.{name}"] for name in best} == {
         name: str(value) for name, value in best.items()

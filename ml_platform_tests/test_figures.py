@@ -82,13 +82,13 @@ def realistic_report(days: int = 7, rows_per_day: int = 3000) -> dict[str, Any]:
     names = ["terminal_known_fraud_count_21d", "customer_amount_ratio_to_recent_maximum_30d", "tx_amount"]
     names += [f"customer_mean_amount_{number}d" for number in range(24)]
     grid = [
-        {"learner": "gbt", "params": {"maxDepth": depth, "maxIter": iterations, "maxBins": 1024}}
+        {"learner": "xgboost", "params": {"max_depth": depth, "rounds": iterations, "max_bin": 1024}}
         for depth in (4, 5, 6)
         for iterations in (20, 50)
     ]
-    grid += [{"learner": "random_forest", "params": {"numTrees": 100, "maxDepth": depth}} for depth in (8, 12)]
+    grid += [{"learner": "xgboost", "params": {"rounds": 100, "max_depth": depth}} for depth in (8, 12)]
     grid += [
-        {"learner": "logistic_regression", "params": {"regParam": reg, "maxIter": iterations}}
+        {"learner": "logistic_regression", "params": {"C": reg, "max_iter": iterations}}
         for reg in (0, 0.1, 0.5)
         for iterations in (100, 500, 1000)
     ]

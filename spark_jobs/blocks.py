@@ -97,19 +97,22 @@ def pack(columns: Columns, layout: Layout) -> bytes:
 
 def unpack(blocks: list[bytes], layout: Layout) -> Columns:
     """The columns of all `blocks`, those of the first one first."""
+    return {name: column(blocks, layout, name) for name, _ in layout}
+
+
+def column(blocks: list[bytes], layout: Layout, name: str) -> Array:
+    """One column of all `blocks`, those of the first one first."""
     import numpy as np
 
-    types = [np.dtype(kind) for _, kind in layout]
-    width = sum(kind.itemsize for kind in types)
-    parts: list[list[Any]] = [[] for _ in layout]
+    types = {each: np.dtype(kind) for each, kind in layout}
+    width = sum(kind.itemsize for kind in types.values())
+    names = [each for each, _ in layout]
+    before = sum(types[each].itemsize for each in names[: names.index(name)])
+    parts = []
     for block in blocks:
-        rows, offset = len(block) // width, 0
-        for part, kind in zip(parts, types):
-            part.append(np.frombuffer(block, dtype=kind, count=rows, offset=offset))
-            offset += rows * kind.itemsize
-    return {
-        name: np.concatenate(part) if part else np.empty(0, dtype=kind) for (name, kind), part in zip(layout, parts)
-    }
+        rows = len(block) // width
+        parts.append(np.frombuffer(block, dtype=types[name], count=rows, offset=before * rows))
+    return np.concatenate(parts) if parts else np.empty(0, dtype=types[name])
 
 
 def task_number() -> int:
@@ -227,9 +230,10 @@ def _array_of(batch: Any, name: str) -> Array:
         values: Array = batch[name].to_numpy()
         return values
     column = batch.column(batch.schema.get_field_index(name))
-    # Arrow's names of types are numpy's, too. Its own to_numpy would import pandas (see arrow_array).
+    # Arrow's names of types are numpy's, too, but for one. Its own to_numpy would import pandas (see arrow_array).
     content = column.buffers()[1] if len(column) else b""
-    values = np.frombuffer(content, dtype=str(column.type))
+    name_of_type = str(column.type)
+    values = np.frombuffer(content, dtype="f4" if name_of_type == "float" else name_of_type)
     return values[column.offset : column.offset + len(column)]
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Callable
 from spark_jobs.progress import Progress
 
 if TYPE_CHECKING:
-    from pyspark.ml import PipelineModel
     from pyspark.sql import DataFrame, SparkSession
 
 log = logging.getLogger("spark_jobs")
@@ -82,10 +81,6 @@ def spark_version(spark: SparkSession) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-class NewerSparkError(ValueError):
-    """A model was saved by a newer Spark than the one that is to score with it."""
-
-
 def shuffle_partitions(spark: SparkSession, input_bytes: int) -> int:
     """How many partitions fit `input_bytes` of raw text.
 
@@ -142,52 +137,6 @@ def read_parquet(spark: SparkSession, *uris: str) -> DataFrame:
     if '"udt"' in jdf.schema().json():
         raise ValueError(f"{uris[0]} has a column of a user-defined type, which no job has written")
     return frame
-
-
-#: What the models of train_model are made of, and `PipelineModel` as either language calls it.
-_MODEL_CLASSES = {
-    "pyspark.ml.pipeline.PipelineModel",
-    "org.apache.spark.ml.PipelineModel",
-    "org.apache.spark.ml.feature.VectorAssembler",
-    "org.apache.spark.ml.classification.LogisticRegressionModel",
-    "org.apache.spark.ml.classification.GBTClassificationModel",
-    "org.apache.spark.ml.classification.RandomForestClassificationModel",
-}
-
-
-def load_model(spark: SparkSession, uri: str) -> PipelineModel:
-    """A saved model.
-
-    Raises:
-        NewerSparkError: a newer Spark saved it, by the model's own files. Spark reads what older ones saved; the
-            reverse fails in the middle of the files, or loads something that nobody vouches for.
-        ValueError: it is made of something that train_model does not save: a saved model names its classes, and
-            PySpark imports whatever is named, and calls its method ``load``.
-    """
-    from pyspark.ml import PipelineModel
-    from pyspark.ml.pipeline import PipelineSharedReadWrite
-    from pyspark.ml.util import DefaultParamsReader
-
-    context = spark.sparkContext
-    path = literal_path(uri)
-    metadata = DefaultParamsReader.loadMetadata(path, context)
-    saved_by = metadata["sparkVersion"]
-    if tuple(int(part) for part in saved_by.split(".")[:2]) > spark_version(spark):
-        raise NewerSparkError(
-            f"the model was saved by Spark {saved_by}, and this older Spark {spark.version} does not read it: take a "
-            f"cluster image or a PySpark with Spark {saved_by} or newer, or a model that an older Spark saved"
-        )
-    uids = metadata["paramMap"]["stageUids"]
-    classes = {metadata["class"]}
-    for number, uid in enumerate(uids):
-        if not re.fullmatch("[A-Za-z0-9_]+", uid):
-            raise ValueError(f"the model in {uri} names a stage {uid!r}")
-        stage = PipelineSharedReadWrite.getStagePath(uid, number, len(uids), f"{path}/stages")
-        classes.add(DefaultParamsReader.loadMetadata(stage, context)["class"])
-    foreign = sorted(classes - _MODEL_CLASSES)
-    if foreign:
-        raise ValueError("the model in {} has parts that no job has written: {}".format(uri, ", ".join(foreign)))
-    return PipelineModel.load(path)
 
 
 #: Files that are renamed together.
@@ -307,9 +256,14 @@ def for_each_partition(
 
 
 def describe(error: BaseException) -> str:
-    """An error in at most a few hundred printable characters: its own words, without the JVM's stack."""
+    """An error in at most a few hundred printable characters: its own words, without stacks of Java or of a task."""
     java = getattr(error, "java_exception", None)
     text = (java.toString() if java is not None else None) or str(error) or type(error).__name__
+    # What a task of Python's raised stands at the end of its stack.
+    _, stack, rest = text.rpartition("Traceback (most recent call last)")
+    raised = re.findall(r"^[\w.]*(?:Error|Exception): .*$", rest, re.MULTILINE)
+    if stack and raised:
+        text = raised[-1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = "".join(char if char.isprintable() else " " for char in lines[0]) if lines else ""
     return f"{type(error).__name__}: {line}"[:500]

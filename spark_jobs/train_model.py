@@ -8,30 +8,40 @@ All windows are whole days (``tx_time_days``) and end with the last full day D o
 A label is known `delay_days` after its transaction, so nothing is fitted on labels that would not have been
 known. The learner and its parameters are those with the best average precision on the validation window, or
 the best mean over several: earlier folds are the same two windows, `validation_days` further back for each, and
-begin with the train window too. The model is then fitted on the whole train window. What is drawn is drawn from
-a seed. Of the test window, nothing but its numbers of rows and frauds is used before the model is fitted; of
-what comes after D, nothing at all.
+begin with the train window too. Candidates are fitted on a draw of the rows, the best one then on the whole train
+window. What is drawn is drawn from a seed. Of the test window, nothing but its numbers of rows and frauds is used
+before the model is fitted; of what comes after D, nothing at all.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from spark_jobs import evaluation, runtime
+from spark_jobs import evaluation, fits, library, parquet_files, runtime
+from spark_jobs.learners import (
+    DEFAULT_CANDIDATES,
+    LogisticRegressionModel,
+    ModelError,
+    NewerModelError,
+    Scorer,
+    check_candidates,
+    matrix_of,
+    points,
+)
 from spark_jobs.progress import Progress
 from spark_jobs.schema import SCHEMA_VERSION
+from spark_jobs.windows import NO_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pyspark.ml import PipelineModel
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import DataFrame, SparkSession
+
+    from spark_jobs.fits import Fit, Fitted
 
 log = logging.getLogger("spark_jobs")
 
@@ -44,24 +54,15 @@ DEFAULTS: dict[str, Any] = {
     "min_train_days": 7,
     "min_frauds": 10,
     "alerts_per_day": 100,
-    "candidates": [
-        {"learner": "logistic_regression", "grid": {"regParam": [0, 0.1, 0.5], "maxIter": [100, 500, 1000]}},
-        {"learner": "gbt", "grid": {"maxIter": [50], "maxDepth": [3, 5], "maxBins": [1024], "stepSize": [0.1]}},
-        {
-            "learner": "random_forest",
-            "grid": {
-                "numTrees": [50],
-                "maxDepth": [10],
-                "maxBins": [1024],
-                "featureSubsetStrategy": ["onethird"],
-            },
-        },
-    ],
+    "candidates": DEFAULT_CANDIDATES,
     "validation_folds": 1,
-    "max_train_rows": None,
+    "search_rows": 200_000,
+    "max_train_rows": 5_000_000,
+    "fit_threads": 4,
     "compromised_lookback_days": 7,
     "seed": 0,
     "champion": None,
+    "library_uri": None,
 }
 
 #: What a request cannot do without.
@@ -70,41 +71,15 @@ REQUIRED = ("run_id", "cutoff", "feature_uris", "cutoff_uri", "features", "outpu
 #: Columns of ``test_scores``; ``score`` and ``champion_score`` follow them.
 SCORED_COLUMNS = ("transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud")
 
-_TREES = (
-    "maxDepth",
-    "maxBins",
-    "minInstancesPerNode",
-    "minWeightFractionPerNode",
-    "minInfoGain",
-    "subsamplingRate",
-    "featureSubsetStrategy",
-    "maxMemoryInMB",
-)
+#: Held-out rows that are kept with the model, and those whose contributions make its importances.
+SAMPLE_ROWS = 1_000
+IMPORTANCE_ROWS = 2_000
 
-#: Learner → its class in pyspark.ml.classification, and the parameters that a grid may vary.
-LEARNERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "logistic_regression": (
-        "LogisticRegression",
-        ("regParam", "elasticNetParam", "maxIter", "tol", "fitIntercept", "standardization", "aggregationDepth"),
-    ),
-    "gbt": ("GBTClassifier", ("maxIter", "stepSize", *_TREES)),
-    "random_forest": ("RandomForestClassifier", ("numTrees", "impurity", *_TREES)),
-}
+#: Names of the files in a model's directory.
+MODEL_FILE = "model.json"
+SAMPLE_FILE = "sample.parquet"
 
-#: Fits that run at the same time. A fit's many small jobs leave cores idle that another fit can use.
-PARALLEL_FITS = 3
-
-#: Partitions of the rows that are learned from: one for so many rows, within limits. Not one for each core, because
-#: what a forest draws depends on the partitions, and the same request is to give the same model on any machine.
-ROWS_PER_PARTITION = 150_000
-MAX_PARTITIONS = 64
-
-LABEL = "tx_fraud"
-VECTOR = "feature_vector"
-WEIGHT = "weight"
-
-#: Values that the hash of a transaction takes when rows are sampled.
-HASHES = 1_000_000_007
+LABEL = fits.LABEL
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
@@ -122,18 +97,20 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         min_train_days: the fewest days to fit on while parameters are chosen (7).
         min_frauds: the fewest frauds in each window (10).
         alerts_per_day: budget of the figures ``…_at_budget`` (100).
-        candidates: list of {"learner", "grid"}: a learner of `LEARNERS`, and parameter of its pyspark.ml class →
-            values. Every combination is fitted and judged, the first names vary slowest; of equals the first
-            is taken (see `DEFAULTS`).
+        candidates: list of {"learner", "grid"}: a learner of `learners.LEARNERS`, and parameter → values. Every
+            combination is fitted and judged, the first names vary slowest; of equals the first is taken (see
+            `learners.DEFAULT_CANDIDATES`).
         validation_folds: folds to judge them on, latest first (1); fewer are used where the rows before have
             less than min_train_days or min_frauds.
-        max_train_rows: null, or about how many rows of the train window to learn from: frauds all stay, genuine
-            rows are drawn by a hash of transaction_id and seed, never fewer than there are frauds, and weigh as
-            many as they stand for (null). Validation and test rows are always all of them.
+        search_rows: how many rows a candidate is fitted on, at most (200,000); validation rows are always all of them.
+        max_train_rows: how many rows the model is fitted on, at most (5,000,000). Rows are drawn by a hash of
+            transaction_id and seed, frauds and genuine ones apart, and weigh as many as they stand for; frauds take at
+            most half of either limit.
+        fit_threads: threads of the last fit (4); those of the search have one each, for they run side by side.
         compromised_lookback_days: see `without_compromised_cards` (7).
-        seed: of the trees' draws and of max_train_rows (0).
-        champion: null or {"model_uri", "features", "version", "spark_version"}: a saved PipelineModel that
-            scores the same test rows.
+        seed: of what learners and the limits draw.
+        champion: null or {"model_uri", "features", "version"}: a model file that scores the same test rows.
+        library_uri: null or the archive of the learners' library (see `library`); null: Spark's Python has it.
 
     Report: ``schema_version``, ``run_id``, ``cutoff``, ``features``, ``seed``, ``windows`` (name →
         ``first_day``, ``last_day``, ``first_date``, ``last_date``, ``days``, ``rows``, ``frauds``; test also
@@ -142,25 +119,28 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
 
     * ``too_little_data``, with ``reason``, one sentence; nothing is written.
     * ``trained``, with ``grid`` (``learner``, ``params``, ``validation_average_precision``: the mean of
-      ``fold_average_precisions``, ``iterations`` (of logistic regression, else null), ``reused_fit``,
-      ``seconds``), ``best`` (``learner``, ``params``, ``validation_average_precision``, ``iterations`` of the
-      final fit), ``validation_folds`` (list of ``validation_train`` and ``validation`` as in ``windows``, the
-      latest first), ``sampling`` (null if all rows were learned from, else ``max_train_rows``, ``rows``,
-      ``frauds``, ``kept_rows``, ``genuine_weight``), ``feature_importances`` (feature → share, see
-      `feature_importances`), ``metrics`` (``test_…``, and ``champion_test_…`` where a champion scored; see
-      `evaluation.evaluate`), ``tables`` (of the test rows; see `evaluation.evaluate_with_tables`), ``champion`` (null,
-      or the request's with ``status`` scored, unreadable or newer_spark, the latter two with ``error``),
-      ``model_uri``, ``scores_uri``; of logistic regression also ``coefficients`` (feature → value, in units of the
-      feature), ``intercept``.
+      ``fold_average_precisions``, ``rows`` (fitted on, of the latest fold), ``seconds``), ``best`` (``learner``,
+      ``params``, ``validation_average_precision``), ``validation_folds`` (list of ``validation_train`` and
+      ``validation`` as in ``windows``, the latest first), ``sampling`` (null if all rows were learned from, else
+      ``max_train_rows``, ``rows``, ``frauds``, ``kept_rows``, ``kept_frauds``, ``genuine_weight``, ``fraud_weight``),
+      ``feature_importances`` (feature → mean absolute contribution to the log-odds, over `IMPORTANCE_ROWS` held-out
+      rows), ``metrics`` (``test_…``, and ``champion_test_…`` where a champion scored; see `evaluation.evaluate`),
+      ``tables`` (of the test rows; see `evaluation.evaluate_with_tables`), ``profile`` (distributions of inputs and
+      score in the train window; see `fits.profile_of`), ``champion`` (null, or the request's with ``status`` scored,
+      unreadable or newer_library, the latter two with ``error``), ``model_uri``, ``scores_uri``, ``sample_uri``; of
+      logistic regression also ``coefficients`` (feature → value, in units of the feature), ``intercept``.
 
-    Writes ``output_uri/model`` (PipelineModel) and ``output_uri/test_scores`` (Parquet: `SCORED_COLUMNS`,
-    score, champion_score), the latter being the rows that the metrics are computed on.
+    Writes into ``output_uri`` the model file ``model.json`` (see `learners.Scorer`), ``test_scores`` (Parquet:
+    `SCORED_COLUMNS`, score, champion_score), which are the rows that the metrics are computed on, and
+    ``sample.parquet``: `SAMPLE_ROWS` of them, drawn by hash, with the model's inputs.
 
     Raises:
         ValueError: the request lacks a key, names an unknown learner or parameter, or the partitions lack a
             column.
+        library.LibraryError: the learners' library is missing or damaged; nothing was read.
     """
     runtime.configure(spark)
+    library_name = library.ship(spark, request.get("library_uri"))
     settings = _settings(request)
     clock = _Clock(spark)
     report: dict[str, Any] = {
@@ -174,12 +154,18 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         "seconds": clock.seconds,
     }
     started = time.monotonic()
-    report.update(_train(spark, settings, report["windows"], clock))
+    report.update(_train(spark, settings, report["windows"], clock, library_name))
     clock.seconds["total"] = round(time.monotonic() - started, 3)
     return report
 
 
-def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, Any], clock: _Clock) -> dict[str, Any]:
+def _train(
+    spark: SparkSession,
+    settings: dict[str, Any],
+    described: dict[str, Any],
+    clock: _Clock,
+    library_name: str | None,
+) -> dict[str, Any]:
     with clock.phase("windows"):
         frame = _read_features(spark, settings)
         ends = _ends(spark, frame, settings)
@@ -204,46 +190,28 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
                 name, window["first_date"], window["last_date"], window["rows"], window["frauds"],
             )  # fmt: skip
 
-    from pyspark.ml import PipelineModel
-    from pyspark.ml.feature import VectorAssembler
-
+    files, output = runtime.Files(spark), settings["output_uri"].rstrip("/")
     folds = validation_folds(windows, per_day, settings)
-    assembler = VectorAssembler(inputCols=settings["features"], outputCol=VECTOR)
     with clock.phase("search") as progress:
-        rows, sampling = learning_rows(_between(frame, windows["train"]), folds, settings)
-        rows = assembler.transform(rows).select("tx_time_days", LABEL, VECTOR, *([WEIGHT] if sampling else []))
-        rows = rows.persist()
-        size = rows.count()
-        log.info("learning from %d rows in %d partitions, on %d folds", size, rows.rdd.getNumPartitions(), len(folds))
-        weight = WEIGHT if sampling else None
-
-        def fitted_on(window: tuple[int, int]) -> DataFrame:
-            inside = _between(rows, window)
-            return inside.where(f"{WEIGHT} IS NOT NULL") if sampling else inside
-
-        grid = search(
-            [(fitted_on(fold["validation_train"]), _between(rows, fold["validation"])) for fold in folds],
-            settings["candidates"],
-            seed=settings["seed"],
-            weight=weight,
-            progress=progress,
-        )
+        grid = search(frame, folds, per_day, settings, library_name, progress)
     # max() keeps the first of equals.
     best = max(grid, key=lambda entry: entry["validation_average_precision"])
 
     with clock.phase("fit"):
-        train = fitted_on(windows["train"])
-        model = _estimator(best["learner"], best["params"], settings["seed"], weight).fit(train)
-        importances = feature_importances(model, train, settings["features"], weight)
-        rows.unpersist()
-        pipeline = PipelineModel(stages=[assembler, model])
-        model_uri = settings["output_uri"].rstrip("/") + "/model"
-        pipeline.write().overwrite().save(model_uri)
-    log.info("fitted %s with %s", best["learner"], best["params"])
+        fit = _fit(best["learner"], best["params"], windows["train"], per_day, settings, settings["max_train_rows"])
+        fit = fit._replace(threads=settings["fit_threads"], with_profile=True)
+        (fitted,) = fits.fit_all(frame, settings["features"], [fit], settings["seed"], library_name)
+        model_uri = f"{output}/{MODEL_FILE}"
+        files.write(model_uri, fitted.model.encode())
+    log.info("fitted %s with %s to %d rows", best["learner"], best["params"], fitted.rows)
 
     with clock.phase("score"):
-        scores_uri = settings["output_uri"].rstrip("/") + "/test_scores"
-        champion = write_scores(spark, test, pipeline, settings["champion"], scores_uri)
+        scores_uri = f"{output}/test_scores"
+        champion = write_scores(spark, test, fitted.model, settings["champion"], scores_uri, library_name)
+    with clock.phase("explain"):
+        scorer = Scorer.from_json(fitted.model, settings["fit_threads"])
+        sample_uri = f"{output}/{SAMPLE_FILE}"
+        importances = _keep_sample(files, test, scorer, settings["seed"], sample_uri)
     with clock.phase("evaluate"):
         scores = runtime.read_parquet(spark, scores_uri)
         alerts_per_day = settings["alerts_per_day"]
@@ -262,23 +230,27 @@ def _train(spark: SparkSession, settings: dict[str, Any], described: dict[str, A
             "learner": best["learner"],
             "params": best["params"],
             "validation_average_precision": best["validation_average_precision"],
-            "iterations": _iterations(model),
         },
         "validation_folds": [
             {name: _window(first, last, per_day, day_zero) for name, (first, last) in fold.items()} for fold in folds
         ],
-        "sampling": sampling,
+        "sampling": _sampling(fit, fitted, settings),
         "feature_importances": importances,
         "metrics": metrics,
         "tables": tables,
+        "profile": fitted.profile,
         "champion": champion,
         "model_uri": model_uri,
         "scores_uri": scores_uri,
+        "sample_uri": sample_uri,
     }
-    if best["learner"] == "logistic_regression":
-        coefficients = model.coefficients.toArray()
-        report["coefficients"] = {name: float(value) for name, value in zip(settings["features"], coefficients)}
-        report["intercept"] = float(model.intercept)
+    if isinstance(scorer.model, LogisticRegressionModel):
+        linear = scorer.model
+        coefficients = (linear.coefficients / linear.deviation).tolist()
+        report["coefficients"] = dict(zip(settings["features"], coefficients))
+        report["intercept"] = linear.intercept - sum(
+            float(mean) * coefficient for mean, coefficient in zip(linear.mean, coefficients)
+        )
     return report
 
 
@@ -322,44 +294,32 @@ def validation_folds(
     return folds
 
 
-def learning_rows(
-    window: DataFrame, folds: list[dict[str, tuple[int, int]]], settings: dict[str, Any]
-) -> tuple[DataFrame, dict[str, Any] | None]:
-    """The rows of the train window as they are learned from, and what `max_train_rows` did to them, or None.
+def _fit(
+    learner: str,
+    params: dict[str, Any],
+    window: tuple[int, int],
+    per_day: dict[int, tuple[int, int]],
+    settings: dict[str, Any],
+    limit: int,
+) -> Fit:
+    """A fit of one thread to at most `limit` rows of a window."""
+    rows, frauds = _rows_and_frauds(window, per_day)
+    return fits.Fit(learner, params, window, fits.draw(limit, rows, frauds), rows, frauds, settings["seed"], threads=1)
 
-    If rows are sampled, they have a column `WEIGHT`; where it is NULL, they are there to validate on. Partitions and
-    their order depend on nothing but the rows.
-    """
-    from pyspark.sql import functions as F
 
-    rows, frauds = _count(window)
-    sampling = None
-    kept = rows
-    limit = settings["max_train_rows"]
-    if limit is not None and rows > limit:
-        share = max(limit - frauds, frauds) / (rows - frauds)
-        if share < 1:
-            drawn = f"pmod(xxhash64(transaction_id, CAST({settings['seed']} AS BIGINT)), {HASHES})"
-            is_kept = F.expr(f"{LABEL} = 1 OR {drawn} < {int(share * HASHES)}")
-            kept = window.where(is_kept).count()
-            # Were no genuine row drawn, there would be none to weigh.
-            genuine_weight = (rows - frauds) / max(1, kept - frauds)
-            window = window.withColumn(
-                WEIGHT, F.when(is_kept, F.when(F.col(LABEL) == 1, 1.0).otherwise(genuine_weight))
-            )
-            validated = min(fold["validation"][0] for fold in folds)
-            window = window.where(F.col(WEIGHT).isNotNull() | (F.col("tx_time_days") >= validated))
-            sampling = {
-                "max_train_rows": limit,
-                "rows": rows,
-                "frauds": frauds,
-                "kept_rows": kept,
-                "genuine_weight": genuine_weight,
-            }
-            log.info("sampled: %s", sampling)
-    partitions = min(MAX_PARTITIONS, -(-kept // ROWS_PER_PARTITION))
-    ordered = window.repartition(partitions, "transaction_id").sortWithinPartitions("tx_time_days", "transaction_id")
-    return ordered, sampling
+def _sampling(fit: Fit, fitted: Fitted, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What `max_train_rows` did to the rows of the train window; None if all of them were learned from."""
+    if fit.rows <= settings["max_train_rows"]:
+        return None
+    return {
+        "max_train_rows": settings["max_train_rows"],
+        "rows": fit.rows,
+        "frauds": fit.frauds,
+        "kept_rows": fitted.rows,
+        "kept_frauds": fitted.frauds,
+        "genuine_weight": fitted.genuine_weight,
+        "fraud_weight": fitted.fraud_weight,
+    }
 
 
 def without_compromised_cards(frame: DataFrame, test_window: tuple[int, int], settings: dict[str, Any]) -> DataFrame:
@@ -389,169 +349,148 @@ def without_compromised_cards(frame: DataFrame, test_window: tuple[int, int], se
 
 
 def search(
-    folds: list[tuple[DataFrame, DataFrame]],
-    candidates: list[dict[str, Any]],
-    seed: int = 0,
-    weight: str | None = None,
-    progress: Progress | None = None,
+    frame: DataFrame,
+    folds: list[dict[str, tuple[int, int]]],
+    per_day: dict[int, tuple[int, int]],
+    settings: dict[str, Any],
+    library_name: str | None,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Fit every combination of the candidates and judge it on each fold's validation rows; entries in their order.
-
-    A fold is the rows to fit on, with their `weight` if there is one, and those to judge on. Of logistic regression,
-    the iterations are the same whatever maxIter is, until it stops them. So a fit that stopped before its maxIter is
-    also the fit for every larger one (``reused_fit``), and is not done again.
-    """
-    points = _points(candidates)
-    # Points that build on each other, in order; the chains do not.
-    chains: dict[str, list[int]] = {}
-    for index, (learner, params) in enumerate(points):
-        if learner == "logistic_regression":
-            rest = sorted((name, value) for name, value in params.items() if name != "maxIter")
-            chains.setdefault(repr(rest), []).append(index)
-        else:
-            chains[f"point {index}"] = [index]
-
-    fits = len(points) * len(folds)
-    results: dict[tuple[int, int], dict[str, Any]] = {}
-
-    def fit_chain(chain: list[int], number: int) -> None:
-        last: dict[str, Any] | None = None
-        for index in sorted(chain, key=lambda index: points[index][1].get("maxIter", 0)):
-            learner, params = points[index]
-            if last is not None and last["iterations"] < last["maxIter"]:
-                last = {**last, "reused_fit": True, "seconds": 0.0}
-            else:
-                estimator = _estimator(learner, params, seed, weight)
-                last = {**_fit_and_validate(estimator, *folds[number]), "maxIter": params.get("maxIter", 0)}
-            results[index, number] = last
-            if progress is not None:
-                share = len(results) / fits
-                progress.enter(f"{len(results)} of {fits} fits", share, share)
-            log.info(
-                "%d/%d: %s %s, fold %d: average precision %.4f%s, %.1f s",
-                len(results), fits, learner, params, number + 1, last["average_precision"],
-                " (same fit)" if last["reused_fit"] else "", last["seconds"],
-            )  # fmt: skip
-
-    tasks = [(chain, number) for chain in chains.values() for number in range(len(folds))]
-    # The trees first: whatever takes longest is not to be started last.
-    tasks.sort(key=lambda task: points[task[0][0]][0] == "logistic_regression")
-    with ThreadPoolExecutor(max_workers=min(PARALLEL_FITS, len(tasks))) as pool:
-        futures = [pool.submit(fit_chain, *task) for task in tasks]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-
+    """Fit every combination of the candidates and judge it on each fold's validation rows; entries in their order."""
+    combinations = points(settings["candidates"])
+    tasks = [
+        (number, fold, _fit(learner, params, fold["validation_train"], per_day, settings, settings["search_rows"]))
+        for number, (learner, params) in enumerate(combinations)
+        for fold in folds
+    ]
+    # Whatever takes longest is not to be started last.
+    tasks.sort(key=lambda task: -task[2].work)
+    progress.enter(f"{len(tasks)} fits", 0.0, 0.8)
+    fitted = fits.fit_all(frame, settings["features"], [fit for _, _, fit in tasks], settings["seed"], library_name)
+    progress.enter(f"judging {len(tasks)} fits", 0.8, 1.0)
+    judged = [(one.model, fold["validation"]) for one, (_, fold, _) in zip(fitted, tasks)]
+    precisions = fits.validate(frame, judged, library_name)
     entries = []
-    for index, (learner, params) in enumerate(points):
-        of_folds = [results[index, number] for number in range(len(folds))]
-        precisions = [result["average_precision"] for result in of_folds]
-        entries.append(
-            {
-                "learner": learner,
-                "params": params,
-                "validation_average_precision": round(math.fsum(precisions) / len(precisions), 12),
-                "fold_average_precisions": precisions,
-                "iterations": of_folds[0]["iterations"],
-                "reused_fit": all(result["reused_fit"] for result in of_folds),
-                "seconds": round(sum(result["seconds"] for result in of_folds), 3),
-            }
-        )
+    for number, (learner, params) in enumerate(combinations):
+        # The sort is stable: folds are in their order.
+        own = [index for index, task in enumerate(tasks) if task[0] == number]
+        of_folds = [precisions[index] for index in own]
+        entry = {
+            "learner": learner,
+            "params": params,
+            "validation_average_precision": round(math.fsum(of_folds) / len(of_folds), 12),
+            "fold_average_precisions": of_folds,
+            "rows": fitted[own[0]].rows,
+            "seconds": round(sum(fitted[index].seconds for index in own), 3),
+        }
+        log.info(
+            "%d/%d: %s %s: average precision %.4f, %d rows, %.1f s",
+            number + 1, len(combinations), learner, params, entry["validation_average_precision"], entry["rows"],
+            entry["seconds"],
+        )  # fmt: skip
+        entries.append(entry)
     return entries
-
-
-def _fit_and_validate(estimator: Any, fitted_on: DataFrame, validated_on: DataFrame) -> dict[str, Any]:
-    started = time.monotonic()
-    model = estimator.fit(fitted_on)
-    scored = model.transform(validated_on).select(LABEL, _probability().alias("score"))
-    return {
-        "average_precision": evaluation.ranking_metrics(scored)["average_precision"],
-        "iterations": _iterations(model),
-        "reused_fit": False,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-
-
-def feature_importances(
-    model: Any, fitted_on: DataFrame, features: list[str], weight: str | None = None
-) -> dict[str, float]:
-    """Feature → its share of a fitted model's decisions; the shares are 0 or more, and sum up to 1 unless all are 0.
-
-    Of trees, Spark's featureImportances: each split's gain times the rows it splits. Of logistic regression,
-    the coefficient's size times the standard deviation of the feature in the rows that were fitted on.
-    """
-    from pyspark.ml.stat import Summarizer
-    from pyspark.sql import functions as F
-
-    if hasattr(model, "featureImportances"):
-        sizes = model.featureImportances.toArray()
-    else:
-        deviation = Summarizer.metrics("std").summary(F.col(VECTOR), *([F.col(weight)] if weight else []))
-        sizes = abs(model.coefficients.toArray()) * fitted_on.select(deviation["std"]).collect()[0][0].toArray()
-    total = float(sizes.sum()) or 1.0
-    return {name: float(size) / total for name, size in zip(features, sizes)}
 
 
 def write_scores(
     spark: SparkSession,
     test: DataFrame,
-    pipeline: PipelineModel,
+    model: str,
     champion: dict[str, Any] | None,
     scores_uri: str,
+    library_name: str | None,
 ) -> dict[str, Any] | None:
-    """Write the test rows with the model's scores and the champion's, and say how the champion fared.
+    """Write the test rows with the scores of a model file and the champion's, and say how the champion fared.
 
     A champion that cannot be loaded or applied leaves champion_score NULL and is reported as unreadable, or as
-    newer_spark if a newer Spark saved it, which an older one does not read; that is no error of this job.
+    newer_library if a newer library wrote it, which this one would misread; that is no error of this job.
     """
     from pyspark.sql import functions as F
 
-    def write(scored: DataFrame, champion_score: Column) -> tuple[int, int, int]:
-        frame = scored.select(*SCORED_COLUMNS, "score", champion_score.cast("double").alias("champion_score"))
-        frame.write.mode("overwrite").parquet(scores_uri)
-        counts = runtime.read_parquet(spark, scores_uri).agg(
-            F.count(F.lit(1)), _numbers("score"), _numbers("champion_score")
-        )
-        rows, scores, champion_scores = counts.collect()[0]
-        return rows, scores, champion_scores
+    kept = {
+        "transaction_id": "bigint",
+        "tx_unix_seconds": "bigint",
+        "customer_id": "bigint",
+        "tx_amount": "double",
+        LABEL: "int",
+    }
+    # numpy has no NULL integer, and slow timestamps: both go as plain integers.
+    plain = {
+        "tx_unix_seconds": F.expr("CAST(tx_datetime AS BIGINT)"),
+        "customer_id": F.coalesce(F.col("customer_id"), F.lit(NO_KEY)),
+    }
 
-    scored = pipeline.transform(test).select(*test.columns, _probability().alias("score"))
-    verdict = None
-    written = None
+    def write(models: dict[str, str]) -> None:
+        inputs = sorted({name for text in models.values() for name in Scorer.from_json(text).features} - set(kept))
+        columns = [plain.get(name, F.col(name)).cast(kind).alias(name) for name, kind in kept.items()]
+        scored = fits.with_scores(test.select(*columns, *fits.input_columns(inputs)), models, kept, library_name)
+        found = {
+            "tx_datetime": F.expr("CAST(tx_unix_seconds AS TIMESTAMP)"),
+            "customer_id": F.expr(f"nullif(customer_id, CAST({NO_KEY} AS BIGINT))"),
+        }
+        champion_score = F.col("champion_score") if "champion_score" in models else F.lit(None).cast("double")
+        frame = scored.select(
+            *[found.get(name, F.col(name)).alias(name) for name in SCORED_COLUMNS],
+            "score",
+            champion_score.alias("champion_score"),
+        )
+        frame.write.mode("overwrite").parquet(scores_uri)
+
     if champion is not None:
         try:
             log.info("scoring the champion, version %s", champion.get("version"))
-            written = write(_champion_scored(spark, scored, champion), F.col("champion_score"))
-            if written[0] != written[2]:
-                raise ValueError(f"it gives no number for {written[0] - written[2]} of {written[0]} rows")
-            verdict = {**champion, "status": "scored"}
-        except runtime.NewerSparkError as error:
-            verdict = {**champion, "status": "newer_spark", "error": str(error)}
-            log.warning("the champion cannot score: %s", error)
+            text = _champion_model(spark, test, champion)
+            write({"score": model, "champion_score": text})
+            return {**champion, "status": "scored"}
+        except NewerModelError as error:
+            champion = {**champion, "status": "newer_library", "error": str(error)}
         except Exception as error:
             # Whatever is wrong with the champion: if it is not the champion, the write below fails as well.
-            reason = runtime.describe(error)
-            if champion.get("spark_version") not in (None, spark.version):
-                reason += " (saved by Spark {}, read by {})".format(champion["spark_version"], spark.version)
-            verdict = {**champion, "status": "unreadable", "error": reason}
-            log.warning("the champion cannot score: %s", verdict["error"])
-    if verdict is None or verdict["status"] != "scored":
-        written = write(scored, F.lit(None))
-    assert written is not None
-    if written[0] != written[1]:
-        raise ValueError(f"the model gives no number for {written[0] - written[1]} of {written[0]} rows")
-    return verdict
+            champion = {**champion, "status": "unreadable", "error": runtime.describe(error)}
+        log.warning("the champion cannot score: %s", champion["error"])
+    write({"score": model})
+    return champion
 
 
-def _champion_scored(spark: SparkSession, scored: DataFrame, champion: dict[str, Any]) -> DataFrame:
-    missing = [name for name in champion["features"] if name not in scored.columns]
+def _champion_model(spark: SparkSession, test: DataFrame, champion: dict[str, Any]) -> str:
+    """The champion's model file, if it can score these rows. Raises ModelError if it cannot."""
+    text = runtime.Files(spark).read(champion["model_uri"]).decode("utf-8", errors="replace")
+    features = Scorer.from_json(text).features
+    missing = [name for name in features if name not in test.columns]
     if missing:
-        raise ValueError("it needs features that these partitions do not have: {}".format(", ".join(missing)))
-    model = runtime.load_model(spark, champion["model_uri"])
-    return model.transform(scored).withColumn("champion_score", _probability())
+        raise ModelError("it needs features that these partitions do not have: {}".format(", ".join(missing)))
+    return text
+
+
+def _keep_sample(files: runtime.Files, test: DataFrame, scorer: Scorer, seed: int, uri: str) -> dict[str, float]:
+    """Write SAMPLE_ROWS held-out rows with inputs and scores to `uri`; returns feature → mean absolute contribution.
+
+    The rows are those with the lowest hashes, so the same for the same test window.
+    """
+    import numpy as np
+    import pyarrow
+    from pyspark.sql import functions as F
+
+    ids = ("transaction_id", "tx_datetime", "customer_id", "terminal_id", LABEL)
+    numbers = {"tx_datetime": F.expr("CAST(tx_datetime AS BIGINT)")}
+    names = [*ids, *scorer.features]
+    chosen = test.orderBy(fits.hash_of_transaction(seed), "transaction_id").limit(IMPORTANCE_ROWS)
+    rows = chosen.select(*[numbers.get(name, F.col(name)).alias(name) for name in names]).collect()
+    matrix = matrix_of({name: [row[name] for row in rows] for name in scorer.features}, scorer.features)
+    importances = np.abs(scorer.contributions(matrix)[:, :-1]).mean(axis=0)
+
+    kept = rows[:SAMPLE_ROWS]
+    types = {"tx_datetime": pyarrow.timestamp("us", tz="UTC"), LABEL: pyarrow.int32()}
+    columns = {name: [row[name] for row in kept] for name in names}
+    columns["tx_datetime"] = [seconds * 1_000_000 for seconds in columns["tx_datetime"]]
+    arrays = [
+        pyarrow.array(columns[name], types.get(name, pyarrow.int64() if name in ids else pyarrow.float64()))
+        for name in names
+    ]
+    scores = pyarrow.array(scorer.score(matrix[: len(kept)]))
+    table = pyarrow.Table.from_arrays([*arrays, scores], names=[*names, "score"])
+    files.write(uri, parquet_files.file_of(table))
+    return {name: float(value) for name, value in zip(scorer.features, importances)}
 
 
 def _settings(request: dict[str, Any]) -> dict[str, Any]:
@@ -561,34 +500,11 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
     if request["cutoff_uri"] not in request["feature_uris"]:
         raise ValueError("cutoff_uri must be one of feature_uris; it is {}".format(request["cutoff_uri"]))
     settings = {**DEFAULTS, **{name: value for name, value in request.items() if value is not None}}
-    for name in ("validation_folds", "max_train_rows"):
-        if settings[name] is not None and settings[name] < 1:
-            raise ValueError(f"{name} must be 1 or more; it is {settings[name]}")
-    for learner, params in _points(settings["candidates"]):
-        try:
-            _estimator(learner, params, settings["seed"], None)
-        except TypeError as error:
-            raise ValueError(f"{learner} cannot have {params}: {error}") from None
+    for name, least in (("validation_folds", 1), ("fit_threads", 1), ("search_rows", 1000), ("max_train_rows", 1000)):
+        if not settings[name] >= least:
+            raise ValueError(f"{name} must be {least:,} or more; it is {settings[name]}")
+    check_candidates(settings["candidates"])
     return settings
-
-
-def _points(candidates: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Learner and parameters of every combination; raises ValueError for what `LEARNERS` does not have."""
-    points = []
-    for candidate in candidates:
-        learner, grid = candidate.get("learner"), candidate.get("grid") or {}
-        if learner not in LEARNERS:
-            raise ValueError("there is no learner {!r}; a candidate has one of {}".format(learner, ", ".join(LEARNERS)))
-        allowed = LEARNERS[learner][1]
-        unknown = [name for name in grid if name not in allowed]
-        if unknown:
-            raise ValueError(
-                "the grid of {} cannot have {}; it can have {}".format(learner, ", ".join(unknown), ", ".join(allowed))
-            )
-        points += [(learner, dict(_pairs(grid, values))) for values in itertools.product(*grid.values())]
-    if not points:
-        raise ValueError("candidates has no combination to fit; see train_model.run")
-    return points
 
 
 def _read_features(spark: SparkSession, settings: dict[str, Any]) -> DataFrame:
@@ -713,50 +629,10 @@ def _too_little(reason: str) -> dict[str, Any]:
     return {"outcome": "too_little_data", "reason": reason}
 
 
-def _estimator(learner: str, params: dict[str, Any], seed: int, weight: str | None) -> Any:
-    from pyspark.ml import classification
-
-    common: dict[str, Any] = {"featuresCol": VECTOR, "labelCol": LABEL}
-    if weight is not None:
-        common["weightCol"] = weight
-    if learner != "logistic_regression":
-        common["seed"] = seed
-    return getattr(classification, LEARNERS[learner][0])(**common, **params)
-
-
-def _iterations(model: Any) -> int | None:
-    """Iterations of a logistic regression; None for trees."""
-    if hasattr(model, "featureImportances"):
-        return None
-    # The history begins with the value before the first iteration; totalIterations counted it until Spark
-    # 3.0.
-    return len(model.summary.objectiveHistory) - 1
-
-
-def _probability() -> Column:
-    """The probability of fraud, as a model's transform() leaves it."""
-    from pyspark.ml.functions import vector_to_array
-    from pyspark.sql import functions as F
-
-    return vector_to_array(F.col("probability"))[1]
-
-
-def _numbers(column: str) -> Column:
-    """How many rows have a number (not NULL, not NaN) in `column`."""
-    from pyspark.sql import functions as F
-
-    return F.count(F.when(~F.isnan(column), 1))
-
-
 def _between(frame: DataFrame, window: tuple[int, int]) -> DataFrame:
     from pyspark.sql import functions as F
 
     return frame.where(F.col("tx_time_days").between(*window))
-
-
-def _pairs(grid: dict[str, list[Any]], values: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-    for index, name in enumerate(grid):
-        yield name, values[index]
 
 
 class _Clock:

@@ -6,6 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.assets.common import OWNERS, conclude, split_verdicts, table_schema
+from ml_platform.assets.config import check_run_config
 from ml_platform.partitions import raw_files
 from ml_platform.resources.lake import CLEANED, REJECTED, LakeResource, RawFile
 from ml_platform.resources.spark import SparkEngine
@@ -55,6 +56,7 @@ def cleaned_transactions(
     context: dg.AssetExecutionContext, config: CleaningConfig, lake: LakeResource, spark: SparkEngine
 ) -> dg.MaterializeResult:
     """Clean the new or changed files among the run's partitions in one Spark job."""
+    check_run_config(context.run.run_config)
     files, ignored = lake.list_raw_files()
     for name, reason in ignored.items():
         context.log.warning(f"ignored raw file {name!r}: {reason}")

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.common import OWNERS, conclude, some_of, split_verdicts, table_schema
+from ml_platform.assets.config import check_run_config
 from ml_platform.outside_text import printable
 from ml_platform.partitions import raw_files
 from ml_platform.quality import QualityLimits, problem_of_file
@@ -117,6 +118,7 @@ def transaction_features(
     """Build, in one job, what is missing or stale among the run's partitions, and what is stale or lost beyond them
     unless the checks would stop it.
     """
+    check_run_config(context.run.run_config)
     cleaned, (features, outdated) = lake.reports(CLEANED), lake.split_reports(FEATURES)
     inputs, history = expected_inputs(cleaned), history_of(cleaned)
     failed = {

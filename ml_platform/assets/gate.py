@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from pydantic import Field, model_validator
 
-from ml_platform.promotion import DECIDED_BY_FIGURES, Decision, Facts, PromotionRule, Scores, decide
+from ml_platform.assets.config import PromotionConfig
+from ml_platform.mlflow_model import read_model_file
+from ml_platform.promotion import DECIDED_BY_FIGURES, Decision, Facts, Scores, decide
 from ml_platform.resources.lake import LakeResource, SchemaVersionError
 from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource, hide_progress_bars
-from ml_platform.resources.spark import SparkEngine
+from spark_jobs.learners import LEARNERS, ModelError, Scorer, installed_version, is_newer, matrix_of
 
 if TYPE_CHECKING:
+    import pandas
     from mlflow.entities.model_registry import ModelVersion
 
 #: Scores that a reloaded model may differ by.
@@ -38,41 +40,6 @@ COMPARED_TAG = "champion_compared"
 INSTANT = "%Y-%m-%dT%H:%M:%SZ"
 
 
-class PromotionConfig(dg.Config):
-    """When the new model becomes the champion; see docs/model.md."""
-
-    mode: str = Field(default="enforce", pattern="^(enforce|dry_run)$", description="enforce; dry_run moves nothing.")
-    margin: float = Field(
-        default=0.0, ge=0, lt=1, description="Average precision by which it must be better, at the least."
-    )
-    confidence: float = Field(default=0.95, gt=0, lt=1, description="Of the interval whose lower bound decides.")
-    replicates: int = Field(default=1000, ge=100, description="Bootstrap replicates.")
-    min_frauds: int = Field(default=50, ge=2, description="Held-out frauds below which no models are compared.")
-    min_champion_average_precision: float = Field(
-        default=0.2, ge=0, le=1, description="Below this on the newest held-out week, a check warns of the champion."
-    )
-    max_champion_age_days: int = Field(
-        default=120, ge=1, description="After so many days without a comparable challenger, a check warns."
-    )
-
-    @model_validator(mode="after")
-    def _is_a_rule(self) -> "PromotionConfig":
-        # What does not fit together is better known before the training than after it.
-        self.rule(seed=0)
-        return self
-
-    def rule(self, seed: int) -> PromotionRule:
-        """The rule that these settings are."""
-        return PromotionRule(
-            margin=self.margin,
-            confidence=self.confidence,
-            replicates=self.replicates,
-            min_frauds=self.min_frauds,
-            seed=seed,
-            mode="dry_run" if self.mode == "dry_run" else "enforce",
-        )
-
-
 def judge(
     config: PromotionConfig, seed: int, lake: LakeResource, scores_name: str, report: dict[str, Any], champion: Any
 ) -> Decision:
@@ -84,11 +51,11 @@ def judge(
         test_first_date=date.fromisoformat(windows["test"]["first_date"]),
     )
     if champion is not None:
-        verdict = report["champion"] or {"status": "unreadable", "error": "its version does not name its model's files"}
+        verdict = report["champion"] or {"status": "unreadable", "error": champion_problem(champion)}
         facts = Facts(
             champion=champion.version,
             champion_error=None if verdict["status"] == "scored" else verdict["error"],
-            champion_newer_spark=verdict["status"] == "newer_spark",
+            champion_newer_library=verdict["status"] == "newer_library",
             champion_features=tuple(features_of(champion)) or None,
             champion_train_last_date=_last_date_of(champion),
             challenger_features=facts.challenger_features,
@@ -124,6 +91,30 @@ def features_of(version: "ModelVersion") -> list[str]:
     return features if isinstance(features, list) and all(isinstance(name, str) for name in features) else []
 
 
+def champion_problem(version: "ModelVersion") -> str | None:
+    """Why a version cannot score with this platform, by its tags; None if nothing in them speaks against it."""
+    name = f"version {version.version}"
+    if not version.tags.get("model_uri", "").endswith(".json"):
+        if "spark_version" in version.tags:
+            return (
+                f"{name} is a Spark ML pipeline of an earlier version of ml_platform, with which this one "
+                "cannot score; the next run trains a successor"
+            )
+        return f"{name} does not name its model file in its tags"
+    if not features_of(version):
+        return f"{name} does not name its inputs in its tags"
+    learner = LEARNERS.get(version.tags.get("learner", ""))
+    if learner is not None and learner.library is not None:
+        wrote, own = version.tags.get("library_version", ""), installed_version(learner.library)
+        with suppress(ModelError):  # anybody may have edited the tag
+            if is_newer(wrote, own):
+                return (
+                    f"{name} was written by {learner.library} {wrote}, which the older {own} at hand would misread: "
+                    f"install {learner.library} {wrote}, or choose another version"
+                )
+    return None
+
+
 def _last_date_of(version: "ModelVersion") -> date | None:
     """The last day that a version was trained on, by its tag; None where that does not name it."""
     try:
@@ -152,57 +143,50 @@ def read_scores(lake: LakeResource, name: str, *, with_champion: bool = True) ->
     )
 
 
-def verify_reload(
-    context: dg.AssetExecutionContext,
-    lake: LakeResource,
-    spark: SparkEngine,
-    mlflow: MlflowResource,
-    *,
-    version: "ModelVersion",
-    directory: str,
-    report: dict[str, Any],
-    feature_uris: list[str],
-) -> None:
+def verify_reload(lake: LakeResource, mlflow: MlflowResource, *, version: "ModelVersion", sample_name: str) -> None:
     """Load a registered version back from MLflow, let it score held-out rows again, and note that it did as PROOF_TAG.
 
-    The files come from MLflow and are scored by Spark from the lake, so that it works wherever Spark runs.
+    The rows are those of `sample_name` in the lake, with the scores of the training. Only the model file is read: what
+    else is in MLflow may have been put there by anybody.
 
     Raises:
         dagster.Failure: the version does not load, or scores differ.
     """
     import mlflow as mlflow_api
+    import numpy as np
 
     hide_progress_bars()
-    reloaded = f"{directory}/reloaded"
     with tempfile.TemporaryDirectory(prefix="ml-platform-") as target:
         mlflow_api.set_tracking_uri(mlflow.tracking_uri)
         path = mlflow_api.artifacts.download_artifacts(
             artifact_uri=f"models:/{MODEL_NAME}/{version.version}", dst_path=target
         )
-        lake.store.upload(Path(path) / "sparkml", reloaded)
-    proof = spark.run_job(
-        context,
-        lake,
-        "verify_model",
-        {
-            "model_uri": lake.store.spark_uri(reloaded),
-            "feature_uris": feature_uris,
-            "features": report["features"],
-            "scores_uri": report["scores_uri"],
-        },
-        rows=report["metrics"]["test_rows"],
-        label=report["cutoff"],
-    )
-    if proof["rows"] == 0 or not proof["max_difference"] <= SAME_SCORE:  # nor if it is no number
+        try:
+            scorer = Scorer.from_json(read_model_file(Path(path)))
+        except (OSError, ModelError) as error:
+            raise dg.Failure(
+                f"version {version.version} does not load back from MLflow: {error}; the champion stays",
+                allow_retries=False,
+            ) from None
+    sample = read_sample(lake, sample_name)
+    differences = np.abs(scorer.score(matrix_of(sample, scorer.features)) - sample["score"].to_numpy())
+    if len(differences) == 0 or not differences.max() <= SAME_SCORE:  # nor if it is no number
         raise dg.Failure(
-            f"version {version.version}, loaded back from MLflow, scores {proof['rows']} rows by up to "
-            f"{proof['max_difference']} otherwise than when it was trained; the champion stays",
+            f"version {version.version}, loaded back from MLflow, scores {len(differences)} rows by up to "
+            f"{differences.max(initial=0)} otherwise than when it was trained; the champion stays",
             allow_retries=False,
         )
-    told = (
-        f"{proof['rows']} rows scored by Spark {proof['spark_version']}, largest difference {proof['max_difference']}"
-    )
-    mlflow.tag_version(version.version, {PROOF_TAG: told})
+    proof = f"{len(differences)} rows scored again, largest difference {differences.max()}"
+    mlflow.tag_version(version.version, {PROOF_TAG: proof})
+
+
+def read_sample(lake: LakeResource, name: str) -> "pandas.DataFrame":
+    """The held-out rows that a training left beside its model: ids, inputs and score."""
+    import io
+
+    import pandas
+
+    return pandas.read_parquet(io.BytesIO(lake.store.read(name)))
 
 
 def note_health(

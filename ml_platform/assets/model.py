@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
 
 from ml_platform.assets.common import OWNERS, some_of
+from ml_platform.assets.config import FraudModelConfig
 from ml_platform.assets.features import (
     expected_inputs,
     in_order_of_time,
@@ -21,55 +21,26 @@ from ml_platform.assets.features import (
 from ml_platform.assets.gate import (
     DECISION_FILE,
     FINDINGS_VERSION,
-    PromotionConfig,
     champion_tags,
     features_of,
     judge,
     note_health,
+    read_sample,
     verify_reload,
 )
 from ml_platform.figures import draw_figures, markdown_summary
+from ml_platform.mlflow_model import partition_datasets, save_model
+from ml_platform.model_card import model_card
 from ml_platform.partitions import raw_files
 from ml_platform.promotion import Decision
 from ml_platform.quality import QualityLimits
 from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, Reports, instant
-from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource, register_spark_model
+from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
 from ml_platform.resources.spark import SparkEngine
 from spark_jobs.features import FEATURES as MODEL_INPUTS
+from spark_jobs.learners import LEARNERS, installed_version
 from spark_jobs.schema import REPORT_NAME
-from spark_jobs.train_model import DEFAULTS
-
-
-class FraudModelConfig(dg.Config):
-    """How a model is trained and judged. Days are whole days."""
-
-    train_each: bool = Field(False, description="Train a model per partition, oldest first (a walk-forward test).")
-    test_days: int = Field(7, ge=1, description="Held-out days at the end of the data.")
-    delay_days: int = Field(7, ge=0, description="Days until a label is known.")
-    train_days: int = Field(60, ge=1, description="Longest training window.")
-    validation_days: int = Field(7, ge=1, description="Last days of the training window, where parameters are chosen.")
-    min_train_days: int = Field(7, ge=1, description="Fewest days to fit on while parameters are chosen.")
-    min_frauds: int = Field(10, ge=1, description="Fewest frauds in each of these windows.")
-    alerts_per_day: int = Field(100, ge=1, description="Transactions that can be investigated a day.")
-    validation_folds: int = Field(1, ge=1, description="Weeks to choose parameters on, each a week earlier.")
-    max_train_rows: int | None = Field(
-        None, description="Learn from about so many rows at the most: genuine ones are drawn and weighted. None: all."
-    )
-    candidates: list[dict[str, Any]] = Field(
-        default=DEFAULTS["candidates"],
-        description="Learners (logistic_regression, gbt, random_forest), each with a grid of its parameters.",
-    )
-    seed: int = Field(0, ge=0, description="Seed of whatever is drawn.")
-    promotion: PromotionConfig = Field(default=PromotionConfig(), description="When the model becomes the champion.")
-
-    def as_request(self) -> dict[str, Any]:
-        """The settings as the training job takes them."""
-        return self.model_dump(exclude={"train_each", "promotion"})
-
-    @property
-    def window_days(self) -> int:
-        """Days of data, back from the last, that training looks at."""
-        return self.test_days + self.delay_days + self.train_days
+from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
 
 
 @dg.asset(
@@ -172,9 +143,15 @@ def _train(
     )
     active = run.active_run()
     data_set = {
-        key: {"fingerprint": cleaned[key]["raw"]["fingerprint"], "rows": features[key]["counts"]["rows"]}
+        key: {
+            "fingerprint": cleaned[key]["raw"]["fingerprint"],
+            "rows": features[key]["counts"]["rows"],
+            "uri": lake.store.spark_uri(lake.partition_path(FEATURES, key)),
+        }
         for key in used
     }
+    datasets, dataset_tags = partition_datasets(data_set)
+    run.log_inputs(datasets, ["training"] * len(datasets), dataset_tags)
     run.log_dict({"cutoff": cutoff, "partitions": data_set}, "data_set.json")
     run.log_dict(report, "report.json")
     run.log_params(
@@ -204,28 +181,9 @@ def _train(
     _log_training(run, report)
     decision = judge(config.promotion, config.seed, lake, f"{directory}/test_scores", report, champion)
     summary = _log_decision(run, report, decision)
-    version = register_spark_model(
-        mlflow,
-        run=run,
-        spark_version=report["spark_version"],
-        features=report["features"],
-        tags={
-            "cutoff": cutoff,
-            "dagster.run_id": context.run.run_id,
-            "model_uri": report["model_uri"],
-            "spark_version": report["spark_version"],
-            "features": json.dumps(report["features"]),
-            "train_last_date": report["windows"]["train"]["last_date"],
-            "learner": report["best"]["learner"],
-        },
-        download_model=lambda target: lake.store.download(f"{directory}/model", target),
-    )
+    version = _register(context, lake, mlflow, run, directory, report, decision, data_set)
     # Every version, for each can be made the champion by hand later.
-    tested = [key for key in used if cleaned[key]["tx_datetime"]["max"] >= report["windows"]["test"]["first_date"]]
-    verify_reload(
-        context, lake, spark, mlflow, version=version, directory=directory, report=report,
-        feature_uris=[lake.store.spark_uri(lake.partition_path(FEATURES, key)) for key in tested],
-    )  # fmt: skip
+    verify_reload(lake, mlflow, version=version, sample_name=f"{directory}/{SAMPLE_FILE}")
     found = {"schema_version": FINDINGS_VERSION, **asdict(decision)}
     lake.write_json(f"{directory}/{DECISION_FILE}", {**found, "cutoff": cutoff, "version": version.version})
     note_health(
@@ -236,6 +194,8 @@ def _train(
     if decision.apply:
         # The alias moves last: whatever fails before leaves the champion as it is.
         mlflow.set_champion(version.version, champion_tags(who="fraud_model", why=decision.reasons[0]))
+    else:
+        mlflow.set_challenger(version.version)
     context.log.info(f"model version {version.version}: {decision.outcome}. {decision.reasons[0]}")
     return {
         "outcome": report["outcome"],
@@ -256,6 +216,38 @@ def _train(
         "promotion_figures": dg.MetadataValue.json(decision.figures),
         **details,
     }
+
+
+def _register(
+    context: dg.AssetExecutionContext,
+    lake: LakeResource,
+    mlflow: MlflowResource,
+    run: Any,
+    directory: str,
+    report: dict[str, Any],
+    decision: Decision,
+    data_set: dict[str, Any],
+) -> Any:
+    """Log the model file as an MLflow model and register it, with a description that people read."""
+    learner = report["best"]["learner"]
+    library = LEARNERS[learner].library
+    with tempfile.TemporaryDirectory(prefix="ml-platform-") as temporary:
+        target = Path(temporary) / "model"
+        save_model(
+            target, lake.store.read(f"{directory}/{MODEL_FILE}"), read_sample(lake, f"{directory}/{SAMPLE_FILE}")
+        )
+        run.log_artifacts(str(target), "model")
+    tags = {
+        "cutoff": report["cutoff"],
+        "dagster.run_id": context.run.run_id,
+        "model_uri": report["model_uri"],
+        "features": json.dumps(report["features"]),
+        "train_last_date": report["windows"]["train"]["last_date"],
+        "learner": learner,
+    }
+    if library is not None:
+        tags["library_version"] = installed_version(library)
+    return mlflow.register(run, tags, model_card(report, decision, data_set))
 
 
 def _log_decision(run: Any, report: dict[str, Any], decision: Decision) -> str:
@@ -294,14 +286,11 @@ def _log_training(run: Any, report: dict[str, Any]) -> None:
 
 def _champion_request(champion: Any) -> dict[str, Any] | None:
     """The champion as the training job takes it; None if its tags do not name its model."""
-    if champion is None or "model_uri" not in champion.tags or not features_of(champion):
+    uri = champion.tags.get("model_uri", "") if champion is not None else ""
+    # Before 0.2 it was the directory of a Spark ML pipeline.
+    if not uri.endswith(".json") or not features_of(champion):
         return None
-    return {
-        "version": champion.version,
-        "model_uri": champion.tags["model_uri"],
-        "features": features_of(champion),
-        "spark_version": champion.tags.get("spark_version"),
-    }
+    return {"version": champion.version, "model_uri": uri, "features": features_of(champion)}
 
 
 def _partitions_tag(keys: list[str] | Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from ml_platform.code_archive import ARCHIVE_NAME, build_archive, content_hash, main_file
+from ml_platform.code_archive import ARCHIVE_NAME, build_archive, content_hash, library_archive, main_file
 from ml_platform.dataproc_api import (
     FINISHED_JOB,
     OWNER,
@@ -292,6 +292,9 @@ class DataprocEngine(SparkEngine):
 
     # jobs
 
+    def _library_uri(self, context: dg.AssetExecutionContext, lake: LakeResource) -> str | None:
+        return lake.store.spark_uri(self._upload_library(lake))
+
     def _execute(
         self,
         context: dg.AssetExecutionContext,
@@ -409,20 +412,24 @@ class DataprocEngine(SparkEngine):
             context.log.info(printable(new[start : start + LOG_PIECE].rstrip("\n"), keep="\n\t"))
 
     def _upload_code(self, lake: LakeResource, job: str) -> str:
-        """Directory in the lake with the code that jobs run; uploaded where it is not there yet, and read back."""
+        """Directory in the lake with the code that jobs run.
+
+        The library goes with the first job of a run, whether that needs it or not: a cluster without it is in vain.
+        """
         archive = build_archive()
         directory = f"_code/{content_hash(archive)}"
-        for name, content in ((ARCHIVE_NAME, archive), (f"{job}.py", main_file(job))):
-            file = f"{directory}/{name}"
-            try:
-                if lake.store.read(file) == content:
-                    continue
-            except FileNotFoundError:
-                pass
-            lake.store.write(file, content)
-            if lake.store.read(file) != content:
-                raise dg.Failure(f"{lake.store.spark_uri(file)} is not what was written there", allow_retries=False)
+        _upload(lake, f"{directory}/{ARCHIVE_NAME}", archive)
+        _upload(lake, f"{directory}/{job}.py", main_file(job))
+        self._upload_library(lake)
         return directory
+
+    @staticmethod
+    def _upload_library(lake: LakeResource) -> str:
+        """Name in the lake of the archive of the learners' library."""
+        name, content = library_archive()
+        file = f"_code/{content_hash(content)}/{name}"
+        _upload(lake, file, content)
+        return file
 
     # what it took
 
@@ -458,6 +465,18 @@ class DataprocEngine(SparkEngine):
             metadata["cluster_cost"] = round(price, 2)
             metadata["cluster_cost_currency"] = self.currency
         return metadata
+
+
+def _upload(lake: LakeResource, file: str, content: bytes) -> None:
+    """Write a file to the lake where it is not there yet, and read it back."""
+    try:
+        if lake.store.read(file) == content:
+            return
+    except FileNotFoundError:
+        pass
+    lake.store.write(file, content)
+    if lake.store.read(file) != content:
+        raise dg.Failure(f"{lake.store.spark_uri(file)} is not what was written there", allow_retries=False)
 
 
 def _changes(log: Any) -> Any:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "fraud_model"
 MODEL_NAME = "fraud_model"
 CHAMPION = "champion"
+CHALLENGER = "challenger"
 
 #: Error codes of MLflow for a version, an alias or a model that is not there, whatever the store.
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -113,6 +114,17 @@ class MlflowResource(dg.ConfigurableResource):
         self.tag_version(version, tags)
         self.client().set_registered_model_alias(MODEL_NAME, CHAMPION, version)
 
+    def set_challenger(self, version: str) -> None:
+        """Give a version that did not win the alias ``challenger``."""
+        self.client().set_registered_model_alias(MODEL_NAME, CHALLENGER, version)
+
+    def register(self, run: MlFlow, tags: Mapping[str, str], description: str) -> ModelVersion:
+        """Register the artifact ``model`` of an MLflow run as a version."""
+        uri = f"runs:/{run.active_run().info.run_id}/model"
+        version: ModelVersion = run.register_model(uri, MODEL_NAME, tags=dict(tags))
+        self.client().update_model_version(MODEL_NAME, version.version, description)
+        return version
+
     def tag_version(self, version: str, tags: Mapping[str, str]) -> None:
         """Set tags of a registered version."""
         client = self.client()
@@ -199,83 +211,3 @@ def try_artifacts(where: str, tracking_uri: str) -> None:
             path.rmdir()
     if problems:
         raise ArtifactError(problems[0])
-
-
-def write_spark_flavor(
-    target: Path, *, run_id: str, spark_version: str, features: list[str], download_model: Any
-) -> None:
-    """Make `target` an MLflow model of the Spark flavour out of a PipelineModel that a job has saved.
-
-    ``mlflow.spark.save_model`` would need a Spark session beside the model, which the orchestrator of a cluster run
-    has not; the format is MLflow's own (an ``MLmodel`` file, the folder ``sparkml``, environment files).
-
-    Args:
-        target: directory to fill.
-        run_id: MLflow run that the model belongs to.
-        spark_version: version of the Spark that saved the model, which becomes its requirement.
-        features: names of the input columns, all doubles.
-        download_model: called with the directory that is to hold the saved PipelineModel.
-    """
-    import mlflow
-    import yaml  # type: ignore[import-untyped]
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, Schema
-    from mlflow.utils import PYTHON_VERSION
-
-    requirements = [f"mlflow=={mlflow.__version__}", f"pyspark=={spark_version}"]
-    target.mkdir(parents=True, exist_ok=True)
-    download_model(target / "sparkml")
-    conda = {
-        "name": "mlflow-env",
-        "channels": ["conda-forge"],
-        "dependencies": [f"python={PYTHON_VERSION}", "pip", {"pip": requirements}],
-    }
-    python_env = {
-        "python": PYTHON_VERSION,
-        "build_dependencies": ["pip"],
-        "dependencies": ["-r requirements.txt"],
-    }
-    (target / "requirements.txt").write_text("\n".join(requirements) + "\n")
-    (target / "conda.yaml").write_text(yaml.safe_dump(conda, sort_keys=False))
-    (target / "python_env.yaml").write_text(yaml.safe_dump(python_env, sort_keys=False))
-    model = Model(
-        artifact_path="model",
-        run_id=run_id,
-        signature=ModelSignature(
-            inputs=Schema([ColSpec("double", name) for name in features]),
-            outputs=Schema([ColSpec("double", "prediction")]),
-        ),
-    )
-    model.add_flavor(
-        "spark",
-        pyspark_version=spark_version,
-        model_data="sparkml",
-        code=None,
-        model_class="pyspark.ml.pipeline.PipelineModel",
-    )
-    environment = {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}
-    mlflow.pyfunc.add_to_model(model, loader_module="mlflow.spark", data="sparkml", env=environment)
-    model.save(str(target / "MLmodel"))
-
-
-def register_spark_model(
-    mlflow_resource: MlflowResource,
-    *,
-    run: Any,
-    spark_version: str,
-    features: list[str],
-    tags: Mapping[str, str],
-    download_model: Any,
-) -> ModelVersion:
-    """Log a saved PipelineModel as the artifact ``model`` of an MLflow run and register it as a version."""
-    run_id = run.active_run().info.run_id
-    with tempfile.TemporaryDirectory(prefix="ml-platform-") as directory:
-        write_spark_flavor(
-            Path(directory),
-            run_id=run_id,
-            spark_version=spark_version,
-            features=features,
-            download_model=download_model,
-        )
-        run.log_artifacts(directory, "model")
-    return run.register_model(f"runs:/{run_id}/model", MODEL_NAME, tags=dict(tags))

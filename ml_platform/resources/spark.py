@@ -20,7 +20,7 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from ml_platform import s3a
-from ml_platform.code_archive import ARCHIVE_NAME, build_archive
+from ml_platform.code_archive import ARCHIVE_NAME, LIBRARY_JOBS, build_archive, library_archive
 from ml_platform.local_spark import default_spark_config
 from ml_platform.resources.lake import LakeResource
 from ml_platform.run_processes import note_process
@@ -52,6 +52,8 @@ class SparkEngine(dg.ConfigurableResource, ABC):
         """
         run_id = context.run.run_id
         request = {"run_id": run_id, **request}
+        if job in LIBRARY_JOBS:
+            request["library_uri"] = self._library_uri(context, lake)
         lake.write_json(job_file(run_id, job, label, "request.json"), request)
         report = self._execute(context, lake, job, request, rows=rows, label=label)
         if not isinstance(report, dict) or report.get("run_id") != run_id:
@@ -61,6 +63,10 @@ class SparkEngine(dg.ConfigurableResource, ABC):
                 allow_retries=False,
             )
         return report
+
+    def _library_uri(self, context: dg.AssetExecutionContext, lake: LakeResource) -> str | None:
+        """Where Spark finds the archive of the learners' library; None where its Python has the library."""
+        return None
 
     @abstractmethod
     def _execute(
@@ -96,6 +102,7 @@ class LocalSparkEngine(SparkEngine):
     _pyspark: Any = PrivateAttr(default=None)
     #: What the executors fetch from this process while the session lasts.
     _code: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _library: Path | None = PrivateAttr(default=None)
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[LocalSparkEngine]:
@@ -124,10 +131,20 @@ class LocalSparkEngine(SparkEngine):
         lake.write_json(job_file(context.run.run_id, job, label, "report.json"), report)
         return report
 
+    def _library_uri(self, context: dg.AssetExecutionContext, lake: LakeResource) -> str | None:
+        self._session(context)
+        return str(self._library) if self._library else None
+
     def _session(self, context: dg.AssetExecutionContext) -> Any:
         if self._pyspark is None:
             from dagster_pyspark import LazyPySparkResource
 
+            directory = Path(self._code.enter_context(tempfile.TemporaryDirectory()))
+            if not self.master.startswith("local"):
+                # Before Spark, for it may not be there.
+                name, content = library_archive()
+                self._library = directory / name
+                self._library.write_bytes(content)
             context.log.info(f"starting Spark on {self.master}")
             config = default_spark_config(self.master, self.driver_memory)
             if self.with_s3:
@@ -141,7 +158,7 @@ class LocalSparkEngine(SparkEngine):
                 # PySpark's default is whichever python3 comes first in PATH.
                 pyspark.spark_session.sparkContext.pythonExec = sys.executable
             else:
-                archive = Path(self._code.enter_context(tempfile.TemporaryDirectory())) / ARCHIVE_NAME
+                archive = directory / ARCHIVE_NAME
                 archive.write_bytes(build_archive())
                 pyspark.spark_session.sparkContext.addPyFile(str(archive))
             self._pyspark = pyspark

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
 import pytest
+
+from spark_jobs import library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +52,18 @@ def start_session(warehouse: str, config: dict[str, str]) -> SparkSession:
     session.sparkContext.pythonExec = sys.executable
     runtime.configure(session)
     return session
+
+
+#: Names the archive of the learners' library.
+ARCHIVE_VARIABLE = "LIBRARY_ARCHIVE"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library_uri() -> str:
+    """The archive of the learners' library, which tests in this process use as tasks do."""
+    archive = os.environ[ARCHIVE_VARIABLE]
+    sys.path.insert(0, library.unpacked(Path(archive)))
+    return archive
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import shutil
-import statistics
 from datetime import date, datetime, timedelta, timezone
 
 import pytest
 
-from spark_jobs import evaluation, runtime, train_model, verify_model
+from spark_jobs import evaluation, fits, learners, library, train_model
 from spark_jobs.schema import SCHEMA_VERSION
 
 pytestmark = pytest.mark.spark
@@ -37,15 +34,16 @@ SHORT_WINDOWS = {
 }
 
 
-#: Small trees, so that a fit takes a second.
-TREES = {
-    "gbt": {"maxIter": [3], "maxDepth": [2, 3], "maxBins": [64]},
-    "random_forest": {"numTrees": [3], "maxDepth": [4], "maxBins": [64], "featureSubsetStrategy": ["onethird"]},
-}
+FEATURES = ["tx_amount", "risk", "noise"]
 
 
 def logistic(**grid):
     return [{"learner": "logistic_regression", "grid": grid}]
+
+
+def trees(**grid):
+    """Small ones, so that a fit takes no time."""
+    return [{"learner": "xgboost", "grid": {"rounds": [5], "max_depth": [2], "max_bin": [64], **grid}}]
 
 
 def make_rows(seed=7, rows_per_day=120):
@@ -87,23 +85,15 @@ def write(spark, rows, directory):
     return uris
 
 
-def vectors(spark, uris, condition):
-    """Rows as the learners take them."""
-    from pyspark.ml.feature import VectorAssembler
-
-    assembler = VectorAssembler(inputCols=["tx_amount", "risk", "noise"], outputCol=train_model.VECTOR)
-    return assembler.transform(spark.read.parquet(*uris).where(condition))
-
-
 def request(uris, output, **changes):
     return {
         "run_id": "run-1",
         "cutoff": "file1",
         "feature_uris": uris,
         "cutoff_uri": uris[-1],
-        "features": ["tx_amount", "risk", "noise"],
+        "features": FEATURES,
         "output_uri": str(output),
-        "candidates": logistic(regParam=[0.5, 0], maxIter=[100, 200]),
+        "candidates": logistic(C=[1e-6, 1], max_iter=[100, 200]),
         **SHORT_WINDOWS,
         **changes,
     }
@@ -120,9 +110,33 @@ def uris(spark, rows, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(spark, uris, tmp_path_factory):
-    output = tmp_path_factory.mktemp("models") / "run 1"
-    return train_model.run(spark, request(uris, output))
+def train(spark, uris, library_uri):
+    """Train on the module's rows, or on `uris`; `changes` are of the request."""
+
+    def train(output, uris=uris, **changes):
+        return train_model.run(spark, request(uris, output, **{"library_uri": library_uri, **changes}))
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("models") / "run 1")
+
+
+@pytest.fixture(scope="module")
+def boosted(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("models") / "boosted", candidates=trees(rounds=[1, 5]), seed=3)
+
+
+def model_file(report):
+    with open(report["model_uri"], encoding="utf-8") as file:
+        return file.read()
+
+
+def inside(rows, window):
+    """The rows of one of a report's windows."""
+    return [row for row in rows if window["first_day"] <= row[COLUMN["tx_time_days"]] <= window["last_day"]]
 
 
 def expected_test_rows(rows):
@@ -186,27 +200,27 @@ class TestReport:
         assert trained["schema_version"] == SCHEMA_VERSION
         assert trained["champion"] is None
         assert not [name for name in trained["metrics"] if name.startswith("champion")]
-        assert set(trained["seconds"]) == {"windows", "search", "fit", "score", "evaluate", "total"}
+        assert set(trained["seconds"]) == {"windows", "search", "fit", "score", "explain", "evaluate", "total"}
 
     def test_best_is_the_first_of_the_highest(self, trained):
         grid = trained["grid"]
         assert {entry["learner"] for entry in grid} == {"logistic_regression"}
-        assert [tuple(entry["params"].values()) for entry in grid] == [(0.5, 100), (0.5, 200), (0, 100), (0, 200)]
+        assert [tuple(entry["params"].values()) for entry in grid] == [(1e-6, 100), (1e-6, 200), (1, 100), (1, 200)]
         highest = max(entry["validation_average_precision"] for entry in grid)
         first = next(entry for entry in grid if entry["validation_average_precision"] == highest)
         assert trained["best"]["params"] == first["params"]
         assert trained["best"]["learner"] == "logistic_regression"
         assert trained["best"]["validation_average_precision"] == highest
 
-    def test_importances_of_a_logistic_regression(self, trained, rows):
-        """Coefficient times standard deviation, as shares."""
-        window = trained["windows"]["train"]
-        inside = [row for row in rows if window["first_day"] <= row[COLUMN["tx_time_days"]] <= window["last_day"]]
-        sizes = {
-            name: abs(value) * statistics.stdev(row[COLUMN[name]] for row in inside)
-            for name, value in trained["coefficients"].items()
-        }
-        expected = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+    def test_importances_are_mean_absolute_contributions_of_held_out_rows(self, spark, uris, trained):
+        """Of so few rows, all are drawn."""
+        scorer = learners.Scorer.from_json(model_file(trained))
+        ids = spark.read.parquet(trained["scores_uri"]).select("transaction_id")
+        rows = spark.read.parquet(*uris).join(ids, "transaction_id").select(*FEATURES).collect()
+        parts = scorer.contributions(
+            learners.matrix_of({name: [row[name] for row in rows] for name in FEATURES}, FEATURES)
+        )
+        expected = dict(zip(FEATURES, abs(parts[:, :-1]).mean(axis=0)))
         assert trained["feature_importances"] == pytest.approx(expected)
 
     def test_one_fold_and_no_sampling_unless_asked(self, trained):
@@ -280,19 +294,53 @@ class TestReport:
         assert metrics["test_card_precision_at_100"] == evaluation.card_precision(scores)
         assert metrics["test_recall_at_budget"] == evaluation.budget_metrics(scores, "score", 10)["recall"]
 
-    def test_saved_model_gives_the_same_scores(self, spark, trained, uris):
-        from pyspark.ml import PipelineModel
+    def test_the_model_file_gives_the_same_scores(self, spark, uris, trained, boosted):
+        for report in (trained, boosted):
+            scorer = learners.Scorer.from_json(model_file(report))
+            scores = {row["transaction_id"]: row["score"] for row in spark.read.parquet(report["scores_uri"]).collect()}
+            rows = [row for row in spark.read.parquet(*uris).collect() if row["transaction_id"] in scores]
+            matrix = learners.matrix_of({name: [row[name] for row in rows] for name in FEATURES}, FEATURES)
+            again = dict(zip([row["transaction_id"] for row in rows], scorer.score(matrix)))
+            assert len(again) == report["metrics"]["test_rows"]
+            assert again == scores
 
-        model = PipelineModel.load(trained["model_uri"])
-        again = model.transform(spark.read.parquet(*uris)).select(
-            "transaction_id", train_model._probability().alias("again")
-        )
-        compared = spark.read.parquet(trained["scores_uri"]).join(again, "transaction_id")
-        assert compared.count() == trained["metrics"]["test_rows"]
-        assert compared.where("score <> again").count() == 0
+    def test_the_sample_is_of_held_out_rows_with_their_inputs_and_scores(self, spark, uris, boosted):
+        import pyarrow.parquet as parquet
+
+        table = parquet.read_table(boosted["sample_uri"]).to_pydict()
+        ids = ["transaction_id", "tx_datetime", "customer_id", "terminal_id", "tx_fraud"]
+        assert list(table) == [*ids, *FEATURES, "score"]
+        scores = {row["transaction_id"]: row["score"] for row in spark.read.parquet(boosted["scores_uri"]).collect()}
+        assert dict(zip(table["transaction_id"], table["score"])) == scores
+        rows = {row["transaction_id"]: row for row in spark.read.parquet(*uris).collect()}
+        for name in ("customer_id", "tx_fraud", *FEATURES):
+            assert table[name] == [rows[number][name] for number in table["transaction_id"]]
+        assert [when.timestamp() for when in table["tx_datetime"]] == [
+            rows[number]["tx_time_seconds"] + EPOCH.timestamp() for number in table["transaction_id"]
+        ]
+
+    def test_the_profile_counts_the_train_window_by_day(self, boosted, rows):
+        profile, window = boosted["profile"], boosted["windows"]["train"]
+        assert (profile["first_day"], profile["days"]) == (window["first_day"], window["days"])
+        assert set(profile["edges"]) == set(profile["counts"]) == {*FEATURES, "score"}
+        per_day = dict.fromkeys(range(window["first_day"], window["last_day"] + 1), 0)
+        for row in inside(rows, window):
+            per_day[row[COLUMN["tx_time_days"]]] += 1
+        for name, edges in profile["edges"].items():
+            assert edges == sorted(set(edges))
+            assert len(edges) < fits.BINS
+            counts = profile["counts"][name]
+            assert [sum(day) for day in counts] == list(per_day.values())
+            assert {len(day) for day in counts} == {len(edges) + 1}
+        # Quantiles: nearly as many rows in each bin.
+        totals = [sum(day[number] for day in profile["counts"]["noise"]) for number in range(fits.BINS)]
+        assert max(totals) - min(totals) <= 2
+        edges = profile["edges"]["risk"]
+        below = sum(1 for row in inside(rows, window) if row[COLUMN["risk"]] < edges[0])
+        assert sum(day[0] for day in profile["counts"]["risk"]) == pytest.approx(below, abs=1)
 
 
-def test_rows_after_the_train_window_choose_nothing(spark, trained, rows, tmp_path):
+def test_rows_after_the_train_window_choose_nothing(spark, train, trained, rows, tmp_path):
     """Other labels and features in the delay, the test window and after D: only the test's figures move."""
     changed = []
     for row in rows:
@@ -302,14 +350,12 @@ def test_rows_after_the_train_window_choose_nothing(spark, trained, rows, tmp_pa
             other[COLUMN["risk"]] = 2 * row[COLUMN["risk"]]
             other[COLUMN["tx_amount"]] = 1000.0
         changed.append(other)
-    uris = write(spark, changed, tmp_path)
-    report = train_model.run(spark, request(uris, tmp_path / "model"))
-    assert report["best"]["params"] == trained["best"]["params"]
-    assert [entry["validation_average_precision"] for entry in report["grid"]] == pytest.approx(
-        [entry["validation_average_precision"] for entry in trained["grid"]], rel=1e-9
-    )
-    assert report["coefficients"] == pytest.approx(trained["coefficients"], rel=1e-6)
-    assert report["intercept"] == pytest.approx(trained["intercept"], rel=1e-6)
+    report = train(tmp_path / "model", write(spark, changed, tmp_path))
+    assert report["best"] == trained["best"]
+    assert [entry["validation_average_precision"] for entry in report["grid"]] == [
+        entry["validation_average_precision"] for entry in trained["grid"]
+    ]
+    assert model_file(report) == model_file(trained)
     assert report["metrics"]["test_roc_auc"] < trained["metrics"]["test_roc_auc"] - 0.1
 
 
@@ -349,20 +395,24 @@ def test_a_window_may_begin_before_the_first_year() -> None:
 
 
 class TestTooLittleData:
-    def refused(self, spark, tmp_path, uris, **changes):
-        report = train_model.run(spark, request(uris, tmp_path / "model", **changes))
+    @pytest.fixture(autouse=True)
+    def use(self, train):
+        self.train = train
+
+    def refused(self, tmp_path, uris, **changes):
+        report = self.train(tmp_path / "model", uris, **changes)
         assert report["outcome"] == "too_little_data"
         assert json.loads(json.dumps(report)) == report
         assert not (tmp_path / "model").exists()
         return report["reason"]
 
-    def test_days(self, spark, tmp_path, uris):
-        reason = self.refused(spark, tmp_path, uris[:1], cutoff="file0", cutoff_uri=uris[0], min_train_days=5)
+    def test_days(self, tmp_path, uris):
+        reason = self.refused(tmp_path, uris[:1], cutoff="file0", cutoff_uri=uris[0], min_train_days=5)
         assert reason.startswith("There are 14 days of data up to 2020-01-14, and at least 15 are needed: 5 to fit")
 
-    def test_enough_days_to_the_day(self, spark, tmp_path, uris):
+    def test_enough_days_to_the_day(self, tmp_path, uris):
         # 4 to fit on + 2 + 3 to choose on + 2 + 3 to test on = 14, but no window has so many frauds.
-        reason = self.refused(spark, tmp_path, uris[:1], cutoff="file0", cutoff_uri=uris[0], min_frauds=10_000)
+        reason = self.refused(tmp_path, uris[:1], cutoff="file0", cutoff_uri=uris[0], min_frauds=10_000)
         assert "2020-01-01 to 2020-01-09 (train) has " in reason
         assert "and at least 10000 frauds are needed" in reason
         assert all(name in reason for name in ("(validation)", "(test)"))
@@ -372,96 +422,87 @@ class TestTooLittleData:
         for row in changed:
             if 20 <= row[COLUMN["tx_time_days"]] <= 22:
                 row[COLUMN["tx_fraud"]] = 1
-        reason = self.refused(spark, tmp_path, write(spark, changed, tmp_path))
+        reason = self.refused(tmp_path, write(spark, changed, tmp_path))
         assert "2020-01-21 to 2020-01-23 (validation)" in reason
         assert "no genuine row" in reason
 
     def test_empty_cutoff(self, spark, tmp_path, uris):
         empty = str(tmp_path / "raw_file=empty")
         spark.createDataFrame([], SCHEMA).write.parquet(empty)
-        reason = self.refused(spark, tmp_path, [*uris, empty], cutoff="empty", cutoff_uri=empty)
+        reason = self.refused(tmp_path, [*uris, empty], cutoff="empty", cutoff_uri=empty)
         assert "empty has no rows" in reason
 
 
-def test_candidates_are_judged_on_the_validation_windows(spark, uris, trained, tmp_path, monkeypatch):
-    seen = []
+class TestFits:
+    def test_a_fit_is_that_of_the_library_on_the_rows_of_its_window(self, train, boosted, rows):
+        """Sorted by time and id, whatever the order of files and tasks."""
+        import numpy as np
 
-    def search(folds, candidates, seed, weight, progress):
-        seen.extend([[(fitted_on.count(), validated_on.count()) for fitted_on, validated_on in folds], candidates])
-        seen.extend([seed, weight])
-        raise InterruptedError
+        train_rows = inside(rows, boosted["windows"]["train"])
+        train_rows.sort(key=lambda row: (row[COLUMN["tx_time_seconds"]], row[0]))
+        matrix = np.array([[row[COLUMN[name]] for name in FEATURES] for row in train_rows], dtype="f4")
+        label = np.array([row[COLUMN["tx_fraud"]] for row in train_rows])
+        params = boosted["best"]["params"]
+        model = learners.LEARNERS["xgboost"].fit(matrix, label, np.ones(len(label)), params, 3, 4)
+        assert learners.Scorer("xgboost", FEATURES, model).to_json() == model_file(boosted)
 
-    monkeypatch.setattr(train_model, "search", search)
-    candidates = logistic(regParam=[7])
-    with pytest.raises(InterruptedError):
-        train_model.run(spark, request(uris, tmp_path, candidates=candidates, seed=5))
-    windows = trained["windows"]
-    assert seen == [[(windows["validation_train"]["rows"], windows["validation"]["rows"])], candidates, 5, None]
+    @pytest.mark.parametrize("threads", [1, 2, 8])
+    def test_threads_files_and_their_order_change_no_byte(self, spark, train, boosted, rows, tmp_path, threads):
+        """Another number of files and tasks, too, and rows in another order."""
+        uris = []
+        for file in range(FILES):
+            part = [tuple(row) for row in rows[file * len(rows) // FILES : (file + 1) * len(rows) // FILES]]
+            random.Random(threads).shuffle(part)
+            uris.append(str(tmp_path / "transaction_features" / f"raw_file=file{file}"))
+            spark.createDataFrame(part, SCHEMA).repartition(threads).write.parquet(uris[-1])
+        changes = {"candidates": trees(rounds=[1, 5]), "seed": 3, "fit_threads": threads}
+        report = train(tmp_path / "model", uris, **changes)
+        assert model_file(report) == model_file(boosted)
+        same = ("grid", "best", "metrics", "profile", "feature_importances", "windows")
+        expected = {name: boosted[name] for name in same}
+        for entry in [*report["grid"], *expected["grid"]]:
+            entry.pop("seconds", None)
+        assert {name: report[name] for name in same} == expected
 
+    def test_the_model_file_holds_no_path_time_or_run(self, boosted):
+        text = model_file(boosted)
+        for part in ("run-1", "file1", boosted["model_uri"], boosted["windows"]["test"]["last_date"]):
+            assert part not in text
 
-class TestTrees:
-    @pytest.fixture(scope="class", params=TREES)
-    def learner(self, request):
-        return request.param
+    def test_a_seed_draws_other_rows_for_the_trees(self, train, boosted, tmp_path):
+        changes = {"candidates": trees(subsample=[0.5])}
+        models = [model_file(train(tmp_path / str(n), seed=seed, **changes)) for n, seed in enumerate((1, 1, 2))]
+        assert models[0] == models[1] != models[2]
 
-    @pytest.fixture(scope="class")
-    def twice(self, spark, uris, learner, tmp_path_factory):
-        """The same request, done twice; trees against a logistic regression that cannot win."""
-        candidates = [
-            *logistic(regParam=[1000], maxIter=[1], fitIntercept=[False]),
-            {"learner": learner, "grid": TREES[learner]},
-        ]
-        output = tmp_path_factory.mktemp("models")
-        return [
-            train_model.run(spark, request(uris, output / name, candidates=candidates, seed=3)) for name in ("a", "b")
-        ]
+    def test_the_best_learner_is_found(self, train, tmp_path):
+        stump = trees(rounds=[1], max_depth=[1])
+        report = train(tmp_path / "model", candidates=[*stump, *logistic(C=[1])])
+        assert [entry["learner"] for entry in report["grid"]] == ["xgboost", "logistic_regression"]
+        assert report["best"]["learner"] == "logistic_regression"
 
-    def test_is_found_saved_and_scores(self, spark, uris, learner, twice):
-        from pyspark.ml import PipelineModel
-        from sklearn.metrics import average_precision_score
-
-        report = twice[0]
-        assert json.loads(json.dumps(report)) == report
-        assert report["best"]["learner"] == learner
-        assert [entry["learner"] for entry in report["grid"]] == ["logistic_regression"] + [learner] * (
-            2 if learner == "gbt" else 1
-        )
-        assert report["metrics"]["test_roc_auc"] > 0.8
-        assert "coefficients" not in report
-        importances = report["feature_importances"]
-        assert list(importances) == report["features"]
-        assert sum(importances.values()) == pytest.approx(1)
+    def test_trees_find_the_signal(self, boosted):
+        assert (boosted["best"]["learner"], boosted["best"]["params"]["rounds"]) == ("xgboost", 5)
+        assert boosted["metrics"]["test_roc_auc"] > 0.8
+        assert "coefficients" not in boosted
+        importances = boosted["feature_importances"]
+        assert list(importances) == FEATURES
         assert importances["risk"] > importances["noise"] >= 0
 
-        again = PipelineModel.load(report["model_uri"]).transform(spark.read.parquet(*uris))
-        again = again.select("transaction_id", train_model._probability().alias("again"))
-        rows = spark.read.parquet(report["scores_uri"]).join(again, "transaction_id").collect()
-        assert len(rows) == report["metrics"]["test_rows"]
-        assert all(row["score"] == row["again"] and 0 <= row["score"] <= 1 for row in rows)
-        assert report["metrics"]["test_average_precision"] == pytest.approx(
-            average_precision_score([row["tx_fraud"] for row in rows], [row["score"] for row in rows])
-        )
+    def test_an_amount_beyond_32_bits_stops_nothing(self, spark, train, rows, tmp_path):
+        changed = [list(row) for row in rows]
+        for row in changed[::100]:
+            row[COLUMN["tx_amount"]] = 1e300
+        uris = write(spark, changed, tmp_path)
+        for candidates in (trees(), logistic()):
+            report = train(tmp_path / candidates[0]["learner"], uris, candidates=candidates)
+            assert report["outcome"] == "trained"
+            assert 0.5 < report["metrics"]["test_roc_auc"] <= 1
 
-    def test_is_reproducible(self, spark, twice):
-        first, second = twice
-        assert second["best"] == first["best"]
-        assert second["feature_importances"] == pytest.approx(first["feature_importances"], abs=1e-9)
-        scores = [
-            {row["transaction_id"]: row["score"] for row in spark.read.parquet(report["scores_uri"]).collect()}
-            for report in twice
-        ]
-        assert scores[1] == pytest.approx(scores[0], abs=1e-9)
-        assert len(set(scores[0].values())) > 3
-
-    def test_seed_is_the_forests(self, spark, uris):
-        """Another seed draws other rows and features; without seed, nothing would be reproducible."""
-        params = {name: values[0] for name, values in TREES["random_forest"].items()}
-        frame = vectors(spark, uris, "tx_time_days < 6")
-        models = [
-            train_model._estimator("random_forest", params, seed, None).fit(frame).toDebugString.splitlines()[1:]
-            for seed in (1, 1, 2)
-        ]
-        assert models[0] == models[1] != models[2]
+    def test_a_feature_that_is_no_number_is_named(self, spark, train, rows, tmp_path):
+        changed = [list(row) for row in rows]
+        changed[len(rows) // 2][COLUMN["risk"]] = None
+        with pytest.raises(Exception, match="no number in risk"):
+            train(tmp_path / "model", write(spark, changed, tmp_path), candidates=logistic())
 
 
 class TestFolds:
@@ -484,15 +525,14 @@ class TestFolds:
             week = {**per_day, **dict.fromkeys(range(92, 99), (100, frauds))}
             assert train_model.validation_folds(windows, week, settings) == folds[:1]
 
-    def test_a_candidates_score_is_the_mean_over_the_folds(self, spark, uris, rows, trained, tmp_path, monkeypatch):
+    def test_a_candidates_score_is_the_mean_over_the_folds(self, train, rows, trained, tmp_path, monkeypatch):
         """Each fold's figure, against the fold fitted and judged on its own."""
+        import numpy as np
+        from sklearn.metrics import average_precision_score
+
         monkeypatch.setattr(evaluation, "evaluate_with_tables", lambda *_: ({}, {}))  # is not the matter
-        changes = {
-            "validation_folds": 5,
-            "min_train_days": 2,
-            "candidates": [*logistic(regParam=[0, 0.5]), {"learner": "gbt", "grid": {"maxIter": [1], "maxDepth": [2]}}],
-        }
-        report = train_model.run(spark, request(uris, tmp_path / "model", **changes))
+        changes = {"validation_folds": 5, "min_train_days": 2, "candidates": [*logistic(C=[1e-6, 1]), *trees()]}
+        report = train(tmp_path / "model", **changes)
         folds = report["validation_folds"]
         # The train window is day 11 to 22; a third fold would have one day to fit on.
         assert [
@@ -503,237 +543,168 @@ class TestFolds:
         assert folds[1]["validation"]["rows"] == sum(17 <= day <= 19 for day in days)
         assert folds[1]["validation_train"]["last_date"] == "2020-01-15"
         for entry in report["grid"]:
-            assert len(entry["fold_average_precisions"]) == 2
-            assert entry["validation_average_precision"] == pytest.approx(sum(entry["fold_average_precisions"]) / 2)
-        assert report["grid"][0]["fold_average_precisions"][0] == pytest.approx(
+            alone = []
+            for fold in folds:
+                fitted, judged = (inside(rows, fold[name]) for name in ("validation_train", "validation"))
+                fitted.sort(key=lambda row: (row[COLUMN["tx_time_seconds"]], row[0]))
+                (matrix, label), (other, truth) = (
+                    (
+                        np.array([[row[COLUMN[name]] for name in FEATURES] for row in part], dtype="f4"),
+                        np.array([row[COLUMN["tx_fraud"]] for row in part]),
+                    )
+                    for part in (fitted, judged)
+                )
+                learner = learners.LEARNERS[entry["learner"]]
+                model = learner.fit(matrix, label, np.ones(len(label)), entry["params"], 0, 1)
+                alone.append(average_precision_score(truth, model.score(other)))
+            assert entry["fold_average_precisions"] == pytest.approx(alone, rel=1e-9)
+            assert entry["validation_average_precision"] == pytest.approx(sum(alone) / 2)
+        assert report["grid"][1]["fold_average_precisions"][0] == pytest.approx(
             trained["grid"][2]["validation_average_precision"], rel=1e-9
-        )
-        fold = [vectors(spark, uris, f"tx_time_days BETWEEN {days}") for days in ("11 AND 14", "17 AND 19")]
-        (alone,) = train_model.search([tuple(fold)], logistic(regParam=[0.5]))
-        assert report["grid"][1]["fold_average_precisions"][1] == pytest.approx(
-            alone["validation_average_precision"], rel=1e-9
         )
 
 
 class TestSampling:
-    def test_weighted_totals_are_kept(self, spark, uris, trained):
-        window = spark.read.parquet(*uris).where("tx_time_days BETWEEN 11 AND 22")
-        folds = [{"validation_train": (11, 17), "validation": (20, 22)}]
-        settings = {**train_model.DEFAULTS, "max_train_rows": 500}
-        samples = [train_model.learning_rows(window, folds, {**settings, "seed": seed}) for seed in (1, 1, 2)]
-        kept = []
-        for frame, sampling in samples:
-            rows = frame.collect()
-            train = trained["windows"]["train"]
-            assert (sampling["rows"], sampling["frauds"]) == (train["rows"], train["frauds"])
-            learned = [row for row in rows if row["weight"] is not None]
-            assert len(learned) == sampling["kept_rows"] == pytest.approx(500, abs=60)
-            assert sum(row["tx_fraud"] for row in learned) == train["frauds"]
-            assert {row["weight"] for row in learned if row["tx_fraud"]} == {1.0}
-            assert sum(row["weight"] for row in learned) == pytest.approx(train["rows"])
-            # What is validated on is all there.
-            assert sum(row["tx_time_days"] >= 20 for row in rows) == trained["windows"]["validation"]["rows"]
-            assert all(row["weight"] is not None for row in rows if row["tx_time_days"] < 20)
-            kept.append({row["transaction_id"] for row in learned})
-        assert kept[0] == kept[1] != kept[2]
+    LIMIT = 1000
 
-    def test_frauds_are_never_fewer_than_asked_for(self, spark, uris, trained):
-        window = spark.read.parquet(*uris).where("tx_time_days BETWEEN 11 AND 22")
-        folds = [{"validation_train": (11, 17), "validation": (20, 22)}]
-        _, sampling = train_model.learning_rows(window, folds, {**train_model.DEFAULTS, "max_train_rows": 1})
-        frauds = trained["windows"]["train"]["frauds"]
-        assert sampling["kept_rows"] - frauds == pytest.approx(frauds, rel=0.3)
+    @pytest.fixture(scope="class")
+    def sampled(self, train, tmp_path_factory):
+        output = tmp_path_factory.mktemp("sampled")
+        return [
+            train(output / str(number), max_train_rows=self.LIMIT, candidates=trees(), seed=seed)
+            for number, seed in enumerate((1, 1, 2))
+        ]
 
-    def test_enough_room_leaves_the_rows_alone(self, spark, uris, trained):
-        window = spark.read.parquet(*uris).where("tx_time_days BETWEEN 11 AND 22")
-        rows = trained["windows"]["train"]["rows"]
-        for limit in (None, rows):
-            frame, sampling = train_model.learning_rows(window, [], {**train_model.DEFAULTS, "max_train_rows": limit})
-            assert sampling is None
-            assert "weight" not in frame.columns
-            assert frame.count() == rows
+    def test_is_a_hard_bound_and_is_reported(self, sampled):
+        for report in sampled:
+            assert json.loads(json.dumps(report)) == report
+            sampling, window = report["sampling"], report["windows"]["train"]
+            assert sampling["max_train_rows"] == self.LIMIT
+            assert (sampling["rows"], sampling["frauds"]) == (window["rows"], window["frauds"])
+            assert self.LIMIT / 2 < sampling["kept_rows"] <= self.LIMIT
+            # Frauds are fewer than half of the limit, so all are kept.
+            assert (sampling["kept_frauds"], sampling["fraud_weight"]) == (window["frauds"], 1)
+            genuine = sampling["genuine_weight"] * (sampling["kept_rows"] - sampling["kept_frauds"])
+            assert genuine == pytest.approx(window["rows"] - window["frauds"])
 
-    @pytest.mark.parametrize("learner", train_model.LEARNERS)
-    def test_scores_stay_calibrated(self, spark, uris, learner):
-        """A third of the genuine rows is learned from: without weights, the mean score would be twice as high."""
-        from pyspark.ml.feature import VectorAssembler
-        from pyspark.sql import functions
+    def test_a_seed_draws_the_rows(self, sampled):
+        models = [model_file(report) for report in sampled]
+        assert models[0] == models[1] != models[2]
 
-        window = spark.read.parquet(*uris).where("tx_time_days BETWEEN 11 AND 22")
-        folds = [{"validation_train": (11, 17), "validation": (23, 25)}]
-        rows, _ = train_model.learning_rows(window, folds, {**train_model.DEFAULTS, "max_train_rows": 600})
-        assembler = VectorAssembler(inputCols=["tx_amount", "risk", "noise"], outputCol=train_model.VECTOR)
-        params = {"gbt": {"maxIter": 10, "maxDepth": 2, "stepSize": 0.5}, "random_forest": {"maxDepth": 4}}
-        estimator = train_model._estimator(learner, params.get(learner, {}), 0, train_model.WEIGHT)
-        scored = estimator.fit(assembler.transform(rows)).transform(assembler.transform(window))
-        mean, share = scored.agg(functions.avg(train_model._probability()), functions.avg("tx_fraud")).collect()[0]
+    def test_the_profile_counts_what_the_rows_stand_for(self, sampled):
+        report = sampled[0]
+        counted = sum(map(sum, report["profile"]["counts"]["risk"]))
+        assert counted == pytest.approx(report["windows"]["train"]["rows"], rel=0.05)
+
+    @pytest.mark.parametrize(
+        "candidates", [trees(rounds=[30]), logistic(C=[1])], ids=["xgboost", "logistic_regression"]
+    )
+    def test_scores_stay_calibrated(self, spark, train, tmp_path, candidates):
+        """Half of the genuine rows are learned from: without weights, the mean score would be a third higher."""
+        report = train(tmp_path / "model", max_train_rows=self.LIMIT, candidates=candidates)
+        scores = spark.read.parquet(report["scores_uri"]).collect()
+        mean, share = (sum(row[name] for row in scores) / len(scores) for name in ("score", "tx_fraud"))
         assert mean == pytest.approx(share, rel=0.2)
 
-    def test_is_reported(self, spark, uris, tmp_path):
-        changes = {"max_train_rows": 600, "candidates": logistic(maxIter=[20])}
-        report = train_model.run(spark, request(uris, tmp_path / "model", **changes))
-        assert json.loads(json.dumps(report)) == report
-        sampling, train = report["sampling"], report["windows"]["train"]
-        assert (sampling["max_train_rows"], sampling["rows"], sampling["frauds"]) == (
-            600,
-            train["rows"],
-            train["frauds"],
-        )
-        genuine = sampling["genuine_weight"] * (sampling["kept_rows"] - sampling["frauds"])
-        assert genuine == pytest.approx(train["rows"] - train["frauds"])
-        assert report["metrics"]["test_roc_auc"] > 0.85
+    @pytest.mark.parametrize(
+        ("limit", "rows", "frauds", "genuine_share", "fraud_share"),
+        [
+            (1000, 1000, 900, 1, 1),
+            (10_000, 1_000_000, 8_000, 5_000 / 992_000, 0.625),
+            (10_000, 1_000_000, 2_000, 8_000 / 998_000, 1),
+            (5_000_000, 94_000_000, 5_600_000, 2.5 / 88.4, 2.5 / 5.6),
+            (10_000, 12_000, 11_000, 1, 5_000 / 11_000),
+        ],
+        ids=["all", "frauds are at most half", "all frauds, genuine rows fill up", "real files", "few genuine rows"],
+    )
+    def test_shares_of_the_classes(self, limit, rows, frauds, genuine_share, fraud_share):
+        sample = fits.draw(limit, rows, frauds)
+        for threshold, share in zip(sample, (genuine_share, fraud_share)):
+            drawn = threshold / fits.HASHES
+            assert drawn == 1 if share == 1 else share * 0.85 < drawn < share
+        assert sample.genuine / fits.HASHES * (rows - frauds) + sample.frauds / fits.HASHES * frauds <= limit
 
 
 class TestChampion:
-    def test_scores_the_same_rows(self, spark, uris, trained, tmp_path):
-        """The base run's model as champion of a run with fewer features."""
-        champion = {
-            "model_uri": trained["model_uri"],
-            "features": trained["features"],
-            "version": "1",
-            "spark_version": trained["spark_version"],
-        }
-        changes = {"features": ["tx_amount", "noise"], "candidates": logistic(regParam=[0], maxIter=[100])}
-        report = train_model.run(spark, request(uris, tmp_path / "model", champion=champion, **changes))
+    def test_scores_the_same_rows(self, spark, train, boosted, tmp_path):
+        """Trees as champion of a run with fewer features."""
+        champion = {"model_uri": boosted["model_uri"], "features": boosted["features"], "version": "1"}
+        changes = {"features": ["tx_amount", "noise"], "candidates": logistic(C=[1])}
+        report = train(tmp_path / "model", champion=champion, **changes)
         assert report["champion"] == {**champion, "status": "scored"}
-        before = spark.read.parquet(trained["scores_uri"]).collect()
+        before = spark.read.parquet(boosted["scores_uri"]).collect()
         after = spark.read.parquet(report["scores_uri"]).collect()
         assert {row["transaction_id"]: row["champion_score"] for row in after} == {
             row["transaction_id"]: row["score"] for row in before
         }
         for name in ("average_precision", "roc_auc", "card_precision_at_100", "recall_at_budget"):
-            assert report["metrics"]["champion_test_" + name] == trained["metrics"]["test_" + name]
+            assert report["metrics"]["champion_test_" + name] == boosted["metrics"]["test_" + name]
         assert report["metrics"]["test_roc_auc"] < report["metrics"]["champion_test_roc_auc"]
 
     @pytest.fixture
-    def score_beside(self, spark, uris, trained, tmp_path):
+    def score_beside(self, spark, uris, trained, library_uri, tmp_path):
         """Score some rows with the base run's model and a champion; the verdict and the rows written."""
-        from pyspark.ml import PipelineModel
-
         test = spark.read.parquet(*uris).where("tx_time_days = 25")
-        model = PipelineModel.load(trained["model_uri"])
-        output = str(tmp_path / "test_scores")
+        test = test.selectExpr("*", "IF(customer_id IS NULL, NULL, 1.0) AS age")
+        library_name = library.ship(spark, library_uri)
 
         def score(champion):
-            verdict = train_model.write_scores(spark, test, model, champion, output)
+            output = str(tmp_path / "test_scores")
+            verdict = train_model.write_scores(spark, test, model_file(trained), champion, output, library_name)
             return verdict, spark.read.parquet(output)
 
         return score
 
     @pytest.mark.parametrize(
-        ("champion", "told"),
+        ("changes", "status", "told"),
         [
-            ({"model_uri": "/nowhere/model", "features": ["risk"], "version": "1"}, "/nowhere/model"),
-            ({"model_uri": "/nowhere/model", "features": ["risk", "age"], "version": "1"}, "not have: age"),
-            ({"model_uri": "/nowhere", "features": [], "spark_version": "99.1"}, "(saved by Spark 99.1, read by "),
+            (None, "unreadable", "/nowhere/model.json"),
+            ({"features": ["risk", "years", "noise"]}, "unreadable", "not have: years"),
+            ({"model": {}}, "unreadable", "not a logistic regression"),
+            ({"learner": "gbt"}, "unreadable", "no learner 'gbt'"),
+            ({"schema_version": 99}, "newer_library", "of schema 99"),
+            ("not JSON\n", "unreadable", "not JSON"),
         ],
-        ids=["no model there", "other features", "another Spark"],
+        ids=["no file there", "other features", "no model", "unknown learner", "newer schema", "no JSON"],
     )
-    def test_unreadable_is_reported(self, score_beside, champion, told):
-        verdict, scores = score_beside(champion)
-        assert verdict["status"] == "unreadable"
+    def test_one_that_cannot_score_is_reported(self, score_beside, trained, tmp_path, changes, status, told):
+        path = tmp_path / "a [champion] {of} before.json"
+        if isinstance(changes, dict):
+            path.write_text(json.dumps({**json.loads(model_file(trained)), **changes}))
+        elif changes:
+            path.write_text(changes)
+        else:
+            path = "/nowhere/model.json"
+        verdict, scores = score_beside({"model_uri": str(path), "features": ["risk"], "version": "1"})
+        assert verdict["status"] == status
         assert told in verdict["error"]
         assert "\n" not in verdict["error"]
         assert scores.where("champion_score IS NOT NULL").count() == 0
         assert scores.where("score IS NOT NULL").count() > 50
 
-    @pytest.mark.parametrize(
-        ("on_null", "told"), [("error", ""), ("keep", "gives no number for")], ids=["fails on a row", "NaN"]
-    )
-    def test_failing_on_some_rows_is_unreadable_too(self, score_beside, trained, tmp_path, on_null, told):
-        """Customers are NULL on some rows only, so the champion loads, applies, and fails while it scores."""
-        from pyspark.ml import PipelineModel
-        from pyspark.ml.feature import VectorAssembler
-
-        _, logistic = PipelineModel.load(trained["model_uri"]).stages
-        features = ["tx_amount", "risk", "customer_id"]
-        assembler = VectorAssembler(inputCols=features, outputCol=train_model.VECTOR, handleInvalid=on_null)
-        uri = str(tmp_path / "champion")
-        PipelineModel(stages=[assembler, logistic]).save(uri)
-        verdict, scores = score_beside({"model_uri": uri, "features": features, "version": "2"})
+    def test_one_that_fails_on_some_rows_is_unreadable_too(self, score_beside, trained, tmp_path):
+        """An input is NULL on some rows only, so the champion loads, applies, and fails while it scores."""
+        document = {**json.loads(model_file(trained)), "features": ["tx_amount", "risk", "age"]}
+        path = tmp_path / "champion.json"
+        path.write_text(json.dumps(document))
+        verdict, scores = score_beside({"model_uri": str(path), "features": document["features"], "version": "2"})
         assert verdict["status"] == "unreadable"
-        assert told in verdict["error"]
+        assert "no number in age" in verdict["error"]
         assert scores.where("champion_score IS NOT NULL").count() == 0
         assert scores.where("score IS NOT NULL").count() > 50
 
 
-class TestSparkVersions:
-    """A model says itself which Spark saved it; a newer one's is refused before anything of it is loaded."""
+class TestLibrary:
+    def test_one_that_is_missing_stops_the_job_before_it_reads_a_row(self, train, tmp_path):
+        uri = str(tmp_path / "xgboost-2.1.4-{}.zip".format("0" * 64))
+        with pytest.raises(library.LibraryError, match=r"cannot be fetched from .*xgboost-2\.1\.4"):
+            train(tmp_path / "model", uris=["/nowhere"], cutoff_uri="/nowhere", library_uri=uri)
 
-    @pytest.fixture
-    def saved_by(self, trained, tmp_path):
-        """The base run's model as if a Spark of that version had saved it; its URI."""
-
-        def saved_by(version):
-            copy = tmp_path / f"a [model] {{of}} {version}"
-            shutil.copytree(trained["model_uri"], str(copy))
-            (metadata,) = copy.glob("metadata/part-*")
-            text = metadata.read_text()
-            assert '"sparkVersion":"' in text
-            metadata.write_text(re.sub('"sparkVersion":"[^"]+"', f'"sparkVersion":"{version}"', text))
-            for checksum in copy.glob("metadata/.*.crc"):
-                checksum.unlink()
-            return str(copy)
-
-        return saved_by
-
-    def test_a_newer_sparks_model_is_refused_by_name(self, spark, uris, trained, saved_by, tmp_path):
-        uri = saved_by("99.1.0")
-        told = f"saved by Spark 99.1.0, and this older Spark {spark.version} does not read it"
-        request = {"run_id": "r", "feature_uris": uris[-1:], "features": trained["features"], "model_uri": uri}
-        with pytest.raises(runtime.NewerSparkError, match=re.escape(told)):
-            verify_model.run(spark, {**request, "scores_uri": trained["scores_uri"]})
-
-        champion = {"model_uri": uri, "features": trained["features"], "version": "1", "spark_version": "99.1.0"}
-        model = runtime.load_model(spark, trained["model_uri"])
-        test, output = spark.read.parquet(*uris).where("tx_time_days = 25"), str(tmp_path / "test_scores")
-        verdict = train_model.write_scores(spark, test, model, champion, output)
-        assert verdict["status"] == "newer_spark"
-        assert told in verdict["error"]
-        assert spark.read.parquet(output).where("champion_score IS NOT NULL").count() == 0
-
-    def test_an_older_sparks_model_and_that_of_another_patch_are_loaded(self, spark, saved_by):
-        own = ".".join(spark.version.split(".")[:2])
-        for version in ("2.4.8", own + ".99"):
-            assert len(runtime.load_model(spark, saved_by(version)).stages) == 2
-
-
-class TestSearch:
-    def test_a_converged_fit_is_every_longer_fit(self, spark, uris):
-        frame = vectors(spark, uris, "tx_time_days <= 20").coalesce(1)
-        iterations = [200, 3, 100]
-        entries = train_model.search([(frame, frame)], logistic(regParam=[0], maxIter=iterations))
-        assert [entry["params"]["maxIter"] for entry in entries] == iterations
-        longest, stopped, converged = entries
-        # The first was stopped by its maxIter, so the next was fitted; that converged, so the longest was not.
-        assert stopped["iterations"] == 3 < converged["iterations"] < 100
-        assert [entry["reused_fit"] for entry in entries] == [True, False, False]
-        assert longest["validation_average_precision"] == converged["validation_average_precision"]
-
-        short, long = (
-            train_model._estimator("logistic_regression", {"regParam": 0, "maxIter": maximum}, 0, None).fit(frame)
-            for maximum in (100, 200)
-        )
-        assert train_model._iterations(long) == converged["iterations"]
-        assert list(short.coefficients) == list(long.coefficients)
-
-    def test_an_error_of_a_fit_is_raised(self, spark):
-        frame = spark.createDataFrame([(1,)], "tx_fraud int")
-        with pytest.raises(Exception, match=train_model.VECTOR):
-            train_model.search([(frame, frame)], logistic(regParam=[0]))
-
-    def test_the_default_has_every_learner_and_the_baselines_grid(self, spark):
-        points = train_model._points(train_model.DEFAULTS["candidates"])
-        assert {learner for learner, _ in points} == set(train_model.LEARNERS)
-        baseline = [params for learner, params in points if learner == "logistic_regression"]
-        assert [(params["regParam"], params["maxIter"]) for params in baseline] == [
-            (strength, iterations) for strength in (0, 0.1, 0.5) for iterations in (100, 500, 1000)
-        ]
-
-    @pytest.mark.parametrize("learner", train_model.LEARNERS)
-    def test_whatever_a_grid_may_vary_is_a_parameter(self, spark, learner):
-        estimator = train_model._estimator(learner, {}, 0, None)
-        assert all(estimator.hasParam(name) for name in train_model.LEARNERS[learner][1])
+    def test_one_that_is_damaged_too(self, train, tmp_path):
+        path = tmp_path / "xgboost-2.1.4-{}.zip".format("1" * 64)
+        path.write_bytes(b"half of an archive")
+        with pytest.raises(library.LibraryError, match="is damaged: the SHA-256 of its 18 bytes is"):
+            train(tmp_path / "model", uris=["/nowhere"], cutoff_uri="/nowhere", library_uri=str(path))
 
 
 @pytest.mark.parametrize(
@@ -742,15 +713,13 @@ class TestSearch:
         ({"features": []}, "lacks features"),
         ({"cutoff_uri": "/elsewhere"}, "one of feature_uris"),
         ({"features": ["risk", "age_of_card"]}, "no column age_of_card"),
-        ({"candidates": [{"learner": "xgboost"}]}, "no learner 'xgboost'; .* logistic_regression, gbt, random_forest"),
-        ({"candidates": [{"learner": "gbt", "grid": {"numTrees": [5]}}]}, "gbt cannot have numTrees; .* maxIter"),
-        ({"candidates": [{"learner": "gbt", "grid": {"maxDepth": ["deep"]}}]}, "gbt cannot have {'maxDepth': 'deep'}"),
+        ({"candidates": [{"learner": "gbt"}]}, "no learner 'gbt'; it was replaced by xgboost"),
+        ({"candidates": trees(maxDepth=[5])}, "no parameter maxDepth; it is now max_depth"),
         ({"candidates": []}, "no combination"),
-        ({"candidates": [{"learner": "gbt", "grid": {"maxDepth": []}}]}, "no combination"),
         ({"validation_folds": 0}, "validation_folds must be 1 or more"),
-        ({"max_train_rows": 0}, "max_train_rows must be 1 or more"),
+        ({"max_train_rows": 0}, "max_train_rows must be 1,000 or more"),
     ],
 )
-def test_wrong_requests_say_what_is_wrong(spark, uris, tmp_path, change, told):
+def test_wrong_requests_say_what_is_wrong(train, uris, tmp_path, change, told):
     with pytest.raises(ValueError, match=told):
-        train_model.run(spark, request(uris, tmp_path, **change))
+        train(tmp_path, **change)
