@@ -17,22 +17,22 @@ from ml_platform.promotion import average_precision_interval
 from ml_platform.simulator import Simulation
 from spark_jobs import train_model
 from spark_jobs.features import FEATURES, REGISTRY
+from spark_jobs.learners import DEFAULT_CANDIDATES
 
 HANDBOOK = ("tx_amount", *[feature.name for feature in REGISTRY if feature.source == "handbook"])
 
 #: What the pipeline before this one trained on.
 OLD_PIPELINE = ("tx_amount", "tx_time_seconds", "is_terminal_0", "second_of_day")
 
-CANDIDATES = {candidate["learner"]: [candidate] for candidate in train_model.DEFAULTS["candidates"]}
+CANDIDATES = {candidate["learner"]: [candidate] for candidate in DEFAULT_CANDIDATES}
 
 #: Name of a row of the table → its inputs and learner.
 MODELS = {
     "old pipeline's inputs, logistic_regression": (OLD_PIPELINE, "logistic_regression"),
     "handbook's inputs, logistic_regression": (HANDBOOK, "logistic_regression"),
-    "handbook's inputs, gbt": (HANDBOOK, "gbt"),
+    "handbook's inputs, xgboost": (HANDBOOK, "xgboost"),
     "all inputs, logistic_regression": (FEATURES, "logistic_regression"),
-    "all inputs, random_forest": (FEATURES, "random_forest"),
-    "all inputs, gbt": (FEATURES, "gbt"),
+    "all inputs, xgboost": (FEATURES, "xgboost"),
 }
 
 

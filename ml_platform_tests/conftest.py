@@ -34,7 +34,10 @@ FOREIGN = ("ML_PLATFORM_", "DAGSTER_", "MLFLOW_", "AWS_", "YC_", "DATAPROC_", "S
 #: Where tests use the fixture `spark`.
 SPARK_SESSION = (
     "ml_platform_tests/spark/",
-    *(f"ml_platform_tests/test_{name}.py" for name in ("files_read", "gate", "local_spark", "security", "simulator")),
+    *(
+        f"ml_platform_tests/test_{name}.py"
+        for name in ("files_read", "gate", "local_spark", "mlflow_model", "security", "simulator", "upgrade")
+    ),
 )
 
 # Before any test imports MLflow, which reads it once; nothing is to leave this machine.

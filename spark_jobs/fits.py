@@ -33,8 +33,8 @@ DEVIATIONS = 6
 BINS = 20
 EDGE_ROWS = 100_000
 
-#: Columns of a row on its way to a fit, before its inputs.
-_KEYS = (("tx_time_seconds", "i8"), ("transaction_id", "i8"), ("tx_time_days", "i4"), (LABEL, "u1"))
+#: Columns of a row on its way to a fit, before its inputs. Their names are not those of columns, which may be inputs.
+_KEYS = (("_seconds", "i8"), ("_id", "i8"), ("_day", "i4"), ("_label", "u1"))
 
 
 class Sample(NamedTuple):
@@ -138,14 +138,14 @@ def fit_all(
             yield number, json.dumps(_fitted(fits[number], features, by_fit.pop(number), layout)._asdict())
 
     plain = rows.where(F.col("tx_time_days").between(first, last)).select(
-        "tx_time_seconds",
-        "transaction_id",
-        "tx_time_days",
-        F.col(LABEL).cast("tinyint").alias(LABEL),
+        F.col("tx_time_seconds").alias("_seconds"),
+        F.col("transaction_id").alias("_id"),
+        F.col("tx_time_days").alias("_day"),
+        F.col(LABEL).cast("tinyint").alias("_label"),
+        hash_of_transaction(seed).alias("_hash"),
         *input_columns(features),
-        hash_of_transaction(seed).alias("hash"),
     )
-    plain = plain.where(F.col("hash") < F.expr(f"IF({LABEL} = 1, {frauds}, {genuine})"))
+    plain = plain.where(F.col("_hash") < F.expr(f"IF(_label = 1, {frauds}, {genuine})"))
     shuffled = blocks.exchange(blocks.map_columns(plain, distribute, blocks.BLOCK_SCHEMA), len(fits))
     # Through an RDD, which hands over a few blocks at a time: Arrow would make one batch of all of them.
     answers = dict(shuffled.rdd.mapPartitions(work).collect())
@@ -159,8 +159,8 @@ def _chosen(columns: Columns, fit: Fit) -> Array:
     """Which rows of a batch a fit takes."""
     import numpy as np
 
-    days, drawn = columns["tx_time_days"], columns["hash"]
-    below = np.where(columns[LABEL] == 1, fit.sample.frauds, fit.sample.genuine)
+    days, drawn = columns["_day"], columns["_hash"]
+    below = np.where(columns["_label"] == 1, fit.sample.frauds, fit.sample.genuine)
     chosen: Array = (days >= fit.window[0]) & (days <= fit.window[1]) & (drawn < below)
     return chosen
 
@@ -231,17 +231,17 @@ def validate(rows: DataFrame, models: Sequence[tuple[str, tuple[int, int]]], lib
     features = sorted({name for model, _ in models for name in json.loads(model)["features"]})
     keys = blocks.partition_keys(len(models))
     numbers = {int(key): number for number, key in enumerate(keys)}
-    layout = (("score", "f8"), (LABEL, "u1"))
+    layout = (("_score", "f8"), ("_label", "u1"))
     score = _loaded_once([model for model, _ in models], library_name)
 
     def scored(columns: Columns) -> Columns:
         found = []
         for number, (_, window) in enumerate(models):
-            days = columns["tx_time_days"]
+            days = columns["_day"]
             inside = (days >= window[0]) & (days <= window[1])
             if inside.any():
                 chosen = {name: values[inside] for name, values in columns.items()}
-                chosen["score"] = score(number, chosen)
+                chosen["_score"] = score(number, chosen)
                 found.append((keys[number], blocks.pack(chosen, layout)))
         return {"partition_key": _as_keys(key for key, _ in found), "block": [block for _, block in found]}
 
@@ -253,11 +253,11 @@ def validate(rows: DataFrame, models: Sequence[tuple[str, tuple[int, int]]], lib
             by_model.setdefault(numbers[key], []).append(block)
         for number, packed in sorted(by_model.items()):
             columns = blocks.unpack(packed, layout)
-            yield number, round(float(average_precision_score(columns[LABEL], columns["score"])), 12)
+            yield number, round(float(average_precision_score(columns["_label"], columns["_score"])), 12)
 
     first, last = min(window[0] for _, window in models), max(window[1] for _, window in models)
     plain = rows.where(F.col("tx_time_days").between(first, last)).select(
-        "tx_time_days", F.col(LABEL).cast("tinyint").alias(LABEL), *input_columns(features)
+        F.col("tx_time_days").alias("_day"), F.col(LABEL).cast("tinyint").alias("_label"), *input_columns(features)
     )
     shuffled = blocks.exchange(blocks.map_columns(plain, scored, blocks.BLOCK_SCHEMA), len(models))
     answers = dict(shuffled.rdd.mapPartitions(judge).collect())

@@ -498,6 +498,11 @@ class TestFits:
             assert report["outcome"] == "trained"
             assert 0.5 < report["metrics"]["test_roc_auc"] <= 1
 
+    def test_columns_of_every_row_may_be_inputs(self, train, tmp_path):
+        features = ["tx_time_seconds", "tx_time_days", "tx_amount", "terminal_id", "risk"]
+        report = train(tmp_path / "model", features=features, candidates=logistic())
+        assert list(report["coefficients"]) == features
+
     def test_a_feature_that_is_no_number_is_named(self, spark, train, rows, tmp_path):
         changed = [list(row) for row in rows]
         changed[len(rows) // 2][COLUMN["risk"]] = None

@@ -1,0 +1,122 @@
+"""Upgrades from revision 9606026, whose models are Spark ML pipelines: the lake is read, its champion is named."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from ml_platform import cli
+from ml_platform.assets.gate import champion_problem
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
+from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
+from ml_platform_tests.fakes import SessionEngine, definitions, recorded, requests_of, run_assets
+from ml_platform_tests.fixtures.state import EPOCH, KEYS, State, unpack
+from ml_platform_tests.postgres import PostgresServer
+
+#: The windows that its models were trained with.
+WINDOWS = {"test_days": 4, "delay_days": 2, "validation_days": 4, "train_days": 20, "min_train_days": 5}
+CANDIDATES = [{"learner": "xgboost", "grid": {"rounds": [20], "max_depth": [3]}}]
+
+SPARK_ML = "version 1 is a Spark ML pipeline of an earlier version of ml_platform, with which this one cannot score"
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
+    state = unpack("sqlite", tmp_path)
+    for name, value in state.settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(state.root)
+    return state
+
+
+def lake_of(state: State) -> LakeResource:
+    return LakeResource(raw_uri=str(state.root / "raw"), lake_uri=str(state.root / "lake"), epoch=EPOCH)
+
+
+def mlflow_of(state: State) -> MlflowResource:
+    return MlflowResource(tracking_uri=state.settings["MLFLOW_TRACKING_URI"])
+
+
+def test_the_lake_is_read_as_it_is(state: State, capsys: pytest.CaptureFixture[str]):
+    lake = lake_of(state)
+    for table in (CLEANED, FEATURES):
+        current, outdated = lake.split_reports(table)
+        assert (set(current), outdated) == (set(KEYS), {})
+    cli.process_new_files()
+    assert "3 raw files" in capsys.readouterr().out
+    with dg.DagsterInstance.get() as instance:
+        assert len(instance.get_runs()) == 2, "nothing was there to do"
+
+
+@pytest.mark.parametrize("command", [cli.champion_show, cli.summary, cli.migrate])
+def test_the_champion_is_named_that_cannot_score(state: State, capsys: pytest.CaptureFixture[str], command: Any):
+    command()
+    assert SPARK_ML in " ".join(capsys.readouterr().out.split())
+
+
+def test_doctor_and_champion_set_say_so(state: State):
+    with pytest.raises(cli.CommandError, match=SPARK_ML):
+        cli._check_mlflow(cli.load_settings())
+    with pytest.raises(cli.CommandError, match=r"version 2 is a Spark ML pipeline .* The champion is as it was"):
+        cli.champion_set("2", "try it")
+    champion = mlflow_of(state).champion()
+    assert champion is not None
+    assert champion.version == 1
+
+
+@pytest.mark.spark
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("min_frauds", [10, 50])
+def test_a_successor_is_promoted_if_it_is_clearly_better_than_chance(
+    state: State, session_engine: SessionEngine, min_frauds: int
+):
+    """The held-out rows have 22 frauds."""
+    lake, mlflow = lake_of(state), mlflow_of(state)
+    config = {MODEL_NAME: {"candidates": CANDIDATES, "promotion": {"min_frauds": min_frauds}, **WINDOWS}}
+    with dg.DagsterInstance.get() as instance:
+        platform = definitions(lake, session_engine, mlflow)
+        result = run_assets(platform, instance, MODEL_NAME, keys=(KEYS[-1], KEYS[-1]), config=config)
+        assert result.success
+        metadata = recorded(instance, MODEL_NAME, result.run_id)[KEYS[-1]]
+    (request,) = requests_of(lake, result.run_id, "train_model")
+    assert request["champion"] is None
+    assert SPARK_ML in metadata["promotion_reasons"]
+    promoted = min_frauds == 10
+    assert metadata["promotion"] == ("champion_unreadable" if promoted else "too_few_frauds")
+    assert (metadata["is_champion"], metadata["champion_version"]) == (promoted, 3 if promoted else 1)
+    champion = mlflow.champion()
+    assert champion is not None
+    assert (champion_problem(champion) is None) == promoted
+
+
+def test_dumps_of_postgresql_hold_the_same(tmp_path: Path):
+    state = unpack("postgres", tmp_path)
+    with PostgresServer() as server:
+        for name in ("mlflow", "dagster"):
+            for command in (
+                ["createdb", name],
+                ["psql", "--quiet", "--set=ON_ERROR_STOP=1", "--dbname", name, "--file"],
+            ):
+                arguments = [*command, str(state.root / f"{name}.sql")] if "--file" in command else command
+                environment = server.environment()
+                subprocess.run(
+                    [server.programs / arguments[0], *arguments[1:]],
+                    env=environment,
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+        address = f"postgresql+psycopg2://postgres:{server.password}@127.0.0.1:{server.port}/mlflow"
+        resource = MlflowResource(tracking_uri=address)
+        champion = resource.champion()
+        assert champion is not None
+        assert SPARK_ML in (champion_problem(champion) or "")
+        run = resource.client().get_run(champion.run_id)
+        assert Path(run.info.artifact_uri, "model", "MLmodel").is_file()
+        counted = "SELECT count(*) FROM runs"
+        psql = [server.programs / "psql", "--dbname", "dagster", "--tuples-only", "--command", counted]
+        done = subprocess.run(psql, env=server.environment(), check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == "2"
