@@ -10,7 +10,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,6 @@ class EngineWorld(World):
     """A world on directories or on S3, and what its engine has started and not ended."""
 
     truths: dict[str, FileTruth] = field(kw_only=True)
-    #: What the run that prepared it printed.
-    said: str = field(default="", kw_only=True)
     left_over: Callable[[], list[str]] = field(kw_only=True)
     started: Callable[[], int] = field(kw_only=True)
 
@@ -120,18 +118,25 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> EngineWorld:
 NOTHING: dict[str, Any] = {"left_over": list, "started": int}
 
 
-#: A training that the job refuses when it has started.
-NO_LEARNER = {"ops": {"fraud_model": {"config": {"candidates": [{"learner": "oracle", "grid": {}}]}}}}
+def training(**grid: Any) -> dict[str, Any]:
+    """Run config of a training that ten days of data are enough for."""
+    candidates = [{"learner": "xgboost", "grid": {"rounds": [10], "subsample": [0.7], **grid}}]
+    windows = {"test_days": 2, "delay_days": 1, "validation_days": 1, "min_train_days": 2, "min_frauds": 1}
+    return {"ops": {"fraud_model": {"config": {"candidates": candidates, **windows}}}}
+
+
+#: XGBoost refuses it when it sees that there are fewer inputs: in a task of the job.
+TOO_MANY_CONSTRAINTS = training(monotone_constraints=["({})".format(",".join("0" * 100))])
 
 
 def prepare(world: EngineWorld) -> EngineWorld:
-    """Raw files in place, then cleaned and with features, and a job that fails, all in one run."""
+    """Raw files in place, then cleaned, with features and a model, all in one run."""
     world.put_raw_files()
     world.register(*KEYS)
     selection = "cleaned_transactions,transaction_features,fraud_model"
     with no_process_left(world):
-        said = world.materialize(selection, KEYS[0], KEYS[1], config=NO_LEARNER, fails=True)
-    return replace(world, said=said)
+        world.materialize(selection, KEYS[0], KEYS[1], config=training())
+    return world
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -222,11 +227,27 @@ def test_nothing_is_left_running(world: EngineWorld) -> None:
     assert world.left_over() == []
 
 
+def test_the_model_is_the_same_file_on_every_engine(world: EngineWorld, local: EngineWorld) -> None:
+    """Byte for byte; a cluster's tasks have the library from the archive that came with the code."""
+    models = []
+    for each in (world, local):
+        directory = f"models/{KEYS[1]}/{each.runs()[0].run_id}"
+        report = each.json_file(f"{directory}/_report.json")
+        assert (report["outcome"], report["best"]["learner"]) == ("trained", "xgboost")
+        with mock.patch.dict(os.environ, each.overrides):
+            models.append(
+                (each.lake_resource().store.read(f"{directory}/model.json"), report["metrics"], report["profile"])
+            )
+    assert models[0] == models[1]
+
+
 def test_a_job_that_fails_fails_the_run_in_its_own_words(world: EngineWorld) -> None:
-    assert world.runs()[0].is_failure
-    assert "there is no learner 'oracle'" in world.said
+    with no_process_left(world):
+        said = world.materialize("fraud_model", KEYS[0], KEYS[1], config=TOO_MANY_CONSTRAINTS, fails=True)
+    assert world.runs()[-1].is_failure
+    assert "size of monotone constraint should be less or equal to the number of features" in said
     with sqlite3.connect(world.root / "mlflow.db") as registry:
-        assert registry.execute("SELECT count(*) FROM model_versions").fetchone() == (0,)
+        assert registry.execute("SELECT count(*) FROM model_versions").fetchone() == (1,)
 
 
 def test_nothing_to_do_starts_nothing(world: EngineWorld) -> None:

@@ -119,15 +119,17 @@ class XGBoost:
         xgboost = _xgboost()
         # XGBoost itself tells whether it knows a parameter and its value. It only warns of names that it does not know.
         tiny = np.arange(8 * _MANY_INPUTS, dtype="f4").reshape(8, _MANY_INPUTS)
-        for name, value in params.items():
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
-                    self.fit(tiny, np.arange(8) % 2, np.ones(8), {name: value, "rounds": 1}, 0, 1, verbosity=1)
-            except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
-                raise ValueError(f"{name} = {value!r}: {_first_words(error)}") from None
-            if any(re.search(r"Parameters: \{.*\} are not used", str(warning.message)) for warning in caught):
-                raise ValueError(f"XGBoost has no parameter {name}")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.fit(tiny, np.arange(8) % 2, np.ones(8), {**params, "rounds": 1}, 0, 1, verbosity=1)
+        except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
+            listed = ", ".join(f"{name} = {value!r}" for name, value in params.items())
+            raise ValueError(f"{listed}: {_first_words(error)}") from None
+        for warning in caught:
+            unknown = re.search(r"Parameters: \{ (.*) \} are not used", str(warning.message))
+            if unknown:
+                raise ValueError("XGBoost has no parameter {}".format(unknown[1].replace('"', "")))
 
     def work(self, params: dict[str, Any]) -> float:
         depth = params.get("max_depth", 6)
@@ -330,19 +332,22 @@ def points(candidates: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def check_candidates(candidates: Any) -> None:
-    """Raises ValueError, naming the parameter, for a name or value that a learner does not take."""
-    seen: set[str] = set()
-    for learner, params in points(candidates):
-        for name, value in params.items():
+    """Raises ValueError, naming the parameter, for a name or value that a learner does not take.
+
+    Each value is looked at by itself, so that the message names it, and then each combination.
+    """
+    combinations = points(candidates)
+    each = {
+        repr((learner, pair)): (learner, dict([pair])) for learner, params in combinations for pair in params.items()
+    }
+    for learner, params in [*each.values(), *combinations]:
+        for name in params:
             if name in _FORMER_NAMES:
                 raise ValueError(f"{learner} has no parameter {name}; it is now {_FORMER_NAMES[name]}")
-            if repr((learner, name, value)) in seen:
-                continue
-            seen.add(repr((learner, name, value)))
-            try:
-                LEARNERS[learner].check({name: value})
-            except ValueError as error:
-                raise ValueError(f"candidates: {learner}: {error}") from None
+        try:
+            LEARNERS[learner].check(params)
+        except ValueError as error:
+            raise ValueError(f"candidates: {learner}: {error}") from None
 
 
 class Scorer:

@@ -1,0 +1,91 @@
+"""Run configuration of a training: what it may say, and that a run looks at it before anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from pydantic import ValidationError
+
+from ml_platform.assets.config import FraudModelConfig, problem_of_run_config
+from ml_platform.jobs import run_config
+from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
+from ml_platform.settings import SettingsError
+from ml_platform_tests.fakes import definitions, put_cleaned, put_raw, raw_spec, requests_of, run_assets
+
+
+def config_of(**settings: Any) -> dict[str, Any]:
+    return {"ops": {"fraud_model": {"config": settings}}}
+
+
+WRONG = [
+    ({"candidates": [{"learner": "gbt"}]}, "no learner 'gbt'; it was replaced by xgboost"),
+    (
+        {"candidates": [{"learner": "logistic_regression", "grid": {"regParam": [0.1]}}]},
+        "no parameter regParam; it is now C",
+    ),
+    ({"candidates": [{"learner": "xgboost", "grid": {"max_depht": [3]}}]}, "XGBoost has no parameter max_depht"),
+    ({"candidates": [{"learner": "xgboost", "grid": {"max_depth": ["x"]}}]}, "max_depth = 'x'"),
+    ({"max_train_rows": 10}, "max_train_rows: Input should be greater than or equal to 1000"),
+    ({"promotion": {"confidence": 2}}, "promotion.confidence"),
+    ({"promotion": {"replicates": 100, "confidence": 0.999}}, "replicates is 100"),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), WRONG)
+def test_what_is_wrong_is_named(settings: dict[str, Any], told: str):
+    assert told in (problem_of_run_config(config_of(**settings)) or "")
+    with pytest.raises(ValidationError):
+        FraudModelConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"ops": None},
+        {"ops": {"fraud_model": {}}},
+        {"ops": {"cleaned_transactions": {"config": {"rebuild": True}}}},
+        config_of(candidates=[{"learner": "xgboost", "grid": {"rounds": [10]}}], train_each=True),
+    ],
+)
+def test_what_is_right_or_of_something_else_is_no_problem(config: dict[str, Any]):
+    assert problem_of_run_config(config) is None
+
+
+def test_what_is_no_mapping_is_named():
+    assert "takes settings" in (problem_of_run_config({"ops": {"fraud_model": {"config": [1]}}}) or "")
+
+
+@pytest.mark.parametrize(("settings", "told"), WRONG[:2])
+def test_the_file_of_a_deployment_is_looked_at_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
+):
+    import yaml
+
+    file = tmp_path / "run_config.yaml"
+    file.write_text(yaml.safe_dump(config_of(**settings)))
+    monkeypatch.setenv("ML_PLATFORM_RUN_CONFIG", str(file))
+    with pytest.raises(SettingsError, match=r"ML_PLATFORM_RUN_CONFIG: .*run_config\.yaml: fraud_model: ") as error:
+        run_config()
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("first", [CLEANED, FEATURES])
+def test_a_runs_first_step_looks_at_it(lake: LakeResource, instance: dg.DagsterInstance, first: str):
+    """Dagster looks at an asset's configuration when its own step starts: on a cluster that has cleaned by then."""
+    put_raw(lake, "a", raw_spec(0))
+    if first == FEATURES:
+        put_cleaned(lake, "a")
+    instance.add_dynamic_partitions("raw_files", ["a"])
+    assets = [asset for asset in (CLEANED, FEATURES, "fraud_model") if first == CLEANED or asset != CLEANED]
+    config = {"fraud_model": {"candidates": [{"learner": "random_forest"}]}}
+    result = run_assets(definitions(lake), instance, *assets, keys=("a", "a"), config=config)
+    assert not result.success
+    (failure,) = [event for event in result.all_events if event.is_step_failure]
+    assert failure.step_key == first
+    assert "no learner 'random_forest'; it was replaced by xgboost" in str(failure.event_specific_data)
+    assert requests_of(lake, result.run_id, "clean_transactions") == []
+    assert requests_of(lake, result.run_id, "build_features") == []
