@@ -2,6 +2,7 @@
 
 import pytest
 
+from ml_platform import sizing
 from ml_platform.sizing import CORE_SECONDS_PER_MILLION_ROWS, FIXED_S, choose_nodes, cores_of, expected_seconds
 
 CLEAN, FEATURES = (CORE_SECONDS_PER_MILLION_ROWS[job] for job in ("clean_transactions", "build_features"))
@@ -50,6 +51,23 @@ def test_a_job_takes_its_fixed_time_and_a_share_of_each_core():
     assert expected_seconds("clean_transactions", 10**7, 10) == pytest.approx(FIXED_S + CLEAN)
     assert expected_seconds("another_job", 10**7, 10) == FIXED_S
     assert expected_seconds("clean_transactions", 10**6, 0) == pytest.approx(FIXED_S + CLEAN)
+
+
+def test_a_training_is_expected_to_fit_no_more_rows_than_it_may():
+    def seconds(rows):
+        return expected_seconds("train_model", rows, cores=10**9) - FIXED_S
+
+    assert seconds(10**6) == pytest.approx(sizing.FIT_S_PER_MILLION_ROWS, rel=0.01)
+    assert seconds(10**8) == pytest.approx(seconds(5 * 10**6), rel=0.01)
+
+
+def test_the_largest_fit_has_its_memory_and_two_executors_fit_a_default_host():
+    assert sizing.memory_properties("clean_transactions") == {}
+    properties = sizing.memory_properties("train_model")
+    overhead = int(properties["spark.executor.memoryOverhead"].removesuffix("m"))
+    assert overhead > 2953
+    assert 2 * (2048 + overhead) <= 0.8 * 16 * 1024
+    assert sizing.memory_properties("train_model", 1_000_000)["spark.executor.memoryOverhead"] == "1200m"
 
 
 @pytest.mark.parametrize(

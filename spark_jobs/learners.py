@@ -224,12 +224,16 @@ class LogisticRegression:
         import numpy as np
         from sklearn.linear_model import LogisticRegression as Estimator
 
-        standardized = _inputs(matrix).astype("f8")
-        mean = np.average(standardized, axis=0, weights=weight)
-        standardized -= mean
-        deviation = np.sqrt(np.average(np.square(standardized), axis=0, weights=weight))
-        deviation[deviation == 0] = 1.0
-        standardized /= deviation
+        matrix = _inputs(matrix)
+        mean, deviation = np.zeros(matrix.shape[1]), np.ones(matrix.shape[1])
+        standardized = np.empty(matrix.shape)
+        # Column by column, for a copy of all of them takes a gigabyte.
+        for number, column in enumerate(matrix.T):
+            values = column.astype("f8")
+            mean[number] = np.average(values, weights=weight)
+            values -= mean[number]
+            deviation[number] = np.sqrt(np.average(np.square(values), weights=weight)) or 1.0
+            standardized[:, number] = values / deviation[number]
         estimator = Estimator(
             C=params.get("C", 1.0), max_iter=int(params.get("max_iter", 1000)), tol=params.get("tol", 1e-4)
         )

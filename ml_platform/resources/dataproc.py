@@ -38,7 +38,7 @@ from ml_platform.outside_text import printable
 from ml_platform.resources.lake import LakeResource
 from ml_platform.resources.spark import SparkEngine, job_file
 from ml_platform.run_processes import fail_dead_runs, note_process
-from ml_platform.sizing import choose_nodes, cores_of, expected_seconds
+from ml_platform.sizing import MAX_TRAIN_ROWS, choose_nodes, cores_of, expected_seconds, memory_properties
 from spark_jobs.runtime import START_PROPERTIES
 
 CLUSTER_ID_TAG = "ml_platform/cluster_id"
@@ -324,7 +324,11 @@ class DataprocEngine(SparkEngine):
                     *("--request", lake.store.spark_uri(files["request.json"])),
                     *("--report", lake.store.spark_uri(files["report.json"])),
                 ],
-                properties={**JOB_PROPERTIES, **self.job_properties},
+                properties={
+                    **JOB_PROPERTIES,
+                    **memory_properties(job, request.get("max_train_rows", MAX_TRAIN_ROWS)),
+                    **self.job_properties,
+                },
             ),
         )
         url = f"{self._cluster_url(cluster.id)}/jobs/{job_id}"
