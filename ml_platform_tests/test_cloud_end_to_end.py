@@ -106,7 +106,6 @@ def test_new_objects_become_a_champion_on_one_cluster(world: CloudWorld, process
         ["clean", "transactions"],
         ["build", "features"],
         ["train", "model"],
-        ["verify", "model"],
     ]
     assert all(job.state == "DONE" for job in world.cloud.dataproc.jobs.values())
     (created,) = world.cloud.dataproc.calls("ClusterService.Create")
@@ -124,7 +123,7 @@ def test_steps_say_what_the_cluster_was_and_cost(world: CloudWorld, processed: s
     metadata = world.metadata("fraud_model", KEYS[2])
     assert metadata["cluster_id"] == world.runs()[0].tags["ml_platform/cluster_id"]
     assert metadata["cluster_id"] in metadata["cluster"]
-    assert [job["name"].split("-")[0] for job in metadata["cluster_jobs"]] == ["clean", "build", "train", "verify"]
+    assert [job["name"].split("-")[0] for job in metadata["cluster_jobs"]] == ["clean", "build", "train"]
     # 4 hosts, of which 3 cost 2 + 128 GB x 0.01 and one 1 + 40 GB x 0.1 an hour.
     hours = metadata["cluster_node_hours"] / 4
     assert metadata["cluster_cost"] == pytest.approx(hours * (3 * 3.28 + 5), abs=0.02)
