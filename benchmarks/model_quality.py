@@ -50,6 +50,9 @@ def main() -> None:
         help="last days of training, one a fold (default: 2018-06-26 2018-07-03 2018-07-10)",
     )
     parser.add_argument("--customers", type=int, default=5_000, help="customers to simulate (default: 5000)")
+    parser.add_argument(
+        "--max-train-rows", type=int, help="rows that a model is fitted on, at most (default: the job's)"
+    )
     parser.add_argument("--only", default="", help="only the rows of the table whose name has this in it")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
@@ -63,14 +66,15 @@ def main() -> None:
             if not raw:
                 parser.error(f"there are no raw files (*.txt) in {arguments.raw}")
         models = {name: model for name, model in MODELS.items() if arguments.only in name}
-        results = measure(raw, arguments.epoch, arguments.train_ends, work, models)
+        limit = {"max_train_rows": arguments.max_train_rows} if arguments.max_train_rows else {}
+        results = measure(raw, arguments.epoch, arguments.train_ends, work, models, limit)
     write_results(arguments.json, results, lambda: table(results))
 
 
 def measure(
-    raw: list[Path], epoch: date, train_ends: list[date], work: Path, models: dict[str, Any]
+    raw: list[Path], epoch: date, train_ends: list[date], work: Path, models: dict[str, Any], limit: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Train and score every model on every fold; one dict of figures each."""
+    """Train and score every model on every fold, with `limit` in the requests; one dict of figures each."""
     from pyspark.sql import functions as F
 
     spark = spark_session()
@@ -102,6 +106,7 @@ def measure(
                     "features": list(inputs),
                     "output_uri": f"file://{work}/models/{train_end}/{name.replace(' ', '_')}",
                     "candidates": CANDIDATES[learner],
+                    **limit,
                 },
             )
             if report["outcome"] != "trained":
