@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +201,8 @@ def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     from sqlalchemy.engine import Engine
 
     def do_not_wait_for_the_disk(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
 
     event.listen(Engine, "connect", do_not_wait_for_the_disk)
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"

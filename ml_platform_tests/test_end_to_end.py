@@ -178,8 +178,8 @@ def champion_run(trained: Trained) -> tuple[Any, Any]:
 
 def grid(run: Any) -> tuple[list[dict[str, Any]], list[float], dict[str, Any]]:
     """What the search tried, the score of each, and the one with the highest."""
-    points = [json.loads(run.data.params[f"grid.{number}"]) for number in range(12)]
-    scores = [run.data.metrics[f"grid.{number}.validation_average_precision"] for number in range(12)]
+    points = [json.loads(run.data.params[f"grid.{number}"]) for number in range(8)]
+    scores = [run.data.metrics[f"grid.{number}.validation_average_precision"] for number in range(8)]
     return points, scores, points[scores.index(max(scores))]
 
 

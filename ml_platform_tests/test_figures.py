@@ -86,7 +86,7 @@ def realistic_report(days: int = 7, rows_per_day: int = 3000) -> dict[str, Any]:
         for depth in (4, 5, 6)
         for iterations in (20, 50)
     ]
-    grid += [{"learner": "xgboost", "params": {"rounds": 100, "max_depth": depth}} for depth in (8, 12)]
+    grid += [{"learner": "another", "params": {"rounds": 100, "max_depth": depth}} for depth in (8, 12)]
     grid += [
         {"learner": "logistic_regression", "params": {"C": reg, "max_iter": iterations}}
         for reg in (0, 0.1, 0.5)
@@ -339,8 +339,8 @@ def test_counts_that_are_alike_have_a_linear_axis(report: dict[str, Any]):
 def test_the_search_names_learner_and_only_what_differs(built: Mapping[str, Any]):
     ax = built["grid"].axes[0]
     labels = [text.get_text() for text in ax.get_yticklabels()]
-    assert labels[0] == "gradient-boosted trees: maxDepth 4, maxIter 20"
-    assert "random forest: maxDepth 8" in labels
+    assert labels[0] == "XGBoost: max_depth 4, rounds 20"
+    assert "another: max_depth 8" in labels
     assert ax.get_title(loc="left") == "Search: 17 candidates"
 
 
@@ -592,7 +592,7 @@ def test_the_summary_has_the_figures(report: dict[str, Any], pictures: dict[str,
         f"| {metrics['champion_test_average_precision']:.4f} |"
     ) in lines
     assert "| `test_rows` | 21,000 |  |  |" in lines
-    assert "| `gradient-boosted trees` | `maxDepth=4, maxIter=20, maxBins=1024` | 0.7400 |" in lines
+    assert "| `XGBoost` | `max_depth=4, rounds=20, max_bin=1024` | 0.7400 |" in lines
     hundred = next(row for row in report["tables"]["thresholds"] if row["alerts_per_day"] == 100)
     assert (
         f"| 100 | {shown(hundred, 'precision')} | {shown(hundred, 'recall')} | {hundred['amount_caught']:,.0f} "

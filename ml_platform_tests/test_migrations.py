@@ -5,6 +5,7 @@ Version 1 is the first, so these tests raise the platform's own version to 2.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -244,9 +245,15 @@ class TestMigrate:
 class TestCommand:
     @pytest.fixture
     def run(
-        self, lake: LakeResource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+        self,
+        lake: LakeResource,
+        tmp_path: Path,
+        empty_mlflow_store: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
     ):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}")
         monkeypatch.setenv("ML_PLATFORM_RAW_URI", lake.raw_uri)
         monkeypatch.setenv("ML_PLATFORM_LAKE_URI", lake.lake_uri)
         monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))

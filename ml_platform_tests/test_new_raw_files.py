@@ -540,11 +540,11 @@ class TestManyPartitions:
 class TestRunConfig:
     def test_a_file_of_run_config_reaches_the_runs(self, lake, instance, tmp_path, monkeypatch):
         path = tmp_path / "run config.yaml"
-        path.write_text("ops: {fraud_model: {config: {max_train_rows: 7}}}")
+        path.write_text("ops: {fraud_model: {config: {max_train_rows: 7000}}}")
         monkeypatch.setenv("ML_PLATFORM_RUN_CONFIG", str(path))
         put_raw(lake, "a", raw_spec(0))
         (request,) = run_requests(plan_runs(instance, lake))
-        assert request.run_config["ops"] == {"fraud_model": {"config": {"max_train_rows": 7}}}
+        assert request.run_config["ops"] == {"fraud_model": {"config": {"max_train_rows": 7000}}}
         assert "loggers" in request.run_config
 
     @pytest.mark.parametrize("content", [None, "a: [", "- only\n- a list"], ids=["missing", "no YAML", "no mapping"])

@@ -158,6 +158,7 @@ def verify_reload(lake: LakeResource, mlflow: MlflowResource, *, version: "Model
     hide_progress_bars()
     with tempfile.TemporaryDirectory(prefix="ml-platform-") as target:
         mlflow_api.set_tracking_uri(mlflow.tracking_uri)
+        mlflow_api.set_registry_uri(mlflow.tracking_uri)
         path = mlflow_api.artifacts.download_artifacts(
             artifact_uri=f"models:/{MODEL_NAME}/{version.version}", dst_path=target
         )
