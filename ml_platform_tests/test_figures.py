@@ -598,7 +598,7 @@ def test_the_summary_has_the_figures(report: dict[str, Any], pictures: dict[str,
         f"| 100 | {shown(hundred, 'precision')} | {shown(hundred, 'recall')} | {hundred['amount_caught']:,.0f} "
         f"| {100 * hundred['amount_share']:.1f} % |"
     ) in lines
-    assert "Best candidate: `gradient-boosted trees` with `maxDepth=4, maxIter=20, maxBins=1024`" in lines
+    assert "Best candidate: `XGBoost` with `max_depth=4, rounds=20, max_bin=1024`" in lines
     images = [token for token in markdown_tokens(text) if token.type == "image"]
     assert images[0].content == "Overview of the held-out test"
     assert base64.b64decode(images[0].attrs["src"].partition(",")[2]) == pictures["overview"]
