@@ -27,6 +27,7 @@ HEAVY = (
     "pandas",
     "pyspark",
     "sklearn",
+    "xgboost",
     "google.protobuf",
     "grpc",
     "yandex",

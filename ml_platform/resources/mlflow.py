@@ -22,6 +22,9 @@ MODEL_NAME = "fraud_model"
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 
+#: Characters that MLflow's database keeps of a version's description.
+MAX_DESCRIPTION = 5000
+
 #: Error codes of MLflow for a version, an alias or a model that is not there, whatever the store.
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
@@ -122,7 +125,7 @@ class MlflowResource(dg.ConfigurableResource):
         """Register the artifact ``model`` of an MLflow run as a version."""
         uri = f"runs:/{run.active_run().info.run_id}/model"
         version: ModelVersion = run.register_model(uri, MODEL_NAME, tags=dict(tags))
-        self.client().update_model_version(MODEL_NAME, version.version, description)
+        self.client().update_model_version(MODEL_NAME, version.version, description[:MAX_DESCRIPTION])
         return version
 
     def tag_version(self, version: str, tags: Mapping[str, str]) -> None:
