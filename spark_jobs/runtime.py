@@ -259,11 +259,11 @@ def describe(error: BaseException) -> str:
     """An error in at most a few hundred printable characters: its own words, without stacks of Java or of a task."""
     java = getattr(error, "java_exception", None)
     text = (java.toString() if java is not None else None) or str(error) or type(error).__name__
-    # What a task of Python's raised stands at the end of its stack.
-    _, stack, rest = text.rpartition("Traceback (most recent call last)")
-    raised = re.findall(r"^[\w.]*(?:Error|Exception): .*$", rest, re.MULTILINE)
+    # What a task of Python's raised stands at the end of its stack, which Spark 3 has among the causes.
+    _, stack, rest = f"{text}\n{error}".rpartition("Traceback (most recent call last)")
+    raised = re.search(r"^[\w.]*(?:Error|Exception): .*$", rest, re.MULTILINE)
     if stack and raised:
-        text = raised[-1]
+        text = raised[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = "".join(char if char.isprintable() else " " for char in lines[0]) if lines else ""
     return f"{type(error).__name__}: {line}"[:500]
