@@ -199,6 +199,11 @@ class XGBoostModel:
         return text
 
 
+#: Of the gradient. Versions of scikit-learn scale it differently, and this is small for all of them: they reach the same
+#: coefficients.
+DEFAULT_TOL = 1e-8
+
+
 class LogisticRegression:
     """Logistic regression with an L2 penalty on standardized inputs, by scikit-learn; the baseline."""
 
@@ -235,7 +240,7 @@ class LogisticRegression:
             deviation[number] = np.sqrt(np.average(np.square(values), weights=weight)) or 1.0
             standardized[:, number] = values / deviation[number]
         estimator = Estimator(
-            C=params.get("C", 1.0), max_iter=int(params.get("max_iter", 1000)), tol=params.get("tol", 1e-4)
+            C=params.get("C", 1.0), max_iter=int(params.get("max_iter", 1000)), tol=params.get("tol", DEFAULT_TOL)
         )
         estimator.fit(standardized, label, sample_weight=weight)
         return LogisticRegressionModel(mean, deviation, estimator.coef_[0], float(estimator.intercept_[0]))
