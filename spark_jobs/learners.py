@@ -199,9 +199,9 @@ class XGBoostModel:
         return text
 
 
-#: Of the gradient. Versions of scikit-learn scale it differently, and this is small for all of them: they reach the same
-#: coefficients.
-DEFAULT_TOL = 1e-8
+#: Of the gradient. Versions of scikit-learn scale it differently; this is small for all of them, and Newton's method
+#: gets there, so that they reach the same coefficients. (L-BFGS stops earlier in some.)
+DEFAULT_TOL = 1e-7
 
 
 class LogisticRegression:
@@ -240,7 +240,10 @@ class LogisticRegression:
             deviation[number] = np.sqrt(np.average(np.square(values), weights=weight)) or 1.0
             standardized[:, number] = values / deviation[number]
         estimator = Estimator(
-            C=params.get("C", 1.0), max_iter=int(params.get("max_iter", 1000)), tol=params.get("tol", DEFAULT_TOL)
+            C=params.get("C", 1.0),
+            max_iter=int(params.get("max_iter", 1000)),
+            tol=params.get("tol", DEFAULT_TOL),
+            solver="newton-cg",
         )
         estimator.fit(standardized, label, sample_weight=weight)
         return LogisticRegressionModel(mean, deviation, estimator.coef_[0], float(estimator.intercept_[0]))
