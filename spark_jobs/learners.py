@@ -201,7 +201,7 @@ class XGBoostModel:
 
 #: Of the gradient. Versions of scikit-learn scale it differently; this is small for all of them, and Newton's method
 #: gets there, so that they reach the same coefficients. (L-BFGS stops earlier in some.)
-DEFAULT_TOL = 1e-7
+DEFAULT_TOL = 1e-10
 
 
 class LogisticRegression:
