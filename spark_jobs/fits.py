@@ -242,8 +242,9 @@ def validate(rows: DataFrame, models: Sequence[tuple[str, tuple[int, int]]], lib
             if inside.any():
                 chosen = {name: values[inside] for name, values in columns.items()}
                 chosen["_score"] = score(number, chosen)
-                found.append((keys[number], blocks.pack(chosen, layout)))
-        return {"partition_key": _as_keys(key for key, _ in found), "block": [block for _, block in found]}
+                found.append((number, blocks.pack(chosen, layout)))
+        numbered = [number for number, _ in found]
+        return {"partition_key": keys[numbered].astype("i4"), "block": [block for _, block in found]}
 
     def judge(arrived: Iterable[Any]) -> Iterator[tuple[int, float]]:
         from sklearn.metrics import average_precision_score
@@ -262,12 +263,6 @@ def validate(rows: DataFrame, models: Sequence[tuple[str, tuple[int, int]]], lib
     shuffled = blocks.exchange(blocks.map_columns(plain, scored, blocks.BLOCK_SCHEMA), len(models))
     answers = dict(shuffled.rdd.mapPartitions(judge).collect())
     return [answers[number] for number in range(len(models))]
-
-
-def _as_keys(keys: Iterable[Any]) -> Array:
-    import numpy as np
-
-    return np.array(list(keys), dtype="i4")
 
 
 def _loaded_once(models: Sequence[str], library_name: str | None) -> Callable[[int, Columns], Array]:
