@@ -423,6 +423,8 @@ def test_code_in_mlflow_is_never_run(
     sample = pd.read_parquet(tmp_path / "sample.parquet")
     save_model(model, (tmp_path / "model.json").read_bytes(), sample)
     (loader,) = model.glob("code/*/pyfunc.py")
+    for module in [name for name in sys.modules if name.startswith(loader.parent.name)]:
+        monkeypatch.delitem(sys.modules, module)  # another test may have loaded the same code, and Python keeps it
     loader.write_text(loader.read_text() + "\nimport trap_of_the_test\ntrap_of_the_test.Trap()\n")
     lake.store.write("models/a/sample.parquet", (tmp_path / "sample.parquet").read_bytes())
     resource = MlflowResource(tracking_uri=f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}")
