@@ -28,7 +28,7 @@ setup: .dagster_home/dagster.yaml ## create or update .venv and .dagster_home (w
 classes: setup ## archive Spark's classes, so that local sessions start sooner (a minute, once)
 	@[ .venv/spark.jsa -nt .venv/ml-platform-installed ] || { \
 	  echo 'setup: archiving the classes of Spark (a minute, once)' >&2; \
-	  $(WITH_JAVA) $(BIN)/python -m ml_platform.class_archive; }
+	  $(WITH_JAVA) $(BIN)/python -m ml_platform.spark.class_archive; }
 
 .dagster_home/dagster.yaml: dagster.yaml
 	@mkdir -p .dagster_home && cp dagster.yaml .dagster_home/dagster.yaml

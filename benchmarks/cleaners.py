@@ -48,7 +48,7 @@ FIELDS = (
 def platform(raw: Path, out: Path, epoch: date) -> dict[str, int]:
     """The platform's own job, in a session set up as its local engine sets one up."""
     from benchmarks.common import spark_session
-    from ml_platform.bare_jobs import clean
+    from ml_platform.spark.bare_jobs import clean
 
     spark = spark_session()
     counts = clean(spark, [raw], out, epoch)[raw.stem]["counts"]
@@ -59,7 +59,7 @@ def platform(raw: Path, out: Path, epoch: date) -> dict[str, int]:
 def warm_job(raw: Path, out: Path, epoch: date) -> dict[str, float]:
     """Rows and seconds of the platform's job in a session that has done it twice before."""
     from benchmarks.common import spark_session
-    from ml_platform.bare_jobs import clean
+    from ml_platform.spark.bare_jobs import clean
 
     spark = spark_session()
     for _ in range(3):
@@ -79,7 +79,7 @@ def old_pipeline(raw: Path, out: Path, epoch: date) -> dict[str, int]:
     """
     from pyspark.sql import functions as F
 
-    from ml_platform.local_spark import default_spark_config, local_session
+    from ml_platform.spark.session import default_spark_config, local_session
 
     config = default_spark_config("local[*]")
     del config["spark.driver.defaultJavaOptions"]

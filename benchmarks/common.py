@@ -15,9 +15,9 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ml_platform.bare_jobs import clean, features
-from ml_platform.local_spark import default_spark_config, local_session
-from ml_platform.simulator import Simulation
+from ml_platform.dev.simulator import Simulation
+from ml_platform.spark.bare_jobs import clean, features
+from ml_platform.spark.session import default_spark_config, local_session
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

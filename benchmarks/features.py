@@ -22,12 +22,12 @@ from benchmarks.common import (
     work_directory,
     write_results,
 )
-from ml_platform.bare_jobs import clean, features
+from ml_platform.spark.bare_jobs import clean, features
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-    from ml_platform.simulator import Simulation
+    from ml_platform.dev.simulator import Simulation
 
 
 #: Of the second data set of each size: so many terminals carry this share of all rows.

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import markdown, options, say, simulate, spark_session, work_directory, write_results
-from ml_platform.bare_jobs import clean, features
-from ml_platform.promotion import average_precision_interval
-from ml_platform.simulator import Simulation
+from ml_platform.dev.simulator import Simulation
+from ml_platform.model.promotion import average_precision_interval
+from ml_platform.spark.bare_jobs import clean, features
 from spark_jobs import train_model
-from spark_jobs.features import FEATURES, REGISTRY
-from spark_jobs.learners import DEFAULT_CANDIDATES
+from spark_jobs.features.registry import FEATURES, REGISTRY
+from spark_jobs.training.learners import DEFAULT_CANDIDATES
 
 HANDBOOK = ("tx_amount", *[feature.name for feature in REGISTRY if feature.source == "handbook"])
 

@@ -23,7 +23,7 @@ from benchmarks.common import (
     work_directory,
     write_results,
 )
-from ml_platform.bare_jobs import clean, features
+from ml_platform.spark.bare_jobs import clean, features
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from benchmarks.common import markdown, options, say, write_results
-from ml_platform.promotion import delong, paired_bootstrap
+from ml_platform.model.promotion import delong, paired_bootstrap
 
 FRAUD_SHARE = 0.008
 WEEKLY_ROWS_PER_CUSTOMER = 11

@@ -21,7 +21,7 @@ from benchmarks.common import (
     work_directory,
     write_results,
 )
-from ml_platform.bare_jobs import clean
+from ml_platform.spark.bare_jobs import clean
 
 #: Query → what it asks for, and the ranges that a row group's statistics must meet to be needed.
 DAY = "tx_datetime >= TIMESTAMP '2019-09-05' AND tx_datetime < TIMESTAMP '2019-09-06'"

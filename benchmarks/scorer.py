@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 
 from benchmarks.common import markdown, options, write_results
-from spark_jobs.features import FEATURES
-from spark_jobs.learners import LEARNERS, Scorer
+from spark_jobs.features.registry import FEATURES
+from spark_jobs.training.learners import LEARNERS, Scorer
 
 FIT_ROWS = 200_000
 

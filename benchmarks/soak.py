@@ -32,8 +32,8 @@ import psutil
 import yaml
 
 from benchmarks.common import ROWS_PER_CUSTOMER, markdown, say
-from ml_platform.run_processes import PROCESS_TAG
-from ml_platform.simulator import Simulation
+from ml_platform.dev.simulator import Simulation
+from ml_platform.operations.dead_runs import PROCESS_TAG
 
 PROJECT = Path(__file__).resolve().parents[1]
 SENSOR = "new_raw_files"

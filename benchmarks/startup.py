@@ -83,7 +83,7 @@ def measure(work: Path, rounds: int) -> dict[str, list[float]]:
             raise SystemExit(f"{arguments} failed:\n{done.stdout}{done.stderr}")
         return time.monotonic() - started
 
-    run("-m", "ml_platform.cli", "sync")
+    run("-m", "ml_platform.cli.main", "sync")
     (key,) = [path.stem for path in (work / "raw").iterdir()]
     materialize = ("-m", "dagster", "asset", "materialize")
     contestants = {

@@ -26,8 +26,8 @@ from benchmarks.common import (
     work_directory,
     write_results,
 )
-from ml_platform.bare_jobs import clean, features, train
-from ml_platform.simulator import Simulation
+from ml_platform.dev.simulator import Simulation
+from ml_platform.spark.bare_jobs import clean, features, train
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

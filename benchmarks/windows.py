@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import EPOCH, markdown, options, say, simulate, spark_session, work_directory, write_results
 from benchmarks.features import HOT_SHARE, HOT_TERMINALS, large_simulation, with_hot_terminals
-from ml_platform.bare_jobs import clean
-from ml_platform.sizing import BYTES_PER_ROW
-from spark_jobs import parquet_files, runtime
+from ml_platform.dataproc.sizing import BYTES_PER_ROW
+from ml_platform.spark.bare_jobs import clean
+from spark_jobs import runtime
 from spark_jobs.build_features import feature_files
-from spark_jobs.features import LABEL_DELAY_DAYS, WINDOW_DAYS
-from spark_jobs.windows import DAY_S
+from spark_jobs.features.registry import LABEL_DELAY_DAYS, WINDOW_DAYS
+from spark_jobs.features.windows import DAY_S
+from spark_jobs.io import parquet_files
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,6 +1,6 @@
 """How the jobs spread: a real standalone Spark cluster of one worker with one core, then of two.
 
-`ml_platform/sizing.py` and docs/scaling.md reckon that twice the cores take half the time for the work on the rows.
+`ml_platform/dataproc/sizing.py` and docs/scaling.md assume that twice the cores halve the time of the work on rows.
 Here the jobs run in a session that has run before, so that the start of Spark, which no worker shortens, is left out.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import markdown, options, simulate, simulation, timed_jobs, work_directory, write_results
-from ml_platform.local_spark import default_spark_config, local_session
+from ml_platform.spark.session import default_spark_config, local_session
 from ml_platform_tests.standalone import StandaloneCluster
 
 if TYPE_CHECKING:

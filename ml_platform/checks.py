@@ -8,12 +8,10 @@ import dagster as dg
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
-from ml_platform.assets.gate import DECISION_FILE, HEALTH_FILE, read_finding
 from ml_platform.assets.model import fraud_model
-from ml_platform.outside_text import markdown, printable
-from ml_platform.partitions import raw_files
-from ml_platform.promotion import DECIDED_BY_FIGURES
-from ml_platform.quality import (
+from ml_platform.escaping import markdown, printable
+from ml_platform.lake.partitions import raw_files
+from ml_platform.lake.quality import (
     QualityLimits,
     fraud_rate_of,
     high_reject_rate,
@@ -23,8 +21,10 @@ from ml_platform.quality import (
     rows_that_do_not_add_up,
     shared_ids,
 )
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, Reports
-from ml_platform.resources.spark import job_file
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, Reports
+from ml_platform.model.gate import DECISION_FILE, HEALTH_FILE, read_finding
+from ml_platform.model.promotion import DECIDED_BY_FIGURES
+from ml_platform.spark.engine import job_file
 
 Problems = dict[str, str]
 

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import dagster as dg
 
-from ml_platform.alerts import build_destinations
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.model import fraud_model
 from ml_platform.assets.raw import raw_transactions
 from ml_platform.checks import ASSET_CHECKS
+from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.jobs import delete_orphaned_clusters, process_new_files
-from ml_platform.quality import QualityLimits
-from ml_platform.resources.dataproc import DataprocEngine
-from ml_platform.resources.lake import LakeResource
-from ml_platform.resources.mlflow import MlflowResource
-from ml_platform.resources.spark import LocalSparkEngine, SparkEngine
+from ml_platform.lake.quality import QualityLimits
+from ml_platform.lake.resource import LakeResource
+from ml_platform.model.mlflow import MlflowResource
+from ml_platform.operations.alerts import build_destinations
 from ml_platform.sensors import (
     build_orphaned_clusters,
     build_report_failed_runs,
@@ -28,6 +27,7 @@ from ml_platform.sensors import (
     process_new_files_daily,
 )
 from ml_platform.settings import Settings, load_alert_settings, load_cluster_settings, load_settings
+from ml_platform.spark.engine import LocalSparkEngine, SparkEngine
 
 
 def build_engine(settings: Settings) -> SparkEngine:

@@ -4,11 +4,11 @@ from typing import Any
 
 import dagster as dg
 
-from ml_platform.assets.config import problem_of_run_config
-from ml_platform.orphans import delete_orphans
-from ml_platform.resources.dataproc import DataprocEngine
-from ml_platform.resources.spark import SparkEngine
+from ml_platform.dataproc.engine import DataprocEngine
+from ml_platform.dataproc.orphans import delete_orphans
+from ml_platform.model.config import problem_of_run_config
 from ml_platform.settings import SettingsError, load_settings
+from ml_platform.spark.engine import SparkEngine
 
 process_new_files = dg.define_asset_job(
     "process_new_files",

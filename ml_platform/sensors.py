@@ -15,18 +15,18 @@ from logging import Logger
 
 import dagster as dg
 
-from ml_platform.alerts import AlertError, Destination, FailedRun, describe_failed_run
 from ml_platform.assets.cleaned import is_cleaned
-from ml_platform.assets.common import some_of
+from ml_platform.assets.outcomes import some_of
 from ml_platform.assets.raw import raw_file_observation
+from ml_platform.dataproc.engine import DataprocEngine
+from ml_platform.dataproc.orphans import delete_orphans
 from ml_platform.jobs import process_new_files, run_config
-from ml_platform.orphans import delete_orphans
-from ml_platform.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
-from ml_platform.resources.dataproc import DataprocEngine
-from ml_platform.resources.lake import CLEANED, LakeResource, RawFile
-from ml_platform.resources.spark import SparkEngine
-from ml_platform.run_processes import fail_dead_runs
+from ml_platform.lake.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
+from ml_platform.lake.resource import CLEANED, LakeResource, RawFile
+from ml_platform.operations.alerts import AlertError, Destination, FailedRun, describe_failed_run
+from ml_platform.operations.dead_runs import fail_dead_runs
 from ml_platform.settings import SettingsError
+from ml_platform.spark.engine import SparkEngine
 
 DAY_S = 24 * 60 * 60
 REAPER_INTERVAL_S = 5 * 60

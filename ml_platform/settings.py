@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from ml_platform.dataproc_api import ClusterSpec
+from ml_platform.dataproc.api import ClusterSpec
 
 _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
 #: boto3 takes an empty, `.` or `..` part of a key as it stands; Hadoop's paths do not.

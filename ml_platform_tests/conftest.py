@@ -16,10 +16,10 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from ml_platform.dev_cloud.s3_server import LocalS3, start_s3_server
-from ml_platform.local_spark import default_spark_config, local_session
-from ml_platform.resources.lake import LakeResource
-from ml_platform.resources.mlflow import MlflowResource
+from ml_platform.dev.cloud.s3_server import LocalS3, start_s3_server
+from ml_platform.lake.resource import LakeResource
+from ml_platform.model.mlflow import MlflowResource
+from ml_platform.spark.session import default_spark_config, local_session
 from ml_platform_tests.fakes import SessionEngine
 from ml_platform_tests.images.session import FEW_PARTITIONS, NO_CODEGEN
 from ml_platform_tests.world import SHORT_LIVED

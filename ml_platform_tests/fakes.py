@@ -26,15 +26,15 @@ from ml_platform.assets.model import fraud_model
 from ml_platform.assets.raw import raw_transactions
 from ml_platform.checks import ASSET_CHECKS
 from ml_platform.jobs import process_new_files
-from ml_platform.partitions import range_tags
-from ml_platform.quality import QualityLimits
-from ml_platform.resources.lake import CLEANED, LakeResource
-from ml_platform.resources.mlflow import MlflowResource
-from ml_platform.resources.spark import SparkEngine, job_file
+from ml_platform.lake.partitions import range_tags
+from ml_platform.lake.quality import QualityLimits
+from ml_platform.lake.resource import CLEANED, LakeResource
+from ml_platform.model.mlflow import MlflowResource
+from ml_platform.spark.engine import SparkEngine, job_file
 from spark_jobs import build_features
-from spark_jobs.learners import LogisticRegressionModel, Scorer
 from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
+from spark_jobs.training.learners import LogisticRegressionModel, Scorer
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

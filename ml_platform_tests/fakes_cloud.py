@@ -13,12 +13,12 @@ from typing import Any
 import dagster as dg
 from pydantic import PrivateAttr
 
-from ml_platform.dataproc_api import Clock, DataprocApi
-from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript
-from ml_platform.partitions import range_tags
-from ml_platform.resources.dataproc import DataprocEngine
-from ml_platform.resources.lake import CLEANED, LakeResource
-from ml_platform.resources.spark import SparkEngine
+from ml_platform.dataproc.api import Clock, DataprocApi
+from ml_platform.dataproc.engine import DataprocEngine
+from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
+from ml_platform.lake.partitions import range_tags
+from ml_platform.lake.resource import CLEANED, LakeResource
+from ml_platform.spark.engine import SparkEngine
 from ml_platform_tests.fakes import FakeEngine, definitions, local_path, put_raw, raw_spec
 
 

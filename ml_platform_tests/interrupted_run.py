@@ -10,9 +10,9 @@ import sys
 
 import dagster as dg
 
-from ml_platform.partitions import range_tags
-from ml_platform.resources.dataproc import DataprocEngine
-from ml_platform.resources.lake import LakeResource
+from ml_platform.dataproc.engine import DataprocEngine
+from ml_platform.lake.partitions import range_tags
+from ml_platform.lake.resource import LakeResource
 from ml_platform_tests.fakes_cloud import small_job
 
 

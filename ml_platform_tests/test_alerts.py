@@ -23,9 +23,10 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, AuthResult
 
-from ml_platform import alerts, sensors
-from ml_platform.alerts import AlertError, FailedRun, as_text, build_destinations, headline, one_line
-from ml_platform.dev_cloud.credentials import issue_certificates
+from ml_platform import sensors
+from ml_platform.dev.cloud.credentials import issue_certificates
+from ml_platform.operations import alerts
+from ml_platform.operations.alerts import AlertError, FailedRun, as_text, build_destinations, headline, one_line
 from ml_platform.sensors import build_report_failed_runs
 from ml_platform.settings import AlertSettings, SettingsError, load_alert_settings
 

@@ -15,13 +15,13 @@ import pytest
 from dagster._core.definitions.observe import observe
 
 from ml_platform.assets.features import expected_inputs, history_of, in_order_of_time, stale_features, stopped_files
-from ml_platform.assets.gate import FINDINGS_VERSION
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
-from ml_platform.promotion import DECIDED_BY_FIGURES
-from ml_platform.quality import QualityLimits
-from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
-from ml_platform.resources.mlflow import MlflowResource
+from ml_platform.lake.quality import QualityLimits
+from ml_platform.lake.resource import CLEANED, FEATURES, REJECTED, LakeResource
+from ml_platform.model.gate import FINDINGS_VERSION
+from ml_platform.model.mlflow import MlflowResource
+from ml_platform.model.promotion import DECIDED_BY_FIGURES
 from ml_platform_tests.fakes import (
     FakeEngine,
     cleaned_report,

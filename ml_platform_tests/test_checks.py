@@ -7,14 +7,14 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform import quality
-from ml_platform.assets.common import some_of
 from ml_platform.assets.features import expected_inputs
+from ml_platform.assets.outcomes import some_of
 from ml_platform.checks import ailing_champion
-from ml_platform.partitions import keys_of_run, range_tags
-from ml_platform.quality import QualityLimits
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
-from ml_platform.resources.spark import job_file
+from ml_platform.lake import quality
+from ml_platform.lake.partitions import keys_of_run, range_tags
+from ml_platform.lake.quality import QualityLimits
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.spark.engine import job_file
 from ml_platform_tests.fakes import cleaned_report, definitions, features_report, put_report, raw_spec
 
 LIMITS = QualityLimits()

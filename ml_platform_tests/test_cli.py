@@ -17,12 +17,12 @@ from unittest import mock
 import dagster as dg
 import pytest
 
-from ml_platform import cli
-from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript
-from ml_platform.dev_cloud.processes import TetheredProcess, free_port, listens
-from ml_platform.resources import lake as lake_module
-from ml_platform.resources.lake import FEATURES
-from ml_platform.resources.mlflow import MlflowResource
+from ml_platform.cli import main as cli
+from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
+from ml_platform.dev.cloud.processes import TetheredProcess, free_port, listens
+from ml_platform.lake import resource as lake_module
+from ml_platform.lake.resource import FEATURES
+from ml_platform.model.mlflow import MlflowResource
 from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
 
@@ -59,7 +59,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 @pytest.fixture
 def mlflow_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MLflow that answers at once; the real one is test_assets.py's."""
-    from ml_platform.resources.mlflow import MlflowResource
+    from ml_platform.model.mlflow import MlflowResource
 
     monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
     monkeypatch.setattr(MlflowResource, "artifact_location", lambda self: None)
@@ -229,7 +229,7 @@ class TestErrors:
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
         for arguments, traceback in ((["sync"], False), (["--traceback", "sync"], True)):
             done = subprocess.run(
-                [sys.executable, "-m", "ml_platform.cli", *arguments],
+                [sys.executable, "-m", "ml_platform.cli.main", *arguments],
                 cwd=tmp_path,
                 env=environment,
                 capture_output=True,
@@ -535,7 +535,7 @@ class TestDoctor:
         assert "need ML_PLATFORM_ALERT_EMAIL_TO" in wrong["alerts"]
 
     def test_everything_is_wrong_at_once(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-        from ml_platform.resources.mlflow import MlflowResource
+        from ml_platform.model.mlflow import MlflowResource
 
         def fail(_: object) -> None:
             raise RuntimeError("no MLflow\nwith details")

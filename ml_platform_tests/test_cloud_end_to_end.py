@@ -17,8 +17,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.dev_cloud import LAKE_BUCKET, RAW_BUCKET, DevCloud
-from ml_platform.simulator import Simulation
+from ml_platform.dev.cloud import LAKE_BUCKET, RAW_BUCKET, DevCloud
+from ml_platform.dev.simulator import Simulation
 from ml_platform_tests.world import (
     COMMAND_TIMEOUT_S,
     ML_PLATFORM,

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import spark_jobs
-from ml_platform import code_archive
-from ml_platform.code_archive import (
+from ml_platform.spark import code_archive
+from ml_platform.spark.code_archive import (
     ARCHIVE_NAME,
     CodeArchiveError,
     build_archive,
@@ -45,14 +45,16 @@ def test_holds_every_module_and_nothing_else():
     with zipfile.ZipFile(io.BytesIO(build_archive())) as archive:
         assert archive.testzip() is None
         contents = {name: archive.read(name) for name in archive.namelist()}
-    assert contents == {f"spark_jobs/{path.name}": path.read_bytes() for path in PACKAGE.glob("*.py")}
+    assert contents == {
+        path.relative_to(PACKAGE.parent).as_posix(): path.read_bytes() for path in PACKAGE.rglob("*.py")
+    }
     assert "spark_jobs/__init__.py" in contents
 
 
 def test_the_same_code_gives_the_same_bytes(copy: Path):
     original = build_archive()
     # Another time, other permissions, another order in the directory, leavings of an interpreter and an editor.
-    for path in sorted(copy.glob("*.py"), reverse=True):
+    for path in sorted(copy.rglob("*.py"), reverse=True):
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content)
@@ -67,7 +69,7 @@ def test_the_same_code_gives_the_same_bytes(copy: Path):
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_another_process_gives_the_same_bytes(hash_seed: str):
-    code = "from ml_platform.code_archive import *; print(content_hash(build_archive()))"
+    code = "from ml_platform.spark.code_archive import *; print(content_hash(build_archive()))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONHASHSEED": hash_seed, "TZ": "Asia/Tokyo"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == content_hash(build_archive())
@@ -130,7 +132,7 @@ def test_a_process_that_has_only_the_archive_loads_the_library_from_it(tmp_path:
     (tmp_path / name).write_bytes(content)
     code = (
         "import sys; sys.path = [path for path in sys.path if 'site-packages' not in path]\n"
-        "from spark_jobs import library; from pathlib import Path\n"
+        "from spark_jobs.training import library; from pathlib import Path\n"
         f"directory = library.unpacked(Path({name!r}))\n"
         "import importlib.util as util; assert util.find_spec('xgboost') is None\n"
         f"sys.path = [directory, {str(Path(np.__file__).parents[1])!r}, *sys.path]\n"

@@ -24,16 +24,16 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.code_archive import CodeArchiveError, build_archive, content_hash, library_archive
-from ml_platform.dataproc_api import PysparkJob, cluster_name
-from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas
-from ml_platform.dev_cloud.s3_server import LocalS3
-from ml_platform.orphans import delete_orphans
-from ml_platform.resources.dataproc import CLUSTER_ID_TAG, CLUSTER_NAME_TAG, JOB_PROPERTIES, expired
-from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, StorageError
-from ml_platform.resources.spark import job_file
-from ml_platform.run_processes import PROCESS_TAG
-from ml_platform.sizing import BYTES_PER_ROW, expected_seconds
+from ml_platform.dataproc.api import PysparkJob, cluster_name
+from ml_platform.dataproc.engine import CLUSTER_ID_TAG, CLUSTER_NAME_TAG, JOB_PROPERTIES, expired
+from ml_platform.dataproc.orphans import delete_orphans
+from ml_platform.dataproc.sizing import BYTES_PER_ROW, expected_seconds
+from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas
+from ml_platform.dev.cloud.s3_server import LocalS3
+from ml_platform.lake.resource import CLEANED, LakeResource, LocalStore, StorageError
+from ml_platform.operations.dead_runs import PROCESS_TAG
+from ml_platform.spark.code_archive import CodeArchiveError, build_archive, content_hash, library_archive
+from ml_platform.spark.engine import job_file
 from ml_platform_tests.fakes import local_path, put_raw, raw_spec, recorded
 from ml_platform_tests.fakes_cloud import FakeClock, Platform, Result, ScriptedJobs, engine_of, platform_on
 
@@ -268,7 +268,7 @@ class TestARun:
         def missing() -> None:
             raise CodeArchiveError("clusters need xgboost-cpu==2.1.4 for Linux on x86_64")
 
-        monkeypatch.setattr("ml_platform.resources.dataproc.library_archive", missing)
+        monkeypatch.setattr("ml_platform.dataproc.engine.library_archive", missing)
         result = platform.run()
         assert not result.success
         assert "clusters need xgboost-cpu==2.1.4" in result.errors

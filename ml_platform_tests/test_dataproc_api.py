@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yandex.cloud.dataproc.v1 import cluster_pb2, job_pb2, job_service_pb2
 
-from ml_platform import dataproc_api
-from ml_platform.dataproc_api import (
+from ml_platform.dataproc import api as dataproc_api
+from ml_platform.dataproc.api import (
     COMING,
     FINISHED_JOB,
     RETRY_FOR_S,
@@ -39,9 +39,9 @@ from ml_platform.dataproc_api import (
     job_name,
     slug,
 )
-from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript, Outcome
-from ml_platform.dev_cloud.proto_validation import violations
-from ml_platform.resources.dataproc import DataprocEngine
+from ml_platform.dataproc.engine import DataprocEngine
+from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript, Outcome
+from ml_platform.dev.cloud.proto_validation import violations
 from ml_platform_tests.fakes_cloud import FakeClock, api_of, cluster_fields
 
 JOB = PysparkJob("s3a://bucket/main.py", ["s3a://bucket/code.zip"], ["--request", "s3a://bucket/request.json"])
@@ -90,7 +90,7 @@ def ignore(text: str) -> None:
 #: Calls of the API that are interrupted at any instant, a thousand times.
 INTERRUPTED = """
 import random, signal, sys
-from ml_platform.dataproc_api import DataprocApi
+from ml_platform.dataproc.api import DataprocApi
 
 class Told(BaseException):
     pass

@@ -169,7 +169,7 @@ def test_logs_of_runs(tmp_path: Path, log_format: str, is_json: bool):
 import dagster as dg
 from ml_platform.definitions import defs
 from ml_platform.jobs import run_config
-from ml_platform.partitions import range_tags
+from ml_platform.lake.partitions import range_tags
 with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:
     instance.add_dynamic_partitions("raw_files", ["a", "b"])
     job = defs.resolve_job_def("process_new_files")

@@ -17,7 +17,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.simulator import HEADER, FileTruth, Simulation
+from ml_platform.dev.simulator import HEADER, FileTruth, Simulation
 from ml_platform_tests.world import (
     COMMAND_TIMEOUT_S,
     DAGSTER,

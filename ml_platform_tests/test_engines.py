@@ -19,11 +19,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ml_platform.dev_cloud import DevCloud
-from ml_platform.dev_cloud.s3_server import LocalS3
-from ml_platform.local_spark import CLASS_ARCHIVE, java_options
-from ml_platform.resources.lake import CLEANED, FEATURES, REJECTED, LakeResource
-from ml_platform.simulator import FileTruth, Simulation
+from ml_platform.dev.cloud import DevCloud
+from ml_platform.dev.cloud.s3_server import LocalS3
+from ml_platform.dev.simulator import FileTruth, Simulation
+from ml_platform.lake.resource import CLEANED, FEATURES, REJECTED, LakeResource
+from ml_platform.spark.session import CLASS_ARCHIVE, java_options
 from ml_platform_tests.standalone import StandaloneCluster
 from ml_platform_tests.world import (
     SHORT_LIVED,

@@ -37,8 +37,8 @@ from yandex.cloud.iam.v1.iam_token_service_pb2_grpc import IamTokenServiceStub
 from yandex.cloud.operation import operation_service_pb2
 from yandex.cloud.operation.operation_service_pb2_grpc import OperationServiceStub
 
-from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas, SparkSubmit
-from ml_platform.dev_cloud.proto_validation import violations, within
+from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas, SparkSubmit
+from ml_platform.dev.cloud.proto_validation import violations, within
 from ml_platform_tests.fakes_cloud import FakeClock
 from ml_platform_tests.world import SHORT_LIVED_JAVA
 
@@ -939,7 +939,7 @@ def fake_spark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> No
     script.write_text(f"#!/bin/sh\n{body}\n")
     script.chmod(0o755)
     (home / "bin" / "java").touch()
-    monkeypatch.setattr("ml_platform.dev_cloud.spark_submit.spark_home", lambda: str(home))
+    monkeypatch.setattr("ml_platform.dev.cloud.spark_submit.spark_home", lambda: str(home))
 
 
 @pytest.fixture
@@ -1053,7 +1053,7 @@ def test_no_process_outlives_its_job(
     end: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock, files: Any
 ):
     polite = body.startswith(POLITE)
-    monkeypatch.setattr("ml_platform.dev_cloud.spark_submit.GRACE_SECONDS", 30 if polite else 0.3)
+    monkeypatch.setattr("ml_platform.dev.cloud.spark_submit.GRACE_SECONDS", 30 if polite else 0.3)
     fake_spark(tmp_path, monkeypatch, body)
     directory = tmp_path / "cloud"
     spark = SparkSubmit(environment={"JAVA_HOME": str(tmp_path / "spark")}, fetch=files)
@@ -1079,7 +1079,7 @@ def test_no_process_outlives_its_job(
 def test_no_process_outlives_a_killed_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fake_spark(tmp_path, monkeypatch, "sleep 300 & sleep 300; wait")
     program = (
-        "import sys, time; from pathlib import Path; from ml_platform.dev_cloud import spark_submit\n"
+        "import sys, time; from pathlib import Path; from ml_platform.dev.cloud import spark_submit\n"
         "from yandex.cloud.dataproc.v1.job_pb2 import PysparkJob\n"
         "home, directory = sys.argv[1:]\n"
         "spark_submit.spark_home = lambda: home\n"

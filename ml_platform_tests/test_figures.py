@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from ml_platform import figures
-from spark_jobs.evaluation import wilson_interval
+from ml_platform.model import plots
+from spark_jobs.training.evaluation import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
@@ -178,12 +178,12 @@ def report() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def built(report: dict[str, Any]) -> Mapping[str, Any]:
-    return figures.build_figures(report, intervals=INTERVALS)
+    return plots.build_figures(report, intervals=INTERVALS)
 
 
 @pytest.fixture(scope="module")
 def pictures(built: Mapping[str, Any]) -> dict[str, bytes]:
-    return {name: figures._png(figure) for name, figure in built.items()}
+    return {name: plots._png(figure) for name, figure in built.items()}
 
 
 def only(report: Mapping[str, Any], *tables: str) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def test_the_colours_survive_the_palette(pictures: dict[str, bytes]):
 
     image = Image.open(io.BytesIO(pictures["overview"])).convert("RGB")
     found = {"#{:02X}{:02X}{:02X}".format(*colour) for _, colour in image.getcolors(1000)}
-    used = {figures.BLUE, figures.VERMILION, figures.GREEN, figures.PURPLE, figures.SKY, figures.GREY, "#FFFFFF"}
+    used = {plots.BLUE, plots.VERMILION, plots.GREEN, plots.PURPLE, plots.SKY, plots.GREY, "#FFFFFF"}
     assert used <= found
 
 
@@ -236,7 +236,7 @@ def test_equal_reports_give_equal_bytes(report: dict[str, Any], pictures: dict[s
     again = only(report, "calibration", "thresholds")
     again["tables"]["thresholds"] = again["tables"]["thresholds"][::-1]
     again["tables"]["calibration"] = [dict(reversed(list(row.items()))) for row in again["tables"]["calibration"]]
-    drawn = figures.draw_figures(again, intervals=INTERVALS)
+    drawn = plots.draw_figures(again, intervals=INTERVALS)
     assert set(drawn) == {"overview", "calibration", "thresholds"}
     assert drawn["calibration"] == pictures["calibration"]
     assert drawn["thresholds"] == pictures["thresholds"]
@@ -245,7 +245,7 @@ def test_equal_reports_give_equal_bytes(report: dict[str, Any], pictures: dict[s
 def test_other_numbers_give_another_picture(report: dict[str, Any], pictures: dict[str, bytes]):
     other = only(report, "per_scenario")
     other["tables"]["per_scenario"] = [row | {"caught": row["caught"] // 2} for row in other["tables"]["per_scenario"]]
-    assert figures.draw_figures(other)["per_scenario"] != pictures["per_scenario"]
+    assert plots.draw_figures(other)["per_scenario"] != pictures["per_scenario"]
 
 
 @pytest.mark.parametrize(
@@ -284,13 +284,13 @@ def test_titles_have_interval_and_champion(built: Mapping[str, Any], report: dic
 
 def test_a_given_champion_replaces_the_reported_one(report: dict[str, Any]):
     champion = {"version": 12, "metrics": {"test_average_precision": 0.125}}
-    title = figures.build_figures(only(report, "precision_recall"), champion=champion)["precision_recall"]
+    title = plots.build_figures(only(report, "precision_recall"), champion=champion)["precision_recall"]
     assert title.axes[0].get_title(loc="left").endswith("\nChampion (version 12): 0.125")
 
 
 @pytest.mark.parametrize("interval", [None, (None, 0.5), (float("nan"), 0.5), (0.5,)])
 def test_an_interval_that_is_none_is_not_shown(report: dict[str, Any], interval: Any):
-    drawn = figures.build_figures(only(report, "precision_recall"), intervals={"test_average_precision": interval})
+    drawn = plots.build_figures(only(report, "precision_recall"), intervals={"test_average_precision": interval})
     assert " to " not in drawn["precision_recall"].axes[0].get_title(loc="left")
 
 
@@ -302,8 +302,8 @@ def test_points_are_the_table(built: Mapping[str, Any], report: dict[str, Any]):
     assert set(base_rate.get_ydata()) == {rate}
     assert budgets.get_xydata().tolist() == [[row["recall"], row["precision"]] for row in tables["thresholds"]]
     bars = built["feature_importances"].axes[0].patches
-    assert len(bars) == figures.MAX_BARS
-    best = sorted(report["feature_importances"].values(), reverse=True)[: figures.MAX_BARS]
+    assert len(bars) == plots.MAX_BARS
+    best = sorted(report["feature_importances"].values(), reverse=True)[: plots.MAX_BARS]
     assert [bar.get_width() for bar in bars] == pytest.approx(best)
     histogram = built["score_distribution"].axes[0].patches
     assert [bar.get_height() for bar in histogram] == [
@@ -315,7 +315,7 @@ def test_intervals_are_drawn_where_they_are_known(report: dict[str, Any]):
     def drawn(name: str, change: Any) -> int:
         changed = only(report, name)
         changed["tables"][name] = [change(row) for row in changed["tables"][name]]
-        return len(figures.build_figures(changed)[name].axes[0].collections)
+        return len(plots.build_figures(changed)[name].axes[0].collections)
 
     def without(row: dict[str, Any]) -> dict[str, Any]:
         return {column: value for column, value in row.items() if not column.endswith("_lower")}
@@ -332,7 +332,7 @@ def test_counts_that_are_alike_have_a_linear_axis(report: dict[str, Any]):
     alike["tables"]["score_histogram"] = [
         {"lower": low / 2, "upper": low / 2 + 0.5, "genuine": 10 + low, "frauds": 7} for low in (0, 1)
     ]
-    ax = figures.build_figures(alike)["score_distribution"].axes[0]
+    ax = plots.build_figures(alike)["score_distribution"].axes[0]
     assert (ax.get_yscale(), ax.get_ylabel()) == ("linear", "rows")
 
 
@@ -364,21 +364,21 @@ def test_panels_stay_inside_the_pictures_and_apart(built: Mapping[str, Any], pic
         {},
         {"outcome": "too_little_data", "reason": "There are 20 days of data."},
         {"outcome": "trained", "tables": None, "grid": None, "feature_importances": None, "metrics": None},
-        {"tables": {name: [] for name in figures.TABLES}, "grid": [], "feature_importances": {}},
-        {"tables": dict.fromkeys(figures.TABLES), "grid": [None], "feature_importances": {"a": None}},
-        {"tables": {name: [{}] for name in figures.TABLES}, "grid": [{}], "feature_importances": {"a": 0.0}},
-        {"tables": {name: {"a": 1} for name in figures.TABLES}, "grid": "x", "feature_importances": [1]},
+        {"tables": {name: [] for name in plots.TABLES}, "grid": [], "feature_importances": {}},
+        {"tables": dict.fromkeys(plots.TABLES), "grid": [None], "feature_importances": {"a": None}},
+        {"tables": {name: [{}] for name in plots.TABLES}, "grid": [{}], "feature_importances": {"a": 0.0}},
+        {"tables": {name: {"a": 1} for name in plots.TABLES}, "grid": "x", "feature_importances": [1]},
         {"tables": [1], "windows": {"test": None}, "champion": "x"},
     ],
 )
 def test_nothing_to_draw_gives_no_picture(empty: dict[str, Any]):
-    assert figures.draw_figures(empty) == {}
-    assert figures.markdown_summary(empty, {})
+    assert plots.draw_figures(empty) == {}
+    assert plots.markdown_summary(empty, {})
 
 
-@pytest.mark.parametrize("table", sorted(figures.TABLES))
+@pytest.mark.parametrize("table", sorted(plots.TABLES))
 def test_a_picture_needs_its_own_table_alone(report: dict[str, Any], table: str):
-    assert set(figures.build_figures(only(report, table))) - {"overview"} == {PICTURE_OF.get(table, table)}
+    assert set(plots.build_figures(only(report, table))) - {"overview"} == {PICTURE_OF.get(table, table)}
 
 
 JUNK = [None, float("nan"), float("inf"), -float("inf"), -1, "0.5", True, 1e300, 10**400, {}, [1]]
@@ -390,7 +390,7 @@ def test_values_that_are_none_are_not_drawn(report: dict[str, Any], junk: Any):
         "tables": {name: [dict.fromkeys(row, junk) for row in rows] for name, rows in report["tables"].items()},
         "grid": [entry | {"validation_average_precision": junk} for entry in report["grid"]],
     }
-    assert figures.build_figures(spoilt) == {}
+    assert plots.build_figures(spoilt) == {}
 
 
 def test_entries_with_undefined_values_are_skipped_one_by_one(report: dict[str, Any]):
@@ -405,12 +405,12 @@ def test_entries_with_undefined_values_are_skipped_one_by_one(report: dict[str, 
     spoilt["tables"]["thresholds"] = [
         {**row, "amount_caught": None, "recall": None} for row in report["tables"]["thresholds"]
     ]
-    drawn = figures.build_figures(spoilt)
+    drawn = plots.build_figures(spoilt)
     lines = {line.get_label(): line.get_xydata() for line in drawn["per_day"].axes[0].lines}
     assert [len(lines[name]) for name in ("average precision", "ROC AUC", "recall at the alert budget")] == [5, 6, 5]
     assert len(drawn["roc"].axes[0].lines[0].get_xydata()) == len(report["tables"]["roc"]) - 1
     assert len(drawn["thresholds"].axes) == 1
-    assert all(png.startswith(b"\x89PNG") for png in figures.draw_figures(spoilt).values())
+    assert all(png.startswith(b"\x89PNG") for png in plots.draw_figures(spoilt).values())
 
 
 EDGES: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -445,7 +445,7 @@ EDGES: dict[str, dict[str, list[dict[str, Any]]]] = {
 def test_the_smallest_and_largest_tables_are_drawn(tables: dict[str, list[dict[str, Any]]]):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn = figures.draw_figures({"tables": tables})
+        drawn = plots.draw_figures({"tables": tables})
     assert set(drawn) - {"overview"} == {PICTURE_OF.get(name, name) for name in tables}
     assert all(len(png) < 80_000 for png in drawn.values())
 
@@ -455,11 +455,11 @@ def test_many_days_have_few_labels():
         {"date": (date(2018, 1, 1) + timedelta(days=n)).isoformat(), "rows": 10**6, "frauds": n, "roc_auc": 0.9}
         for n in range(400)
     ]
-    figure = figures.build_figures({"tables": {"per_day": days}})["per_day"]
+    figure = plots.build_figures({"tables": {"per_day": days}})["per_day"]
     labels = [text.get_text() for text in figure.axes[1].get_xticklabels()]
     assert labels == ["01-01\n2018", "02-20", "04-11", "05-31", "07-20", "09-08", "10-28", "12-17"]
     first, last = (
-        figures.build_figures({"tables": {"per_day": days[at : at + 2]}})["per_day"].axes[1] for at in (363, 364)
+        plots.build_figures({"tables": {"per_day": days[at : at + 2]}})["per_day"].axes[1] for at in (363, 364)
     )
     assert [text.get_text() for text in first.get_xticklabels()] == ["12-30\n2018", "12-31"]
     assert [text.get_text() for text in last.get_xticklabels()] == ["12-31\n2018", "01-01\n2019"]
@@ -467,7 +467,7 @@ def test_many_days_have_few_labels():
 
 def test_days_and_budgets_without_any_figure_are_no_picture():
     tables = {"per_day": [{"date": "2018-07-04", "rows": 5, "frauds": 0}], "thresholds": [{"alerts_per_day": 10}]}
-    assert figures.draw_figures({"tables": tables}) == {}
+    assert plots.draw_figures({"tables": tables}) == {}
 
 
 HOSTILE = [
@@ -516,9 +516,9 @@ def test_hostile_names_are_drawn_literally():
     with warnings.catch_warnings():
         # A character that the font lacks is a warning.
         warnings.simplefilter("error")
-        built = figures.build_figures(hostile_report())
+        built = plots.build_figures(hostile_report())
         for figure in built.values():
-            figures._png(figure)
+            plots._png(figure)
     assert set(built) == {"overview", "per_day", "per_scenario", "precision_recall", "feature_importances", "grid"}
     labels = [text.get_text() for text in built["feature_importances"].axes[0].get_yticklabels()]
     assert "$\\frac{" in labels
@@ -543,7 +543,7 @@ def markdown_tokens(text: str) -> list[Any]:
 
 def test_hostile_names_are_no_markup():
     drawn = {"overview": b"\x89PNG one", "grid": b"\x89PNG two"}
-    text = figures.markdown_summary(hostile_report(), drawn)
+    text = plots.markdown_summary(hostile_report(), drawn)
     tokens = markdown_tokens(text)
     kinds = {token.type for token in tokens}
     assert kinds <= {
@@ -583,7 +583,7 @@ def shown(row: dict[str, float], column: str) -> str:
 
 
 def test_the_summary_has_the_figures(report: dict[str, Any], pictures: dict[str, bytes]):
-    text = figures.markdown_summary(report, pictures, intervals=INTERVALS)
+    text = plots.markdown_summary(report, pictures, intervals=INTERVALS)
     metrics = report["metrics"]
     lines = text.splitlines()
     assert "| metric | model | interval | champion `3` |" in lines
@@ -606,27 +606,27 @@ def test_the_summary_has_the_figures(report: dict[str, Any], pictures: dict[str,
 
 @pytest.mark.parametrize("limit", [20_000, 60_000, 100_000, 150_000])
 def test_the_summary_stays_within_its_limit(report: dict[str, Any], pictures: dict[str, bytes], limit: int):
-    text = figures.markdown_summary(report, pictures, limit=limit)
+    text = plots.markdown_summary(report, pictures, limit=limit)
     assert len(text.encode()) <= limit
     shown = [token.content for token in markdown_tokens(text) if token.type == "image"]
     left_out = re.findall(r"to keep this entry small: (.*)\.", text)
     # A picture is embedded, named, or part of the overview.
     named = left_out[0].split(", ") if left_out else []
-    expected = len(NAMES) - (len(figures.OVERVIEW) if figures.ALT_TEXTS["overview"] in shown else 0)
+    expected = len(NAMES) - (len(plots.OVERVIEW) if plots.ALT_TEXTS["overview"] in shown else 0)
     assert len(shown) + len(named) == expected
     # Without room for the overview, its panels take its place.
-    assert limit < 30_000 or figures.ALT_TEXTS["overview"] in shown or figures.ALT_TEXTS["precision_recall"] in shown
+    assert limit < 30_000 or plots.ALT_TEXTS["overview"] in shown or plots.ALT_TEXTS["precision_recall"] in shown
 
 
 def test_the_summary_of_no_model_is_its_reason():
-    text = figures.markdown_summary({"outcome": "too_little_data", "reason": "There are 20 days."}, {})
+    text = plots.markdown_summary({"outcome": "too_little_data", "reason": "There are 20 days."}, {})
     assert text == "Outcome: `too_little_data`. `There are 20 days.`\n"
 
 
 def test_drawing_needs_no_display_and_leaves_no_global_state():
     code = """
 import sys
-import ml_platform.figures as figures
+from ml_platform.model import plots
 assert not {"matplotlib", "numpy", "PIL"} & set(sys.modules), "imported too early"
 import matplotlib
 def parameters():
@@ -634,7 +634,7 @@ def parameters():
     return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
 before = parameters()
 curve = [{"recall": 0.0, "precision": 1.0}, {"recall": 1.0, "precision": 0.1}]
-assert set(figures.draw_figures({"tables": {"precision_recall": curve}})) == {"overview", "precision_recall"}
+assert set(plots.draw_figures({"tables": {"precision_recall": curve}})) == {"overview", "precision_recall"}
 assert "matplotlib.pyplot" not in sys.modules, "pyplot"
 assert parameters() == before, "rcParams"
 """

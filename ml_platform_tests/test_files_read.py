@@ -12,9 +12,9 @@ import pytest
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.raw import raw_transactions
-from ml_platform.quality import QualityLimits
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
-from ml_platform.simulator import Simulation
+from ml_platform.dev.simulator import Simulation
+from ml_platform.lake.quality import QualityLimits
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
 from ml_platform_tests.fakes import SessionEngine
 
 if TYPE_CHECKING:

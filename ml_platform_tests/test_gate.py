@@ -9,12 +9,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform import cli
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
-from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
-from ml_platform.simulator import Simulation
+from ml_platform.cli import main as cli
+from ml_platform.dev.simulator import Simulation
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
-from spark_jobs.features import FEATURES as MODEL_INPUTS
+from spark_jobs.features.registry import FEATURES as MODEL_INPUTS
 
 pytestmark = pytest.mark.spark
 

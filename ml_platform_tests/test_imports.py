@@ -14,15 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the bottom up. A module imports from its own layer or below; the first name that fits counts.
 LAYERS = [
-    ("dataproc_api", "local_spark", "bare_jobs", "s3a", "code_archive", "partitions", "figures", "promotion"),
-    ("run_processes", "outside_text", "mlflow_model"),
-    ("simulator", "sizing", "settings", "dev_cloud"),
-    ("class_archive", "log_lines", "model_card"),
-    ("resources",),
-    ("alerts", "migrations", "orphans", "quality"),
+    ("escaping",),
+    ("settings", "lake", "spark", "dataproc", "operations", "model", "dev"),
     ("assets", "checks", "jobs", "sensors"),
     ("definitions",),
-    ("cli", "webserver"),
+    ("cli",),
 ]
 #: The images have pandas and PyArrow, through which rows come to Python, and scikit-learn; XGBoost comes with the code.
 ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "pyarrow", "sklearn", "xgboost", "spark_jobs"}
@@ -116,7 +112,7 @@ def test_spark_jobs_run_on_the_clusters_stock_image(path: Path):
 @pytest.mark.parametrize("path", IN_COPIES_OF_THE_IMAGES, ids=dotted)
 def test_what_is_tested_in_copies_of_the_images_needs_nothing_of_the_platform(path: Path):
     """The simulator makes the raw files, before, in the project's own environment."""
-    own = {"ml_platform.simulator.Simulation"} if path.name == "full_pass.py" else set()
+    own = {"ml_platform.dev.simulator.Simulation"} if path.name == "full_pass.py" else set()
     found = {name for name in imports_of(path) if re.match(r"(dagster|ml_platform)\b", name)}
     assert {name for name in found if not name.startswith("ml_platform_tests.images")} == own
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from ml_platform.dev_cloud.s3_server import LocalS3
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, LocalStore, Store, StoredFile, open_store
+from ml_platform.dev.cloud.s3_server import LocalS3
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, LocalStore, Store, StoredFile, open_store
 from ml_platform_tests.fakes import cleaned_report, features_report
 
 REPORT = cleaned_report("a")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ml_platform import class_archive
-from ml_platform.dev_cloud.spark_submit import spark_home
-from ml_platform.local_spark import CLASS_ARCHIVE, GARBAGE_COLLECTOR, default_spark_config, java_options
+from ml_platform.dev.cloud.spark_submit import spark_home
+from ml_platform.spark import class_archive
+from ml_platform.spark.session import CLASS_ARCHIVE, GARBAGE_COLLECTOR, default_spark_config, java_options
 from spark_jobs.runtime import START_PROPERTIES
 
 if TYPE_CHECKING:

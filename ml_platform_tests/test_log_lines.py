@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ml_platform.log_lines import formatter
+from ml_platform.operations.log_lines import formatter
 
 
 def record(message: str, *values: object, failed: bool = False) -> logging.LogRecord:

@@ -14,11 +14,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform import cli, migrations
-from ml_platform.migrations import migrate_lake
-from ml_platform.partitions import raw_files
-from ml_platform.resources import lake as lake_module
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, SchemaVersionError
+from ml_platform.cli import main as cli
+from ml_platform.lake import migrations
+from ml_platform.lake import resource as lake_module
+from ml_platform.lake.migrations import migrate_lake
+from ml_platform.lake.partitions import raw_files
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, SchemaVersionError
 from ml_platform.sensors import new_raw_files
 from ml_platform_tests import fakes
 from ml_platform_tests.fakes import FakeEngine, put_cleaned, put_raw, put_report, raw_spec
@@ -74,8 +75,8 @@ def process(instance: dg.DagsterInstance, lake: LakeResource, *keys: str) -> dg.
     from ml_platform.assets.features import transaction_features
     from ml_platform.assets.raw import raw_transactions
     from ml_platform.checks import ASSET_CHECKS
-    from ml_platform.partitions import range_tags
-    from ml_platform.quality import QualityLimits
+    from ml_platform.lake.partitions import range_tags
+    from ml_platform.lake.quality import QualityLimits
 
     assets = [cleaned_transactions, transaction_features]
     checks = [check for check in ASSET_CHECKS if next(iter(check.check_keys)).asset_key.path[-1] != "fraud_model"]

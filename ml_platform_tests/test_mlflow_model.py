@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ml_platform import mlflow_model
-from ml_platform.dev_cloud.processes import TetheredProcess, free_port
-from ml_platform.mlflow_model import read_model_file, requirements, save_model
-from spark_jobs import pyfunc
-from spark_jobs.learners import LEARNERS, NewerModelError, Scorer
+from ml_platform.dev.cloud.processes import TetheredProcess, free_port
+from ml_platform.model import packaging
+from ml_platform.model.packaging import read_model_file, requirements, save_model
+from spark_jobs.training import pyfunc
+from spark_jobs.training.learners import LEARNERS, NewerModelError, Scorer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import numpy, xgboost
 assert xgboost.__file__.startswith(sys.argv[1])
-from spark_jobs.learners import LEARNERS, Scorer
+from spark_jobs.training.learners import LEARNERS, Scorer
 draw = numpy.random.RandomState(0)
 matrix = draw.normal(size=(500, 3)).astype("f4")
 label = (matrix[:, 1] + draw.normal(size=500) > 1).astype("i4")
@@ -165,12 +165,12 @@ def test_models_of_two_versions_of_the_platform_live_in_one_process(
 
     import mlflow
 
-    package = tmp_path / "spark_jobs"
-    shutil.copytree(Path(mlflow_model.spark_jobs.__file__).parent, package)
+    package = tmp_path / "training"
+    shutil.copytree(Path(packaging.training.__file__).parent, package)
     with (package / "learners.py").open("a") as file:
         file.write("\nScorer.score = lambda self, matrix: matrix[:, 0].astype('f8')\n")
     content = read_model_file(models["logistic_regression"])
-    monkeypatch.setattr(mlflow_model.spark_jobs, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(packaging.training, "__file__", str(package / "__init__.py"))
     save_model(tmp_path / "changed", content, rows())
     before = mlflow.pyfunc.load_model(str(models["logistic_regression"])).predict(rows())["score"]
     changed = mlflow.pyfunc.load_model(str(tmp_path / "changed")).predict(rows())["score"]
@@ -281,7 +281,7 @@ def test_a_file_of_a_really_newer_library_is_refused(tmp_path: Path):
 
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*install, "--target", str(tmp_path), NEWER], check=True)
-    root = Path(mlflow_model.__file__).parents[1]
+    root = Path(packaging.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", FIT_WITH_ANOTHER, str(tmp_path)], cwd=root, check=True, capture_output=True, text=True
     )

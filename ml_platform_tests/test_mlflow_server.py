@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from ml_platform.dev_cloud.processes import free_port
+from ml_platform.dev.cloud.processes import free_port
 from ml_platform_tests.postgres import PostgresServer
 from ml_platform_tests.world import PROJECT
 

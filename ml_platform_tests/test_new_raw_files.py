@@ -23,8 +23,8 @@ from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 from ml_platform import sensors
 from ml_platform.definitions import defs
 from ml_platform.jobs import run_config
-from ml_platform.partitions import PARTITION_TAG, range_tags
-from ml_platform.resources.lake import CLEANED, LakeResource, StoredFile
+from ml_platform.lake.partitions import PARTITION_TAG, range_tags
+from ml_platform.lake.resource import CLEANED, LakeResource, StoredFile
 from ml_platform.sensors import new_raw_files, plan_runs, process_new_files_daily, run_requests
 from ml_platform.settings import SettingsError
 from ml_platform_tests.fakes import cleaned_report, put_cleaned, put_raw, raw_spec

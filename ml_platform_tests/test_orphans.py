@@ -15,13 +15,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.dataproc_api import OWNER, DataprocError
-from ml_platform.dev_cloud.fake_dataproc import FakeDataproc, JobScript
+from ml_platform.dataproc.api import OWNER, DataprocError
+from ml_platform.dataproc.engine import DataprocEngine
+from ml_platform.dataproc.orphans import delete_orphans, find_orphans, why_orphaned
+from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.jobs import delete_orphaned_clusters
-from ml_platform.orphans import delete_orphans, find_orphans, why_orphaned
-from ml_platform.resources.dataproc import DataprocEngine
-from ml_platform.resources.lake import LakeResource
-from ml_platform.run_processes import PROCESS_TAG
+from ml_platform.lake.resource import LakeResource
+from ml_platform.operations.dead_runs import PROCESS_TAG
 from ml_platform.sensors import build_orphaned_clusters
 from ml_platform_tests.fakes import FakeEngine
 from ml_platform_tests.fakes_cloud import FakeClock, engine_of

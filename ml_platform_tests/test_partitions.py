@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ml_platform.partitions import (
+from ml_platform.lake.partitions import (
     PARTITION_TAG,
     contiguous_ranges,
     keys_of_run,

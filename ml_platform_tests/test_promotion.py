@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from ml_platform.promotion import (
+from ml_platform.model.promotion import (
     MIN_FRAUD_CUSTOMERS,
     Facts,
     PromotionRule,

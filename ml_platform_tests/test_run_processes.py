@@ -14,9 +14,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from ml_platform.partitions import range_tags
-from ml_platform.resources.lake import LakeResource
-from ml_platform.run_processes import PROCESS_TAG, fail_dead_runs, is_dead, note_process
+from ml_platform.lake.partitions import range_tags
+from ml_platform.lake.resource import LakeResource
+from ml_platform.operations.dead_runs import PROCESS_TAG, fail_dead_runs, is_dead, note_process
 from ml_platform.sensors import dead_runs, plan_runs
 from ml_platform_tests.fakes import put_raw, raw_spec
 

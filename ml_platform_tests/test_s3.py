@@ -21,10 +21,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform import cli, s3a
-from ml_platform.dev_cloud import s3_server as s3_server_module
-from ml_platform.dev_cloud.processes import TetheredProcess, listens
-from ml_platform.dev_cloud.s3_server import (
+from ml_platform.cli import main as cli
+from ml_platform.dev.cloud import s3_server as s3_server_module
+from ml_platform.dev.cloud.processes import TetheredProcess, listens
+from ml_platform.dev.cloud.s3_server import (
     BuildError,
     LocalS3,
     MotoServer,
@@ -32,11 +32,12 @@ from ml_platform.dev_cloud.s3_server import (
     build_versitygw,
     start_s3_server,
 )
-from ml_platform.resources import lake as lake_module
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, StorageError, open_store
-from ml_platform.resources.mlflow import ArtifactError, MlflowResource, try_artifacts
+from ml_platform.dev.simulator import Simulation
+from ml_platform.lake import resource as lake_module
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, StorageError, open_store
+from ml_platform.model.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
-from ml_platform.simulator import Simulation
+from ml_platform.spark import s3a
 from ml_platform_tests.world import World, materialize_command, no_process_left, wait_until
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -118,7 +119,7 @@ class TestServer:
 
     def test_it_ends_with_a_process_that_is_killed(self, tmp_path: Path, s3_server: LocalS3):
         program = (
-            "import sys, pathlib, time; from ml_platform.dev_cloud import s3_server as s\n"
+            "import sys, pathlib, time; from ml_platform.dev.cloud import s3_server as s\n"
             f"server = s.{type(s3_server).__name__}(pathlib.Path(sys.argv[1]))\n"
             "server.start(); print(server.port, flush=True); time.sleep(600)"
         )

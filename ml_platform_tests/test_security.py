@@ -19,13 +19,14 @@ import dagster as dg
 import pytest
 import yaml
 
-from ml_platform import checks, outside_text, webserver
-from ml_platform.assets.gate import DECISION_FILE, HEALTH_FILE
-from ml_platform.partitions import is_partition_key
-from ml_platform.resources.lake import CLEANED, LakeResource, LocalStore, S3Store, Store
-from ml_platform.resources.mlflow import MlflowResource
+from ml_platform import checks, escaping
+from ml_platform.lake.partitions import is_partition_key
+from ml_platform.lake.resource import CLEANED, LakeResource, LocalStore, S3Store, Store
+from ml_platform.model.gate import DECISION_FILE, HEALTH_FILE
+from ml_platform.model.mlflow import MlflowResource
+from ml_platform.operations import webserver
+from ml_platform.operations.webserver import OwnPagesOnly
 from ml_platform.sensors import plan_runs
-from ml_platform.webserver import OwnPagesOnly
 from ml_platform_tests.fakes import cleaned_report, definitions, put_cleaned, put_raw, put_report, raw_spec, run_assets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,7 +190,7 @@ def rendered(text: str) -> list[Any]:
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
 def test_markdown_shows_what_was_said(text: str):
-    shown = outside_text.markdown(f"model: {text}")
+    shown = escaping.markdown(f"model: {text}")
     assert {token.type for token in rendered(shown)} <= {"paragraph_open", "paragraph_close", "inline", "text"}
     plain = "".join(token.content for token in rendered(shown) if token.type == "text")
     assert plain.replace("\u200b", "") == " ".join(f"model: {text}".split())
@@ -199,15 +200,15 @@ def test_markdown_shows_what_was_said(text: str):
 
 @pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202eright", "\x9b31m", "\u200f", "a\x00"])
 def test_control_characters_are_shown_and_not_obeyed(text: str):
-    assert outside_text.printable(text).isprintable()
-    assert outside_text.markdown(text).replace("\u200b", "").isprintable()
-    assert outside_text.printable("a\n\tb" + text, keep="\n\t").startswith("a\n\tb")
+    assert escaping.printable(text).isprintable()
+    assert escaping.markdown(text).replace("\u200b", "").isprintable()
+    assert escaping.printable("a\n\tb" + text, keep="\n\t").startswith("a\n\tb")
 
 
 def test_nothing_in_a_chat_is_a_link_or_calls_everybody():
-    said = outside_text.chat("<!channel> <https://evil.example|click> @all ![x](https://evil.example/p.png) a -> b")
+    said = escaping.chat("<!channel> <https://evil.example|click> @all ![x](https://evil.example/p.png) a -> b")
     assert not re.search(r"[<>@]|\]\(", said)
-    assert outside_text.chat("run: 1\nstep a: it broke (b/c.txt)") == "run: 1\nstep a: it broke (b/c.txt)"
+    assert escaping.chat("run: 1\nstep a: it broke (b/c.txt)") == "run: 1\nstep a: it broke (b/c.txt)"
 
 
 def test_what_a_check_says_is_text(lake: LakeResource, instance: dg.DagsterInstance):
@@ -245,8 +246,8 @@ def test_only_the_summary_with_pictures_is_markdown():
 
 
 def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    from ml_platform import cli
-    from ml_platform.resources.mlflow import MlflowResource
+    from ml_platform.cli import main as cli
+    from ml_platform.model.mlflow import MlflowResource
 
     note = "\x1b]0;owned\x07[red]fine[/red]\x1b[2J"
     champion = mock.Mock(version=1, run_id="r", tags={"champion_why": note})
@@ -262,7 +263,7 @@ def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_an_error_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    from ml_platform import cli
+    from ml_platform.cli import main as cli
 
     monkeypatch.setattr(cli, "app", mock.Mock(side_effect=cli.CommandError("no \x1b[2J[red]file")))
     with pytest.raises(SystemExit):
@@ -414,8 +415,8 @@ def test_code_in_mlflow_is_never_run(
     import mlflow
     import pandas as pd
 
-    from ml_platform.assets.gate import verify_reload
-    from ml_platform.mlflow_model import save_model
+    from ml_platform.model.gate import verify_reload
+    from ml_platform.model.packaging import save_model
     from ml_platform_tests.fakes import FakeEngine
 
     FakeEngine()._write_model(tmp_path, ["a", "b"])
@@ -671,7 +672,7 @@ class TestWebserver:
         monkeypatch.setattr(sys, "argv", ["dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", "3999"])
         with pytest.raises(StartedError) as started:
             webserver.dev()
-        assert started.value.args[0][:3] == [sys.executable, "-m", "ml_platform.webserver"]
+        assert started.value.args[0][:3] == [sys.executable, "-m", "ml_platform.operations.webserver"]
 
 
 # What is installed

@@ -9,9 +9,8 @@ from urllib.parse import unquote, urlsplit
 import dagster as dg
 import pytest
 
+from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.definitions import build_resources
-from ml_platform.resources.dataproc import DataprocEngine
-from ml_platform.resources.spark import LocalSparkEngine
 from ml_platform.settings import (
     ClusterSettings,
     ClusterSpec,
@@ -20,6 +19,7 @@ from ml_platform.settings import (
     load_cluster_settings,
     load_settings,
 )
+from ml_platform.spark.engine import LocalSparkEngine
 
 
 def load(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:

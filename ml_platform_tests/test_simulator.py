@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from ml_platform.simulator import FileTruth, Simulation, _within_radius
+from ml_platform.dev.simulator import FileTruth, Simulation, _within_radius
 from spark_jobs import clean_transactions
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def test_counts_of_customers_are_poisson() -> None:
 def test_reachable_terminals_are_those_nearer_than_the_radius(
     customers: int, terminals: int, radius: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ml_platform.simulator._CHUNK_PAIRS", 2_000)
+    monkeypatch.setattr("ml_platform.dev.simulator._CHUNK_PAIRS", 2_000)
     random = np.random.default_rng(terminals)
     at, of = random.uniform(0, 100, (2, customers)), random.uniform(0, 100, (2, terminals))
     numbers, ids = _within_radius(at, of, radius)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ml_platform import sizing
-from ml_platform.sizing import CORE_SECONDS_PER_MILLION_ROWS, FIXED_S, choose_nodes, cores_of, expected_seconds
+from ml_platform.dataproc import sizing
+from ml_platform.dataproc.sizing import CORE_SECONDS_PER_MILLION_ROWS, FIXED_S, choose_nodes, cores_of, expected_seconds
 
 CLEAN, FEATURES = (CORE_SECONDS_PER_MILLION_ROWS[job] for job in ("clean_transactions", "build_features"))
 

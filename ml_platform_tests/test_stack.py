@@ -21,8 +21,8 @@ from unittest import mock
 import dagster as dg
 import pytest
 
-from ml_platform.dev_cloud import LAKE_BUCKET, RAW_BUCKET, DevCloud
-from ml_platform.simulator import FileTruth, Simulation
+from ml_platform.dev.cloud import LAKE_BUCKET, RAW_BUCKET, DevCloud
+from ml_platform.dev.simulator import FileTruth, Simulation
 from ml_platform_tests.postgres import PostgresServer
 from ml_platform_tests.stack import ARTIFACTS_BUCKET, DEPLOY, START_TIMEOUT_S, Stack
 from ml_platform_tests.world import COMMAND_TIMEOUT_S, SHORT_LIVED_JAVA, wait_until

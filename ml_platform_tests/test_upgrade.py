@@ -9,10 +9,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform import cli
-from ml_platform.assets.gate import champion_problem
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource
-from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
+from ml_platform.cli import main as cli
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.model.gate import champion_problem
+from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, requests_of, run_assets
 from ml_platform_tests.fixtures.state import EPOCH, KEYS, State, unpack
 from ml_platform_tests.postgres import PostgresServer

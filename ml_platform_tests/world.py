@@ -47,7 +47,7 @@ def command(name: str, module: str) -> list[str]:
 
 DAGSTER = command("dagster", "dagster")
 DAGSTER_DAEMON = command("dagster-daemon", "dagster._daemon")
-ML_PLATFORM = command("ml-platform", "ml_platform.cli")
+ML_PLATFORM = command("ml-platform", "ml_platform.cli.main")
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ else
 fi
 say "Dagster http://127.0.0.1:$port (Ctrl-C stops both)"
 # `dagster dev`, but for a webserver that does not obey the pages of other sites.
-start INT .venv/bin/python -c 'from ml_platform.webserver import dev; dev()' \
+start INT .venv/bin/python -c 'from ml_platform.operations.webserver import dev; dev()' \
     -w workspace.yaml -h 127.0.0.1 -p "$port"
 status=0
 wait -n || status=$?

@@ -111,7 +111,7 @@ full_pass=ml_platform_tests.images.full_pass
 library=$(.venv/bin/python -c '
 import sys
 from pathlib import Path
-from ml_platform.code_archive import library_archive
+from ml_platform.spark.code_archive import library_archive
 name, content = library_archive()
 path = Path(sys.argv[1]) / name
 path.write_bytes(content)

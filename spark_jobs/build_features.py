@@ -1,7 +1,7 @@
 """Build the features of cleaned transactions: Parquet and a report out, one partition per raw file.
 
 A partition is built from its own rows and those of earlier partitions within `HISTORY_DAYS` before its first row. The
-features are those of spark_jobs/features.py; the rows pass through numpy three times: to be gathered by terminal, then
+features are those of features/registry.py; the rows pass through numpy three times: to be gathered by terminal, then
 by customer, and to be sorted and written.
 """
 
@@ -10,16 +10,17 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from spark_jobs import blocks, parquet_files, runtime
-from spark_jobs.features import FEATURE_COLUMNS, FEATURES, HISTORY_DAYS, REGISTRY, REPEATING
+from spark_jobs import runtime
+from spark_jobs.features.registry import FEATURE_COLUMNS, FEATURES, HISTORY_DAYS, REGISTRY, REPEATING
+from spark_jobs.features.windows import DAY_S, NO_KEY, over_history
+from spark_jobs.io import blocks, parquet_files
 from spark_jobs.schema import CLEANED_COLUMNS, REPORT_NAME, SCHEMA_VERSION, ddl
-from spark_jobs.windows import DAY_S, NO_KEY, over_history
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
+    from spark_jobs.features.windows import Array, Columns, History
     from spark_jobs.progress import Progress
-    from spark_jobs.windows import Array, Columns, History
 
 #: Raw text behind the rows that one Python process holds at a time, about a quarter of a million, 400 MB in all.
 BYTES_PER_TASK = 16 << 20

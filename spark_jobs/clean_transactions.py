@@ -14,17 +14,18 @@ import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Tuple
 
-from spark_jobs import blocks, parquet_files, runtime
-from spark_jobs.cleaning_rules import FIX_BITS, HEADER_BIT, REJECT_BITS, is_number
-from spark_jobs.plain_lines import LINE_COLUMNS, PADDING, parse_lines
+from spark_jobs import runtime
+from spark_jobs.cleaning.plain_lines import LINE_COLUMNS, PADDING, parse_lines
+from spark_jobs.cleaning.rules import FIX_BITS, HEADER_BIT, REJECT_BITS, is_number
+from spark_jobs.features.windows import DAY_S, NO_KEY
+from spark_jobs.io import blocks, parquet_files
 from spark_jobs.schema import CLEANED_COLUMNS, REJECT_RULES, REJECTED_COLUMNS, REPORT_NAME, SCHEMA_VERSION, ddl
-from spark_jobs.windows import DAY_S, NO_KEY
 
 if TYPE_CHECKING:
     import numpy as np
     from pyspark.sql import Column, DataFrame, SparkSession
 
-    from spark_jobs.blocks import Columns
+    from spark_jobs.io.blocks import Columns
     from spark_jobs.progress import Progress
 
     Array = np.ndarray[Any, Any]

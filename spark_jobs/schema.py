@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 #: Version of the reports, the tables and the cleaning rules. Data of an older version are made again, or moved by a
-#: step of ml_platform/migrations.py; a lake with data of a newer version is refused.
+#: step of ml_platform/lake/migrations.py; a lake with data of a newer version is refused.
 SCHEMA_VERSION = 1
 
 #: Name of the report: written last, it marks its partition as complete.

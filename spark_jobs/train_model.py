@@ -21,8 +21,13 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from spark_jobs import evaluation, fits, library, parquet_files, runtime
-from spark_jobs.learners import (
+from spark_jobs import runtime
+from spark_jobs.features.windows import NO_KEY
+from spark_jobs.io import parquet_files
+from spark_jobs.progress import Progress
+from spark_jobs.schema import SCHEMA_VERSION
+from spark_jobs.training import evaluation, fits, library
+from spark_jobs.training.learners import (
     DEFAULT_CANDIDATES,
     LogisticRegressionModel,
     ModelError,
@@ -32,16 +37,13 @@ from spark_jobs.learners import (
     matrix_of,
     points,
 )
-from spark_jobs.progress import Progress
-from spark_jobs.schema import SCHEMA_VERSION
-from spark_jobs.windows import NO_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pyspark.sql import DataFrame, SparkSession
 
-    from spark_jobs.fits import Fit, Fitted
+    from spark_jobs.training.fits import Fit, Fitted
 
 log = logging.getLogger("spark_jobs")
 

@@ -5,12 +5,12 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.assets.common import OWNERS, conclude, split_verdicts, table_schema
-from ml_platform.assets.config import check_run_config
-from ml_platform.partitions import raw_files
-from ml_platform.resources.lake import CLEANED, REJECTED, LakeResource, RawFile
-from ml_platform.resources.spark import SparkEngine
-from ml_platform.sizing import BYTES_PER_ROW
+from ml_platform.assets.outcomes import OWNERS, conclude, split_verdicts, table_schema
+from ml_platform.dataproc.sizing import BYTES_PER_ROW
+from ml_platform.lake.partitions import raw_files
+from ml_platform.lake.resource import CLEANED, REJECTED, LakeResource, RawFile
+from ml_platform.model.config import check_run_config
+from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
 #: Counts of a report, in the order in which people read them.

@@ -9,15 +9,15 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
-from ml_platform.assets.common import OWNERS, conclude, some_of, split_verdicts, table_schema
-from ml_platform.assets.config import check_run_config
-from ml_platform.outside_text import printable
-from ml_platform.partitions import raw_files
-from ml_platform.quality import QualityLimits, problem_of_file
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, Reports, instant
-from ml_platform.resources.spark import SparkEngine
-from spark_jobs.features import FEATURE_COLUMNS, HISTORY_DAYS, LABEL_DELAY_DAYS
-from spark_jobs.features import FEATURES as MODEL_INPUTS
+from ml_platform.assets.outcomes import OWNERS, conclude, some_of, split_verdicts, table_schema
+from ml_platform.escaping import printable
+from ml_platform.lake.partitions import raw_files
+from ml_platform.lake.quality import QualityLimits, problem_of_file
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, Reports, instant
+from ml_platform.model.config import check_run_config
+from ml_platform.spark.engine import SparkEngine
+from spark_jobs.features.registry import FEATURE_COLUMNS, HISTORY_DAYS, LABEL_DELAY_DAYS
+from spark_jobs.features.registry import FEATURES as MODEL_INPUTS
 from spark_jobs.schema import CLEANED_COLUMNS
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import dagster as dg
 
-from ml_platform.assets.common import OWNERS, some_of
-from ml_platform.assets.config import FraudModelConfig
 from ml_platform.assets.features import (
     expected_inputs,
     in_order_of_time,
@@ -18,7 +16,13 @@ from ml_platform.assets.features import (
     stopped_files,
     transaction_features,
 )
-from ml_platform.assets.gate import (
+from ml_platform.assets.outcomes import OWNERS, some_of
+from ml_platform.lake.partitions import raw_files
+from ml_platform.lake.quality import QualityLimits
+from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, Reports, instant
+from ml_platform.model.card import model_card
+from ml_platform.model.config import FraudModelConfig
+from ml_platform.model.gate import (
     DECISION_FILE,
     FINDINGS_VERSION,
     champion_tags,
@@ -28,19 +32,15 @@ from ml_platform.assets.gate import (
     read_sample,
     verify_reload,
 )
-from ml_platform.figures import draw_figures, markdown_summary
-from ml_platform.mlflow_model import partition_datasets, save_model
-from ml_platform.model_card import model_card
-from ml_platform.partitions import raw_files
-from ml_platform.promotion import Decision
-from ml_platform.quality import QualityLimits
-from ml_platform.resources.lake import CLEANED, FEATURES, LakeResource, Reports, instant
-from ml_platform.resources.mlflow import MODEL_NAME, MlflowResource
-from ml_platform.resources.spark import SparkEngine
-from spark_jobs.features import FEATURES as MODEL_INPUTS
-from spark_jobs.learners import LEARNERS, installed_version
+from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
+from ml_platform.model.packaging import partition_datasets, save_model
+from ml_platform.model.plots import draw_figures, markdown_summary
+from ml_platform.model.promotion import Decision
+from ml_platform.spark.engine import SparkEngine
+from spark_jobs.features.registry import FEATURES as MODEL_INPUTS
 from spark_jobs.schema import REPORT_NAME
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
+from spark_jobs.training.learners import LEARNERS, installed_version
 
 
 @dg.asset(

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from ml_platform.assets.common import OWNERS, table_schema
-from ml_platform.partitions import raw_files
-from ml_platform.resources.lake import LakeResource, RawFile
+from ml_platform.assets.outcomes import OWNERS, table_schema
+from ml_platform.lake.partitions import raw_files
+from ml_platform.lake.resource import LakeResource, RawFile
 from spark_jobs.schema import CLEANED_COLUMNS
 
 DATA_VERSION_TAG = "dagster/data_version"

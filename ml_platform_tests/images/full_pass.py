@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import build_features, clean_transactions, train_model
-from spark_jobs.features import FEATURES
+from spark_jobs.features.registry import FEATURES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +44,7 @@ SAME_FIT = {"xgboost": 0.0, "logistic_regression": 1e-6}
 
 def simulate(raw: Path) -> None:
     """Raw files that show every fault, and what is true of them."""
-    from ml_platform.simulator import Simulation
+    from ml_platform.dev.simulator import Simulation
 
     simulation = Simulation(customers=200, terminals=400, radius=12.0, days_per_file=DAYS_PER_FILE, fault_rate=1000)
     truth: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def _scores_again(learner: str, name: str, everyone: list[Path]) -> bool:
     import numpy as np
     from pyarrow import parquet
 
-    from spark_jobs.learners import Scorer, matrix_of
+    from spark_jobs.training.learners import Scorer, matrix_of
 
     (out,) = (out for out in everyone if out.name == name)
     directory = out / "models" / learner

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from spark_jobs import library
+from spark_jobs.training import library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

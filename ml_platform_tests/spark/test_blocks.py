@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Iterator
 import numpy as np
 import pytest
 
-from spark_jobs import blocks, runtime
+from spark_jobs import runtime
+from spark_jobs.io import blocks
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -65,7 +66,8 @@ def test_no_pandas_is_imported() -> None:
     program = """
 import sys
 import numpy, pyarrow
-from spark_jobs import blocks, clean_transactions, parquet_files
+from spark_jobs import clean_transactions
+from spark_jobs.io import blocks, parquet_files
 
 batch = pyarrow.RecordBatch.from_arrays([blocks.arrow_array(numpy.arange(5))], names=["id"])
 assert blocks._array_of(batch, "id").tolist() == [0, 1, 2, 3, 4]

@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from spark_jobs import build_features, parquet_files
-from spark_jobs.features import FEATURES, HIGH_RATIO, HISTORY_DAYS, LABEL_DELAY_DAYS, REGISTRY, REPEATING, WINDOW_DAYS
+from spark_jobs import build_features
+from spark_jobs.features.registry import (
+    FEATURES,
+    HIGH_RATIO,
+    HISTORY_DAYS,
+    LABEL_DELAY_DAYS,
+    REGISTRY,
+    REPEATING,
+    WINDOW_DAYS,
+)
+from spark_jobs.features.windows import DAY_S, NO_KEY, History
+from spark_jobs.io import parquet_files
 from spark_jobs.schema import CLEANED_COLUMNS, SCHEMA_VERSION, ddl
-from spark_jobs.windows import DAY_S, NO_KEY, History
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

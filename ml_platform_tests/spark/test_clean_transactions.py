@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spark_jobs import clean_transactions, parquet_files, runtime
-from spark_jobs.plain_lines import PADDING
+from spark_jobs import clean_transactions, runtime
+from spark_jobs.cleaning.plain_lines import PADDING
+from spark_jobs.io import parquet_files
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
 if TYPE_CHECKING:

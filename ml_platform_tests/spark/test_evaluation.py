@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from spark_jobs import evaluation
+from spark_jobs.training import evaluation
 
 pytestmark = pytest.mark.spark
 

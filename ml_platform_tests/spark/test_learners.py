@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from spark_jobs import learners
-from spark_jobs.learners import LEARNERS, ModelError, NewerModelError, Scorer
+from spark_jobs.training import learners
+from spark_jobs.training.learners import LEARNERS, ModelError, NewerModelError, Scorer
 
 FEATURES = ["amount", "risk", "noise"]
 SMALL = {"xgboost": {"rounds": 20, "max_depth": 3}, "logistic_regression": {"C": 1.0}}

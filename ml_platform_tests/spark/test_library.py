@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_jobs import library
+from spark_jobs.training import library
 
 
 @pytest.fixture(autouse=True)

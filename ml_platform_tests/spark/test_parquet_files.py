@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Iterator
 import numpy as np
 import pytest
 
-from spark_jobs import blocks, parquet_files, runtime
+from spark_jobs import runtime
+from spark_jobs.features.windows import NO_KEY
+from spark_jobs.io import blocks, parquet_files
 from spark_jobs.schema import CLEANED_COLUMNS
-from spark_jobs.windows import NO_KEY
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from spark_jobs.cleaning_rules import HEADER_BIT, Line, parse_line
-from spark_jobs.plain_lines import LINE_COLUMNS, PADDING, parse_lines
+from spark_jobs.cleaning.plain_lines import LINE_COLUMNS, PADDING, parse_lines
+from spark_jobs.cleaning.rules import HEADER_BIT, Line, parse_line
 
 if TYPE_CHECKING:
     import pytest
@@ -121,7 +121,7 @@ def test_usual_lines_are_the_fast_way_and_right(monkeypatch: pytest.MonkeyPatch)
         one_by_one.append(line)
         return parse_line(line, *rest)
 
-    monkeypatch.setattr("spark_jobs.plain_lines.parse_line", counted)
+    monkeypatch.setattr("spark_jobs.cleaning.plain_lines.parse_line", counted)
     parsed(lines)
     # The last days of February in leap years.
     assert 0 < len(one_by_one) < 30

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from spark_jobs import blocks, progress, runtime
+from spark_jobs import progress, runtime
+from spark_jobs.io import blocks
 from spark_jobs.progress import Progress, _duration
 
 pytestmark = pytest.mark.spark

@@ -8,8 +8,9 @@ from datetime import date, datetime, timedelta, timezone
 
 import pytest
 
-from spark_jobs import evaluation, fits, learners, library, train_model
+from spark_jobs import train_model
 from spark_jobs.schema import SCHEMA_VERSION
+from spark_jobs.training import evaluation, fits, learners, library
 
 pytestmark = pytest.mark.spark
 

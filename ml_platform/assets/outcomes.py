@@ -1,0 +1,72 @@
+"""What the assets share: per-partition verdicts of Spark jobs, and how schemas become Dagster's."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from ml_platform.escaping import printable
+
+OWNERS = ["team:ml-platform"]
+
+
+def table_schema(columns: Iterable[tuple[str, str, str]], *, never_null: Iterable[str] = ()) -> dg.TableSchema:
+    """Dagster's schema of a table of (name, Spark type, description) tuples."""
+    required = set(never_null)
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(
+                name,
+                type=kind,
+                description=text,
+                constraints=dg.TableColumnConstraints(nullable=name not in required),
+            )
+            for name, kind, text in columns
+        ]
+    )
+
+
+def conclude(
+    context: dg.AssetExecutionContext,
+    *,
+    succeeded: Mapping[str, Mapping[str, Any]],
+    failed: Mapping[str, str],
+) -> dg.MaterializeResult:
+    """End an asset's step with one verdict per partition.
+
+    Args:
+        succeeded: metadata of each partition that exists now. Those beyond the run's own partitions (rebuilt
+            because their inputs changed) get a materialization of their own.
+        failed: reason of each partition that does not.
+
+    Raises:
+        dagster.Failure: some partitions failed. The others are recorded as materialized first, so that Dagster
+            shows exactly which exist.
+    """
+    requested = set(context.partition_keys)
+    for key, metadata in succeeded.items():
+        if key in requested and not failed:
+            context.add_asset_metadata(metadata=metadata, partition_key=key)
+        else:
+            context.log_event(dg.AssetMaterialization(context.asset_key, metadata=metadata, partition=key))
+    if failed:
+        listed = printable("; ".join(f"{key}: {reason}" for key, reason in failed.items()))
+        raise dg.Failure(
+            f"{len(failed)} of {len(succeeded) + len(failed)} partitions of {context.asset_key.to_user_string()} "
+            f"failed ({len(succeeded)} are done): {listed}",
+            metadata={"failed_partitions": dg.JsonMetadataValue(dict(failed))},
+            allow_retries=False,
+        )
+    return dg.MaterializeResult()
+
+
+def split_verdicts(verdicts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A job's verdicts as reports of the partitions that succeeded and errors of those that failed."""
+    reports = {key: verdict["report"] for key, verdict in verdicts.items() if verdict["status"] == "succeeded"}
+    return reports, {key: verdict["error"] for key, verdict in verdicts.items() if key not in reports}
+
+
+def some_of(keys: Sequence[str], limit: int = 5) -> str:
+    """A list of partitions, cut where it gets long."""
+    rest = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return printable(", ".join(keys[:limit])) + rest

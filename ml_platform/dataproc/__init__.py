@@ -1,0 +1,1 @@
+"""Ephemeral Yandex Data Proc clusters."""

@@ -1,0 +1,1 @@
+"""For trying and for tests; nothing in production imports it."""

@@ -1,0 +1,87 @@
+"""A stand-in for the cloud on one machine: the Data Proc API and an S3 server. For trying, and for tests."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ml_platform.dev.cloud.fake_dataproc import FakeDataproc
+    from ml_platform.dev.cloud.s3_server import LocalS3
+
+RAW_BUCKET = "raw"
+LAKE_BUCKET = "lake"
+
+
+class DevCloud:
+    """An S3 server with a bucket for raw files and one for the lake, and a Data Proc API that runs jobs right here.
+
+    A context manager. `directory` holds keys, objects and logs. `settings` are those of `FakeDataproc`.
+
+    Attributes:
+        s3: the S3 server. mock_reason: why that is only a mock; "" if it is a real one.
+        dataproc: the API.
+    """
+
+    s3: LocalS3
+    dataproc: FakeDataproc
+
+    def __init__(self, directory: Path, job_environment: Mapping[str, str] | None = None, **settings: Any) -> None:
+        self.directory = directory.absolute()
+        self.mock_reason = ""
+        self._job_environment = dict(job_environment or {})
+        self._settings = settings
+        self._stack = ExitStack()
+
+    def __enter__(self) -> DevCloud:
+        from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, SparkSubmit
+        from ml_platform.dev.cloud.s3_server import start_s3_server
+        from ml_platform.spark.s3a import S3Connection, connector_properties, s3a_properties
+
+        with ExitStack() as stack:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            server, self.mock_reason = start_s3_server(self.directory / "s3", buckets=(RAW_BUCKET, LAKE_BUCKET))
+            self.s3 = stack.enter_context(server)
+            cluster = SparkSubmit(
+                spark_properties=s3a_properties(S3Connection(self.s3.endpoint_url, self.s3.region))
+                | connector_properties(),
+                environment=self.s3.environment() | self._job_environment,
+            )
+            settings = {"run_job": cluster, "bucket": LAKE_BUCKET, **self._settings}
+            self.dataproc = stack.enter_context(FakeDataproc(self.directory / "dataproc", **settings))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(error_type, error, traceback)
+
+    def environment(self) -> dict[str, str]:
+        """The variables that make the platform work on this cloud."""
+        return {
+            "ML_PLATFORM_DEPLOYMENT": "yandex",
+            "ML_PLATFORM_RAW_URI": f"s3://{RAW_BUCKET}",
+            "ML_PLATFORM_LAKE_URI": f"s3://{LAKE_BUCKET}/lake",
+            **self.s3.environment(),
+            **self.dataproc.environment(),
+            "DATAPROC_POLL_S": "2",
+        }
+
+    def write_environment(self) -> Path:
+        """Write the variables to a file that a shell can read, readable by its owner alone; returns its path."""
+        from ml_platform.dev.cloud.credentials import write_private
+
+        path = self.directory / "environment"
+        # Runs and models of this cloud are kept apart from others.
+        own = {
+            "DAGSTER_HOME": str(self.directory / "dagster_home"),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{self.directory}/mlflow.db",
+        }
+        lines = [f"{name}={shlex.quote(value)}\n" for name, value in {**self.environment(), **own}.items()]
+        write_private(path, "".join(lines).encode())
+        return path

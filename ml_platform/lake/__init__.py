@@ -1,0 +1,1 @@
+"""Where the platform's data are, and what must hold of them."""

@@ -1,0 +1,118 @@
+"""Run configuration of ``fraud_model``, and its check before anything else of a run is done."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ml_platform.model.promotion import PromotionRule
+from spark_jobs.train_model import DEFAULTS
+from spark_jobs.training.learners import check_candidates
+
+
+class PromotionConfig(dg.Config):
+    """When the new model becomes the champion; see docs/model.md."""
+
+    mode: str = Field(default="enforce", pattern="^(enforce|dry_run)$", description="enforce; dry_run moves nothing.")
+    margin: float = Field(
+        default=0.0, ge=0, lt=1, description="Average precision by which it must be better, at the least."
+    )
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="Of the interval whose lower bound decides.")
+    replicates: int = Field(default=1000, ge=100, description="Bootstrap replicates.")
+    min_frauds: int = Field(default=50, ge=2, description="Held-out frauds below which no models are compared.")
+    min_champion_average_precision: float = Field(
+        default=0.2, ge=0, le=1, description="Below this on the newest held-out week, a check warns of the champion."
+    )
+    max_champion_age_days: int = Field(
+        default=120, ge=1, description="After so many days without a comparable challenger, a check warns."
+    )
+
+    @model_validator(mode="after")
+    def _is_a_rule(self) -> "PromotionConfig":
+        # What does not fit together is better known before the training than after it.
+        self.rule(seed=0)
+        return self
+
+    def rule(self, seed: int) -> PromotionRule:
+        """The rule that these settings are."""
+        return PromotionRule(
+            margin=self.margin,
+            confidence=self.confidence,
+            replicates=self.replicates,
+            min_frauds=self.min_frauds,
+            seed=seed,
+            mode="dry_run" if self.mode == "dry_run" else "enforce",
+        )
+
+
+class FraudModelConfig(dg.Config):
+    """How a model is trained and judged. Days are whole days."""
+
+    train_each: bool = Field(False, description="Train a model per partition, oldest first (a walk-forward test).")
+    test_days: int = Field(7, ge=1, description="Held-out days at the end of the data.")
+    delay_days: int = Field(7, ge=0, description="Days until a label is known.")
+    train_days: int = Field(60, ge=1, description="Longest training window.")
+    validation_days: int = Field(7, ge=1, description="Last days of the training window, where parameters are chosen.")
+    min_train_days: int = Field(7, ge=1, description="Fewest days to fit on while parameters are chosen.")
+    min_frauds: int = Field(10, ge=1, description="Fewest frauds in each of these windows.")
+    alerts_per_day: int = Field(100, ge=1, description="Transactions that can be investigated a day.")
+    validation_folds: int = Field(1, ge=1, description="Weeks to choose parameters on, each a week earlier.")
+    search_rows: int = Field(
+        DEFAULTS["search_rows"], ge=1000, description="Rows that each candidate is fitted on, at most."
+    )
+    max_train_rows: int = Field(
+        DEFAULTS["max_train_rows"], ge=1000, description="Rows that the model is fitted on, at most; see docs/model.md."
+    )
+    fit_threads: int = Field(DEFAULTS["fit_threads"], ge=1, description="Threads of the model's own fit.")
+    candidates: list[dict[str, Any]] = Field(
+        default=DEFAULTS["candidates"],
+        description="Learners (xgboost, logistic_regression), each with a grid of its parameters.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of whatever is drawn.")
+    promotion: PromotionConfig = Field(default=PromotionConfig(), description="When the model becomes the champion.")
+
+    @field_validator("candidates")
+    @classmethod
+    def _are_known(cls, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        check_candidates(candidates)
+        return candidates
+
+    def as_request(self) -> dict[str, Any]:
+        """The settings as the training job takes them."""
+        return self.model_dump(exclude={"train_each", "promotion"})
+
+    @property
+    def window_days(self) -> int:
+        """Days of data, back from the last, that training looks at."""
+        return self.test_days + self.delay_days + self.train_days
+
+
+def check_run_config(run_config: Mapping[str, Any]) -> None:
+    """Look at what a run's configuration says about training, which Dagster itself does only when it comes to that.
+
+    Raises dagster.Failure: it names an unknown learner, parameter or setting, or an impossible value.
+    """
+    problem = problem_of_run_config(run_config)
+    if problem:
+        raise dg.Failure(f"the run configuration of fraud_model cannot be used: {problem}", allow_retries=False)
+
+
+def problem_of_run_config(run_config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the part of a run configuration that is about training; None if nothing is."""
+    config: Any = run_config
+    for part in ("ops", "fraud_model", "config"):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    if not config:
+        return None
+    if not isinstance(config, Mapping):
+        return f"ops.fraud_model.config is {config!r}: it takes settings"
+    try:
+        FraudModelConfig(**config)
+    except ValidationError as error:
+        problems = [
+            (".".join(str(part) for part in problem["loc"]), problem["msg"].removeprefix("Value error, "))
+            for problem in error.errors()
+        ]
+        return "; ".join(f"{where}: {text}" if where else text for where, text in problems)
+    return None

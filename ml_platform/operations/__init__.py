@@ -1,0 +1,1 @@
+"""What keeps a deployment healthy: alerts, dead runs, the web server, logs."""

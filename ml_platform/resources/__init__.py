@@ -1,1 +1,0 @@
-"""What the assets work with: the lake, the Spark engine, MLflow."""

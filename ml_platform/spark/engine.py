@@ -1,0 +1,185 @@
+"""Where Spark jobs run. An engine takes a job's request and gives back its report.
+
+`SparkEngine` is the contract; `LocalSparkEngine` drives Spark from this process. Both leave the request and the
+report of every job under ``_runs/<run id>/`` in the lake.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+
+from ml_platform.lake.resource import LakeResource
+from ml_platform.operations.dead_runs import note_process
+from ml_platform.spark import s3a
+from ml_platform.spark.code_archive import ARCHIVE_NAME, LIBRARY_JOBS, build_archive, library_archive
+from ml_platform.spark.session import default_spark_config
+
+
+def job_file(run_id: str, job: str, label: str, kind: str) -> str:
+    """Name in the lake of a job's request, report or driver log; `kind` is its name's ending."""
+    return f"_runs/{run_id}/{job}{'-' if label else ''}{label}.{kind}"
+
+
+class SparkEngine(dg.ConfigurableResource, ABC):
+    """Runs a job of ``spark_jobs``."""
+
+    def run_job(
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str = "",
+    ) -> dict[str, Any]:
+        """Run ``spark_jobs.<job>`` with `request`, to which the run id is added, and return its report.
+
+        `rows` is about how many rows the job works through, history included: an engine that makes its own cluster
+        chooses its size by them. A `label` tells several jobs of the same name in one run apart. Raises what the job
+        raises.
+        """
+        run_id = context.run.run_id
+        request = {"run_id": run_id, **request}
+        if job in LIBRARY_JOBS:
+            request["library_uri"] = self._library_uri(context, lake)
+        lake.write_json(job_file(run_id, job, label, "request.json"), request)
+        report = self._execute(context, lake, job, request, rows=rows, label=label)
+        if not isinstance(report, dict) or report.get("run_id") != run_id:
+            raise dg.Failure(
+                f"the report of {job} in {lake.store.spark_uri(job_file(run_id, job, label, 'report.json'))} is not of "
+                "this run, so the job counts as failed",
+                allow_retries=False,
+            )
+        return report
+
+    def _library_uri(self, context: dg.AssetExecutionContext, lake: LakeResource) -> str | None:
+        """Where Spark finds the archive of the learners' library; None where its Python has the library."""
+        return None
+
+    @abstractmethod
+    def _execute(
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str,
+    ) -> dict[str, Any]:
+        """Run the job and return its report, which is then in the lake."""
+
+
+class LocalSparkEngine(SparkEngine):
+    """Spark driven from this process: embedded, or any cluster that `master` names. One session for all steps."""
+
+    master: str = Field(default="local[*]", description="Spark master: local[*], spark://host:port, yarn, k8s://…")
+    driver_memory: str | None = Field(
+        default=None, description="Memory of Spark's driver, e.g. 4g; default: a third of the machine's, 1 to 8 GB."
+    )
+    spark_config: dict[str, str] = Field(
+        default_factory=dict, description="More Spark properties; they win over the platform's own."
+    )
+    with_s3: bool = Field(
+        default=False,
+        description="Raw files or lake are on S3: Spark gets the connector, at the endpoint that boto3 finds.",
+    )
+    cache_directory: str = Field(
+        default=str(s3a.DEFAULT_CACHE), description="Where the jars for S3 are kept, which are downloaded once."
+    )
+    _pyspark: Any = PrivateAttr(default=None)
+    #: What the executors fetch from this process while the session lasts.
+    _code: ExitStack = PrivateAttr(default_factory=ExitStack)
+    _library: Path | None = PrivateAttr(default=None)
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[LocalSparkEngine]:
+        if context.run and context.instance:
+            note_process(context.instance, context.run.run_id)
+        try:
+            yield self
+        finally:
+            if self._pyspark is not None:
+                self._pyspark.spark_session.stop()
+                self._pyspark = None
+            self._code.close()
+
+    def _execute(
+        self,
+        context: dg.AssetExecutionContext,
+        lake: LakeResource,
+        job: str,
+        request: dict[str, Any],
+        *,
+        rows: int,
+        label: str,
+    ) -> dict[str, Any]:
+        with _forward_log(context.log):
+            report = importlib.import_module(f"spark_jobs.{job}").run(self._session(context), request)
+        lake.write_json(job_file(context.run.run_id, job, label, "report.json"), report)
+        return report
+
+    def _library_uri(self, context: dg.AssetExecutionContext, lake: LakeResource) -> str | None:
+        self._session(context)
+        return str(self._library) if self._library else None
+
+    def _session(self, context: dg.AssetExecutionContext) -> Any:
+        if self._pyspark is None:
+            from dagster_pyspark import LazyPySparkResource
+
+            directory = Path(self._code.enter_context(tempfile.TemporaryDirectory()))
+            if not self.master.startswith("local"):
+                # Before Spark, for it may not be there.
+                name, content = library_archive()
+                self._library = directory / name
+                self._library.write_bytes(content)
+            context.log.info(f"starting Spark on {self.master}")
+            config = default_spark_config(self.master, self.driver_memory)
+            if self.with_s3:
+                config |= s3a.s3a_properties(s3a.S3Connection.of_boto3())
+            config |= self.spark_config
+            if self.with_s3:
+                config |= s3a.connector_properties(self.spark_config, cache=Path(self.cache_directory))
+            pyspark = LazyPySparkResource(spark_config={"spark.app.name": "ml_platform", **config})
+            pyspark.spark_session.sparkContext.setLogLevel("ERROR")
+            if self.master.startswith("local"):
+                # PySpark's default is whichever python3 comes first in PATH.
+                pyspark.spark_session.sparkContext.pythonExec = sys.executable
+            else:
+                archive = directory / ARCHIVE_NAME
+                archive.write_bytes(build_archive())
+                pyspark.spark_session.sparkContext.addPyFile(str(archive))
+            self._pyspark = pyspark
+        return self._pyspark.spark_session
+
+
+@contextmanager
+def _forward_log(log: dg.DagsterLogManager) -> Generator[None]:
+    """Show what the jobs log in the run's own log."""
+
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.log(record.levelno, record.getMessage())
+
+    logger, handler = logging.getLogger("spark_jobs"), Forward()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before

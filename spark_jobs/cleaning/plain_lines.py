@@ -1,0 +1,282 @@
+"""Many raw lines at once, in numpy: those that no rule touches, which is nearly all of a real file.
+
+A plain line has nine fields of digits alone (the amount with a point, the instant as YYYY-MM-DD HH:MM:SS), short enough
+for the arithmetic here: eight characters are loaded as one 64-bit number, and checked and read together. Any other line
+is left to rules.parse_line, which would make the same of a plain one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spark_jobs.cleaning.rules import FIELD_COUNT, FIX_BITS, parse_line
+from spark_jobs.features.windows import DAY_S
+
+if TYPE_CHECKING:
+    from spark_jobs.features.windows import Array, Columns
+
+#: What a line is parsed into: name, numpy type. See rules.Line.
+LINE_COLUMNS = (
+    ("rejected", "u1"),
+    ("transaction_id", "i8"),
+    ("tx_unix_seconds", "i8"),
+    ("customer_id", "i8"),
+    ("terminal_id", "i8"),
+    ("tx_amount", "f8"),
+    ("tx_fraud", "i4"),
+    ("tx_fraud_scenario", "i4"),
+    ("fixes", "u1"),
+    ("content", "u8"),
+)
+
+#: Bytes that there must be before the first line and behind the last.
+PADDING = 16
+
+#: Characters that are loaded together.
+WORD = 8
+
+#: Days of the months. The last of February in leap years is left to parse_line.
+_MONTH_DAYS = (0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+
+#: The bits of a length by which tables are looked up, those of longer and of broken fields, too.
+_LENGTHS = 31
+
+# Words whose bytes are all alike.
+_ZEROS, _SIXES, _HIGH_HALVES = 0x3030303030303030, 0x0606060606060606, 0xF0F0F0F0F0F0F0F0
+
+
+def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, seed: int) -> Columns:
+    """LINE_COLUMNS of the lines that are not empty, and `line`, their numbers.
+
+    `data` are the bytes of all lines in a row, with PADDING bytes before and behind; line i is at ``offsets[i]`` up to
+    but without ``offsets[i + 1]``. `header`, `epoch` and `seed` are those of parse_line.
+    """
+    import numpy as np
+
+    start, stop = offsets[:-1], offsets[1:]
+    commas = np.flatnonzero(data == ord(","))
+    # Of each line, and of the line behind the last.
+    first_comma = np.searchsorted(commas, offsets)
+    ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
+    while ends_in_return.any():
+        stop = stop - ends_in_return
+        ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
+    rows = np.flatnonzero(np.diff(first_comma) == FIELD_COUNT - 1)
+    separators = [commas[first_comma[rows] + number] for number in range(FIELD_COUNT - 1)]
+    begins, ends = [start[rows], *(at + 1 for at in separators)], [*separators, stop[rows]]
+    fields = _Fields(data, begins, ends, seed)
+    plain = _plain_columns(fields, epoch)
+    rows = rows[fields.plain]
+    is_plain = np.zeros(len(start), dtype=bool)
+    is_plain[rows] = True
+    numbers, others = [], []
+    for number in np.flatnonzero(~is_plain):
+        line = data[start[number] : stop[number]].tobytes()
+        if line:
+            numbers.append(number)
+            others.append(parse_line(line, header, epoch, seed))
+    columns = {"line": np.concatenate([rows, np.array(numbers, dtype="i8")])}
+    for index, (name, kind) in enumerate(LINE_COLUMNS):
+        values = np.array([other[index] for other in others], dtype=kind)
+        columns[name] = np.concatenate([plain[name].astype(kind, copy=False), values])
+    return columns
+
+
+def _plain_columns(fields: _Fields, epoch: int) -> Columns:
+    """LINE_COLUMNS of those lines that prove to be plain."""
+    import numpy as np
+
+    values = {
+        "rejected": np.zeros(len(fields.plain), dtype="u1"),
+        "transaction_id": fields.integer(0, 2 * WORD),
+        "tx_unix_seconds": fields.instant(1),
+        "customer_id": fields.integer(2),
+        "terminal_id": fields.integer(3),
+        "tx_amount": fields.amount(4),
+    }
+    seconds = values["tx_unix_seconds"] - epoch
+    wrong_seconds = fields.integer(5, 2 * WORD) != seconds
+    wrong_days = fields.integer(6) != seconds // DAY_S
+    values["fixes"] = wrong_seconds * FIX_BITS["wrong_seconds"] + wrong_days * FIX_BITS["wrong_days"]
+    values["tx_fraud"], values["tx_fraud_scenario"] = fields.two_digits(7, 8)
+    values["content"] = fields.content
+    fields.require(values["tx_fraud"] <= 1)
+    return {name: column[fields.plain] for name, column in values.items()}
+
+
+class _Fields:
+    """The fields of lines that have nine, each read for all lines together.
+
+    Attributes:
+        plain: of each line, whether all that was read of it is plain. If not, its values are anything.
+        content: of each line, a hash of all that was read.
+    """
+
+    def __init__(self, data: Array, begins: list[Array], ends: list[Array], seed: int) -> None:
+        import numpy as np
+
+        self._bytes = data
+        # A view of the eight bytes from each position on. Little-endian: the first character is the lowest byte.
+        self._words = np.ndarray((len(data) - WORD + 1,), "<u8", data.data, strides=(1,))
+        self._begins, self._ends = begins, ends
+        # A word of which only the last n characters stay, for n & _LENGTHS; from 8 on all do.
+        full = (1 << 64) - 1
+        last = [full ^ (full >> 8 * min(n, WORD)) for n in range(_LENGTHS + 1)]
+        self._last = np.array(last, dtype="u8")
+        self.plain = np.ones(len(begins[0]), dtype=bool)
+        self.content = np.full(len(begins[0]), seed, dtype="u8")
+
+    def require(self, condition: Array) -> None:
+        """Lines for which `condition` does not hold are not plain."""
+        self.plain &= condition
+
+    def integer(self, field: int, longest: int = WORD) -> Array:
+        """A field of digits, `longest` (8 or 16) at most."""
+        import numpy as np
+
+        length = self._length(field, longest)
+        end = self._ends[field]
+        value = self._digits(end, self._last[length & _LENGTHS])
+        if longest > WORD:
+            if (length > WORD).any():
+                before = self._last[(np.maximum(length, WORD) - WORD) & _LENGTHS]
+                value += self._digits(end - WORD, before) * 10**WORD
+            else:
+                # As in batches that have longer ones: copies of a line must have the same hash.
+                self._hash(np.zeros(1, dtype="u8"))
+        return value
+
+    def two_digits(self, field: int, other: int) -> tuple[Array, Array]:
+        """Two fields of one digit each."""
+        import numpy as np
+
+        texts = []
+        for number in (field, other):
+            self._length(number, 1)
+            texts.append(self._bytes[self._begins[number]])
+        self._hash(texts[0].astype("u8") << np.uint64(8) | texts[1])
+        values = [text - np.uint8(ord("0")) for text in texts]
+        for value in values:
+            self.require(value <= 9)
+        return values[0], values[1]
+
+    def amount(self, field: int) -> Array:
+        """A field of eight characters at most, digits and perhaps a point with one to three of them behind it."""
+        import numpy as np
+
+        length = self._length(field, WORD)
+        text = self._text(self._ends[field], self._last[length & _LENGTHS])
+        decimals = np.zeros(len(text), dtype="i8")
+        for count in (3, 1, 2):
+            is_point = _byte(text, WORD - 1 - count) == ord(".")
+            decimals[is_point] = count
+        has_point = decimals > 0
+        self.require(length > decimals + has_point)
+        # The digits before the point move up to those behind it.
+        behind, before = text & self._last[decimals], text & ~self._last[np.minimum(decimals + 1, WORD)]
+        text = np.where(has_point, behind | (before << np.uint64(8)), text)
+        digits = self._value(text, self._last[(length - has_point) & _LENGTHS])
+        # Both are exact, so that their quotient is the double that is nearest to the decimal number.
+        return digits / np.array([1.0, 10.0, 100.0, 1000.0])[decimals]
+
+    def instant(self, field: int) -> Array:
+        """A field YYYY-MM-DD HH:MM:SS, in Unix seconds."""
+        import numpy as np
+
+        begin, end = self._begins[field], self._ends[field]
+        self.require(end - begin == len("YYYY-MM-DD HH:MM:SS"))
+        year_month, day, time = self._words[begin], self._words[begin + 8], self._words[end - 8]
+        values = []
+        for word, pattern in ((year_month, "0000-00-"), (day, "00 00:00"), (time, "00:00:00")):
+            self._hash(word)
+            marks = np.uint64(_word_of("".join("\0" if char == "0" else char for char in pattern)))
+            places = np.uint64(_word_of("".join("\xff" if char == "0" else "\0" for char in pattern)))
+            self.require(word & ~places == marks)
+            digits = (word ^ np.uint64(_ZEROS)) & places
+            self.require(_are_digits(digits))
+            values.append(digits)
+        year = _pair(values[0], 0) * 100 + _pair(values[0], 2)
+        month, day = _pair(values[0], 5), _pair(values[1], 0)
+        hour, minute, second = (_pair(values[2], at) for at in (0, 3, 6))
+        self.require((year >= 1) & (month >= 1) & (month <= 12) & (day >= 1))
+        self.require(day <= np.array(_MONTH_DAYS)[np.minimum(month, 12)])
+        self.require((hour < 24) & (minute < 60) & (second < 60))
+        return _days(year, month, day) * DAY_S + hour * 3600 + minute * 60 + second
+
+    def _length(self, field: int, longest: int) -> Array:
+        """How many characters a field has: 1 to `longest`, or the line is not plain."""
+        length = self._ends[field] - self._begins[field]
+        self.require((length - 1).view("u8") < longest)
+        return length
+
+    def _digits(self, end: Array, mask: Array) -> Array:
+        """The number of the digits before `end` that `mask` leaves."""
+        return self._value(self._text(end, mask), mask)
+
+    def _text(self, end: Array, mask: Array) -> Array:
+        """The characters before `end` that `mask` leaves, as the last ones of a word."""
+        text: Array = self._words[end - WORD] & mask
+        self._hash(text)
+        return text
+
+    def _value(self, text: Array, mask: Array) -> Array:
+        """The number of the characters of `text` that `mask` leaves, all digits; the other bytes are 0.
+
+        Neighbours are joined: to numbers below 100, then all four of them at once.
+        """
+        import numpy as np
+
+        u = np.uint64
+        digits = text ^ (u(_ZEROS) & mask)
+        self.require(_are_digits(digits))
+        pairs = digits * u(10) + (digits >> u(8))
+        even = (pairs & u(0x000000FF000000FF)) * u((1000000 << 32) + 100)
+        odd = ((pairs >> u(16)) & u(0x000000FF000000FF)) * u((10000 << 32) + 1)
+        value: Array = ((even + odd) >> u(32)).view("i8")
+        return value
+
+    def _hash(self, word: Array) -> None:
+        """Take a word into `content`; the constants are those of MurmurHash3's finalizer."""
+        import numpy as np
+
+        mixed = (self.content ^ word) * np.uint64(0xFF51AFD7ED558CCD)
+        mixed ^= mixed >> np.uint64(33)
+        mixed *= np.uint64(0xC4CEB9FE1A85EC53)
+        mixed ^= mixed >> np.uint64(33)
+        self.content = mixed
+
+
+def _word_of(text: str) -> int:
+    return int.from_bytes(text.encode("latin-1"), "little")
+
+
+def _byte(word: Array, index: int) -> Array:
+    import numpy as np
+
+    return (word >> np.uint64(8 * index)) & np.uint64(0xFF)
+
+
+def _pair(digits: Array, index: int) -> Array:
+    """The number of the two digits from `index` on."""
+    import numpy as np
+
+    pair: Array = (_byte(digits, index) * np.uint64(10) + _byte(digits, index + 1)).view("i8")
+    return pair
+
+
+def _are_digits(values: Array) -> Array:
+    """Whether no byte is above 9. A carry out of one comes only from a byte that is."""
+    import numpy as np
+
+    return ((values | (values + np.uint64(_SIXES))) & np.uint64(_HIGH_HALVES)) == 0
+
+
+def _days(year: Array, month: Array, day: Array) -> Array:
+    """Days since 1970-01-01 in the Gregorian calendar.
+
+    Years begin in March, so that a leap day is the last: Richards, in Explanatory Supplement to the Astronomical
+    Almanac, 3rd edition, 15.11.
+    """
+    year = year - (month <= 2)
+    months = (month + 9) % 12
+    return 365 * year + year // 4 - year // 100 + year // 400 + (153 * months + 2) // 5 + day - 719469

@@ -1,0 +1,1 @@
+"""What the features are, and how their windows are computed."""

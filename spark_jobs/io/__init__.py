@@ -1,0 +1,1 @@
+"""Rows through numpy, and Parquet files without Spark's writer."""

@@ -1,0 +1,260 @@
+"""Rows through Python as numpy columns, and through Spark's shuffle as blocks: a few large rows for many small ones.
+
+Spark moves, converts and sorts row by row. What is done here to whole columns at a time takes a fraction of that, from
+the first row on, for nothing has to be compiled first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Sequence, Tuple
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+    from spark_jobs.features.windows import Array, Columns
+
+#: Name and numpy type of columns.
+Layout = Sequence[Tuple[str, str]]
+
+#: What `exchange` shuffles: where to, and packed columns.
+BLOCK_SCHEMA = "partition_key int NOT NULL, block binary NOT NULL"
+
+#: Bytes of text that are looked at together, unless one line has more.
+TEXT_PER_BATCH = 8 << 20
+
+
+def map_text(
+    lines: DataFrame, function: Callable[[Iterator[tuple[Array, Array]]], Iterator[Columns]], schema: str, padding: int
+) -> DataFrame:
+    """Apply `function` to the lines of a binary column.
+
+    It is given (data, offsets) for many lines at a time: the bytes of all of them in a row, with `padding` zeros before
+    and behind, and where each begins and the last ends. It returns columns as `map_blocks` takes them.
+    """
+    import numpy as np
+
+    def texts(batches: Iterable[Any]) -> Iterator[tuple[Array, Array]]:
+        for batch in batches:
+            content, offsets = _text_of(batch)
+            offsets = offsets.astype("i8")
+            first = 0
+            while first < len(offsets) - 1:
+                last = int(np.searchsorted(offsets, offsets[first] + TEXT_PER_BATCH, side="right")) - 1
+                last = max(last, first + 1)
+                begin, end = int(offsets[first]), int(offsets[last])
+                data = np.zeros(end - begin + 2 * padding, dtype="u1")
+                data[padding : padding + end - begin] = content[begin:end]
+                yield data, offsets[first : last + 1] - begin + padding
+                first = last
+
+    return _map_batches(lines, lambda batches: function(texts(batches)), schema)
+
+
+def map_columns(frame: DataFrame, function: Callable[[Columns], Columns], schema: str) -> DataFrame:
+    """Apply `function` to the columns of many rows at a time: numbers without NULLs."""
+
+    def columns(batches: Iterable[Any]) -> Iterator[Columns]:
+        for batch in batches:
+            names = list(batch.columns) if hasattr(batch, "iloc") else batch.schema.names
+            yield function({name: _array_of(batch, name) for name in names})
+
+    return _map_batches(frame, columns, schema)
+
+
+def map_blocks(blocks: DataFrame, function: Callable[[list[bytes]], Iterator[Columns]], schema: str) -> DataFrame:
+    """Apply `function` to all blocks of each partition of `exchange`; it returns columns as in `schema`."""
+
+    def gathered(batches: Iterable[Any]) -> Iterator[Columns]:
+        return function([block for batch in batches for block in _values_of(batch, 1)])
+
+    return _map_batches(blocks, gathered, schema)
+
+
+def exchange(blocks: DataFrame, partitions: int) -> DataFrame:
+    """Shuffle rows of BLOCK_SCHEMA by ``partition_key``, which `split` has made for as many partitions."""
+    return blocks.repartition(partitions, "partition_key")
+
+
+def split(columns: Columns, layout: Layout, partition: Array, keys: Array) -> Columns:
+    """Rows of BLOCK_SCHEMA that carry each row of `columns` to the partition with its number in `partition`.
+
+    `keys` are `partition_keys` of the number of partitions.
+    """
+    import numpy as np
+
+    order = np.argsort(partition.astype("i4"), kind="stable")
+    bounds = np.searchsorted(partition[order], np.arange(len(keys) + 1))
+    ordered = {name: columns[name][order] for name, _ in layout}
+    filled = np.flatnonzero(bounds[1:] > bounds[:-1])
+    blocks = [pack({name: ordered[name][bounds[n] : bounds[n + 1]] for name, _ in layout}, layout) for n in filled]
+    return {"partition_key": keys[filled].astype("i4"), "block": blocks}
+
+
+def pack(columns: Columns, layout: Layout) -> bytes:
+    """Columns as bytes, one column after another."""
+    return b"".join(columns[name].astype(kind, copy=False).tobytes() for name, kind in layout)
+
+
+def unpack(blocks: list[bytes], layout: Layout) -> Columns:
+    """The columns of all `blocks`, those of the first one first."""
+    return {name: column(blocks, layout, name) for name, _ in layout}
+
+
+def column(blocks: list[bytes], layout: Layout, name: str) -> Array:
+    """One column of all `blocks`, those of the first one first."""
+    import numpy as np
+
+    types = {each: np.dtype(kind) for each, kind in layout}
+    width = sum(kind.itemsize for kind in types.values())
+    names = [each for each, _ in layout]
+    before = sum(types[each].itemsize for each in names[: names.index(name)])
+    parts = []
+    for block in blocks:
+        rows = len(block) // width
+        parts.append(np.frombuffer(block, dtype=types[name], count=rows, offset=before * rows))
+    return np.concatenate(parts) if parts else np.empty(0, dtype=types[name])
+
+
+def task_number() -> int:
+    """In a task: which partition it is at work on."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    assert context is not None, "not in a task"
+    return context.partitionId()
+
+
+def partition_keys(partitions: int) -> Array:
+    """For each partition number, an integer that Spark's hash partitioning sends there.
+
+    Spark hashes a 32-bit integer by MurmurHash3 (x86, 32 bits) with seed 42 and takes the remainder that is not
+    negative. Were it to do otherwise, partitions would be uneven, and nothing else.
+    """
+    import numpy as np
+
+    keys = np.full(partitions, -1, dtype="i8")
+    first = 0
+    while (keys < 0).any():
+        candidates = np.arange(first, first + 16 * partitions)
+        numbers = _murmur3(candidates) % partitions
+        # In reverse, so that of several the smallest stays.
+        free = keys[numbers] < 0
+        keys[numbers[free][::-1]] = candidates[free][::-1]
+        first += 16 * partitions
+    return keys
+
+
+def mixed(numbers: Array) -> Array:
+    """Integers from 0 to 2**31 - 1, as good as random, that are the same for the same numbers."""
+    import numpy as np
+
+    # Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, 6.4. The upper bits are the good ones.
+    result: Array = ((numbers.astype("u8") * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype("i8")
+    return result
+
+
+def _murmur3(values: Array) -> Array:
+    """Spark's hash of 32-bit integers: int64 that hold signed 32-bit numbers."""
+    import numpy as np
+
+    u = np.uint32
+
+    def rotated(bits_of: Array, bits: int) -> Array:
+        return (bits_of << u(bits)) | (bits_of >> u(32 - bits))
+
+    word = rotated(values.astype("u4") * u(0xCC9E2D51), 15) * u(0x1B873593)
+    word = rotated(u(42) ^ word, 13) * u(5) + u(0xE6546B64)
+    word ^= u(4)  # bytes of a value
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        word = (word ^ (word >> u(shift))) * u(factor)
+    signed: Array = (word ^ (word >> u(16))).view("i4").astype("i8")
+    return signed
+
+
+def _map_batches(frame: DataFrame, function: Callable[[Iterator[Any]], Iterator[Columns]], schema: str) -> DataFrame:
+    """`frame.mapInArrow`, or mapInPandas where Spark has none (before 3.3)."""
+    if hasattr(frame, "mapInArrow"):
+
+        def in_arrow(batches: Iterator[Any]) -> Iterator[Any]:
+            import pyarrow
+
+            for columns in function(batches):
+                # All batches must have the same types, which those of no values need not have.
+                if not len(next(iter(columns.values()))):
+                    continue
+                arrays = [arrow_array(values) for values in columns.values()]
+                yield pyarrow.RecordBatch.from_arrays(arrays, names=list(columns))
+
+        return frame.mapInArrow(in_arrow, schema)
+
+    def in_pandas(frames: Iterator[Any]) -> Iterator[Any]:
+        import pandas
+
+        for columns in function(frames):
+            yield pandas.DataFrame(columns)
+
+    return frame.mapInPandas(in_pandas, schema)
+
+
+def arrow_array(values: Array | list[bytes], kind: Any = None, valid: Array | None = None) -> Any:
+    """An Arrow array of numbers, or of bytes. `kind` is its type, if another than theirs; NULL where not `valid`.
+
+    pyarrow.array would import pandas, to ask whether it has got a column of that: a third of a second for each process.
+
+    Raises:
+        OverflowError: the values have 2 GB or more together.
+        TypeError: the numbers are not as wide as `kind`.
+    """
+    import numpy as np
+    import pyarrow
+
+    if isinstance(values, list):
+        offsets = np.cumsum([0, *map(len, values)])
+        if offsets[-1] >= 1 << 31:
+            raise OverflowError(f"{offsets[-1]:,} bytes are too many for one batch of Arrow")
+        kind, buffers = kind or pyarrow.binary(), [offsets.astype("i4"), b"".join(values)]
+    else:
+        kind, buffers = kind or pyarrow.from_numpy_dtype(values.dtype), [np.ascontiguousarray(values)]
+        if kind.bit_width != 8 * values.dtype.itemsize:
+            raise TypeError(f"{values.dtype} is no {kind}")
+    bits = None if valid is None else np.packbits(valid, bitorder="little")
+    pointers = [None if buffer is None else pyarrow.py_buffer(buffer) for buffer in (bits, *buffers)]
+    return pyarrow.Array.from_buffers(kind, len(values), pointers)
+
+
+def _array_of(batch: Any, name: str) -> Array:
+    """A column of numbers of a batch, without NULLs."""
+    import numpy as np
+
+    if hasattr(batch, "iloc"):
+        values: Array = batch[name].to_numpy()
+        return values
+    column = batch.column(batch.schema.get_field_index(name))
+    # Arrow's names of types are numpy's, too, but for one. Its own to_numpy would import pandas (see arrow_array).
+    content = column.buffers()[1] if len(column) else b""
+    name_of_type = str(column.type)
+    values = np.frombuffer(content, dtype="f4" if name_of_type == "float" else name_of_type)
+    return values[column.offset : column.offset + len(column)]
+
+
+def _values_of(batch: Any, column: int) -> list[Any]:
+    """The values of a column of a batch as Python has them."""
+    values = batch.iloc[:, column] if hasattr(batch, "iloc") else batch.column(column)
+    found: list[Any] = values.tolist() if hasattr(batch, "iloc") else values.to_pylist()
+    return found
+
+
+def _text_of(batch: Any) -> tuple[Array, Array]:
+    """(all bytes of the first column, where each value begins and the last ends)."""
+    import numpy as np
+
+    if hasattr(batch, "iloc"):
+        values = [value or b"" for value in batch.iloc[:, 0]]
+        return np.frombuffer(b"".join(values), dtype="u1"), np.cumsum([0, *map(len, values)])
+    column = batch.column(0)
+    _, offsets, content = column.buffers()
+    if content is None or not len(column):
+        return np.empty(0, dtype="u1"), np.zeros(len(column) + 1, dtype="i8")
+    width = "i8" if str(column.type).startswith("large_") else "i4"
+    begins = np.frombuffer(offsets, dtype=width)[column.offset : column.offset + len(column) + 1]
+    return np.frombuffer(content, dtype="u1")[begins[0] : begins[-1]], begins - begins[0]
