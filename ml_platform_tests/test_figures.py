@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ml_platform.model import plots
-from spark_jobs.training.evaluation import wilson_interval
+from ml_platform.model.evaluation import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {

@@ -80,7 +80,7 @@ class FraudModelConfig(dg.Config):
 
     def as_request(self) -> dict[str, Any]:
         """The settings as the training job takes them."""
-        return self.model_dump(exclude={"train_each", "promotion"})
+        return self.model_dump(exclude={"train_each", "promotion", "alerts_per_day"})
 
     @property
     def window_days(self) -> int:

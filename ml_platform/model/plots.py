@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from spark_jobs.training.evaluation import wilson_interval
+from ml_platform.model.evaluation import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
