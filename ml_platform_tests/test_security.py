@@ -235,7 +235,7 @@ def test_what_a_check_says_is_text(lake: LakeResource, instance: dg.DagsterInsta
 
 
 def test_only_the_summary_with_pictures_is_markdown():
-    """Its names stand in code spans: test_figures.py."""
+    """test_plots shows that its texts are escaped."""
     uses = [
         (path.name, ast.unparse(node))
         for path in modules()
