@@ -54,7 +54,7 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     """
     dead = fail_dead_runs(instance)
     files, ignored = lake.list_raw_files()
-    reports, outdated = lake.reports(CleanedReport), lake.outdated_reports(CleanedReport)
+    reports, outdated = lake.split_reports(CleanedReport)
     registered = list(instance.get_dynamic_partitions(str(raw_files.name)))
     known = set(registered)
     new = [key for key in files if key not in known]

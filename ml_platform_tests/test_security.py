@@ -190,7 +190,9 @@ def test_nothing_in_a_chat_is_a_link_or_calls_everybody():
 def test_what_a_check_says_is_text():
     """Dagster's UI reads the description of a check as Markdown."""
     context = mock.Mock(partition_keys=["a"])
-    result = check_partitions(context, dg.AssetCheckKey("fraud_model", "promotion"), lambda key: HOSTILE_TEXTS[2])
+    result = check_partitions(
+        context, dg.AssetCheckKey(dg.AssetKey("fraud_model"), "promotion"), lambda key: HOSTILE_TEXTS[2]
+    )
     evaluation = context.op_execution_context.log_event.call_args.args[0]
     assert not result.passed
     for description in (result.description, evaluation.description):
@@ -200,14 +202,14 @@ def test_what_a_check_says_is_text():
 
 
 def test_only_the_summary_with_pictures_is_markdown():
-    """Its names stand in code spans: test_figures.py."""
+    """test_plots shows that its texts are escaped."""
     uses = [
         (path.name, ast.unparse(node))
         for path in modules()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and re.search(r"MetadataValue\.md$|MarkdownMetadata", ast.unparse(node.func))
     ]
-    assert uses == [("model.py", "dg.MetadataValue.md(summary)")]
+    assert uses == [("model.py", "dg.MetadataValue.md(result.summary)")]
 
 
 def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

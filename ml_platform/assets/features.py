@@ -181,12 +181,12 @@ def transaction_features(
 ) -> dg.MaterializeResult:
     """Build the planned features in one job."""
     check_run_config(context.run.run_config)
-    cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
+    cleaned, (features, outdated) = lake.reports(CleanedReport), lake.split_reports(FeaturesReport)
     plan = plan_features(
         context.partition_keys,
         cleaned,
         features,
-        lake.outdated_reports(FeaturesReport),
+        outdated,
         context.instance.get_materialized_partitions(context.asset_key),
         limits,
         rebuild=config.rebuild,

@@ -86,11 +86,19 @@ class LakeResource(dg.ConfigurableResource):
         A report that is unreadable or lacks a field does not mark its partition as complete, and neither does one of
         an older version: see `outdated_reports`. Raises SchemaVersionError: there is one of a newer version.
         """
-        return {key: report for key, report in self._all_reports(kind).items() if isinstance(report, kind)}
+        return self.split_reports(kind)[0]
 
     def outdated_reports(self, kind: type[ReportT]) -> dict[str, dict[str, Any]]:
         """Reports of a table that an older version of the platform wrote, as they stand. Raises as `reports` does."""
-        return {key: report for key, report in self._all_reports(kind).items() if isinstance(report, dict)}
+        return self.split_reports(kind)[1]
+
+    def split_reports(self, kind: type[ReportT]) -> tuple[dict[str, ReportT], dict[str, dict[str, Any]]]:
+        """What `reports` and `outdated_reports` return, by one listing."""
+        reports = self._all_reports(kind)
+        return (
+            {key: report for key, report in reports.items() if isinstance(report, kind)},
+            {key: report for key, report in reports.items() if isinstance(report, dict)},
+        )
 
     def _all_reports(self, kind: type[ReportT]) -> dict[str, PartitionReport | dict[str, Any] | None]:
         """By one listing; read are those that are new since the last one."""
