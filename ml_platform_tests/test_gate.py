@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.cli import main as cli
+from ml_platform.cli.champion import set_champion, show_champion
 from ml_platform.dev.simulator import Simulation
 from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
@@ -76,11 +76,11 @@ def test_champion_changes_only_for_a_better_model(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    cli.champion_set(str(weak["model_version"]), "made worse on purpose")
+    set_champion(str(weak["model_version"]), "made worse on purpose")
     better = train(FAIR)
     assert (better["promotion"], better["is_champion"]) == ("better", True)
     capfd.readouterr()
-    cli.champion_show()
+    show_champion()
     assert f"version {better['model_version']}" in capfd.readouterr().out
 
     mlflow.set_tracking_uri(store)

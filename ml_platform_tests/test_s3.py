@@ -21,7 +21,9 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.cli import main as cli
+from ml_platform.cli.context import CommandError, console, errors
+from ml_platform.cli.doctor import probe_artifacts
+from ml_platform.cli.main import main
 from ml_platform.dev.cloud import s3_server as s3_server_module
 from ml_platform.dev.cloud.processes import TetheredProcess, listens
 from ml_platform.dev.cloud.s3_server import (
@@ -35,7 +37,7 @@ from ml_platform.dev.cloud.s3_server import (
 from ml_platform.dev.simulator import Simulation
 from ml_platform.lake import resource as lake_module
 from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, StorageError, open_store
-from ml_platform.model.mlflow import ArtifactError, MlflowResource, try_artifacts
+from ml_platform.model.mlflow import MlflowResource
 from ml_platform.sensors import new_raw_files
 from ml_platform.spark import s3a
 from ml_platform_tests.world import World, materialize_command, no_process_left, wait_until
@@ -424,10 +426,10 @@ class TestErrors:
         monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
         monkeypatch.setattr(MlflowResource, "artifact_location", lambda self: None)
         monkeypatch.setattr(sys, "argv", ["ml-platform", command])
-        for console in (cli.console, cli.errors):
-            monkeypatch.setattr(console, "width", 400)
+        for output in (console, errors):
+            monkeypatch.setattr(output, "width", 400)
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         assert end.value.code == 1
         output = capfd.readouterr()
         lines = [line for line in (output.out + output.err).splitlines() if wrong in line]
@@ -469,12 +471,10 @@ def test_mlflow_keeps_artifacts_there(s3: LocalS3, bucket: str, tmp_path: Path, 
 
 
 def test_mlflows_artifacts_are_tried_there(s3: LocalS3, bucket: str):
-    try_artifacts(f"s3://{bucket}/artifacts", "sqlite://")
+    probe_artifacts(f"s3://{bucket}/artifacts", "sqlite://")
     assert "Contents" not in s3.client().list_objects_v2(Bucket=bucket)
-    with pytest.raises(
-        ArtifactError, match=r"in s3://no-such-bucket/x: .*NoSuchBucket.*AWS_ENDPOINT_URL_S3"
-    ) as failure:
-        try_artifacts("s3://no-such-bucket/x", "sqlite://")
+    with pytest.raises(CommandError, match=r"in s3://no-such-bucket/x: .*NoSuchBucket.*AWS_ENDPOINT_URL_S3") as failure:
+        probe_artifacts("s3://no-such-bucket/x", "sqlite://")
     assert s3.secret_key not in str(failure.value)
 
 

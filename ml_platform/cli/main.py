@@ -45,9 +45,6 @@ def main() -> None:
     """Run a command. An error becomes one line that says what to do; ``--traceback`` shows where it was raised."""
     try:
         app()
-    except KeyboardInterrupt:
-        warn("interrupted", "red")
-        sys.exit(130)
     except Exception as error:
         if "--traceback" in sys.argv:
             raise
