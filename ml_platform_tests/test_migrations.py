@@ -17,11 +17,10 @@ import pytest
 from ml_platform.lake import migrations
 from ml_platform.lake import resource as lake_module
 from ml_platform.lake.migrations import migrate_lake
-from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, SchemaVersionError
 from ml_platform.sensors import new_raw_files
 from ml_platform_tests import fakes
-from ml_platform_tests.fakes import FakeEngine, features_report, put_cleaned, put_raw, put_report, raw_spec
+from ml_platform_tests.fakes import definitions, features_report, put_cleaned, put_raw, put_report, raw_spec, run_assets
 from spark_jobs.schema import SCHEMA_VERSION
 
 NEWER, OLDER = SCHEMA_VERSION + 1, SCHEMA_VERSION
@@ -74,25 +73,8 @@ def versions(lake: LakeResource, table: str) -> dict[str, int]:
 
 def process(instance: dg.DagsterInstance, lake: LakeResource, *keys: str) -> dg.ExecuteInProcessResult:
     """Clean and build features of a range of partitions."""
-    instance.add_dynamic_partitions(str(raw_files.name), list(keys))
-    from ml_platform.assets.cleaned import cleaned_transactions
-    from ml_platform.assets.features import transaction_features
-    from ml_platform.assets.raw import raw_transactions
-    from ml_platform.checks import ASSET_CHECKS
-    from ml_platform.lake.partitions import range_tags
-    from ml_platform.lake.quality import QualityLimits
-
-    assets = [cleaned_transactions, transaction_features]
-    checks = [check for check in ASSET_CHECKS if next(iter(check.check_keys)).asset_key.path[-1] != "fraud_model"]
-    defs = dg.Definitions(
-        assets=[raw_transactions, *assets],
-        asset_checks=checks,
-        jobs=[dg.define_asset_job("both", selection=[*assets], executor_def=dg.in_process_executor)],
-        resources={"lake": lake, "spark": FakeEngine(), "limits": QualityLimits()},
-    )
-    return defs.resolve_job_def("both").execute_in_process(
-        instance=instance, tags=range_tags(keys[0], keys[-1]), raise_on_error=False
-    )
+    instance.add_dynamic_partitions("raw_files", list(keys))
+    return run_assets(definitions(lake), instance, CLEANED, FEATURES, keys=(keys[0], keys[-1]))
 
 
 class TestNewer:
