@@ -30,7 +30,7 @@ from ml_platform.dataproc.orphans import delete_orphans
 from ml_platform.dataproc.sizing import BYTES_PER_ROW, expected_seconds
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas
 from ml_platform.dev.cloud.s3_server import LocalS3
-from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import CleanedReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import LocalStore, StorageError
 from ml_platform.operations.dead_runs import PROCESS_TAG
@@ -1031,14 +1031,14 @@ def test_a_process_that_is_told_to_stop_clears_up(run_process: Callable[..., Run
         # It was asked for first, and goes on without anybody who waits.
         run.wait_for_no_cluster()
         assert len(run.cloud.calls("ClusterService.Delete")) == 1
-        assert list(run.lake.reports(CLEANED)) == ["a"]
+        assert list(run.lake.reports(CleanedReport)) == ["a"]
         # One that was not heard ends as if nobody had told it.
         expected = dg.DagsterRunStatus.SUCCESS if run.lost_signals() else dg.DagsterRunStatus.FAILURE
         assert run.status() == expected, run.log.read_text()
     else:
         assert run.cloud.clusters == {}, run.log.read_text()
         assert run.status() in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-        assert run.lake.reports(CLEANED) == {}
+        assert run.lake.reports(CleanedReport) == {}
     if moment == "running":
         assert [call["code"] for call in run.cloud.calls("JobService.Cancel")] == ["OK"]
 

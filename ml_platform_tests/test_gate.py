@@ -9,9 +9,9 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.cli import main as cli
+from ml_platform.cli.champion import set_champion, show_champion
 from ml_platform.dev.simulator import Simulation
-from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE
+from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
@@ -77,11 +77,11 @@ def test_champion_changes_only_for_a_better_model(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    cli.champion_set(str(weak["model_version"]), "made worse on purpose")
+    set_champion(str(weak["model_version"]), "made worse on purpose")
     better = train(FAIR)
     assert (better["promotion"], better["is_champion"]) == ("better", True)
     capfd.readouterr()
-    cli.champion_show()
+    show_champion()
     assert f"version {better['model_version']}" in capfd.readouterr().out
 
     mlflow.set_tracking_uri(store)
@@ -90,5 +90,5 @@ def test_champion_changes_only_for_a_better_model(
     found = model.predict(features[list(MODEL_INPUTS)])["score"].set_axis(features["transaction_id"])
     judged = pd.read_parquet(f"{lake.lake_uri}/models/{KEYS[-1]}/{better['run_id']}/test_scores")
     expected = judged.set_index("transaction_id")["score"]
-    assert len(found) == lake.reports(CLEANED_TABLE)[KEYS[-1]]["counts"]["clean_rows"] > len(expected) > 0
+    assert len(found) == lake.reports(CleanedReport)[KEYS[-1]].counts.clean_rows > len(expected) > 0
     assert (found[expected.index] == expected).all()

@@ -27,7 +27,7 @@ from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import LocalStore, S3Store, Store
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.operations import webserver
-from ml_platform.operations.webserver import OwnPagesOnly
+from ml_platform.operations.webserver import guard
 from ml_platform.planning import plan_runs
 from ml_platform_tests.fakes import cleaned_report, definitions, put_cleaned, put_raw, put_report, raw_spec, run_assets
 
@@ -165,7 +165,7 @@ def rendered(text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
-def test_markdown_shows_what_was_said(text: str):
+def test_markdown_shows_the_text(text: str):
     shown = escaping.markdown(f"model: {text}")
     assert {token.type for token in rendered(shown)} <= {"paragraph_open", "paragraph_close", "inline", "text"}
     plain = "".join(token.content for token in rendered(shown) if token.type == "text")
@@ -175,15 +175,15 @@ def test_markdown_shows_what_was_said(text: str):
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202eright", "\x9b31m", "\u200f", "a\x00"])
-def test_control_characters_are_shown_and_not_obeyed(text: str):
+def test_control_characters_are_escaped(text: str):
     assert escaping.printable(text).isprintable()
     assert escaping.markdown(text).replace("\u200b", "").isprintable()
     assert escaping.printable("a\n\tb" + text, keep="\n\t").startswith("a\n\tb")
 
 
-def test_nothing_in_a_chat_is_a_link_or_calls_everybody():
-    said = escaping.chat("<!channel> <https://evil.example|click> @all ![x](https://evil.example/p.png) a -> b")
-    assert not re.search(r"[<>@]|\]\(", said)
+def test_nothing_in_a_chat_is_a_link_or_a_mention():
+    text = escaping.chat("<!channel> <https://evil.example|click> @all ![x](https://evil.example/p.png) a -> b")
+    assert not re.search(r"[<>@]|\]\(", text)
     assert escaping.chat("run: 1\nstep a: it broke (b/c.txt)") == "run: 1\nstep a: it broke (b/c.txt)"
 
 
@@ -213,8 +213,7 @@ def test_only_the_summary_with_pictures_is_markdown():
 
 
 def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    from ml_platform.cli import main as cli
-    from ml_platform.model.mlflow import MlflowResource
+    from ml_platform.cli.champion import show_champion
 
     note = "\x1b]0;owned\x07[red]fine[/red]\x1b[2J"
     champion = mock.Mock(version=1, run_id="r", tags={"champion_why": note})
@@ -222,7 +221,7 @@ def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, c
     client.get_run.return_value.data.metrics = {}
     monkeypatch.setattr(MlflowResource, "champion", lambda self: champion)
     monkeypatch.setattr(MlflowResource, "client", lambda self: client)
-    cli.champion_show()
+    show_champion()
     shown = capfd.readouterr().out
     assert "\x1b" not in shown
     assert "\x07" not in shown
@@ -230,11 +229,12 @@ def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_an_error_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    from ml_platform.cli import main as cli
+    from ml_platform.cli import main
+    from ml_platform.cli.context import CommandError
 
-    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=cli.CommandError("no \x1b[2J[red]file")))
+    monkeypatch.setattr(main, "app", mock.Mock(side_effect=CommandError("no \x1b[2J[red]file")))
     with pytest.raises(SystemExit):
-        cli.main()
+        main.main()
     assert capfd.readouterr().err == "error: no \\x1b[2J[red]file\n"
 
 
@@ -523,7 +523,7 @@ def test_dagster_is_not_told_the_password_of_mlflow(monkeypatch: pytest.MonkeyPa
 
 
 def answer(app: Any, method: str = "POST", path: str = "/graphql", kind: str = "http", **headers: str) -> int:
-    """Status of a request; of a WebSocket 101 or 403."""
+    """Status of a request; of an accepted WebSocket 101."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
@@ -533,24 +533,19 @@ def answer(app: Any, method: str = "POST", path: str = "/graphql", kind: str = "
         return {"type": "websocket.connect"} if kind == "websocket" else {"type": "http.request", "body": b""}
 
     path, _, query = path.partition("?")
+    headers = {"Host": "localhost:3000", **headers}
     scope = {
         "type": kind,
-        "method": method,
+        **({"method": method} if kind == "http" else {}),
         "path": path,
         "raw_path": path.encode(),
         "query_string": query.encode(),
         "root_path": "",
-        "headers": [
-            (name.lower().encode(), value.encode()) for name, value in {"Host": "localhost:3000", **headers}.items()
-        ],
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
         "subprotocols": [],
     }
-    if kind == "websocket":
-        del scope["method"]
     asyncio.run(app(scope, receive, send))
-    if kind == "websocket":
-        return 101 if sent[0]["type"] == "websocket.accept" else 403
-    return int(sent[0]["status"])
+    return 101 if sent[0]["type"] == "websocket.accept" else int(sent[0]["status"])
 
 
 async def any_app(scope: Any, receive: Any, send: Any) -> None:
@@ -561,53 +556,59 @@ async def any_app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.body", "body": b""})
 
 
+def guarded(app: Any, address: str | None) -> Any:
+    for middleware in reversed(guard(address)):
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    return app
+
+
 EVIL = "https://evil.example"
 
 
 class TestWebserver:
-    app = OwnPagesOnly(any_app, ["https://dagster.example"])
-
     @pytest.mark.parametrize(
-        "request_",
+        ("status", "request_"),
         [
-            {},
-            {"Origin": "http://localhost:3000"},
-            {"Host": "127.0.0.1:3001", "Origin": "http://127.0.0.1:3001"},
-            {"Host": "[::1]:3000"},
-            {"Host": "dagster.example", "Origin": "https://dagster.example"},
-            # Behind a proxy that asks for this machine.
-            {"Host": "127.0.0.1:3000", "Origin": "https://dagster.example"},
-            {"kind": "websocket", "Origin": "http://localhost:3000"},
-            {"method": "GET", "Accept": "text/html,*/*"},
-            {"method": "GET", "path": "/runs/1"},
-            {"method": "GET", "path": "/server_info"},
+            (200, {}),
+            (200, {"Origin": "http://localhost:3000"}),
+            (200, {"Host": "127.0.0.1:3001", "Origin": "http://127.0.0.1:3001"}),
+            (200, {"Host": "[::1]:3000"}),
+            (200, {"Host": "dagster.example", "Origin": "https://dagster.example"}),
+            # Behind a proxy that passes on its own name for this machine.
+            (200, {"Host": "127.0.0.1:3000", "Origin": "https://dagster.example"}),
+            (101, {"kind": "websocket", "Origin": "http://localhost:3000"}),
+            (200, {"method": "GET", "Accept": "text/html,*/*"}),
+            (200, {"method": "GET", "path": "/runs/1"}),
+            (200, {"method": "GET", "path": "/server_info"}),
+            # Origins of others.
+            (403, {"Origin": EVIL}),
+            (403, {"Origin": "null"}),
+            (403, {"Origin": "http://localhost:8080"}),
+            (403, {"Origin": "http://["}),
+            (403, {"kind": "websocket", "Origin": EVIL}),
+            (403, {"path": "/report_asset_materialization/a", "Origin": EVIL}),
+            # Host names of others.
+            (400, {"Host": "evil.example"}),
+            (400, {"Host": "evil.example", "Origin": EVIL}),
+            (400, {"Host": ""}),
+            (400, {"Host": "localhost.evil.example:3000"}),
+            (400, {"kind": "websocket", "Host": "evil.example"}),
+            (400, {"method": "GET", "path": "/logs/x", "Host": "evil.example"}),
+            # GraphQL by GET.
+            (403, {"method": "GET"}),
+            (403, {"method": "GET", "path": "/graphql/", "Accept": "*/*"}),
+            (403, {"method": "GET", "path": "/prefix/graphql"}),
         ],
     )
-    def test_its_own_pages_and_programs(self, request_: dict[str, str]):
-        assert answer(self.app, **request_) in (200, 101)
+    def test_only_its_own_pages_and_programs(self, status: int, request_: dict[str, str]):
+        assert answer(guarded(any_app, "https://dagster.example"), **request_) == status
 
-    @pytest.mark.parametrize(
-        "request_",
-        [
-            {"Origin": EVIL},
-            {"Origin": "null"},
-            {"Origin": "http://localhost:8080"},
-            {"Origin": "http://["},
-            {"Host": "evil.example"},
-            {"Host": "evil.example", "Origin": EVIL},
-            {"Host": ""},
-            {"Host": "localhost.evil.example:3000"},
-            {"method": "GET"},
-            {"method": "GET", "path": "/graphql/", "Accept": "*/*"},
-            {"method": "GET", "path": "/prefix/graphql"},
-            {"kind": "websocket", "Origin": EVIL},
-            {"kind": "websocket", "Host": "evil.example"},
-            {"path": "/report_asset_materialization/a", "Origin": EVIL},
-            {"method": "GET", "path": "/logs/x", "Host": "evil.example"},
-        ],
-    )
-    def test_what_others_may_have_asked_for(self, request_: dict[str, str]):
-        assert answer(self.app, **request_) == 403
+    def test_without_an_address_of_its_own(self):
+        app = guarded(any_app, None)
+        assert answer(app) == 200
+        assert answer(app, Origin="null") == 403
+        assert answer(app, Host="dagster.example") == 400
+        assert answer(guarded(any_app, "http://[fd00::1]:3000"), Host="[fd00::1]:3000") == 200
 
     def test_dagsters_own_webserver_needs_it(self, tmp_path: Path):
         """When the first of these fails, Dagster looks at the origin itself, and our webserver may go."""
@@ -622,23 +623,18 @@ class TestWebserver:
             app = DagsterWebserver(context).create_asgi_app()
             foreign: dict[str, str] = {"method": "GET", "path": "/graphql?query={version}", "Origin": EVIL}
             assert answer(app, **foreign) == 200
-            assert answer(OwnPagesOnly(app), **foreign) == 403
+            assert answer(guarded(app, None), **foreign) == 403
 
     def test_dagster_dev_starts_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        class StartedError(Exception):
-            pass
-
-        def start(command: list[str], **options: Any) -> None:
-            raise StartedError(command[:4])
-
         (tmp_path / "workspace.yaml").write_text("load_from: []\n")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+        start = mock.Mock(side_effect=InterruptedError)
         monkeypatch.setattr("dagster._cli.dev.open_ipc_subprocess", start)
         monkeypatch.setattr(sys, "argv", ["dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", "3999"])
-        with pytest.raises(StartedError) as started:
+        with pytest.raises(InterruptedError):
             webserver.dev()
-        assert started.value.args[0][:3] == [sys.executable, "-m", "ml_platform.operations.webserver"]
+        assert start.call_args.args[0][:3] == [sys.executable, "-m", "ml_platform.operations.webserver"]
 
 
 # What is installed

@@ -1,4 +1,4 @@
-"""Runs whose process died: reported as failed, and nobody else's."""
+"""Runs whose process died are reported as failed, and no others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.resource import LakeResource
-from ml_platform.operations.dead_runs import PROCESS_TAG, fail_dead_runs, is_dead, note_process
+from ml_platform.operations.dead_runs import PROCESS_TAG, fail_dead_runs, note_process
 from ml_platform.planning import plan_runs
 from ml_platform.sensors import dead_runs
 from ml_platform_tests.fakes import put_raw, raw_spec
@@ -38,10 +38,19 @@ def get_run(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRun:
     return run
 
 
-def tag_of_this_process(instance: dg.DagsterInstance) -> str:
+@pytest.fixture
+def process_tag(instance: dg.DagsterInstance) -> str:
+    """The tag of a run of this process."""
     run_id = start_run(instance, dg.DagsterRunStatus.SUCCESS)
     note_process(instance, run_id)
     return get_run(instance, run_id).tags[PROCESS_TAG]
+
+
+@pytest.fixture
+def reused(process_tag: str) -> str:
+    """The tag of an earlier process that had this one's pid."""
+    host, pid, start_time = process_tag.rsplit(":", 2)
+    return f"{host}:{pid}:{int(start_time) - 1}"
 
 
 @pytest.fixture
@@ -57,68 +66,45 @@ def tag_of(process: subprocess.Popen[bytes]) -> str:
     return f"{socket.gethostname()}:{process.pid}:{fields[19]}"
 
 
-def test_this_process_is_alive(instance: dg.DagsterInstance):
-    run_id = start_run(instance)
-    note_process(instance, run_id)
-    host, pid, _ = get_run(instance, run_id).tags[PROCESS_TAG].rsplit(":", 2)
-    assert (host, pid) == (socket.gethostname(), str(os.getpid()))
-    assert not is_dead(get_run(instance, run_id))
-    assert fail_dead_runs(instance) == []
-    assert get_run(instance, run_id).status == dg.DagsterRunStatus.STARTED
+def tick(instance: dg.DagsterInstance) -> str | None:
+    skipped = dead_runs(dg.build_sensor_context(instance=instance))
+    assert isinstance(skipped, dg.SkipReason)
+    return skipped.skip_message
 
 
 @pytest.mark.parametrize("reaped", [True, False], ids=["gone", "zombie"])
 def test_a_killed_process_fails_its_run(instance: dg.DagsterInstance, child: subprocess.Popen[bytes], reaped: bool):
     run_id = start_run(instance, **{PROCESS_TAG: tag_of(child)})
-    assert fail_dead_runs(instance) == []
+    assert tick(instance) == "no run's process has died"
+    assert get_run(instance, run_id).status == dg.DagsterRunStatus.STARTED
     child.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, child.pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
-    assert fail_dead_runs(instance) == [run_id]
+    assert tick(instance) == f"reported as failed: {run_id}"
     assert get_run(instance, run_id).status == dg.DagsterRunStatus.FAILURE
     assert fail_dead_runs(instance) == []
 
 
-def test_the_sensor_reports_them_and_frees_the_queue(instance: dg.DagsterInstance, child: subprocess.Popen[bytes]):
-    def tick() -> str | None:
-        skipped = dead_runs(dg.build_sensor_context(instance=instance))
-        assert isinstance(skipped, dg.SkipReason)
-        return skipped.skip_message
-
-    run_id = start_run(instance, **{PROCESS_TAG: tag_of(child)})
-    assert tick() == "no run's process has died"
-    child.kill()
-    child.wait()
-    assert tick() == f"reported as failed: {run_id}"
-    assert get_run(instance, run_id).status == dg.DagsterRunStatus.FAILURE
-
-
-def test_whose_process_is_not_known_is_left_alone(instance: dg.DagsterInstance):
-    own = tag_of_this_process(instance)
-    start_run(instance)
-    start_run(instance, **{PROCESS_TAG: own.replace(socket.gethostname(), "elsewhere", 1)})
+def test_a_run_of_a_living_or_unknown_process_is_left_alone(instance: dg.DagsterInstance, process_tag: str):
+    host, pid, _ = process_tag.rsplit(":", 2)
+    assert (host, pid) == (socket.gethostname(), str(os.getpid()))
+    for tags in ({}, {PROCESS_TAG: process_tag}, {PROCESS_TAG: f"elsewhere:{pid}:1"}, {PROCESS_TAG: "anything"}):
+        start_run(instance, **tags)
     assert fail_dead_runs(instance) == []
 
 
-def test_a_pid_in_use_again_is_another_process(instance: dg.DagsterInstance):
-    host, pid, started = tag_of_this_process(instance).rsplit(":", 2)
-    run_id = start_run(instance, **{PROCESS_TAG: f"{host}:{pid}:{int(started) - 1}"})
-    assert fail_dead_runs(instance) == [run_id]
+def test_a_pid_in_use_again_is_another_process(instance: dg.DagsterInstance, reused: str):
+    ended = start_run(instance, dg.DagsterRunStatus.SUCCESS, **{PROCESS_TAG: reused})
+    started = start_run(instance, **{PROCESS_TAG: reused})
+    assert fail_dead_runs(instance) == [started]
+    assert get_run(instance, ended).status == dg.DagsterRunStatus.SUCCESS
 
 
-def test_ended_runs_stay_as_they_are(instance: dg.DagsterInstance):
-    host, pid, _ = tag_of_this_process(instance).rsplit(":", 2)
-    run_id = start_run(instance, dg.DagsterRunStatus.SUCCESS, **{PROCESS_TAG: f"{host}:{pid}:0"})
-    assert fail_dead_runs(instance) == []
-    assert get_run(instance, run_id).status == dg.DagsterRunStatus.SUCCESS
-
-
-def test_a_tick_asks_for_the_dead_runs_partitions(instance: dg.DagsterInstance, lake: LakeResource):
+def test_a_tick_asks_for_the_dead_runs_partitions(instance: dg.DagsterInstance, lake: LakeResource, reused: str):
     keys = ["a", "b"]
     for number, key in enumerate(keys):
         put_raw(lake, key, raw_spec(number))
     instance.add_dynamic_partitions("raw_files", keys)
-    host, pid, _ = tag_of_this_process(instance).rsplit(":", 2)
-    start_run(instance, **{PROCESS_TAG: f"{host}:{pid}:0"}, **range_tags("a", "b"))
+    start_run(instance, **{PROCESS_TAG: reused}, **range_tags("a", "b"))
     plan = plan_runs(instance, lake)
     assert plan.ranges == [("a", "b")]
     assert "1 runs reported as failed because their process died" in plan.reason
