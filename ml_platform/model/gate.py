@@ -62,7 +62,7 @@ def judge(
             challenger_train_last_date=facts.challenger_train_last_date,
             test_first_date=facts.test_first_date,
         )
-    return decide(config.rule(seed), read_scores(lake, scores_name, with_champion=facts.champion_error is None), facts)
+    return decide(config, read_scores(lake, scores_name, with_champion=facts.champion_error is None), facts, seed)
 
 
 def read_finding(lake: LakeResource, name: str) -> dict[str, Any]:
