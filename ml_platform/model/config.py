@@ -22,38 +22,34 @@ class PromotionConfig(PromotionRule):
     )
 
 
+def _setting(name: str, description: str, ge: int | None = None) -> Any:
+    """A setting of the training job, which declares the default."""
+    return Field(DEFAULTS[name], description=description, ge=ge)
+
+
 class FraudModelConfig(dg.Config):
     """How a model is trained and judged. Days are whole days."""
 
     train_each: bool = Field(False, description="Train a model per partition, oldest first (a walk-forward test).")
-    test_days: int = Field(DEFAULTS["test_days"], ge=1, description="Held-out days at the end of the data.")
-    delay_days: int = Field(DEFAULTS["delay_days"], ge=0, description="Days until a label is known.")
-    train_days: int = Field(DEFAULTS["train_days"], ge=1, description="Longest training window.")
-    validation_days: int = Field(
-        DEFAULTS["validation_days"], ge=1, description="Last days of the training window, where parameters are chosen."
+    test_days: int = _setting("test_days", "Held-out days at the end of the data.", ge=1)
+    delay_days: int = _setting("delay_days", "Days until a label is known.", ge=0)
+    train_days: int = _setting("train_days", "Longest training window.", ge=1)
+    validation_days: int = _setting(
+        "validation_days", "Last days of the training window, where parameters are chosen.", ge=1
     )
-    min_train_days: int = Field(
-        DEFAULTS["min_train_days"], ge=1, description="Fewest days to fit on while parameters are chosen."
+    min_train_days: int = _setting("min_train_days", "Fewest days to fit on while parameters are chosen.", ge=1)
+    min_frauds: int = _setting("min_frauds", "Fewest frauds in each of these windows.", ge=1)
+    alerts_per_day: int = _setting("alerts_per_day", "Transactions that can be investigated a day.", ge=1)
+    validation_folds: int = _setting("validation_folds", "Weeks to choose parameters on, each a week earlier.", ge=1)
+    search_rows: int = _setting("search_rows", "Rows that each candidate is fitted on, at most.", ge=1000)
+    max_train_rows: int = _setting(
+        "max_train_rows", "Rows that the model is fitted on, at most; see docs/model.md.", ge=1000
     )
-    min_frauds: int = Field(DEFAULTS["min_frauds"], ge=1, description="Fewest frauds in each of these windows.")
-    alerts_per_day: int = Field(
-        DEFAULTS["alerts_per_day"], ge=1, description="Transactions that can be investigated a day."
+    fit_threads: int = _setting("fit_threads", "Threads of the model's own fit.", ge=1)
+    candidates: list[dict[str, Any]] = _setting(
+        "candidates", "Learners (xgboost, logistic_regression), each with a grid of its parameters."
     )
-    validation_folds: int = Field(
-        DEFAULTS["validation_folds"], ge=1, description="Weeks to choose parameters on, each a week earlier."
-    )
-    search_rows: int = Field(
-        DEFAULTS["search_rows"], ge=1000, description="Rows that each candidate is fitted on, at most."
-    )
-    max_train_rows: int = Field(
-        DEFAULTS["max_train_rows"], ge=1000, description="Rows that the model is fitted on, at most; see docs/model.md."
-    )
-    fit_threads: int = Field(DEFAULTS["fit_threads"], ge=1, description="Threads of the model's own fit.")
-    candidates: list[dict[str, Any]] = Field(
-        DEFAULTS["candidates"],
-        description="Learners (xgboost, logistic_regression), each with a grid of its parameters.",
-    )
-    seed: int = Field(DEFAULTS["seed"], ge=0, description="Seed of whatever is drawn.")
+    seed: int = _setting("seed", "Seed of whatever is drawn.", ge=0)
     promotion: PromotionConfig = Field(default=PromotionConfig(), description="When the model becomes the champion.")
 
     @field_validator("candidates")
