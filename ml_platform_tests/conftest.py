@@ -164,8 +164,8 @@ def library_uri() -> None:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is drawn is the matter of test_figures, and would be much of a training's time."""
-    monkeypatch.setattr("ml_platform.assets.model.draw_figures", lambda *_, **__: {"overview": b"a picture"})
+    """Drawing takes much of a training's time, and test_plots covers it."""
+    monkeypatch.setattr("ml_platform.model.training.draw_figures", lambda *_, **__: {"overview": b"a picture"})
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ from ml_platform.checks import ASSET_CHECKS
 from ml_platform.jobs import process_new_files
 from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.quality import QualityLimits
-from ml_platform.lake.resource import CLEANED, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE, CleanedReport, FeatureInputs
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.spark.engine import SparkEngine, job_file
 from spark_jobs import build_features
@@ -111,6 +112,11 @@ def cleaned_report(
     }
 
 
+def cleaned_reports(*reports: dict[str, Any]) -> dict[str, CleanedReport]:
+    """Reports of cleaned raw files by partition, as the lake returns them."""
+    return {report["partition"]: CleanedReport.model_validate(report) for report in reports}
+
+
 def put_report(lake: LakeResource, table: str, key: str, report: Any) -> None:
     """Put a report, which marks the partition as complete."""
     lake.write_json(f"{lake.partition_path(table, key)}/{REPORT_NAME}", report)
@@ -123,7 +129,7 @@ def put_cleaned(lake: LakeResource, *keys: str, **changes: Any) -> None:
         content = lake.raw.read(f"{key}.txt")
         spec = json.loads(content) if content else None
         report = cleaned_report(key, spec, raw=files[key].as_request(), epoch=lake.epoch)
-        put_report(lake, CLEANED, key, {**report, **changes})
+        put_report(lake, CLEANED_TABLE, key, {**report, **changes})
 
 
 class FakeEngine(SparkEngine):
@@ -230,14 +236,6 @@ class FakeEngine(SparkEngine):
             "best": grid[-1],
             "sampling": None,
             "feature_importances": {name: 1 / len(request["features"]) for name in request["features"]},
-            "metrics": {
-                "test_average_precision": 0.7,
-                "test_roc_auc": 0.9,
-                "test_card_precision_at_100": None,
-                "test_rows": 500,
-                "test_frauds": 60,
-            },
-            "tables": {},
             "champion": request["champion"] and {**request["champion"], **self._champion_verdict()},
             "model_uri": f"{request['output_uri']}/model.json",
             "scores_uri": f"{request['output_uri']}/test_scores",
@@ -262,10 +260,14 @@ class FakeEngine(SparkEngine):
         if self.champion_skill is not None:
             champion = label * self.champion_skill + random.normal(size=500)
         columns = {
-            "tx_fraud": label,
-            "score": challenger,
-            "champion_score": champion if with_champion else np.full(500, np.nan),
+            "transaction_id": np.arange(500),
+            "tx_datetime": np.datetime64("2020-01-24", "us") + np.arange(500) * np.timedelta64(20, "m"),
             "customer_id": np.arange(500) % 250,
+            "tx_amount": np.full(500, 10.0),
+            "tx_fraud": label,
+            "tx_fraud_scenario": label,
+            "score": 1 / (1 + np.exp(-challenger)),
+            "champion_score": 1 / (1 + np.exp(-champion)) if with_champion else np.full(500, np.nan),
         }
         table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
         directory.mkdir(parents=True)
@@ -305,14 +307,14 @@ class SessionEngine(SparkEngine):
 
 
 def features_report(
-    cleaned: dict[str, Any], inputs: dict[str, Any], *, run_id: str = "fabricated", **counts: int
+    cleaned: dict[str, Any], inputs: FeatureInputs | dict[str, Any], *, run_id: str = "fabricated", **counts: int
 ) -> dict[str, Any]:
     """The report of the features of a cleaned partition."""
     return {
         "schema_version": SCHEMA_VERSION,
         "partition": cleaned["partition"],
         "run_id": run_id,
-        "inputs": inputs,
+        "inputs": inputs if isinstance(inputs, dict) else inputs.model_dump(),
         "features": list(build_features.FEATURES),
         "counts": {
             "rows": cleaned["counts"]["clean_rows"],

@@ -17,7 +17,8 @@ from ml_platform.dataproc.api import Clock, DataprocApi
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.lake.partitions import range_tags
-from ml_platform.lake.resource import CLEANED, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.resource import LakeResource
 from ml_platform.spark.engine import SparkEngine
 from ml_platform_tests.fakes import FakeEngine, definitions, local_path, put_raw, raw_spec
 

@@ -21,7 +21,7 @@ from ml_platform.cli import main as cli
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.dev.cloud.processes import TetheredProcess, free_port, listens
 from ml_platform.lake import resource as lake_module
-from ml_platform.lake.resource import FEATURES
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec

@@ -10,7 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from ml_platform.jobs import run_config
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.config import FraudModelConfig, problem_of_run_config
 from ml_platform.settings import SettingsError
 from ml_platform_tests.fakes import definitions, put_cleaned, put_raw, raw_spec, requests_of, run_assets

@@ -30,7 +30,9 @@ from ml_platform.dataproc.orphans import delete_orphans
 from ml_platform.dataproc.sizing import BYTES_PER_ROW, expected_seconds
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas
 from ml_platform.dev.cloud.s3_server import LocalS3
-from ml_platform.lake.resource import CLEANED, LakeResource, LocalStore, StorageError
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import LocalStore, StorageError
 from ml_platform.operations.dead_runs import PROCESS_TAG
 from ml_platform.spark.code_archive import CodeArchiveError, build_archive, content_hash, library_archive
 from ml_platform.spark.engine import job_file

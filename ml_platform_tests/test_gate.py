@@ -11,10 +11,11 @@ import pytest
 
 from ml_platform.cli import main as cli
 from ml_platform.dev.simulator import Simulation
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
-from spark_jobs.features.registry import FEATURES as MODEL_INPUTS
+from spark_jobs.features.registry import FEATURES_TABLE as MODEL_INPUTS
 
 pytestmark = pytest.mark.spark
 
@@ -52,7 +53,7 @@ def test_champion_changes_only_for_a_better_model(
     store = f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}"
     resource = MlflowResource(tracking_uri=store, artifact_root=str(tmp_path / "artifacts"))
     platform = definitions(lake, session_engine, resource)
-    assert run_assets(platform, instance, CLEANED, FEATURES, keys=(KEYS[0], KEYS[-1])).success
+    assert run_assets(platform, instance, CLEANED_TABLE, FEATURES_TABLE, keys=(KEYS[0], KEYS[-1])).success
 
     def train(candidates: list[dict[str, Any]]) -> dict[str, Any]:
         config = {MODEL_NAME: {"candidates": candidates}}
@@ -85,9 +86,9 @@ def test_champion_changes_only_for_a_better_model(
 
     mlflow.set_tracking_uri(store)
     model = mlflow.pyfunc.load_model(f"models:/{MODEL_NAME}@champion")
-    features = pd.read_parquet(f"{lake.lake_uri}/{FEATURES}/raw_file={KEYS[-1]}")
+    features = pd.read_parquet(f"{lake.lake_uri}/{FEATURES_TABLE}/raw_file={KEYS[-1]}")
     found = model.predict(features[list(MODEL_INPUTS)])["score"].set_axis(features["transaction_id"])
     judged = pd.read_parquet(f"{lake.lake_uri}/models/{KEYS[-1]}/{better['run_id']}/test_scores")
     expected = judged.set_index("transaction_id")["score"]
-    assert len(found) == lake.reports(CLEANED)[KEYS[-1]]["counts"]["clean_rows"] > len(expected) > 0
+    assert len(found) == lake.reports(CLEANED_TABLE)[KEYS[-1]]["counts"]["clean_rows"] > len(expected) > 0
     assert (found[expected.index] == expected).all()

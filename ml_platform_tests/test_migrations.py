@@ -19,7 +19,9 @@ from ml_platform.lake import migrations
 from ml_platform.lake import resource as lake_module
 from ml_platform.lake.migrations import migrate_lake
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, SchemaVersionError
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.resource import LakeResource, SchemaVersionError
 from ml_platform.sensors import new_raw_files
 from ml_platform_tests import fakes
 from ml_platform_tests.fakes import FakeEngine, put_cleaned, put_raw, put_report, raw_spec

@@ -17,7 +17,8 @@ import pytest
 from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.resource import LakeResource
 from ml_platform.operations.dead_runs import PROCESS_TAG, fail_dead_runs, is_dead, note_process
-from ml_platform.sensors import dead_runs, plan_runs
+from ml_platform.planning import plan_runs
+from ml_platform.sensors import dead_runs
 from ml_platform_tests.fakes import put_raw, raw_spec
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system has no /proc")

@@ -34,7 +34,10 @@ from ml_platform.dev.cloud.s3_server import (
 )
 from ml_platform.dev.simulator import Simulation
 from ml_platform.lake import resource as lake_module
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, StorageError, open_store
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import StorageError, open_store
 from ml_platform.model.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
 from ml_platform.spark import s3a

@@ -19,14 +19,16 @@ import dagster as dg
 import pytest
 import yaml
 
-from ml_platform import checks, escaping
+from ml_platform import escaping
+from ml_platform.assets.outcomes import check_partitions
 from ml_platform.lake.partitions import is_partition_key
-from ml_platform.lake.resource import CLEANED, LakeResource, LocalStore, S3Store, Store
-from ml_platform.model.gate import DECISION_FILE, HEALTH_FILE
+from ml_platform.lake.reports import CLEANED_TABLE, CleanedReport
+from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import LocalStore, S3Store, Store
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.operations import webserver
 from ml_platform.operations.webserver import OwnPagesOnly
-from ml_platform.sensors import plan_runs
+from ml_platform.planning import plan_runs
 from ml_platform_tests.fakes import cleaned_report, definitions, put_cleaned, put_raw, put_report, raw_spec, run_assets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,8 +84,6 @@ def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str, kind: str):
         lambda: store.read_start(name),
         lambda: store.write(name, b""),
         lambda: store.open_new(name).__enter__(),
-        lambda: store.download(name, tmp_path / "target"),
-        lambda: store.upload(Path(__file__).parent / "spark", name),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="leads out of it"):
@@ -92,27 +92,15 @@ def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str, kind: str):
     assert not {"get_object", "put_object", "upload_file", "download_file"} & {call[0] for call in client.method_calls}
 
 
-@pytest.mark.parametrize("name", ["../../evil", "/evil", "stages/../../evil"])
-def test_an_object_with_such_a_name_is_not_downloaded(tmp_path: Path, name: str):
-    """S3 keeps objects of any name, and a download makes files of them."""
-    store = S3Store("s3://bucket/lake")
-    client = store.__dict__["_client"] = mock.Mock()
-    client.get_paginator().paginate.return_value = [{"Contents": [{"Key": f"lake/models/a/{name}"}]}]
-    target = tmp_path / "a" / "b"
-    with pytest.raises(ValueError, match="leads out of it"):
-        store.download("models/a", target)
-    client.download_file.assert_not_called()
-
-
 def test_the_lake_has_no_partitions_but_those_of_keys(lake: LakeResource, tmp_path: Path):
     report = cleaned_report("good")
-    put_report(lake, CLEANED, "good", report)
+    put_report(lake, CLEANED_TABLE, "good", report)
     for key in ("..", "a b", "\x1b[2Jgone", "new\nline", "[red]", "<b>", ".hidden", "x" * 101, "a...b"):
         assert not is_partition_key(key)
-        directory = tmp_path / "lake" / CLEANED / f"raw_file={key}"
+        directory = tmp_path / "lake" / CLEANED_TABLE / f"raw_file={key}"
         directory.mkdir()
         (directory / "_report.json").write_text(json.dumps(report))
-    assert list(lake.reports(CLEANED)) == ["good"]
+    assert list(lake.reports(CleanedReport)) == ["good"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +139,6 @@ def test_keys_that_were_registered_by_hand(lake: LakeResource, instance: dg.Dags
     put_cleaned(lake, "good")
     outside = tmp_path / "outside"
     outside.mkdir()
-    (outside / "promotion.json").write_text("{")
     (outside / "_report.json").write_text("{")
     before = files_beside(lake, tmp_path)
     instance.add_dynamic_partitions("raw_files", HOSTILE_KEYS)
@@ -164,17 +151,6 @@ def test_keys_that_were_registered_by_hand(lake: LakeResource, instance: dg.Dags
         assert (error.cause or error).message.strip().isprintable()
         assert not list((tmp_path / "lake").rglob("*.request.json"))
     assert files_beside(lake, tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["promotion", "champion_health"])
-def test_checks_read_nothing_outside_either(lake: LakeResource, tmp_path: Path, name: str):
-    """They can be run without their asset, for any partition that is registered."""
-    (tmp_path / "lake" / "models").mkdir(parents=True)
-    (tmp_path / "outside" / "r").mkdir(parents=True)
-    (tmp_path / "outside" / "r" / "promotion.json").write_text("{}")
-    context = mock.Mock(partition_keys=["../../outside"], **{"run.run_id": "r"})
-    with pytest.raises(ValueError, match="leads out of it"):
-        getattr(checks, name).op.compute_fn.decorated_fn(context, lake)
 
 
 # Text
@@ -211,38 +187,29 @@ def test_nothing_in_a_chat_is_a_link_or_calls_everybody():
     assert escaping.chat("run: 1\nstep a: it broke (b/c.txt)") == "run: 1\nstep a: it broke (b/c.txt)"
 
 
-def test_what_a_check_says_is_text(lake: LakeResource, instance: dg.DagsterInstance):
+def test_what_a_check_says_is_text():
     """Dagster's UI reads the description of a check as Markdown."""
-    reason = HOSTILE_TEXTS[2]
-    report = {"outcome": "too_little_data", "reason": reason}
-    decision = {"outcome": "champion_unreadable", "apply": False, "reasons": [reason], "figures": {}}
-    health = {"version": "1", "outcome": "champion_newer_library", "reason": reason, "replaced": False}
-    health |= {"average_precision": None, "min_average_precision": 0.2}
-    files = {"train_model-a.report.json": report, DECISION_FILE: decision, HEALTH_FILE: health}
-    context = mock.Mock(partition_keys=["a"], **{"run.run_id": "r"})
-    check = mock.Mock(asset_key=dg.AssetKey("fraud_model"))
-    context.op_execution_context.selected_asset_check_keys = [check]
-    for name in ("enough_data", "promotion", "champion_health"):
-        check.name = name
-        with mock.patch.object(LakeResource, "read_json", lambda self, file: files[Path(file).name]):
-            result = getattr(checks, name).op.compute_fn.decorated_fn(context, lake)
-        evaluation = context.op_execution_context.log_event.call_args.args[0]
-        assert not result.passed
-        for description in (result.description, evaluation.description):
-            assert "image" not in {token.type for token in rendered(description)}
-            assert "pixel" in description
-        assert not [value for value in evaluation.metadata.values() if isinstance(value, dg.MarkdownMetadataValue)]
+    context = mock.Mock(partition_keys=["a"])
+    result = check_partitions(
+        context, dg.AssetCheckKey(dg.AssetKey("fraud_model"), "promotion"), lambda key: HOSTILE_TEXTS[2]
+    )
+    evaluation = context.op_execution_context.log_event.call_args.args[0]
+    assert not result.passed
+    for description in (result.description, evaluation.description):
+        assert "image" not in {token.type for token in rendered(description)}
+        assert "pixel" in description
+    assert not [value for value in evaluation.metadata.values() if isinstance(value, dg.MarkdownMetadataValue)]
 
 
 def test_only_the_summary_with_pictures_is_markdown():
-    """Its names stand in code spans: test_figures.py."""
+    """test_plots shows that its texts are escaped."""
     uses = [
         (path.name, ast.unparse(node))
         for path in modules()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and re.search(r"MetadataValue\.md$|MarkdownMetadata", ast.unparse(node.func))
     ]
-    assert uses == [("model.py", "dg.MetadataValue.md(summary)")]
+    assert uses == [("model.py", "dg.MetadataValue.md(result.summary)")]
 
 
 def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
@@ -427,11 +394,10 @@ def test_code_in_mlflow_is_never_run(
     for module in [name for name in sys.modules if name.startswith(loader.parent.name)]:
         monkeypatch.delitem(sys.modules, module)  # another test may have loaded the same code, and Python keeps it
     loader.write_text(loader.read_text() + "\nimport trap_of_the_test\ntrap_of_the_test.Trap()\n")
-    lake.store.write("models/a/sample.parquet", (tmp_path / "sample.parquet").read_bytes())
     resource = MlflowResource(tracking_uri=f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}")
     resource.client().create_registered_model("fraud_model")
     version = resource.client().create_model_version("fraud_model", model.as_uri())
-    verify_reload(lake, resource, version=version, sample_name="models/a/sample.parquet")
+    verify_reload(resource, version, sample)
     assert "100 rows" in resource.client().get_model_version("fraud_model", version.version).tags["reload_proof"]
     assert not trap.exists()
     with pytest.raises(Exception):  # noqa: B017, PT011 - whatever becomes of it, MLflow itself walks into it

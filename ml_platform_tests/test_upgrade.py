@@ -10,7 +10,9 @@ import dagster as dg
 import pytest
 
 from ml_platform.cli import main as cli
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.gate import champion_problem
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, requests_of, run_assets

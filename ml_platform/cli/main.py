@@ -67,7 +67,8 @@ def main() -> None:
             raise
         # Here, because a command that succeeds need not wait for them.
         from ml_platform.dataproc.api import DataprocError
-        from ml_platform.lake.resource import SchemaVersionError, StorageError
+        from ml_platform.lake.resource import SchemaVersionError
+        from ml_platform.lake.storage import StorageError
         from ml_platform.spark.code_archive import CodeArchiveError
         from ml_platform.spark.s3a import S3AError
 
@@ -195,7 +196,7 @@ def process_new_files() -> None:
         from ml_platform.definitions import defs
         from ml_platform.jobs import run_config
         from ml_platform.lake.partitions import range_tags
-        from ml_platform.sensors import plan_runs, prepare
+        from ml_platform.planning import plan_runs, prepare
 
         plan = plan_runs(instance, _lake(settings))
         for name, reason in plan.ignored.items():
@@ -219,19 +220,22 @@ def process_new_files() -> None:
 @app.command()
 def summary() -> None:
     """Show what is in the lake, and the champion."""
-    from ml_platform.lake.resource import CLEANED, FEATURES
+    from ml_platform.lake.reports import CleanedReport, FeaturesReport
 
     settings = load_settings()
     lake = _lake(settings)
     files, _ = lake.list_raw_files()
-    cleaned, features = lake.reports(CLEANED), lake.reports(FEATURES)
+    cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
     table = Table("raw file", "raw rows", "clean", "duplicate", "rejected", "frauds", "features", title="Lake")
     for key in sorted(files.keys() | cleaned.keys()):
         if key not in cleaned:
             table.add_row(key, "not cleaned yet")
             continue
-        counts = cleaned[key]["counts"]
-        shown = [counts[name] for name in ("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows", "fraud_rows")]
+        counts = cleaned[key].counts
+        shown = [
+            getattr(counts, name)
+            for name in ("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows", "fraud_rows")
+        ]
         table.add_row(key, *[f"{count:,}" for count in shown], "yes" if key in features else "no")
     console.print(table)
     _show_champion(settings)
@@ -243,7 +247,7 @@ def migrate(
 ) -> None:
     """Move what an older version left in the lake to this version, after an upgrade. May be run again at any time."""
     from ml_platform.lake.migrations import migrate_lake
-    from ml_platform.sensors import has_active_runs
+    from ml_platform.planning import has_active_runs
 
     settings = load_settings()
     if not dry_run:
@@ -609,13 +613,13 @@ def _check_raw_files(settings: Settings) -> str:
 
 
 def _check_lake(settings: Settings) -> str:
-    from ml_platform.lake.resource import CLEANED
+    from ml_platform.lake.reports import CleanedReport
 
     lake = _lake(settings)
     lake.write_json("_runs/doctor.json", {"written_by": "ml-platform doctor"})
     if lake.read_json("_runs/doctor.json")["written_by"] != "ml-platform doctor":
         raise CommandError(f"what was written to {settings.lake_uri} could not be read back")
-    cleaned, outdated = lake.split_reports(CLEANED)
+    cleaned, outdated = lake.reports(CleanedReport), lake.outdated_reports(CleanedReport)
     older = f", {len(outdated)} of an older version (ml-platform migrate)" if outdated else ""
     return f"writable, {len(cleaned)} cleaned partitions in {settings.lake_uri}{older}"
 

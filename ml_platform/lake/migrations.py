@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.lake.reports import FEATURES_TABLE, CleanedReport, FeaturesReport
+from ml_platform.lake.resource import LakeResource
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 #: From the name of a table and one of its reports, the report that the next version would have written; None if the
@@ -41,7 +42,10 @@ def migrate_lake(lake: LakeResource, *, dry_run: bool = False, steps: Mapping[in
     Raises:
         SchemaVersionError: something in the lake is of a newer version; nothing was done.
     """
-    outdated = {table: lake.outdated_reports(table) for table in (CLEANED, FEATURES)}
+    outdated = {
+        CleanedReport.table: lake.outdated_reports(CleanedReport),
+        FeaturesReport.table: lake.outdated_reports(FeaturesReport),
+    }
     raw_files, _ = lake.list_raw_files()
     for table, reports in outdated.items():
         for key, report in sorted(reports.items()):
@@ -50,7 +54,7 @@ def migrate_lake(lake: LakeResource, *, dry_run: bool = False, steps: Mapping[in
                 if not dry_run:
                     lake.write_json(f"{lake.partition_path(table, key)}/{REPORT_NAME}", moved)
                 outcome = f"{'can be' if dry_run else 'was'} moved to {SCHEMA_VERSION}"
-            elif table == FEATURES or key in raw_files:
+            elif table == FEATURES_TABLE or key in raw_files:
                 outcome = "the next run makes it again"
             else:
                 outcome = "left out: its raw file, from which it could be made again, is gone; put it back"

@@ -39,7 +39,7 @@ class FraudModelConfig(dg.Config):
     )
     min_train_days: int = _setting("min_train_days", "Fewest days to fit on while parameters are chosen.", ge=1)
     min_frauds: int = _setting("min_frauds", "Fewest frauds in each of these windows.", ge=1)
-    alerts_per_day: int = _setting("alerts_per_day", "Transactions that can be investigated a day.", ge=1)
+    alerts_per_day: int = Field(100, ge=1, description="Transactions that can be investigated a day.")
     validation_folds: int = _setting("validation_folds", "Weeks to choose parameters on, each a week earlier.", ge=1)
     search_rows: int = _setting("search_rows", "Rows that each candidate is fitted on, at most.", ge=1000)
     max_train_rows: int = _setting(
@@ -60,7 +60,7 @@ class FraudModelConfig(dg.Config):
 
     def as_request(self) -> dict[str, Any]:
         """The settings as the training job takes them."""
-        return self.model_dump(exclude={"train_each", "promotion"})
+        return self.model_dump(exclude={"train_each", "promotion", "alerts_per_day"})
 
     @property
     def window_days(self) -> int:
