@@ -191,7 +191,7 @@ class Training:
         facts = facts_of(report, self.champion)
         compared = facts.champion is not None and facts.champion_error is None
         return decide(
-            self.config.promotion.rule(self.config.seed),
+            self.config.promotion,
             Scores(
                 label=scores["tx_fraud"].to_numpy(),
                 challenger=scores["score"].to_numpy(),
@@ -199,6 +199,7 @@ class Training:
                 customer_id=scores["customer_id"].to_numpy(),
             ),
             facts,
+            self.config.seed,
         )
 
     def log_evaluation(self, report: TrainingReport, decision: Decision) -> str:
