@@ -55,6 +55,18 @@ def platform(tmp_path: Path, lake: LakeResource, instance: dg.DagsterInstance, c
         yield platform
 
 
+def succeed(platform: Platform, *assets: str, **options: Any) -> Result:
+    """A run that must succeed."""
+    result = platform.run(*assets, **options)
+    assert result.success, result.errors
+    return result
+
+
+def deletions(platform: Platform) -> dict[str, float]:
+    """When the deletion of each cluster was last asked for."""
+    return {call["request"]["cluster_id"]: call["time"] for call in platform.cloud.calls("ClusterService.Delete")}
+
+
 def driver_log(platform: Platform, result: Result) -> str:
     return platform.lake.store.read(job_file(result.run_id, "clean_transactions", "", "driver.log")).decode()
 
@@ -90,8 +102,7 @@ def fault(name: str, arrange: Arrange, *expected: Any, **settings: Any) -> Any:
 
 class TestARun:
     def test_its_steps_share_one_cluster_that_is_gone_afterwards(self, platform: Platform):
-        result = platform.run("cleaned_transactions", "transaction_features", keys=("a", "c"))
-        assert result.success, result.errors
+        result = succeed(platform, "cleaned_transactions", "transaction_features", keys=("a", "c"))
         assert platform.cleaned == ["a", "b", "c"]
         assert platform.jobs.names == ["clean_transactions", "build_features"]
         (created,) = platform.accepted("ClusterService.Create")
@@ -103,10 +114,10 @@ class TestARun:
         assert platform.cloud.clusters == {}
 
     def test_without_work_it_asks_for_nothing(self, platform: Platform):
-        assert platform.run().success
+        succeed(platform)
         calls = len(platform.cloud.journal)
         # Everything is clean: the asset has no job for Spark.
-        assert platform.run().success
+        succeed(platform)
         assert len(platform.cloud.journal) == calls
 
     @pytest.mark.parametrize(
@@ -125,13 +136,12 @@ class TestARun:
     def test_the_number_of_nodes_follows_the_work(
         self, platform: Platform, settings: dict[str, Any], role: str, hosts: int
     ):
-        result = platform.run(**settings)
-        assert result.success, result.errors
+        result = succeed(platform, **settings)
         (created,) = platform.accepted("ClusterService.Create")
-        made = {one["name"]: int(one["hosts_count"]) for one in created["config_spec"]["subclusters_spec"]}
-        assert made[role] == hosts
+        hosts_of = {one["name"]: int(one["hosts_count"]) for one in created["config_spec"]["subclusters_spec"]}
+        assert hosts_of[role] == hosts
         metadata = recorded(platform.instance, "cleaned_transactions")["a"]
-        assert metadata["cluster_nodes"] == made
+        assert metadata["cluster_nodes"] == hosts_of
         (job,) = metadata["cluster_jobs"]
         assert job["rows"] > 0
         assert job["expected_seconds"] > 0
@@ -159,8 +169,7 @@ class TestARun:
 
         platform.cloud.fail("ClusterService.Create", "INTERNAL", when=look)
         platform.cloud.fail("ClusterService.Get", "INTERNAL", when=look)
-        result = platform.run(run_id=RUN_ID)
-        assert result.success, result.errors
+        succeed(platform, run_id=RUN_ID)
         name = cluster_name("test", RUN_ID, 1)
         assert [found.get(CLUSTER_NAME_TAG) for found in tags[:2]] == [name, name]
         (cluster_id,) = {found[CLUSTER_ID_TAG] for found in tags[1:]}
@@ -218,8 +227,7 @@ class TestARun:
     def test_a_huge_driver_log(self, platform: Platform):
         text = "".join(f"{number:07} héllo\n" for number in range(100_000))
         platform.jobs.changes.append({"log": text})
-        result = platform.run()
-        assert result.success, result.errors
+        result = succeed(platform)
         assert driver_log(platform, result) == text
         assert max(map(len, result.log)) <= 20_000
 
@@ -237,7 +245,7 @@ class TestARun:
         }
 
     def test_code_is_uploaded_once(self, platform: Platform):
-        assert platform.run().success
+        succeed(platform)
         code = local_path(platform.lake.store.spark_uri("_code"))
         files = {path: path.stat().st_mtime_ns for path in code.glob("*/*")}
         jobs, (name, content) = content_hash(build_archive()), library_archive()
@@ -249,7 +257,7 @@ class TestARun:
         }
         assert (code / content_hash(content) / name).read_bytes() == content
         platform.advance(10)
-        assert platform.run(keys=("b", "b")).success
+        succeed(platform, keys=("b", "b"))
         assert {path: path.stat().st_mtime_ns for path in code.glob("*/*")} == files
 
     def test_without_the_library_no_cluster_is_made(self, platform: Platform, monkeypatch: pytest.MonkeyPatch):
@@ -266,7 +274,7 @@ class TestARun:
         directory = local_path(platform.lake.store.spark_uri(f"_code/{content_hash(build_archive())}"))
         directory.mkdir(parents=True)
         (directory / "spark_jobs.zip").write_bytes(b"half an upl")
-        assert platform.run().success
+        succeed(platform)
         assert (directory / "spark_jobs.zip").read_bytes() == build_archive()
 
 
@@ -296,14 +304,9 @@ SURVIVED = [
         # A short outage of whatever is called must not cost a run.
         fault(f"unavailable for 3 calls: {method}", fail(method, "UNAVAILABLE", times=3))
         for method in (
-            *("ApiEndpointService.List", "IamTokenService.Create", "ClusterService.Create", "ClusterService.Get"),
-            *(
-                "OperationService.Get",
-                "JobService.List",
-                "JobService.Create",
-                "JobService.Get",
-                "ClusterService.Delete",
-            ),
+            *("ApiEndpointService.List", "IamTokenService.Create", "OperationService.Get"),
+            *("ClusterService.Create", "ClusterService.Get", "ClusterService.Delete"),
+            *("JobService.List", "JobService.Create", "JobService.Get"),
         )
     ],
     *[
@@ -338,8 +341,7 @@ SURVIVED = [
 @pytest.mark.parametrize(("arrange", "settings"), SURVIVED)
 def test_a_run_survives(platform: Platform, arrange: Arrange, settings: dict[str, Any]):
     arrange(platform)
-    result = platform.run(**settings)
-    assert result.success, result.errors
+    succeed(platform, **settings)
     assert platform.cloud.clusters == {}
     assert platform.cleaned == ["a"]
     assert len(platform.accepted("ClusterService.Create")) <= 1
@@ -356,65 +358,45 @@ def test_a_lost_answer_is_found_in_the_log(platform: Platform):
 # --- Faults that end a run
 
 
+def creation(**outcome: Any) -> Arrange:
+    return lambda platform: platform.cloud.script_create(Outcome(**outcome))
+
+
 FATAL = [
     fault(
         "quota",
         lambda p: setattr(p.cloud, "quotas", Quotas(hosts=2)),
         "RESOURCE_EXHAUSTED: The limit on maximum number of hosts.*ask for more",
     ),
-    fault(
-        "create denied", fail("ClusterService.Create", "PERMISSION_DENIED"), "create cluster .*PERMISSION_DENIED.*roles"
-    ),
-    fault(
-        "create away for good",
-        fail("ClusterService.Create", "UNAVAILABLE", times=1000),
-        "create cluster .*UNAVAILABLE.*YC_API_ENDPOINT",
-    ),
-    fault(
-        "the API is away for good",
-        fail("ApiEndpointService.List", "UNAVAILABLE", times=1000),
-        "UNAVAILABLE.*YC_API_ENDPOINT",
-    ),
+    fault("create denied", fail("ClusterService.Create", "PERMISSION_DENIED"), "create .*PERMISSION_DENIED.*roles"),
+    *[
+        fault(f"{method} away for good", fail(method, "UNAVAILABLE", times=1000), "UNAVAILABLE.*YC_API_ENDPOINT")
+        for method in ("ClusterService.Create", "ApiEndpointService.List")
+    ],
     fault(
         "creation fails",
-        lambda p: p.cloud.script_create(Outcome(error="INTERNAL", message="no hosts left in zone")),
+        creation(error="INTERNAL", message="no hosts left in zone"),
         r"could not be created: no hosts left in zone \(its state: ERROR\)",
-    ),
-    fault(
-        "cluster breaks as soon as it is made",
-        lambda p: p.cloud.script_create(Outcome(error_after=0)),
-        r"could not be created: the API does not say why \(its state: ERROR\)",
     ),
     fault(
         "the answer to a create is lost, and the creation fails",
         lambda p: (
-            p.cloud.script_create(Outcome(seconds=0, error="INTERNAL")),
+            creation(seconds=0, error="INTERNAL")(p),
             p.cloud.fail("ClusterService.Create", "UNAVAILABLE", after=True),
         ),
         r"could not be created: the API does not say why \(its state: ERROR\)",
     ),
+    fault("cluster breaks at once", creation(error_after=0), r"could not be created: .* \(its state: ERROR\)"),
+    fault("cluster gone at once", creation(vanish_after=0), r"could not be created: .* \(its state: gone\)"),
+    fault("cluster breaks under a job", creation(error_after=30), "job clean-transactions-1 ended as ERROR"),
+    fault("cluster gone under a job", creation(vanish_after=60), "is gone while its job clean-transactions-1 is gone"),
     fault(
-        "cluster breaks under a job",
-        lambda p: p.cloud.script_create(Outcome(error_after=30)),
-        "job clean-transactions-1 ended as ERROR",
-    ),
-    fault(
-        "cluster gone as soon as it is made",
-        lambda p: p.cloud.script_create(Outcome(vanish_after=0)),
-        r"could not be created: .*(its state: gone\))",
-    ),
-    fault(
-        "cluster gone under a job",
-        lambda p: p.cloud.script_create(Outcome(vanish_after=60)),
-        "cluster c9q.* is gone while its job clean-transactions-1 is gone",
-    ),
-    fault(
-        "a state of a cluster that nobody knows",
+        "a cluster in an unknown state",
         lambda p: p.cloud.answer("ClusterService.Get", lambda request, found: with_status(found, 77)),
         r"could not be created: .* \(its state: 77\)",
     ),
     fault(
-        "a state of a job that nobody knows",
+        "a job in an unknown state",
         lambda p: p.cloud.answer("JobService.Get", lambda request, found: with_status(found, 77)),
         "in a state that this version does not know: 77",
     ),
@@ -542,10 +524,9 @@ def test_a_cluster_of_an_ended_run_is_deleted_and_waited_for_if_it_runs_a_job(
     platform: Platform, status: dg.DagsterRunStatus, job: str | None, is_deleted: bool
 ):
     left = left_over(platform, status, job=job)
-    result = platform.run()
-    assert result.success, result.errors
+    succeed(platform)
     (created,) = platform.cloud.calls("ClusterService.Create")
-    deleted = {call["request"]["cluster_id"]: call["time"] for call in platform.cloud.calls("ClusterService.Delete")}
+    deleted = deletions(platform)
     if is_deleted:
         assert platform.cloud.clusters == {}
         waited = deleted[left] + platform.cloud.delete_seconds <= created["time"]
@@ -559,15 +540,15 @@ def test_the_cluster_of_a_run_whose_process_is_gone(platform: Platform):
     """The run still counts as started."""
     left = left_over(platform, dg.DagsterRunStatus.STARTED, job="RUNNING")
     platform.instance.add_run_tags(RUN_ID, {PROCESS_TAG: f"{socket.gethostname()}:{2**22}:1"})
-    assert platform.run().success
+    succeed(platform)
     assert platform.cloud.clusters == {}
-    assert left in [call["request"]["cluster_id"] for call in platform.cloud.calls("ClusterService.Delete")]
+    assert left in deletions(platform)
 
 
 def test_a_cluster_that_its_ended_run_is_deleting_is_left_alone(platform: Platform):
     left = left_over(platform, dg.DagsterRunStatus.SUCCESS, job="DONE")
     platform.engine().api.request_deletion(left)
-    assert platform.run().success
+    succeed(platform)
     requests = [call["request"]["cluster_id"] for call in platform.cloud.calls("ClusterService.Delete")]
     assert requests.count(left) == 1
 
@@ -622,8 +603,7 @@ def test_s3_refuses(platform: Platform, monkeypatch: pytest.MonkeyPatch, verb: s
 
 def test_a_driver_log_that_s3_refuses_fails_no_run(platform: Platform, monkeypatch: pytest.MonkeyPatch):
     refuse(monkeypatch, "PutObject", "driver.log")
-    result = platform.run()
-    assert result.success, result.errors
+    succeed(platform)
 
 
 def s3_lake(s3_server: LocalS3, lake: LakeResource, monkeypatch: pytest.MonkeyPatch, bucket: str) -> LakeResource:
@@ -644,11 +624,9 @@ def test_a_bucket_that_is_gone_when_the_job_is_done(
 ):
     bucket, client = "gone-while-the-job-ran", s3_server.client()
     client.create_bucket(Bucket=bucket)
-    uploaded: list[str] = []
 
     def effect() -> None:
         for item in client.list_objects_v2(Bucket=bucket)["Contents"]:
-            uploaded.append(item["Key"])
             client.delete_object(Bucket=bucket, Key=item["Key"])
         client.delete_bucket(Bucket=bucket)
 
@@ -657,18 +635,9 @@ def test_a_bucket_that_is_gone_when_the_job_is_done(
     assert not result.success
     assert f"there is no bucket {bucket}" in result.errors
     assert platform.cloud.clusters == {}
-    directory = f"lake/_code/{content_hash(build_archive())}"
-    name, content = library_archive()
-    assert sorted(uploaded) == sorted(
-        [
-            f"{directory}/clean_transactions.py",
-            f"{directory}/spark_jobs.zip",
-            f"lake/_code/{content_hash(content)}/{name}",
-            f"lake/_runs/{result.run_id}/clean_transactions.request.json",
-        ]
-    )
     (job,) = platform.accepted("JobService.Create")
-    assert job["pyspark_job"]["main_python_file_uri"] == f"s3a://{bucket}/{directory}/clean_transactions.py"
+    main_file = f"s3a://{bucket}/lake/_code/{content_hash(build_archive())}/clean_transactions.py"
+    assert job["pyspark_job"]["main_python_file_uri"] == main_file
 
 
 # --- Who calls the API
@@ -708,7 +677,7 @@ def test_no_credential_leaves_the_process(
     platform.jobs.changes.append({"status": "ERROR", "effect": None})
     bad = platform.run(keys=("b", "b"), **credentials)
     assert (good.success, bad.success) == (True, False)
-    tokens = set(platform.cloud._tokens)
+    tokens = set(platform.cloud.issued_tokens())
     assert token in tokens
     places = {
         "journal": json.dumps(platform.cloud.journal),
@@ -767,19 +736,11 @@ def test_the_clock_of_the_api_does_not_matter(
         engine = platform.engine(**credentials)
         name, labels = "left-over", engine.labels("some run", clock.time() + engine.max_lifetime_s)
         cluster_id, _ = engine.api.create_cluster(engine.spec, name, labels)
-
-        def is_past_its_lifetime() -> bool:
-            (cluster,) = engine.clusters()
-            return is_expired(cluster, clock.time())
-
-        assert not is_past_its_lifetime()
-        clock.sleep(engine.max_lifetime_s - 10)
-        assert not is_past_its_lifetime()
-        clock.sleep(20)
-        assert is_past_its_lifetime()
+        (cluster,) = engine.clusters()
+        end = clock.time() + engine.max_lifetime_s
+        assert [is_expired(cluster, now) for now in (clock.time(), end - 10, end + 10)] == [False, False, True]
         engine.api.delete_cluster(cluster_id, timeout_s=900, poll_s=10, say=lambda text: None)
-        result = platform.run(**credentials)
-        assert result.success, result.errors
+        succeed(platform, **credentials)
         assert platform.cloud.clusters == {}
 
 

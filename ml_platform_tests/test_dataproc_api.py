@@ -336,13 +336,6 @@ def test_every_option_reaches_the_request(option: str):
     assert at(request_of(ClusterSpec(**spec.model_dump() | others | {option: value})), path) == expected
 
 
-def test_all_options_together_are_accepted(cloud: FakeDataproc, api: DataprocApi):
-    account = {"autoscaling_service_account_id": cloud.service_account_id, "zone": cloud.zone}
-    values = {option: value for option, (value, _, _) in OPTIONS.items()}
-    cluster_id, _ = api.create_cluster(ClusterSpec(**values | cluster_fields(cloud) | account), "everything", LABELS)
-    assert cluster_id in cloud.clusters
-
-
 def test_node_groups_of_a_request():
     def subclusters(**changes: Any) -> list[dict[str, Any]]:
         return request_of(spec.model_copy(update=changes))["config_spec"]["subclusters_spec"]
