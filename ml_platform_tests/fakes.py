@@ -31,7 +31,7 @@ from ml_platform.lake.quality import QualityLimits
 from ml_platform.lake.reports import CLEANED_TABLE, CleanedReport, FeatureInputs
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
-from ml_platform.spark.engine import SparkEngine, job_file
+from ml_platform.spark.engine import JobCall, SparkEngine
 from spark_jobs import build_features
 from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
@@ -143,20 +143,11 @@ class FakeEngine(SparkEngine):
     champion_error: str = Field("", description="Why the champion cannot score: a newer library wrote it.")
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
-    def _execute(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        job: str,
-        request: dict[str, Any],
-        *,
-        rows: int,
-        label: str,
-    ) -> dict[str, Any]:
-        if job == self.breaks_down:
-            raise RuntimeError(f"{job} broke down")
-        report = getattr(self, f"_{job}")(request)
-        lake.write_json(job_file(request["run_id"], job, label, "report.json"), report)
+    def _execute(self, call: JobCall) -> dict[str, Any]:
+        if call.job == self.breaks_down:
+            raise RuntimeError(f"{call.job} broke down")
+        report = getattr(self, f"_{call.job}")(call.request)
+        call.lake.write_json(call.file("report.json"), report)
         return report
 
     def _clean_transactions(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -292,17 +283,8 @@ class SessionEngine(SparkEngine):
 
     session: ClassVar[SparkSession]
 
-    def _execute(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        job: str,
-        request: dict[str, Any],
-        *,
-        rows: int,
-        label: str,
-    ) -> dict[str, Any]:
-        report: dict[str, Any] = importlib.import_module(f"spark_jobs.{job}").run(self.session, request)
+    def _execute(self, call: JobCall) -> dict[str, Any]:
+        report: dict[str, Any] = importlib.import_module(f"spark_jobs.{call.job}").run(self.session, call.request)
         return report
 
 

@@ -200,7 +200,10 @@ class TestErrors:
 def test_summary(run_cli: RunCli, mlflow_ready: None):
     simulate(run_cli, "--files", "2")
     report = cleaned_report("2019-08-22", raw_spec(0), raw_rows=21_003, rejected_rows=1_001, duplicate_rows=2)
-    for table, content in (("cleaned_transactions", report), (FEATURES, features_report(report, {}))):
+    for table, content in (
+        ("cleaned_transactions", report),
+        (FEATURES, features_report(report, {"cleaned": "1", "history": {}})),
+    ):
         path = Path(f"data/lake/{table}/raw_file=2019-08-22/_report.json")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(content))
