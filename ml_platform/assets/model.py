@@ -207,7 +207,7 @@ def _train(
         **metadata,
         "learner": report["best"]["learner"],
         **{name: value for name, value in report["metrics"].items() if value is not None},
-        "report": dg.MetadataValue.md(summary),
+        "report": dg.MetadataValue.md(summary),  # noqa: TID251 - names in it stand in code spans
         "path": dg.MetadataValue.path(lake.store.spark_uri(directory)),
         "spark_version": report["spark_version"],
         "seconds": report["seconds"]["total"],

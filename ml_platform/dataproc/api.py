@@ -533,7 +533,7 @@ class DataprocApi:
             left = started + timeout_s - self.clock.monotonic()
             if left <= 0:
                 raise WaitTimeout(f"waited {timeout_s:.0f} s in vain for {what}")
-            self.clock.sleep(min(left, pause * random.uniform(0.8, 1.2)))
+            self.clock.sleep(min(left, pause * random.uniform(0.8, 1.2)))  # noqa: S311 - jitter
             pause = min(poll_s, pause * 1.5)
 
     def _repeat(self, call: Callable[[], Any], codes: Any) -> Any:
@@ -546,7 +546,7 @@ class DataprocApi:
                 if error.code not in codes or self.clock.monotonic() - started + pause > self.retry_for_s:
                     raise
                 log.warning("%s; trying again in %.0f s", error, pause)
-            self.clock.sleep(pause * random.uniform(0.5, 1.0))
+            self.clock.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause = min(LARGEST_PAUSE_S, pause * 2)
 
     def _call(self, stub: Any, method: str, request: Any, *, what: str, codes: Any = None) -> Any:
