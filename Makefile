@@ -45,7 +45,7 @@ dev: setup ## Dagster's UI on port 3000, MLflow's UI on port 5000
 
 # Three at a time on two cores: the tests of whole systems wait half of the time.
 test: classes ## run all tests
-	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see CONTRIBUTING.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh
