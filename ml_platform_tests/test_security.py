@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -619,7 +621,7 @@ class TestWebserver:
 
 
 def test_every_installed_dependency_is_pinned():
-    """Of the platform and all its extras, as far as they are installed here: what is tested is what is pinned."""
+    """Of the platform, its extras and dependency groups, as far as they are installed: what is tested is pinned."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -627,22 +629,18 @@ def test_every_installed_dependency_is_pinned():
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in pins)
     pinned = {canonicalize_name(pin.name) for pin in pins}
-    wanted, seen = [(canonicalize_name("ml-platform"), "")], set()
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    wanted = [Requirement("ml-platform[postgres]"), *(Requirement(name) for names in groups.values() for name in names)]
+    seen: set[tuple[str, str]] = set()
     while wanted:
-        name, extra = wanted.pop()
-        if (name, extra) in seen:
-            continue
-        seen.add((name, extra))
-        try:
-            found = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue
-        extras = found.metadata.get_all("Provides-Extra") or [] if name == "ml-platform" else []
-        wanted += [(name, other) for other in extras]
-        for requirement in map(Requirement, found.requires or []):
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                target = canonicalize_name(requirement.name)
-                wanted += [(target, wish) for wish in ("", *requirement.extras)]
-    names = {name for name, _ in seen} - {"ml-platform"}
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras} - {extra for known, extra in seen if known == name}:
+            seen.add((name, extra))
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                needed = map(Requirement, metadata.requires(name) or [])
+                wanted += [other for other in needed if not other.marker or other.marker.evaluate({"extra": extra})]
+    installed = {canonicalize_name(found.name) for found in metadata.distributions()}
+    names = {name for name, _ in seen} & installed - {"ml-platform"}
     assert len(names) > 100
     assert names - pinned == set()
