@@ -84,7 +84,7 @@ benchmark: classes ## small versions of the benchmarks (docs/performance.md has 
 
 clean: ## remove .venv, data, Dagster's state and caches
 	rm -rf .venv data .dagster_home build *.egg-info spark-warehouse metastore_db derby.log mlruns mlartifacts
-	rm -rf .audit .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .audit .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 constraints: ## renew constraints.txt for changed dependencies (UV_ARGS=--upgrade: all of them)
