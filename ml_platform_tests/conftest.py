@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     groups = {}
     for item in items:
         uses_session = "spark" in getattr(item, "fixturenames", ())
-        groups[item] = "spark" if uses_session else item.nodeid.split("::", 1)[0]
+        groups[item] = "spark" if uses_session else item.path.stem
         item.add_marker(pytest.mark.xdist_group(groups[item]))
 
     def order(item: pytest.Item) -> tuple[bool, ...]:

@@ -29,8 +29,8 @@ def test_no_method_is_newer_than_python_3_8(package: str):
     assert [path.name for path in (ROOT / package).rglob("*.py") if newer.search(path.read_text())] == []
 
 
-@pytest.mark.parametrize(("image", "spark"), [("2.0", "3.0.3"), ("2.1", "3.3.2")])
-def test_copies_of_the_images_have_their_spark_and_not_what_comes_with_the_code(image: str, spark: str):
+@pytest.mark.parametrize(("image", "version"), [("2.0", "3.0.3"), ("2.1", "3.3.2")])
+def test_copies_of_the_images_have_their_spark_and_not_what_comes_with_the_code(image: str, version: str):
     pins = (ROOT / f"ml_platform_tests/images/{image}.txt").read_text().splitlines()
-    assert f"pyspark=={spark}" in pins
+    assert f"pyspark=={version}" in pins
     assert not [pin for pin in pins if pin.startswith("xgboost")]
