@@ -22,7 +22,11 @@ import pytest
 from ml_platform.dev.cloud import DevCloud
 from ml_platform.dev.cloud.s3_server import LocalS3
 from ml_platform.dev.simulator import FileTruth, Simulation
-from ml_platform.lake.resource import CLEANED, FEATURES, REJECTED, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.reports import REJECTED_TABLE as REJECTED
+from ml_platform.lake.reports import CleanedReport, FeaturesReport
+from ml_platform.lake.resource import LakeResource
 from ml_platform.spark.session import CLASS_ARCHIVE, java_options
 from ml_platform_tests.standalone import StandaloneCluster
 from ml_platform_tests.world import (
@@ -179,11 +183,11 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_counts_are_the_truth(world: EngineWorld) -> None:
-    reports = world.reports(CLEANED)
+    reports = world.reports(CleanedReport)
     for key, truth in world.truths.items():
         counts = reports[key]["counts"]
         assert {name: counts[name] for name in truth.counts} == truth.counts
-    assert sorted(reports) == sorted(world.reports(FEATURES)) == KEYS
+    assert sorted(reports) == sorted(world.reports(FeaturesReport)) == KEYS
 
 
 def test_rows_are_the_same_on_every_engine(world: EngineWorld, local: EngineWorld, tmp_path: Path) -> None:
