@@ -45,16 +45,20 @@ dev: setup ## Dagster's UI on port 3000, MLflow's UI on port 5000
 
 # Three at a time on two cores: the tests of whole systems wait half of the time.
 test: classes ## run all tests
-	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see CONTRIBUTING.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh
 
-lint: setup ## check style, formatting, types, and that the packages fit together
+lint: setup ## check packages, style, types, imports, shell scripts and the Dockerfile
 	$(BIN)/python -m pip check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	@# Their packages lack wheels for some machines. SC2329 does not see that traps call functions.
+	[ ! -x $(BIN)/shellcheck ] || $(BIN)/shellcheck --exclude=SC2329 .ci/run scripts/*.sh deploy/*.sh
+	[ ! -x $(BIN)/hadolint ] || $(BIN)/hadolint deploy/Dockerfile
 
 audit: setup ## look up the pinned versions among known vulnerabilities (needs PyPI itself, no mirror)
 	@$(BIN)/python -m pip check
@@ -63,7 +67,7 @@ audit: setup ## look up the pinned versions among known vulnerabilities (needs P
 	@.audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 benchmark: classes ## small versions of the benchmarks (docs/performance.md has the large ones)
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group benchmark
 	@$(WITH_JAVA) \
 	  $(BIN)/python -m benchmarks.clean --million-rows 0.5 --rounds 1 --done 2 && \
 	  $(BIN)/python -m benchmarks.features --million-rows 0.25 0.5 --rounds 1 && \
@@ -80,7 +84,7 @@ benchmark: classes ## small versions of the benchmarks (docs/performance.md has 
 
 clean: ## remove .venv, data, Dagster's state and caches
 	rm -rf .venv data .dagster_home build *.egg-info spark-warehouse metastore_db derby.log mlruns mlartifacts
-	rm -rf .audit .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .audit .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 constraints: ## renew constraints.txt for changed dependencies (UV_ARGS=--upgrade: all of them)

@@ -11,7 +11,7 @@
 #   AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION   for s3://
 #   MLFLOW_PORT                    default 5000; the server listens on 127.0.0.1 only
 #   MLFLOW_SERVER_ALLOWED_HOSTS    default localhost:*,127.0.0.1:*; behind a proxy: its name, too
-# PYTHON: interpreter, 3.10 to 3.13; default python3.
+# PYTHON: interpreter, 3.11 to 3.14; default python3.
 # DESTDIR: write the files below that directory, install and start nothing.
 set -euo pipefail
 
@@ -141,8 +141,8 @@ UNIT
 
 install_packages() {
     local python=${PYTHON:-python3}
-    "$python" -c 'import sys, ensurepip, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null ||
-        fail "$python is no Python 3.10 to 3.13 with venv: apt-get install python3-venv, or set PYTHON"
+    "$python" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null ||
+        fail "$python is not a Python 3.11 to 3.14 with venv: apt-get install python3-venv, or set PYTHON"
     [ -x "$home/venv/bin/python" ] || "$python" -m venv "$home/venv"
     "$home/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$clone/constraints.txt" \
         boto3 mlflow psycopg2-binary

@@ -33,15 +33,6 @@ MOCK_REASON = pytest.StashKey[str]()
 
 FOREIGN = ("ML_PLATFORM_", "DAGSTER_", "MLFLOW_", "AWS_", "YC_", "DATAPROC_", "SPARK_", "PYSPARK_")
 
-#: Where tests use the fixture `spark`.
-SPARK_SESSION = (
-    "ml_platform_tests/spark/",
-    *(
-        f"ml_platform_tests/test_{name}.py"
-        for name in ("files_read", "gate", "local_spark", "mlflow_model", "security", "simulator", "upgrade")
-    ),
-)
-
 # Before any test imports MLflow, which reads it once; nothing is to leave this machine.
 TELEMETRY_OFF = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 
@@ -60,17 +51,21 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _share(nodeid: str) -> str:
-    """What pytest-xdist gives to one worker: a file's tests, which share its fixtures, or all of the Spark session."""
-    return "spark" if nodeid.startswith(SPARK_SESSION) else nodeid.split("::", 1)[0]
-
-
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The large shares first, so that no worker waits at the end for one that another has just begun."""
+    """Group tests for `--dist loadgroup`; the large groups first, so that no worker is busy long after the others.
+
+    One worker takes all tests of the Spark session, which takes half a minute to warm up. Other tests are grouped by
+    file, because they share its fixtures.
+    """
+    groups = {}
+    for item in items:
+        uses_session = "spark" in getattr(item, "fixturenames", ())
+        groups[item] = "spark" if uses_session else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
 
     def order(item: pytest.Item) -> tuple[bool, ...]:
-        slow = (item.get_closest_marker(name) is None for name in ("e2e", "spark"))
-        return _share(item.nodeid) != "spark", *slow
+        return groups[item] != "spark", *(item.get_closest_marker(name) is None for name in ("e2e", "spark"))
 
     items.sort(key=order)
 
@@ -79,18 +74,6 @@ def pytest_collection_finish() -> None:
     """Let Python's garbage collector pass over the packages: it would look at them again and again, in vain."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker has the only Spark session: each session takes half a minute of a core to get warm."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Shares(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return _share(nodeid)
-
-    return Shares(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for tests: that of a package of the extra `dev`, the same on every machine."""
+"""A real PostgreSQL server for tests: that of a development package, the same on every machine."""
 
 from __future__ import annotations
 

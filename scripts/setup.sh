@@ -13,7 +13,7 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 supported_version() {
     "$1" -c '
 import sys
-if not (3, 10) <= sys.version_info[:2] < (3, 14):
+if not (3, 11) <= sys.version_info[:2] < (3, 15):
     sys.exit(1)
 import ensurepip, venv
 print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null
@@ -25,16 +25,16 @@ find_python() {
             command -v "$PYTHON"
             return
         fi
-        say "PYTHON=$PYTHON is no working Python 3.10 to 3.13 with the modules venv and ensurepip"
+        say "PYTHON=$PYTHON is not a working Python 3.11 to 3.14 with the modules venv and ensurepip"
         return 1
     fi
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
         if supported_version "$candidate" >/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    say "no working Python 3.10 to 3.13 with the modules venv and ensurepip found (Debian, Ubuntu:" \
+    say "no working Python 3.11 to 3.14 with the modules venv and ensurepip found (Debian, Ubuntu:" \
         "sudo apt-get install python3-venv): install one, or name it: make PYTHON=/path/to/python"
     return 1
 }
@@ -47,7 +47,7 @@ wanted_state() {
 
 # Succeeds when .venv works, was made in this directory, and has the Python that was asked for.
 environment_usable() {
-    "$python" -c 'import pip' >/dev/null 2>&1 || return 1
+    "$python" -c 'import pip' >/dev/null 2>&1 && supported_version "$python" >/dev/null || return 1
     if [ -f "$stamp" ] && [ "$(sed -n 1p "$stamp")" != "$(pwd)" ]; then
         return 1
     fi
@@ -56,9 +56,12 @@ environment_usable() {
     fi
 }
 
+# pip with the options that all calls share.
+pip_install() { "$python" -m pip install --disable-pip-version-check -c constraints.txt "$@"; }
+
 install_with_uv() {
     [ "${USE_UV:-1}" != 0 ] || return 1
-    if ! "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; then
+    if ! pip_install --quiet uv; then
         say "uv cannot be installed: using pip, which takes longer"
         return 1
     fi
@@ -66,19 +69,13 @@ install_with_uv() {
     [ -t 2 ] || quiet=--quiet
     # PySpark comes as source. pip keeps the wheel that it makes of it; where the index does not say how long its files
     # may be kept, uv downloads and builds it in each new clone, and keeps another 2 GB in its cache.
-    "$python" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check -c constraints.txt \
-        --no-build-isolation --no-deps pyspark || return 1
+    pip_install ${quiet:+"$quiet"} --no-build-isolation --no-deps pyspark || return 1
     # uv trusts its own list of authorities unless told to use the system's, as pip does.
     if ! UV_SYSTEM_CERTS=1 .venv/bin/uv pip install ${quiet:+"$quiet"} --python "$python" -c constraints.txt \
-        --no-build-isolation -e '.[dev]'; then
+        --no-build-isolation -e '.[postgres]' --group dev; then
         say "uv failed: using pip, which takes longer"
         return 1
     fi
-}
-
-install_with_pip() {
-    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-        --no-build-isolation -e '.[dev]'
 }
 
 if environment_usable; then
@@ -94,8 +91,8 @@ else
     "$interpreter" -m venv .venv
 fi
 say "installing packages (2 GB; a few minutes the first time)"
-# The build backend is installed first, in its pinned version, so that nothing is built with an unpinned one.
-"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
-install_with_uv || install_with_pip
+# The build backend first, so that nothing is built with an unpinned one, and a pip that knows dependency groups (25.1).
+pip_install --quiet pip setuptools wheel
+install_with_uv || pip_install --quiet --no-build-isolation -e '.[postgres]' --group dev
 wanted_state >"$stamp"
 say "done"

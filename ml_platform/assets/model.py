@@ -147,7 +147,7 @@ def _metadata(training: Training, result: TrainingResult) -> dict[str, Any]:
         "champion_version": int(result.champion_version or 0),
         "learner": report.best.learner,
         **{name: value for name, value in report.metrics.items() if value is not None},
-        "report": dg.MetadataValue.md(result.summary),
+        "report": dg.MetadataValue.md(result.summary),  # noqa: TID251 - its texts are escaped
         "path": dg.MetadataValue.path(training.lake.store.spark_uri(training.directory)),
         "spark_version": report.spark_version,
         "seconds": report.seconds["total"],

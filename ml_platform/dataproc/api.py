@@ -365,7 +365,7 @@ class DataprocApi:
             left = started + timeout_s - self.clock.monotonic()
             if left <= 0:
                 raise WaitTimeout(f"timed out after {timeout_s:.0f} s waiting for {what}")
-            self.clock.sleep(min(left, pause * random.uniform(0.8, 1.2)))
+            self.clock.sleep(min(left, pause * random.uniform(0.8, 1.2)))  # noqa: S311 - jitter
             pause = min(poll_s, pause * 1.5)
 
     def _repeat(self, call: Callable[[], Any], codes: Collection[str]) -> Any:
@@ -378,7 +378,7 @@ class DataprocApi:
                 if error.code not in codes or self.clock.monotonic() - started + pause > self.retry_for_s:
                     raise
                 log.warning("%s; trying again in %.0f s", error, pause)
-            self.clock.sleep(pause * random.uniform(0.5, 1.0))
+            self.clock.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
             pause = min(MAX_RETRY_PAUSE_S, pause * 2)
 
     def _call(self, method: str, what: str, fields: Mapping[str, Any], codes: Collection[str] = RETRYABLE) -> Any:

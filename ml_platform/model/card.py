@@ -29,7 +29,7 @@ def model_card(report: TrainingReport, decision: Decision, rows_by_partition: Ma
     `report` is that of a trained model, `rows_by_partition` the rows of each partition that it was trained on.
     """
     best, keys = report.best, list(rows_by_partition)
-    assert best is not None
+    assert best is not None  # noqa: S101 - narrows the type
     params = ", ".join(f"{name} {value}" for name, value in best.params.items())
     parts = [
         f"**Probability that a card transaction is a fraud**, from {len(report.features)} inputs.",

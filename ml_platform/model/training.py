@@ -233,7 +233,7 @@ class Training:
 
     def register(self, report: TrainingReport, decision: Decision) -> ModelVersion:
         """Log the model file as an MLflow model and register it, with a description for people."""
-        assert report.best is not None
+        assert report.best is not None  # noqa: S101 - narrows the type
         with tempfile.TemporaryDirectory(prefix="ml-platform-") as directory:
             target = Path(directory) / "model"
             save_model(target, self.lake.store.read(f"{self.directory}/{MODEL_FILE}"), self.sample)

@@ -120,7 +120,7 @@ def task_number() -> int:
     from pyspark import TaskContext
 
     context = TaskContext.get()
-    assert context is not None, "not in a task"
+    assert context is not None, "not in a task"  # noqa: S101 - narrows the type
     return context.partitionId()
 
 

@@ -482,7 +482,7 @@ def _clipped(matrix: Array) -> Array:
 
 def _xgboost() -> Any:
     # Threads of OpenMP wait for each other in a busy loop, which costs others their cores, unless told not to.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # noqa: TID251 - OpenMP reads it
     import xgboost
 
     return xgboost

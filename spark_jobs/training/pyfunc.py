@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .learners import Scorer, matrix_of
+from .learners import Scorer, matrix_of  # noqa: TID252 - the copy in MLflow has another package
 
 if TYPE_CHECKING:
     import pandas
