@@ -1,7 +1,8 @@
-"""A user's directory and the commands run in it, for end-to-end tests; see test_end_to_end.py."""
+"""A user's directory and the real commands run in it, for tests of whole systems."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,11 +13,14 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+
+from ml_platform.dev.simulator import FileTruth, Simulation
 
 PROJECT = Path(__file__).resolve().parents[1]
 COMMAND_TIMEOUT_S = 600
@@ -26,7 +30,37 @@ COMMAND_TIMEOUT_S = 600
 SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m"
 SHORT_LIVED_JAVA = {"JAVA_TOOL_OPTIONS": SHORT_LIVED}
 
+#: By name within the lake, in nanoseconds.
 ModificationTimes = dict[str, int]
+
+#: Raw files of five days, with some of every fault: the least that small_search.yaml can train on.
+SIMULATION = Simulation(days_per_file=5, customers=200, terminals=300, radius=10, fault_rate=500, seed=5)
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A simulated raw file: its partition, its bytes, and the counts that a report of it must have."""
+
+    key: str
+    content: bytes
+    truth: FileTruth
+
+    @property
+    def name(self) -> str:
+        return f"{self.key}.txt"
+
+
+@cache
+def simulated(index: int, simulation: Simulation = SIMULATION) -> RawFile:
+    """The raw file with number `index`."""
+    content = io.BytesIO()
+    truth = simulation.write_file(index, content)
+    return RawFile(simulation.file_name(index).removesuffix(".txt"), content.getvalue(), truth)
+
+
+def assert_counts(report: dict[str, Any], truth: FileTruth) -> None:
+    """The counts of a report are those of the simulator."""
+    assert {name: report["counts"][name] for name in truth.counts} == truth.counts
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120, pause: float = 0.1) -> Any:
@@ -100,16 +134,6 @@ class World:
             **self.settings,
         }
 
-    def copy(self, root: Path) -> World:
-        """The same files, modification times included, and a Dagster that has seen none of them."""
-        for directory in (self.raw, self.lake):
-            shutil.copytree(directory, root / directory.name)
-        return World(root)
-
-    def add(self, file: Path, name: str | None = None) -> None:
-        """Put a raw file here."""
-        shutil.copy2(file, self.raw / (name or file.name))
-
     def start(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
         """Start a command, its output in `log`."""
         with log.open("wb") as out:
@@ -138,10 +162,6 @@ class World:
         )
         assert (done.returncode != 0) == fails, f"{arguments} ended with {done.returncode}:\n{done.stdout[-20_000:]}"
         return done.stdout
-
-    def sync(self) -> str:
-        """`ml-platform sync`"""
-        return self.run(*ML_PLATFORM, "sync")
 
     def register(self, *keys: str) -> None:
         """Partitions, as `sync` registers them, without a process of its own."""
