@@ -5,7 +5,8 @@ Its runs work on clusters of the stand-in for the cloud, which end neither with 
 Commands, environment, dependencies, health checks and restart policy are read from compose.yaml, the image's
 environment from Dockerfile. What containers change is changed back: names of services become 127.0.0.1, ports free
 ones, directories those of the test, `init` a process group. Limits, capabilities and read-only file systems are left
-out.
+out, and MLflow has one worker. A service is started when those that it needs listen; its health check, which starts a
+Python, is left to the tests.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Service:
 
 
 class Stack:
-    """A context manager: all services of compose.yaml, healthy when it is entered.
+    """A context manager: all services of compose.yaml, listening when it is entered.
 
     Attributes:
         postgres: the server. cloud: where files and clusters are. objects: a boto3 client of its S3 server.
@@ -162,6 +163,8 @@ class Stack:
             environment |= self.postgres.environment(environment["PATH"])
         else:
             command = ["entrypoint.sh", *map(self._here, described["command"])]
+            if "--workers" in command:
+                command[command.index("--workers") + 1] = "1"
             port = int(command[command.index("--port") + 1]) if "--port" in command else None
         kind, *check = described["healthcheck"]["test"]
         assert kind == "CMD"
@@ -186,15 +189,17 @@ class Stack:
             self.start("postgres")
             self.create_databases(self.postgres)
             self.start()
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(error)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._watcher.join()
         for service in self.services.values():
+            if error[0] is not None:
+                print(f"--- {service.name}", self.said(service.name), sep="\n")  # pytest shows it with the failure
             if service.process is not None and service.name != "postgres":
                 service.process.kill()
         self.stop("postgres")
@@ -205,19 +210,22 @@ class Stack:
         subprocess.run([DEPLOY / "create_databases.sh"], check=True, env=environment)
 
     def start(self, *names: str) -> None:
-        """`docker compose up --wait`: start services (default: all) as soon as what they need is healthy."""
-        waiting = [self.services[name] for name in names or self.services]
-        healthy = {name for name, service in self.services.items() if service not in waiting}
-        while waiting:
-            for service in [service for service in waiting if healthy.issuperset(service.needs)]:
-                if service.process is None:
-                    self._launch(service)
-                elif self.is_healthy(service.name):
-                    waiting.remove(service)
-                    healthy.add(service.name)
-                age = time.monotonic() - service.started_at
-                assert age < START_TIMEOUT_S, f"{service.name} is not healthy: {self.said(service.name)}"
-            time.sleep(0.2)
+        """`docker compose up`: start services (default: all), each as soon as those that it needs listen."""
+        services = [self.services[name] for name in names or self.services]
+        for service in services:
+            for needed in service.needs:
+                self._wait_until_it_listens(self.services[needed])
+            if service.process is None:
+                self._launch(service)
+        for service in services:
+            self._wait_until_it_listens(service)
+
+    def _wait_until_it_listens(self, service: Service) -> None:
+        if service.name == "postgres":  # it listens before it answers, and its health check costs little
+            wait_until(lambda: self.is_healthy("postgres"), "postgres is healthy", START_TIMEOUT_S)
+        elif service.port is not None:
+            port = service.port
+            wait_until(lambda: listens(port), f"{service.name} listens", START_TIMEOUT_S)
 
     def stop(self, *names: str) -> None:
         """`docker compose stop`: SIGTERM as compose.yaml says, SIGKILL after the grace period; not started again."""

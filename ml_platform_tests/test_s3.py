@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import secrets
@@ -32,16 +31,14 @@ from ml_platform.dev.cloud.s3_server import (
     build_versitygw,
     start_s3_server,
 )
-from ml_platform.dev.simulator import Simulation
 from ml_platform.lake import resource as lake_module
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, StorageError, open_store
+from ml_platform.lake.resource import CLEANED, LakeResource, StorageError, open_store
 from ml_platform.model.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
 from ml_platform.spark import s3a
-from ml_platform_tests.world import World, materialize_command, no_process_left, wait_until
+from ml_platform_tests.world import World, assert_counts, materialize_command, no_process_left, simulated, wait_until
 
 PROJECT = Path(__file__).resolve().parent.parent
-SIMULATION = Simulation(days_per_file=10, customers=200, terminals=200, radius=10, fault_rate=300, seed=5)
 CONNECTION = s3a.S3Connection("https://s3.example.org", "ru-central1")
 
 
@@ -432,7 +429,7 @@ class TestErrors:
         output = capfd.readouterr()
         lines = [line for line in (output.out + output.err).splitlines() if wrong in line]
         assert lines
-        assert "Traceback" not in output.err
+        assert "Traceback" not in printed.err
 
     def test_a_server_that_hangs(self, s3: LocalS3, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(lake_module, "READ_TIMEOUT_S", 0.2)
@@ -630,41 +627,40 @@ def test_an_endpoint_that_dies_leaves_no_partition(
 ) -> None:
     """Credentials, region and endpoint are in files alone: Python and Java find them there."""
     use(real_s3, monkeypatch)
-    key, content = SIMULATION.file_name(0).removesuffix(".txt"), io.BytesIO()
-    truth = SIMULATION.write_file(0, content).counts
-    real_s3.client().put_object(Bucket="own-bucket", Key=f"raw/{key}.txt", Body=content.getvalue())
+    file = simulated(0)
+    real_s3.client().put_object(Bucket="own-bucket", Key=f"raw/{file.name}", Body=file.content)
     credentials, config = tmp_path / "credentials", tmp_path / "config"
     credentials.write_text(
         f"[fraud]\naws_access_key_id = {real_s3.access_key}\naws_secret_access_key = {real_s3.secret_key}\n"
     )
     credentials.chmod(stat.S_IRUSR | stat.S_IWUSR)
     config.write_text(f"[profile fraud]\nregion = {real_s3.region}\nendpoint_url = {real_s3.endpoint_url}\n")
-    lake = LakeResource(raw_uri="s3://own-bucket/raw", lake_uri="s3://own-bucket/lake", epoch="2019-08-22")
     settings = {
         "AWS_PROFILE": "fraud",
         "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
         "AWS_CONFIG_FILE": str(config),
-        "ML_PLATFORM_RAW_URI": lake.raw_uri,
-        "ML_PLATFORM_LAKE_URI": lake.lake_uri,
+        "ML_PLATFORM_RAW_URI": "s3://own-bucket/raw",
+        "ML_PLATFORM_LAKE_URI": "s3://own-bucket/lake",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
         "SPARK_DRIVER_MEMORY": "1g",
         "HOME": os.environ["HOME"],  # where Spark's connector may have been downloaded before
     }
     user = World(tmp_path / "user", overrides=settings)
-    output = user.sync()
-    partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={key}"
+    user.register(file.key)
+    partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={file.key}"
     with no_process_left(user):
-        process = user.start(*materialize_command(CLEANED, key, key), log=tmp_path / "log")
+        process = user.start(*materialize_command(CLEANED, file.key, file.key), log=tmp_path / "log")
         wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", pause=0.02)
         real_s3.kill()
         assert process.wait(120) != 0
-    output += (tmp_path / "log").read_text()
-    assert "AWS_ENDPOINT_URL_S3" in output
+    printed = (tmp_path / "log").read_text()
+    assert "AWS_ENDPOINT_URL_S3" in printed
     real_s3.start()
-    assert lake.reports(CLEANED) == {}
+    report = f"{CLEANED}/raw_file={file.key}/_report.json"
+    store = open_store(user.settings["ML_PLATFORM_LAKE_URI"])
+    with pytest.raises(FileNotFoundError):
+        store.read(report)
     # Nothing of what lies there now is in the way.
-    output += user.materialize(f"{CLEANED},{FEATURES}", key, key)
-    counts = lake.reports(CLEANED)[key]["counts"]
-    assert {name: counts[name] for name in truth} == truth
-    assert lake.reports(FEATURES)[key]["counts"]["rows"] == truth["clean_rows"]
+    printed += user.materialize(CLEANED, file.key, file.key)
+    assert_counts(json.loads(store.read(report)), file.truth)
     assert real_s3.secret_key not in output
