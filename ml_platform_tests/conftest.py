@@ -37,16 +37,7 @@ SPARK_SESSION = (
     "ml_platform_tests/spark/",
     *(
         f"ml_platform_tests/test_{name}.py"
-        for name in (
-            "files_read",
-            "gate",
-            "hostile_files",
-            "local_spark",
-            "mlflow_model",
-            "security",
-            "simulator",
-            "upgrade",
-        )
+        for name in ("files_read", "gate", "local_spark", "mlflow_model", "security", "simulator", "upgrade")
     ),
 )
 

@@ -12,6 +12,7 @@ Python, is left to the tests.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ from dotenv import dotenv_values
 
 from ml_platform.dev.cloud import DevCloud
 from ml_platform.dev.cloud.processes import TetheredProcess, free_port, listens
+from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.postgres import PostgresServer
 from ml_platform_tests.world import PROJECT, SHORT_LIVED_JAVA, wait_until
 
@@ -113,6 +115,7 @@ class Stack:
             (self._secrets / name).write_text(content)
         settings |= {
             "DATAPROC_POLL_S": "1",
+            "DATAPROC_JOB_PROPERTIES": json.dumps(NO_CODEGEN),
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{ARTIFACTS_BUCKET}/mlflow",
             "MLFLOW_PORT": str(self._ports["5000"]),
             "DAGSTER_PORT": str(self._ports["3000"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import dagster as dg
 import pytest
 
 from ml_platform.dev.simulator import HEADER, FileTruth
+from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.world import (
     COMMAND_TIMEOUT_S,
     SIMULATION,
@@ -55,7 +57,10 @@ class Life:
 def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
     directory = tmp_path_factory.mktemp("end to end")
     # Training is tested in test_engines.
-    settings = {"ML_PLATFORM_RUN_CONFIG": str(Path(__file__).with_name("no_training.yaml"))}
+    settings = {
+        "ML_PLATFORM_RUN_CONFIG": str(Path(__file__).with_name("no_training.yaml")),
+        "SPARK_PROPERTIES": json.dumps(NO_CODEGEN),
+    }
     world = World(directory / "a world", overrides=settings)
     for file in (KEPT, LOST, REPLACED):
         (world.raw / file.name).write_bytes(file.content)
@@ -69,12 +74,12 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
     world.report_file(LOST.key).unlink()
     (world.raw / REPLACED.name).write_bytes(REPLACEMENT.content)
     (world.raw / NEW.name).write_bytes(NEW.content)
-    with daemon(world):
-        wait_until(lambda: ticks(world), "the sensor has ticked", pause=0.5)
+    with daemon(world), world.instance() as instance:
+        wait_until(lambda: ticks(instance), "the sensor has ticked", COMMAND_TIMEOUT_S, pause=1)
         wait_until(
-            lambda: all(run.is_finished for run in world.runs()), "the run has ended", COMMAND_TIMEOUT_S, pause=0.5
+            lambda: all(run.is_finished for run in instance.get_runs()), "the run has ended", COMMAND_TIMEOUT_S, 1
         )
-    (tick,) = ticks(world)
+        (tick,) = ticks(instance)
     return Life(world, kept, tick)
 
 

@@ -25,6 +25,7 @@ from ml_platform.dev.cloud import DevCloud
 from ml_platform.dev.cloud.s3_server import LocalS3
 from ml_platform.lake.resource import CLEANED, FEATURES, REJECTED
 from ml_platform.spark.session import CLASS_ARCHIVE, java_options
+from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.standalone import StandaloneCluster
 from ml_platform_tests.world import (
     ML_PLATFORM,
@@ -126,18 +127,19 @@ def standalone(tmp_path_factory: pytest.TempPathFactory, s3_server: LocalS3) -> 
     directory = tmp_path_factory.mktemp("standalone")
     s3_server.client().create_bucket(Bucket="engines")
     java = {"JAVA_TOOL_OPTIONS": f"{SHORT_LIVED} {java_options(CLASS_ARCHIVE)}"}
-    with StandaloneCluster(directory / "cluster", s3_server.environment() | java) as cluster:
+    with StandaloneCluster(directory / "cluster", s3_server.environment() | java, workers=1) as cluster:
         settings = {
             "ML_PLATFORM_RAW_URI": "s3://engines/raw",
             "ML_PLATFORM_LAKE_URI": "s3://engines/lake",
             "SPARK_MASTER": cluster.master,
             "SPARK_LOCAL_IP": "127.0.0.1",
+            "SPARK_PROPERTIES": json.dumps(NO_CODEGEN),
             "PYSPARK_PYTHON": sys.executable,
             "HOME": os.environ["HOME"],  # where Spark's connector may have been downloaded before
         }
         world = EngineWorld(directory / "world", overrides=settings | s3_server.environment(), s3=s3_server)
         world = world.process_files()
-        assert len(list(cluster.directory.glob("worker-*/app-*/*/stderr"))) == 2, "one executor on each worker"
+        assert len(list(cluster.directory.glob("worker-*/app-*/*/stderr"))) == 1, "it has an executor"
     return world
 
 
@@ -152,7 +154,11 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Generator[DevCloud]:
 def dataproc(tmp_path_factory: pytest.TempPathFactory, cloud: DevCloud) -> EngineWorld:
     """The stand-in for the cloud, which has real Spark for jobs."""
     prices = {"s3-c2-m8": 1, "s3-c4-m16": 2, "network-ssd": 0.1, "network-hdd": 0.01}
-    settings = cloud.environment() | {"DATAPROC_POLL_S": "1", "DATAPROC_PRICES": json.dumps(prices)}
+    settings = cloud.environment() | {
+        "DATAPROC_POLL_S": "1",
+        "DATAPROC_PRICES": json.dumps(prices),
+        "DATAPROC_JOB_PROPERTIES": json.dumps(NO_CODEGEN),
+    }
     return EngineWorld(tmp_path_factory.mktemp("dataproc"), overrides=settings, s3=cloud.s3).process_files()
 
 

@@ -22,6 +22,7 @@ import pytest
 
 from ml_platform.cli import main as cli
 from ml_platform.dev.cloud import s3_server as s3_server_module
+from ml_platform.dev.cloud.credentials import issue_certificates
 from ml_platform.dev.cloud.processes import TetheredProcess, listens
 from ml_platform.dev.cloud.s3_server import (
     BuildError,
@@ -36,7 +37,16 @@ from ml_platform.lake.resource import CLEANED, LakeResource, StorageError, open_
 from ml_platform.model.mlflow import ArtifactError, MlflowResource, try_artifacts
 from ml_platform.sensors import new_raw_files
 from ml_platform.spark import s3a
-from ml_platform_tests.world import World, assert_counts, materialize_command, no_process_left, simulated, wait_until
+from ml_platform_tests.images.session import NO_CODEGEN
+from ml_platform_tests.world import (
+    COMMAND_TIMEOUT_S,
+    World,
+    assert_counts,
+    materialize_command,
+    no_process_left,
+    simulated,
+    wait_until,
+)
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONNECTION = s3a.S3Connection("https://s3.example.org", "ru-central1")
@@ -186,23 +196,23 @@ class TestListing:
     def test_more_than_a_page_while_objects_come_and_go(self, s3: LocalS3, bucket: str):
         client = s3.client()
         lake = LakeResource(raw_uri=f"s3://{bucket}/raw", lake_uri=f"s3://{bucket}/lake", epoch="2020-01-01")
-        names = [f"file-{number:04}.txt" for number in range(1_500)]
+        names = [f"file-{number:04}.txt" for number in range(1_010)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda name: client.put_object(Bucket=bucket, Key=f"raw/{name}", Body=b"x"), names))
         assert list(lake.list_raw_files()[0]) == [name.removesuffix(".txt") for name in names]
 
         listing = lake.raw.list_directory()
         seen = [next(listing).name]  # the first page, of 1,000, is here now
-        for name in (names[1], names[1_400]):
+        for name in (names[1], names[1_005]):
             client.delete_object(Bucket=bucket, Key=f"raw/{name}")
         client.put_object(Bucket=bucket, Key="raw/new.txt", Body=b"xy")
         seen += [file.name for file in listing]
-        assert set(seen) >= set(names) - {names[1], names[1_400]}
+        assert set(seen) >= set(names) - {names[1], names[1_005]}
         assert len(seen) == len(set(seen))
         with pytest.raises(FileNotFoundError, match=names[1]):
             lake.raw.read(names[1])
         files, _ = lake.list_raw_files()
-        assert len(files) == 1_499
+        assert len(files) == 1_009
         assert files["new"].size == 2
 
     @pytest.mark.parametrize(
@@ -287,36 +297,12 @@ class TestWriting:
 
 
 def tls_endpoint(directory: Path) -> Iterator[str]:
-    """An HTTPS endpoint whose certificate nobody vouches for; yields its URL."""
-    import datetime
+    """An HTTPS endpoint with a certificate of ca.pem, which no system trusts; yields its URL."""
     import http.server
     import ssl
     import threading
 
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = directory / "server.pem"
-    encoding, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
-    pem.write_bytes(
-        certificate.public_bytes(encoding) + key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, no_password)
-    )
+    _, certificate, key = issue_certificates(directory)
 
     class NoBucket(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -330,7 +316,7 @@ def tls_endpoint(directory: Path) -> Iterator[str]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoBucket)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
+    context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"https://localhost:{server.server_port}"
@@ -358,6 +344,8 @@ WRONG: dict[str, tuple[dict[str, str | None], str]] = {
 }
 #: moto takes any credentials.
 NOT_CHECKED_BY_MOTO = {"wrong secret", "wrong key"}
+#: The same error passes through ticks and commands.
+NOT_FOUND_OR_REFUSED = ("no such bucket", "wrong secret")
 
 
 class TestErrors:
@@ -404,6 +392,7 @@ class TestErrors:
             assert "\n" not in str(error.value)
             assert os.environ.get("AWS_SECRET_ACCESS_KEY", "no secret") not in str(error.value)
 
+    @pytest.mark.parametrize("wrong", NOT_FOUND_OR_REFUSED, indirect=True)
     def test_of_a_tick(self, wrong: str):
         lake = LakeResource(
             raw_uri=os.environ["ML_PLATFORM_RAW_URI"], lake_uri=os.environ["ML_PLATFORM_LAKE_URI"], epoch="2020-01-01"
@@ -414,6 +403,7 @@ class TestErrors:
                 new_raw_files(context)
         assert wrong in str(error.value)
 
+    @pytest.mark.parametrize("wrong", NOT_FOUND_OR_REFUSED, indirect=True)
     @pytest.mark.parametrize("command", ["sync", "doctor"])
     def test_of_a_command(self, wrong: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
         monkeypatch.chdir(tmp_path)
@@ -449,7 +439,7 @@ class TestErrors:
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
             with pytest.raises(StorageError, match="AWS_CA_BUNDLE"):
                 open_store("s3://some-bucket").read("a")
-            monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "server.pem"))
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
             with pytest.raises(StorageError, match="there is no bucket some-bucket"):
                 open_store("s3://some-bucket").read("a")
 
@@ -643,6 +633,7 @@ def test_an_endpoint_that_dies_leaves_no_partition(
         "ML_PLATFORM_LAKE_URI": "s3://own-bucket/lake",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
         "SPARK_DRIVER_MEMORY": "1g",
+        "SPARK_PROPERTIES": json.dumps(NO_CODEGEN),
         "HOME": os.environ["HOME"],  # where Spark's connector may have been downloaded before
     }
     user = World(tmp_path / "user", overrides=settings)
@@ -650,7 +641,7 @@ def test_an_endpoint_that_dies_leaves_no_partition(
     partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={file.key}"
     with no_process_left(user):
         process = user.start(*materialize_command(CLEANED, file.key, file.key), log=tmp_path / "log")
-        wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", pause=0.02)
+        wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", COMMAND_TIMEOUT_S, 0.02)
         real_s3.kill()
         assert process.wait(120) != 0
     printed = (tmp_path / "log").read_text()

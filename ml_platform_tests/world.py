@@ -281,9 +281,8 @@ def daemon(world: World) -> Generator[Path]:
                 raise
 
 
-def ticks(world: World) -> list[Any]:
+def ticks(instance: dg.DagsterInstance) -> list[Any]:
     """Finished ticks of the sensor new_raw_files."""
-    with world.instance() as instance:
-        states = [state for state in instance.all_instigator_state() if state.instigator_name == "new_raw_files"]
-        found = [tick for state in states for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id)]
+    states = [state for state in instance.all_instigator_state() if state.instigator_name == "new_raw_files"]
+    found = [tick for state in states for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id)]
     return [tick for tick in found if tick.status.value != "STARTED"]
