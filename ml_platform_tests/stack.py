@@ -41,10 +41,9 @@ DEPLOY = PROJECT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 
 ARTIFACTS_BUCKET = "artifacts"
+#: In place of compose.yaml's: a machine that is busy with other tests takes its time.
 START_TIMEOUT_S = 240
 
-#: In place of compose.yaml's: a machine that is busy with other tests takes its time.
-CHECK_TIMEOUT_S = 120
 
 #: ${NAME}, ${NAME:-default}, ${NAME:?message}
 _VARIABLE = re.compile(r"\$\{(\w+)(?::[-?]([^}]*))?\}")
@@ -84,12 +83,12 @@ class Stack:
     """A context manager: all services of compose.yaml, listening when it is entered.
 
     Attributes:
-        postgres: the server. cloud: where files and clusters are. objects: a boto3 client of its S3 server.
+        postgres: the server. cloud: where files and clusters are.
         mlflow_url, dagster_url: the published addresses.
     """
 
     def __init__(self, directory: Path, postgres: PostgresServer, cloud: DevCloud) -> None:
-        self.directory, self.postgres, self.cloud, self.objects = directory, postgres, cloud, cloud.s3.client()
+        self.directory, self.postgres, self.cloud = directory, postgres, cloud
         self.home, self._secrets, self._scratch = (directory / name for name in ("dagster", "secrets", "spark"))
         self._ports = {"5432": postgres.port} | {port: free_port() for port in ("3000", "4000", "5000")}
         self.dagster_url, self.mlflow_url = (f"http://127.0.0.1:{self._ports[port]}" for port in ("3000", "5000"))
@@ -301,7 +300,7 @@ class Stack:
                 check=False,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                timeout=CHECK_TIMEOUT_S,
+                timeout=START_TIMEOUT_S,
             )
             return done.returncode == 0
         return False

@@ -34,6 +34,7 @@ from ml_platform_tests.world import (
     World,
     assert_counts,
     no_process_left,
+    objects,
     simulated,
 )
 
@@ -72,26 +73,25 @@ class EngineWorld(World):
             return replace(self, printed=self.run(*ML_PLATFORM, "process-new-files"))
 
     @property
-    def _lake_place(self) -> dict[str, str]:
+    def _lake_place(self) -> tuple[str, str]:
         place = urlsplit(self.settings["ML_PLATFORM_LAKE_URI"])
-        return {"Bucket": place.netloc, "Prefix": f"{place.path.strip('/')}/"}
+        return place.netloc, f"{place.path.strip('/')}/"
 
     def changed(self) -> dict[str, datetime]:
         """When each file of the lake was last written."""
         if self.s3 is None:
             paths = [path for path in self.lake.rglob("*") if path.is_file()]
             return {str(path.relative_to(self.lake)): datetime.fromtimestamp(path.stat().st_mtime) for path in paths}
-        place = self._lake_place
-        pages = self.s3.client().get_paginator("list_objects_v2").paginate(**place)
-        items = [item for page in pages for item in page["Contents"]]
-        return {item["Key"].removeprefix(place["Prefix"]): item["LastModified"] for item in items}
+        bucket, prefix = self._lake_place
+        items = objects(self.s3, bucket, prefix).items()
+        return {name.removeprefix(prefix): item["LastModified"] for name, item in items}
 
     def read(self, name: str) -> bytes:
         """A file of the lake."""
         if self.s3 is None:
             return (self.lake / name).read_bytes()
-        place = self._lake_place
-        return self.s3.client().get_object(Bucket=place["Bucket"], Key=place["Prefix"] + name)["Body"].read()
+        bucket, prefix = self._lake_place
+        return self.s3.client().get_object(Bucket=bucket, Key=prefix + name)["Body"].read()
 
     def read_json(self, name: str) -> dict[str, Any]:
         return json.loads(self.read(name))

@@ -108,15 +108,6 @@ class TestServer:
             assert secret not in (real_s3.directory / "log").read_text()
         assert "versitygw" in arguments
 
-    def test_objects_outlive_a_crash(self, real_s3: S3Server):
-        client, url = real_s3.client(), real_s3.endpoint_url
-        client.put_object(Bucket="own-bucket", Key="a/b", Body=b"kept")
-        real_s3.kill()
-        assert not listens(real_s3.port)
-        real_s3.start()
-        assert real_s3.endpoint_url == url
-        assert client.get_object(Bucket="own-bucket", Key="a/b")["Body"].read() == b"kept"
-
     def test_another_server_on_the_same_directory_has_the_same_objects(self, tmp_path: Path):
         for body in (b"first", b"second"):
             with S3Server(tmp_path, ("bucket",)) as server:
@@ -192,7 +183,7 @@ class TestBuild:
         assert builds.read_text() == "build\n"
 
 
-class TestListing:
+class TestStore:
     def test_more_than_a_page_while_objects_come_and_go(self, s3: LocalS3, bucket: str):
         client = s3.client()
         lake = LakeResource(raw_uri=f"s3://{bucket}/raw", lake_uri=f"s3://{bucket}/lake", epoch="2020-01-01")
@@ -246,39 +237,6 @@ class TestListing:
         assert list(ignored) == [name]
         lake.raw.write(name, b"new")
         assert [(file.name, file.size) for file in lake.raw.list_directory()] == [(name, 3)]
-
-
-class TestWriting:
-    def test_a_reader_sees_the_old_or_the_new(self, s3: LocalS3, bucket: str):
-        contents = [bytes([letter]) * 3_000_000 for letter in b"ab"]
-        store = open_store(f"s3://{bucket}/lake")
-        store.write("x.json", contents[0])
-        with ThreadPoolExecutor(1) as pool:
-            writing = pool.submit(lambda: [store.write("x.json", contents[n % 2]) for n in range(12)])
-            reads = [store.read("x.json")]
-            while not writing.done():
-                reads.append(store.read("x.json"))
-            writing.result()
-        assert set(reads) <= set(contents)
-
-    def test_a_writer_that_dies_halfway_changes_nothing(self, s3: LocalS3, bucket: str):
-        from botocore.auth import S3SigV4Auth
-        from botocore.awsrequest import AWSRequest
-        from botocore.credentials import Credentials
-
-        if s3.kind != S3Server.kind:
-            pytest.skip("moto checks no content")
-        store = open_store(f"s3://{bucket}")
-        store.write("x.json", b"old")
-        content = b"n" * 2_000_000
-        request = AWSRequest("PUT", f"{s3.endpoint_url}/{bucket}/x.json", data=content)
-        S3SigV4Auth(Credentials(s3.access_key, s3.secret_key), "s3", s3.region).add_auth(request)
-        headers = {**request.headers, "Host": f"127.0.0.1:{s3.port}", "Content-Length": str(len(content))}
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        with socket.create_connection(("127.0.0.1", s3.port)) as connection:
-            connection.sendall(f"PUT /{bucket}/x.json HTTP/1.1\r\n{head}\r\n".encode() + content[:1_000_000])
-        time.sleep(0.3)
-        assert store.read("x.json") == b"old"
 
     def test_a_directory_there_and_back(self, s3: LocalS3, bucket: str, tmp_path: Path):
         source = tmp_path / "source"

@@ -51,22 +51,18 @@ class Healed:
     cleaned_before: Etags
     killed_run: str
 
-    def objects(self, prefix: str = "", bucket: str = LAKE_BUCKET) -> Etags:
-        """Names and content of a bucket's objects."""
-        return objects(self.stack, prefix, bucket)
-
     def read(self, name: str) -> bytes:
         """An object of the lake."""
-        return self.stack.objects.get_object(Bucket=LAKE_BUCKET, Key=name)["Body"].read()
+        return self.stack.cloud.s3.client().get_object(Bucket=LAKE_BUCKET, Key=name)["Body"].read()
 
     def report(self, key: str, table: str = "cleaned_transactions") -> dict[str, Any]:
         """The report of a partition."""
         return json.loads(self.read(report_name(key, table)))
 
 
-def objects(stack: Stack, prefix: str = "", bucket: str = LAKE_BUCKET) -> Etags:
-    pages = stack.objects.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return {found["Key"]: found["ETag"] for page in pages for found in page.get("Contents", [])}
+def etags(stack: Stack, prefix: str = "", bucket: str = LAKE_BUCKET) -> Etags:
+    """Names of a bucket's objects, and what changes with their content."""
+    return {name: item["ETag"] for name, item in etags(stack.cloud.s3, bucket, prefix).items()}
 
 
 def report_name(key: str, table: str = "cleaned_transactions") -> str:
@@ -123,13 +119,13 @@ def kill_one_after_another(stack: Stack) -> tuple[Etags, str]:
         kill("postgres")
 
         name = report_name(KEYS[0])
-        wait_until(lambda: name in objects(stack, name), "the first file is cleaned", COMMAND_TIMEOUT_S)
+        wait_until(lambda: name in etags(stack, name), "the first file is cleaned", COMMAND_TIMEOUT_S)
         kill("code")
         assert status(killed) == dg.DagsterRunStatus.STARTED, "the run was over too early"
-        done = [key for key in KEYS if report_name(key) in objects(stack)]
+        done = [key for key in KEYS if report_name(key) in etags(stack)]
         cleaned = {}
         for key in done:
-            cleaned |= objects(stack, f"lake/cleaned_transactions/raw_file={key}/")
+            cleaned |= etags(stack, f"lake/cleaned_transactions/raw_file={key}/")
 
         def retry() -> str | None:
             return next((run.run_id for run in instance.get_runs() if run.parent_run_id == killed), None)
@@ -174,7 +170,7 @@ def test_no_cluster_is_left_and_no_job_ran_twice(healed: Healed) -> None:
 def test_every_file_is_cleaned_once(healed: Healed) -> None:
     import pandas as pd
 
-    now = healed.objects("lake/cleaned_transactions/")
+    now = etags(healed.stack, "lake/cleaned_transactions/")
     assert report_name(KEYS[0]) in healed.cleaned_before
     assert {name: now.get(name) for name in healed.cleaned_before} == healed.cleaned_before
     for file in FILES:
@@ -207,7 +203,7 @@ def test_one_model_per_finished_run(healed: Healed) -> None:
     assert run.data.tags["dagster.run_id"] == finished
     # Artifacts went through MLflow's server, which alone has the bucket's key.
     assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
-    assert any(name.endswith("MLmodel") for name in healed.objects("mlflow/", ARTIFACTS_BUCKET))
+    assert any(name.endswith("MLmodel") for name in etags(healed.stack, "mlflow/", ARTIFACTS_BUCKET))
     assert record.asset_materialization is not None
     # The link is for a browser, which knows no service by its name.
     link = record.asset_materialization.metadata["mlflow_run"].value

@@ -15,12 +15,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pytest
 
 from ml_platform.dev.simulator import FileTruth, Simulation
+
+if TYPE_CHECKING:
+    from ml_platform.dev.cloud.s3_server import LocalS3
 
 PROJECT = Path(__file__).resolve().parents[1]
 COMMAND_TIMEOUT_S = 600
@@ -56,6 +59,12 @@ def simulated(index: int, simulation: Simulation = SIMULATION) -> RawFile:
     content = io.BytesIO()
     truth = simulation.write_file(index, content)
     return RawFile(simulation.file_name(index).removesuffix(".txt"), content.getvalue(), truth)
+
+
+def objects(s3: LocalS3, bucket: str, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """A bucket's objects, by name, as S3 lists them."""
+    pages = s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return {item["Key"]: item for page in pages for item in page.get("Contents", [])}
 
 
 def assert_counts(report: dict[str, Any], truth: FileTruth) -> None:
