@@ -54,8 +54,8 @@ start)
     . "$(sed -n 's/^EnvironmentFile=//p' "$unit")"
     set +a
     # Each worker takes seconds to start.
-    start=$(sed -n 's/^ExecStart=\\(.*\\) --workers 2$/\1 --workers 1/p' "$unit")
-    eval "exec setsid timeout 600 $start" >>server.log 2>&1 </dev/null &
+    start=$(sed -n 's/^ExecStart=//p' "$unit")
+    eval "exec setsid timeout 600 ${{start/--workers 2/--workers 1}}" >>server.log 2>&1 </dev/null &
     echo $! >pid
     ;;
 stop)

@@ -93,14 +93,14 @@ def test_dumps_of_postgresql_hold_the_same(tmp_path: Path):
     state = unpack("postgres", tmp_path)
     with PostgresServer() as server:
 
-        def run(program: str, *arguments: object) -> str:
+        def execute(program: str, *arguments: object) -> str:
             command = [str(server.programs / program), *map(str, arguments)]
             done = subprocess.run(command, env=server.environment(), check=True, capture_output=True, text=True)
             return done.stdout.strip()
 
         for name in ("mlflow", "dagster"):
-            run("createdb", name)
-            run("psql", "--set=ON_ERROR_STOP=1", "--dbname", name, "--file", state.root / f"{name}.sql")
+            execute("createdb", name)
+            execute("psql", "--set=ON_ERROR_STOP=1", "--dbname", name, "--file", state.root / f"{name}.sql")
         address = f"postgresql+psycopg2://postgres:{server.password}@127.0.0.1:{server.port}/mlflow"
         resource = MlflowResource(tracking_uri=address)
         champion = resource.champion()
@@ -108,4 +108,4 @@ def test_dumps_of_postgresql_hold_the_same(tmp_path: Path):
         assert SPARK_ML in (champion_problem(champion) or "")
         run = resource.client().get_run(champion.run_id)
         assert Path(run.info.artifact_uri, "model", "MLmodel").is_file()
-        assert run("psql", "--dbname", "dagster", "--tuples-only", "--command", "SELECT count(*) FROM runs") == "2"
+        assert execute("psql", "--dbname", "dagster", "--tuples-only", "--command", "SELECT count(*) FROM runs") == "2"
