@@ -72,6 +72,14 @@ def assert_counts(report: dict[str, Any], truth: FileTruth) -> None:
     assert {name: report["counts"][name] for name in truth.counts} == truth.counts
 
 
+#: A candidate that XGBoost refuses when it sees that there are fewer inputs, in a task of the job; and its words.
+TOO_MANY_CONSTRAINTS = {
+    "learner": "xgboost",
+    "grid": {"rounds": [10], "monotone_constraints": ["({})".format(",".join("0" * 100))]},
+}
+REFUSAL = "size of monotone constraint should be less or equal to the number of features"
+
+
 def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120, pause: float = 0.1) -> Any:
     """The first true value of `condition()`, asked every `pause` seconds; fails the test if there is none in time."""
     deadline = time.monotonic() + timeout
