@@ -24,7 +24,7 @@ import pytest
 from ml_platform.dev.cloud import LAKE_BUCKET, RAW_BUCKET, DevCloud
 from ml_platform_tests.postgres import PostgresServer
 from ml_platform_tests.stack import ARTIFACTS_BUCKET, DEPLOY, START_TIMEOUT_S, Stack
-from ml_platform_tests.world import COMMAND_TIMEOUT_S, SHORT_LIVED_JAVA, assert_counts, simulated, wait_until
+from ml_platform_tests.world import COMMAND_TIMEOUT_S, SHORT_LIVED_JAVA, assert_counts, objects, simulated, wait_until
 
 pytestmark = [
     pytest.mark.e2e,
@@ -62,7 +62,7 @@ class Healed:
 
 def etags(stack: Stack, prefix: str = "", bucket: str = LAKE_BUCKET) -> Etags:
     """Names of a bucket's objects, and what changes with their content."""
-    return {name: item["ETag"] for name, item in etags(stack.cloud.s3, bucket, prefix).items()}
+    return {name: item["ETag"] for name, item in objects(stack.cloud.s3, bucket, prefix).items()}
 
 
 def report_name(key: str, table: str = "cleaned_transactions") -> str:
