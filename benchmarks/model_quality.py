@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import markdown, options, say, simulate, spark_session, work_directory, write_results
 from ml_platform.dev.simulator import Simulation
-from ml_platform.model.promotion import average_precision_interval
+from ml_platform.model.promotion import Facts, PromotionRule, Scores, decide
 from ml_platform.spark.bare_jobs import clean, features
 from spark_jobs import train_model
 from spark_jobs.features.registry import FEATURES, REGISTRY
@@ -112,7 +112,8 @@ def measure(
             if report["outcome"] != "trained":
                 raise SystemExit(f"{name}, training until {train_end}: {report['reason']}")
             scores = spark.read.parquet(report["scores_uri"]).toPandas()
-            interval = average_precision_interval(scores["tx_fraud"], scores["score"], scores["customer_id"])
+            columns = (scores[name].to_numpy() for name in ("tx_fraud", "score", "customer_id"))
+            decision = decide(PromotionRule(), Scores(*columns), Facts())
             metrics = report["metrics"]
             figures = {
                 "model": name,
@@ -121,7 +122,7 @@ def measure(
                 "test_rows": metrics["test_rows"],
                 "test_frauds": metrics["test_frauds"],
                 "average_precision": metrics["test_average_precision"],
-                "interval": [interval.lower, interval.upper],
+                "interval": [decision.figures[f"average_precision_{bound}"] for bound in ("lower", "upper")],
                 "roc_auc": metrics["test_roc_auc"],
                 "card_precision_at_100": metrics["test_card_precision_at_100"],
                 "best": {"learner": report["best"]["learner"], **report["best"]["params"]},

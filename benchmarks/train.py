@@ -94,7 +94,7 @@ def measure(
             result = {"rows": report["windows"]["train"]["rows"], "frauds": report["windows"]["train"]["frauds"]}
             result |= {"seconds": seconds, "best": report["best"], "sampling": report["sampling"], "peak_mb": peak()}
             result["alone"] = xgboost_alone(work / f"{size:g}", report)
-            results.append({**result, "metrics": report["metrics"]})
+            results.append(result)
             say(f"round {number + 1}: {results[-1]}")
     return results
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import dagster as dg
 
@@ -26,7 +25,14 @@ from ml_platform.sensors import (
     new_raw_files,
     process_new_files_daily,
 )
-from ml_platform.settings import Settings, load_alert_settings, load_cluster_settings, load_settings
+from ml_platform.settings import (
+    ClusterOptions,
+    ClusterSpec,
+    Settings,
+    load_alert_settings,
+    load_cluster_settings,
+    load_settings,
+)
 from ml_platform.spark.engine import LocalSparkEngine, SparkEngine
 
 
@@ -43,25 +49,11 @@ def build_engine(settings: Settings) -> SparkEngine:
     return DataprocEngine(
         deployment=settings.deployment_name or settings.deployment,
         lake_uri=settings.lake_uri,
-        cluster=cluster.cluster_spec().model_dump(),
-        endpoint=cluster.api_endpoint,
-        root_certificates_file=path_or_none(cluster.root_certificates_file),
-        service_account_key_file=path_or_none(cluster.service_account_key_file),
+        cluster=cluster.model_dump(include=set(ClusterSpec.model_fields)),
+        **cluster.model_dump(include=set(ClusterOptions.model_fields), exclude={"iam_token"}),
         # By the variable's name, so that Dagster shows the name and not the token.
         iam_token=dg.EnvVar("YC_IAM_TOKEN") if cluster.iam_token else None,
-        **{
-            name: getattr(cluster, name)
-            for name in (
-                *("create_timeout_s", "job_timeout_s", "max_lifetime_s", "delete_timeout_s", "poll_s"),
-                *("data_max_count", "target_s", "job_properties", "prices", "currency", "console_url"),
-            )
-        },
     )
-
-
-def path_or_none(path: Path | None) -> str | None:
-    """A path as a resource's field holds it."""
-    return None if path is None else str(path)
 
 
 def build_resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:

@@ -1,17 +1,17 @@
-"""Text that somebody else may have written, such as a name, a note or an error, made harmless where it is shown."""
+"""Escapes text that others may have written, such as a name, a note or an error, for the place where it is shown."""
 
 from __future__ import annotations
 
 import re
 
-#: What ends a word for the readers that turn bare addresses into links, and what cannot be seen.
+#: Invisible; ends a word for readers that turn bare addresses into links.
 _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with an escape in the place of every control and format character, but for those in `keep`.
+    """`text` with every control and format character escaped, except for those in `keep`.
 
-    A terminal obeys such characters: they move the cursor, change the title, turn the direction of writing.
+    A terminal obeys such characters: they move the cursor, change the title, reverse the direction of writing.
     """
     return "".join(
         char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
@@ -21,8 +21,8 @@ def printable(text: str, keep: str = "") -> str:
 def markdown(text: str) -> str:
     """Markdown that shows `text` as it stands, on one line: no link, no image, no HTML.
 
-    Dagster's UI reads descriptions as Markdown. Bare addresses become links even where they are escaped, so something
-    invisible stands in them.
+    Dagster's UI reads descriptions as Markdown. Bare addresses become links even where they are escaped, so zero-width
+    spaces interrupt them.
     """
     line = printable(" ".join(text.split()))
     line = re.sub(r"[\\`*\[\]<>&~|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
@@ -30,8 +30,8 @@ def markdown(text: str) -> str:
 
 
 def chat(text: str) -> str:
-    """`text` for a chat that takes ``<...>``, ``[...](...)`` and ``@...`` for links, images and calls to everybody.
+    """`text` for a chat that takes ``<...>``, ``[...](...)`` and ``@...`` for links, images and mentions of everybody.
 
-    Every chat has its own escapes, so look-alikes stand for these characters.
+    Chats differ in their escapes, so look-alikes replace these characters.
     """
     return text.translate(str.maketrans("<>@", "‹›＠")).replace("](", "] (")

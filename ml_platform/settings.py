@@ -1,38 +1,56 @@
-"""The platform's settings. Nothing else reads the environment; boto3 and MLflow read their own variables."""
+"""The platform's settings, the cluster's specification included.
+
+No other module reads the environment; boto3 and MLflow read their own variables.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-
-from ml_platform.dataproc.api import ClusterSpec
 
 _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
 #: boto3 takes an empty, `.` or `..` part of a key as it stands; Hadoop's paths do not.
-_UNLIKE_PARTS = {"", ".", ".."}
+_INVALID_KEY_PARTS = {"", ".", ".."}
 _EMAIL_ADDRESS = re.compile(r"[!-~]+@[A-Za-z0-9.-]+")
-
-
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SettingsError(Exception):
     """A setting is missing or unusable; the message names the variable and says what it takes."""
 
 
-def _decoded(value: str) -> Any:
+def _from_json(value: Any) -> Any:
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         raise ValueError("takes JSON") from None
+
+
+def _split_at_commas(value: Any) -> Any:
+    return [item for part in value.split(",") if (item := part.strip())] if isinstance(value, str) else value
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+#: In the environment, a list is comma-separated; a mapping is JSON.
+Texts = Annotated[list[str], NoDecode, BeforeValidator(_split_at_commas)]
+Mapping = Annotated[dict[str, str], NoDecode, BeforeValidator(_from_json)]
 
 
 class Settings(BaseSettings):
@@ -82,7 +100,7 @@ class Settings(BaseSettings):
         alias="SPARK_DRIVER_MEMORY",
         description="Memory of the embedded Spark, e.g. 4g; default: a third of the machine's, from 1 to 8 GB.",
     )
-    spark_properties: Annotated[dict[str, str], NoDecode] = Field(
+    spark_properties: Mapping = Field(
         {},
         alias="SPARK_PROPERTIES",
         description="More Spark properties of the local engine, JSON; they win over the platform's own.",
@@ -109,7 +127,7 @@ class Settings(BaseSettings):
     def _directory_or_bucket(cls, value: str) -> str:
         if "://" in value:
             value = value.rstrip("/")
-            if not _S3_URI.fullmatch(value) or _UNLIKE_PARTS.intersection(value.split("/")[3:]):
+            if not _S3_URI.fullmatch(value) or _INVALID_KEY_PARTS.intersection(value.split("/")[3:]):
                 raise ValueError("takes a directory or s3://bucket/prefix")
             return value
         if "?" in value:
@@ -125,11 +143,6 @@ class Settings(BaseSettings):
             advice = "; they go into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if of_client else ""
             raise ValueError(f"takes an address without user and password{advice}")
         return value
-
-    @field_validator("spark_properties", mode="before")
-    @classmethod
-    def _mapping(cls, value: Any) -> Any:
-        return _decoded(value) if isinstance(value, str) else value
 
     @property
     def default_mlflow_directory(self) -> Path:
@@ -147,6 +160,117 @@ class Settings(BaseSettings):
         return None if self.mlflow_tracking_uri else (self.default_mlflow_directory / "mlflow-artifacts").as_uri()
 
 
+class InitializationAction(BaseModel):
+    """A script that each host of the cluster runs before it is used."""
+
+    uri: str
+    args: list[str] = []
+    timeout: int = Field(600, ge=1, description="Seconds.")
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """Hosts of one kind. `role` is master, data or compute."""
+
+    role: str
+    preset: str
+    disk_type: str
+    disk_size_gb: int
+    hosts: int
+
+
+class ClusterSpec(BaseModel):
+    """What a cluster consists of. The defaults are those of the Airflow pipeline that this project replaced."""
+
+    folder_id: str = Field(description="Folder of the cloud that the cluster is made in.")
+    zone: str = Field("ru-central1-a", description="Availability zone.")
+    subnet_id: str = Field(description="Subnet of the cluster's hosts; it needs a NAT gateway.")
+    security_group_ids: Texts = Field([], description="Security groups of the hosts.")
+    service_account_id: str = Field(description="Service account of the cluster: it reads and writes the buckets.")
+    autoscaling_service_account_id: str = Field("", description="Service account that resizes the cluster.")
+    ssh_public_key: str = Field("", description="Public key that opens the hosts.")
+    bucket: str = Field("", description="Bucket for the logs that the service itself keeps.")
+    description: str = Field("Made by ml_platform for one run; deleted at its end.", max_length=256)
+    labels: Mapping = Field({}, description="More labels of the cluster; the platform's own win.")
+
+    image_version: str = Field("2.0", description="Version of the image.")
+    services: Texts = Field(["YARN", "SPARK", "HDFS", "MAPREDUCE"], description="Services of the cluster.")
+    properties: Mapping = Field({}, description="Properties of the services, e.g. spark:spark.sql.x.")
+    initialization_actions: Annotated[list[InitializationAction], BeforeValidator(_from_json)] = Field(
+        [], description="Scripts that each host runs."
+    )
+    oslogin: bool = Field(False, description="Open the hosts by OS Login.")
+    ui_proxy: bool = Field(True, description="Show the services' UIs through the cloud's proxy.")
+    log_group_id: str = Field("", description="Cloud Logging group of the cluster.")
+    host_group_ids: Texts = Field([], description="Dedicated hosts.")
+    public_ip: bool = Field(False, description="Give the master a public address.")
+    environment: Literal["", "PRODUCTION", "PRESTABLE"] = Field("", description="Environment of the cluster.")
+
+    master_preset: str = Field("s3-c2-m8", description="Size of the master.")
+    master_disk_type: str = Field("network-ssd")
+    master_disk_size_gb: int = Field(40, ge=1)
+    data_preset: str = Field("s3-c4-m16", description="Size of a data node.")
+    data_disk_type: str = Field("network-hdd")
+    data_disk_size_gb: int = Field(128, ge=1)
+    data_count: int = Field(3, ge=0, le=32, description="Data nodes; 0 for a cluster without HDFS.")
+    compute_preset: str = Field("s3-c4-m16", description="Size of a compute node.")
+    compute_disk_type: str = Field("network-hdd")
+    compute_disk_size_gb: int = Field(128, ge=1)
+    compute_count: int = Field(0, ge=0, le=32, description="Compute nodes.")
+    compute_max_count: int = Field(0, ge=0, le=100, description="Compute nodes that autoscaling may go up to; 0: none.")
+    compute_preemptible: bool = Field(False, description="Cheap nodes that the cloud may take away.")
+    compute_measurement_s: int = Field(60, ge=60, le=600, description="Autoscaling: load is averaged over so long.")
+    compute_warmup_s: int = Field(60, ge=0, le=600, description="Autoscaling: a new node's load counts after so long.")
+    compute_stabilization_s: int = Field(120, ge=60, le=1800, description="Autoscaling: no decision for so long.")
+    compute_cpu_target: float = Field(0, ge=0, le=100, description="Autoscaling: aim of CPU load in %; 0: by YARN.")
+    compute_decommission_s: int = Field(120, ge=0, le=86400, description="Autoscaling: a node may finish for so long.")
+
+    @model_validator(mode="after")
+    def _autoscaling_has_nodes(self) -> ClusterSpec:
+        if (self.compute_max_count or self.compute_preemptible) and not self.compute_count:
+            raise ValueError("DATAPROC_COMPUTE_MAX_COUNT and DATAPROC_COMPUTE_PREEMPTIBLE need DATAPROC_COMPUTE_COUNT")
+        if self.compute_max_count and self.compute_max_count < self.compute_count:
+            raise ValueError("DATAPROC_COMPUTE_MAX_COUNT must not be below DATAPROC_COMPUTE_COUNT")
+        return self
+
+    def node_groups(self) -> list[NodeGroup]:
+        """The groups that have hosts: the master first."""
+        groups = [
+            NodeGroup("master", self.master_preset, self.master_disk_type, self.master_disk_size_gb, 1),
+            NodeGroup("data", self.data_preset, self.data_disk_type, self.data_disk_size_gb, self.data_count),
+            NodeGroup(
+                "compute", self.compute_preset, self.compute_disk_type, self.compute_disk_size_gb, self.compute_count
+            ),
+        ]
+        return [group for group in groups if group.hosts]
+
+
+class ClusterOptions(BaseModel):
+    """How the API is called, how long things may take, how a cluster follows its work, and what it costs."""
+
+    service_account_key_file: str | None = Field(
+        None, description="Authorized key to call the API with; default: the token, or the VM's account."
+    )
+    iam_token: str | None = Field(None, repr=False, description="IAM token to call the API with.")
+    api_endpoint: str | None = Field(None, description="host:port of another installation of the API.")
+    root_certificates_file: str | None = Field(
+        None, description="Authorities of that installation's certificate (PEM)."
+    )
+    console_url: str = Field("https://console.yandex.cloud", description="Where links to the console lead.")
+    create_timeout_s: Seconds = Field(1800, description="Longest wait for a cluster.")
+    job_timeout_s: Seconds = Field(4 * 3600, description="Longest time of a job; then it is cancelled.")
+    max_lifetime_s: Seconds = Field(8 * 3600, description="A cluster older than this is deleted.")
+    delete_timeout_s: Seconds = Field(900, description="Longest wait for a cluster to be gone.")
+    poll_s: Seconds = Field(10, description="Longest pause between two polls.")
+    data_max_count: int = Field(0, ge=0, le=32, description="Most data nodes of a run with much work; 0: data_count.")
+    target_s: Seconds = Field(900, description="Time that a run's work on data should take, as far as nodes allow.")
+    job_properties: Mapping = Field({}, description="More Spark properties of each job.")
+    prices: Annotated[dict[str, Price], BeforeValidator(_from_json)] = Field(
+        {}, description="Per hour: of a host of a preset, of a GB of a disk type."
+    )
+    currency: str = Field("RUB", description="Currency of the prices.")
+
+
 #: Fields of `ClusterSettings` whose variables begin with YC_; those of the others begin with DATAPROC_.
 _YC_FIELDS = {
     *("folder_id", "zone", "subnet_id", "security_group_ids", "service_account_id", "ssh_public_key"),
@@ -154,11 +278,8 @@ _YC_FIELDS = {
 }
 
 
-class ClusterSettings(ClusterSpec, BaseSettings):
-    """Settings of the yandex deployment: what the cluster is made of, how the API is called, how long things take.
-
-    A list is comma-separated; a mapping, or a list of mappings, is JSON.
-    """
+class ClusterSettings(ClusterSpec, ClusterOptions, BaseSettings):
+    """Settings of the yandex deployment, from the variables YC_* and DATAPROC_*."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -167,33 +288,6 @@ class ClusterSettings(ClusterSpec, BaseSettings):
         enable_decoding=False,
         alias_generator=lambda name: ("YC_" if name in _YC_FIELDS else "DATAPROC_") + name.upper(),
     )
-
-    service_account_key_file: Path | None = Field(None, description="Authorized key that the API is called with.")
-    iam_token: str | None = Field(None, repr=False, description="IAM token that the API is called with.")
-    api_endpoint: str | None = Field(None, description="host:port of another installation of the API.")
-    root_certificates_file: Path | None = Field(None, description="Authorities that its certificate is from (PEM).")
-    console_url: str = Field("https://console.yandex.cloud", description="Where links to the console lead.")
-    create_timeout_s: Seconds = Field(1800, description="Longest wait for a cluster.")
-    job_timeout_s: Seconds = Field(4 * 3600, description="Longest time of a job; then it is cancelled.")
-    data_max_count: int = Field(0, ge=0, le=32, description="Data nodes that a run with much work gets; 0: no more.")
-    target_s: Seconds = Field(900, description="Time that a run's work on data is to take, as far as nodes go.")
-    max_lifetime_s: Seconds = Field(8 * 3600, description="A cluster older than this is deleted.")
-    delete_timeout_s: Seconds = Field(900, description="Longest wait for a cluster to be gone.")
-    poll_s: Seconds = Field(10, description="Longest pause between two looks.")
-    job_properties: dict[str, str] = Field({}, description="More Spark properties of each job.")
-    prices: dict[str, Price] = Field({}, description="Per hour: of a host of a preset, of a GB of a disk type.")
-    currency: str = Field("RUB", description="What the prices are in.")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _decode(cls, value: Any, info: ValidationInfo) -> Any:
-        """Lists and mappings from one text."""
-        kind = str(cls.model_fields[info.field_name or ""].annotation)
-        if not isinstance(value, str) or not ("dict" in kind or "list" in kind):
-            return value
-        if kind == "list[str]":
-            return [item for part in value.split(",") if (item := part.strip())]
-        return _decoded(value)
 
     @model_validator(mode="after")
     def _lifetime_covers_creation(self) -> ClusterSettings:
@@ -206,10 +300,6 @@ class ClusterSettings(ClusterSpec, BaseSettings):
         if self.data_max_count and not 1 <= self.data_count <= self.data_max_count:
             raise ValueError("DATAPROC_DATA_COUNT must be from 1 to DATAPROC_DATA_MAX_COUNT")
         return self
-
-    def cluster_spec(self) -> ClusterSpec:
-        """What the cluster is made of."""
-        return ClusterSpec(**{name: getattr(self, name) for name in ClusterSpec.model_fields})
 
 
 def _webhook_url(value: str) -> str:
@@ -240,7 +330,7 @@ class AlertSettings(BaseSettings):
         alias_generator=lambda name: "ML_PLATFORM_ALERT_" + name.upper(),
     )
 
-    email_to: Annotated[list[str], NoDecode] = Field([], description="Recipients, comma-separated.")
+    email_to: Texts = Field([], description="Recipients, comma-separated.")
     email_from: str | None = Field(None, description="Sender.")
     smtp_host: str | None = Field(None, description="SMTP server.")
     smtp_port: int | None = Field(None, ge=1, le=65535, description="Default: 587, 465 or 25, by smtp_security.")
@@ -250,11 +340,6 @@ class AlertSettings(BaseSettings):
     smtp_password_file: Path | None = Field(None, description="File that holds it.")
     webhook_url: SecretStr | None = Field(None, description="Address that takes a POST of JSON.")
     webhook_url_file: Path | None = Field(None, description="File that holds it.")
-
-    @field_validator("email_to", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return [item for part in value.split(",") if (item := part.strip())] if isinstance(value, str) else value
 
     @field_validator("email_to", "email_from")
     @classmethod

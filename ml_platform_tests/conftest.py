@@ -6,7 +6,8 @@ import gc
 import os
 import signal
 import sqlite3
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -164,8 +165,8 @@ def library_uri() -> None:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is drawn is the matter of test_figures, and would be much of a training's time."""
-    monkeypatch.setattr("ml_platform.assets.model.draw_figures", lambda *_, **__: {"overview": b"a picture"})
+    """Drawing takes much of a training's time, and test_plots covers it."""
+    monkeypatch.setattr("ml_platform.model.training.draw_figures", lambda *_, **__: {"overview": b"a picture"})
 
 
 @pytest.fixture
@@ -209,3 +210,32 @@ def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     MlflowResource(tracking_uri=f"sqlite:///{path}").champion()
     yield path
     event.remove(Engine, "connect", do_not_wait_for_the_disk)
+
+
+@pytest.fixture
+def run_cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run ``ml-platform`` in this process, in an empty directory; its exit code, output and errors."""
+    from ml_platform.cli.context import console, errors
+    from ml_platform.cli.main import main
+
+    directory = tmp_path / "a project"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster home"))
+    for output in (console, errors):
+        monkeypatch.setattr(output, "width", 800)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ml-platform", *arguments])
+        capfd.readouterr()
+        code: int | str | None = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        captured = capfd.readouterr()
+        return int(code or 0), captured.out, captured.err
+
+    return run

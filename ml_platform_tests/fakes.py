@@ -28,9 +28,10 @@ from ml_platform.checks import ASSET_CHECKS
 from ml_platform.jobs import process_new_files
 from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.quality import QualityLimits
-from ml_platform.lake.resource import CLEANED, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE, CleanedReport, FeatureInputs
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
-from ml_platform.spark.engine import SparkEngine, job_file
+from ml_platform.spark.engine import JobCall, SparkEngine
 from spark_jobs import build_features
 from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
@@ -111,6 +112,11 @@ def cleaned_report(
     }
 
 
+def cleaned_reports(*reports: dict[str, Any]) -> dict[str, CleanedReport]:
+    """Reports of cleaned raw files by partition, as the lake returns them."""
+    return {report["partition"]: CleanedReport.model_validate(report) for report in reports}
+
+
 def put_report(lake: LakeResource, table: str, key: str, report: Any) -> None:
     """Put a report, which marks the partition as complete."""
     lake.write_json(f"{lake.partition_path(table, key)}/{REPORT_NAME}", report)
@@ -123,7 +129,7 @@ def put_cleaned(lake: LakeResource, *keys: str, **changes: Any) -> None:
         content = lake.raw.read(f"{key}.txt")
         spec = json.loads(content) if content else None
         report = cleaned_report(key, spec, raw=files[key].as_request(), epoch=lake.epoch)
-        put_report(lake, CLEANED, key, {**report, **changes})
+        put_report(lake, CLEANED_TABLE, key, {**report, **changes})
 
 
 class FakeEngine(SparkEngine):
@@ -137,20 +143,11 @@ class FakeEngine(SparkEngine):
     champion_error: str = Field("", description="Why the champion cannot score: a newer library wrote it.")
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
-    def _execute(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        job: str,
-        request: dict[str, Any],
-        *,
-        rows: int,
-        label: str,
-    ) -> dict[str, Any]:
-        if job == self.breaks_down:
-            raise RuntimeError(f"{job} broke down")
-        report = getattr(self, f"_{job}")(request)
-        lake.write_json(job_file(request["run_id"], job, label, "report.json"), report)
+    def _execute(self, call: JobCall) -> dict[str, Any]:
+        if call.job == self.breaks_down:
+            raise RuntimeError(f"{call.job} broke down")
+        report = getattr(self, f"_{call.job}")(call.request)
+        call.lake.write_json(call.file("report.json"), report)
         return report
 
     def _clean_transactions(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -230,14 +227,6 @@ class FakeEngine(SparkEngine):
             "best": grid[-1],
             "sampling": None,
             "feature_importances": {name: 1 / len(request["features"]) for name in request["features"]},
-            "metrics": {
-                "test_average_precision": 0.7,
-                "test_roc_auc": 0.9,
-                "test_card_precision_at_100": None,
-                "test_rows": 500,
-                "test_frauds": 60,
-            },
-            "tables": {},
             "champion": request["champion"] and {**request["champion"], **self._champion_verdict()},
             "model_uri": f"{request['output_uri']}/model.json",
             "scores_uri": f"{request['output_uri']}/test_scores",
@@ -262,10 +251,14 @@ class FakeEngine(SparkEngine):
         if self.champion_skill is not None:
             champion = label * self.champion_skill + random.normal(size=500)
         columns = {
-            "tx_fraud": label,
-            "score": challenger,
-            "champion_score": champion if with_champion else np.full(500, np.nan),
+            "transaction_id": np.arange(500),
+            "tx_datetime": np.datetime64("2020-01-24", "us") + np.arange(500) * np.timedelta64(20, "m"),
             "customer_id": np.arange(500) % 250,
+            "tx_amount": np.full(500, 10.0),
+            "tx_fraud": label,
+            "tx_fraud_scenario": label,
+            "score": 1 / (1 + np.exp(-challenger)),
+            "champion_score": 1 / (1 + np.exp(-champion)) if with_champion else np.full(500, np.nan),
         }
         table = pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()})
         directory.mkdir(parents=True)
@@ -290,29 +283,20 @@ class SessionEngine(SparkEngine):
 
     session: ClassVar[SparkSession]
 
-    def _execute(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        job: str,
-        request: dict[str, Any],
-        *,
-        rows: int,
-        label: str,
-    ) -> dict[str, Any]:
-        report: dict[str, Any] = importlib.import_module(f"spark_jobs.{job}").run(self.session, request)
+    def _execute(self, call: JobCall) -> dict[str, Any]:
+        report: dict[str, Any] = importlib.import_module(f"spark_jobs.{call.job}").run(self.session, call.request)
         return report
 
 
 def features_report(
-    cleaned: dict[str, Any], inputs: dict[str, Any], *, run_id: str = "fabricated", **counts: int
+    cleaned: dict[str, Any], inputs: FeatureInputs | dict[str, Any], *, run_id: str = "fabricated", **counts: int
 ) -> dict[str, Any]:
     """The report of the features of a cleaned partition."""
     return {
         "schema_version": SCHEMA_VERSION,
         "partition": cleaned["partition"],
         "run_id": run_id,
-        "inputs": inputs,
+        "inputs": inputs if isinstance(inputs, dict) else inputs.model_dump(),
         "features": list(build_features.FEATURES),
         "counts": {
             "rows": cleaned["counts"]["clean_rows"],

@@ -1,4 +1,4 @@
-"""Time that passes as soon as somebody waits, and the platform on the stand-in for the cloud."""
+"""A clock that skips waits, and the platform on the stand-in for the cloud."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from typing import Any
 import dagster as dg
 from pydantic import PrivateAttr
 
-from ml_platform.dataproc.api import Clock, DataprocApi
+from ml_platform.dataproc.api import DataprocApi
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.lake.partitions import range_tags
-from ml_platform.lake.resource import CLEANED, LakeResource
+from ml_platform.lake.reports import CleanedReport
+from ml_platform.lake.resource import LakeResource
 from ml_platform.spark.engine import SparkEngine
 from ml_platform_tests.fakes import FakeEngine, definitions, local_path, put_raw, raw_spec
 
 
-class FakeClock(Clock):
-    """A clock that stands still but for `sleep`, which moves it at once. For several threads.
+class FakeClock:
+    """Stands in for the module ``time``: only `sleep` moves it, at once. Safe for several threads.
 
-    Starts at the machine's time, as tokens and certificates are judged by that.
+    It starts at the machine's time, by which tokens and certificates are checked.
     """
 
     def __init__(self, now: float | None = None) -> None:
@@ -52,7 +53,7 @@ class FakeClock(Clock):
 
 
 class ScriptedJobs:
-    """What the stand-in runs: jobs that take a minute and leave what the real ones would.
+    """Jobs for the stand-in, which take a minute and write what the real ones would.
 
     `changes` are fields of `JobScript` for the next jobs, in order.
     """
@@ -77,12 +78,14 @@ class ScriptedJobs:
         return JobScript(**script | (self.changes.pop(0) if self.changes else {}))
 
 
-def api_of(cloud: FakeDataproc, clock: Clock | None = None, **settings: Any) -> DataprocApi:
-    """A client of a stand-in, by its service account's key if `settings` do not say otherwise."""
-    settings = settings or {"service_account_key_file": cloud.service_account_key_file}
-    return DataprocApi(
-        endpoint=cloud.endpoint, root_certificates_file=cloud.root_certificates_file, clock=clock, **settings
-    )
+def api_of(cloud: FakeDataproc, clock: Any = time, **settings: Any) -> DataprocApi:
+    """A client of a stand-in; it signs in by the service account's key unless `settings` say otherwise."""
+    values = {
+        "endpoint": cloud.endpoint,
+        "root_certificates_file": str(cloud.root_certificates_file),
+        "service_account_key_file": str(cloud.service_account_key_file),
+    }
+    return DataprocApi(**values | settings, clock=clock)
 
 
 def cluster_fields(cloud: FakeDataproc) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def cluster_fields(cloud: FakeDataproc) -> dict[str, Any]:
 def engine_of(
     cloud: FakeDataproc,
     lake: LakeResource,
-    clock: Clock | None = None,
+    clock: Any = time,
     *,
     cluster: dict[str, Any] | None = None,
     **settings: Any,
@@ -105,13 +108,13 @@ def engine_of(
     """The cluster engine on a stand-in, in the time of `clock`."""
 
     class Engine(DataprocEngine):
-        # Dagster makes copies, which keep no private attribute.
-        _clock: Clock = PrivateAttr(default_factory=lambda: clock or Clock())
+        # Dagster copies the resource without its private attributes.
+        _clock: Any = PrivateAttr(default_factory=lambda: clock)
 
     values: dict[str, Any] = {
         "deployment": "test",
         "lake_uri": lake.lake_uri,
-        "endpoint": cloud.endpoint,
+        "api_endpoint": cloud.endpoint,
         "root_certificates_file": str(cloud.root_certificates_file),
         "service_account_key_file": str(cloud.service_account_key_file),
         "cluster": cluster_fields(cloud) | (cluster or {}),
@@ -120,7 +123,7 @@ def engine_of(
 
 
 def small_job(lake: LakeResource, engine: SparkEngine, *assets: str) -> dg.JobDefinition:
-    """A job of some of the platform's assets, without checks: those never touch the engine, and take time."""
+    """A job of some of the platform's assets, without checks, which take time and never use the engine."""
     everything = definitions(lake, engine)
     wanted = dg.AssetSelection.assets(*assets)
     keys = {"raw_transactions", *assets}
@@ -132,7 +135,7 @@ def small_job(lake: LakeResource, engine: SparkEngine, *assets: str) -> dg.JobDe
 
 
 class Result:
-    """What a run left in Dagster's storage."""
+    """A run as Dagster's storage has it."""
 
     def __init__(self, instance: dg.DagsterInstance, run_id: str) -> None:
         self._instance, self.run_id = instance, run_id
@@ -161,14 +164,14 @@ class Result:
 
     @property
     def everything(self) -> str:
-        """All that Dagster keeps of the run, as text: events with their metadata, log, tags."""
+        """Everything that Dagster stores of the run, as text: events with their metadata, log, tags."""
         return f"{self.run}{self.run.tags}" + "".join(map(str, self._instance.all_logs(self.run_id)))
 
 
 class Platform:
-    """The platform with the cluster engine on a stand-in for the cloud, whose jobs are scripted.
+    """The platform with the cluster engine on a stand-in for the cloud with scripted jobs.
 
-    Raw files ``a`` to ``c`` are there, and partitions of them.
+    It has raw files ``a`` to ``c`` and their partitions.
     """
 
     def __init__(
@@ -186,7 +189,7 @@ class Platform:
         instance.add_dynamic_partitions("raw_files", self.keys)
 
     def engine(self, **settings: Any) -> DataprocEngine:
-        """The engine, in the platform's time, with few looks as each takes real time."""
+        """The engine, in the platform's time; it polls seldom, because each poll takes real time."""
         return engine_of(self.cloud, self.lake, self.clock, **{"poll_s": 30, **settings})
 
     def run(
@@ -208,8 +211,8 @@ class Platform:
 
     @property
     def cleaned(self) -> list[str]:
-        """The partitions that the lake shows as cleaned."""
-        return sorted(self.lake.reports(CLEANED))
+        """The cleaned partitions of the lake."""
+        return sorted(self.lake.reports(CleanedReport))
 
     def accepted(self, method: str) -> list[dict[str, Any]]:
         """Requests of a method that the API accepted."""

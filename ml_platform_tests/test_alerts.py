@@ -23,7 +23,6 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, AuthResult
 
-from ml_platform import sensors
 from ml_platform.dev.cloud.credentials import issue_certificates
 from ml_platform.operations import alerts
 from ml_platform.operations.alerts import AlertError, FailedRun, as_text, build_destinations, headline, one_line
@@ -614,7 +613,7 @@ class TestSensor:
     def test_many_are_told_in_portions(
         self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(sensors, "RUNS_PER_ALERT", 2)
+        monkeypatch.setattr(alerts, "RUNS_PER_ALERT", 2)
         found = settings(webhook_url=hook.url)
         tick(found)
         ids = [fail(instance) for _ in range(3)]

@@ -14,17 +14,25 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.observe import observe
 
-from ml_platform.assets.features import expected_inputs, history_of, in_order_of_time, stale_features, stopped_files
+from ml_platform.assets.features import (
+    expected_inputs,
+    history_of,
+    in_order_of_time,
+    raw_files_of,
+    stale_features,
+    stopped_files,
+)
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
 from ml_platform.lake.quality import QualityLimits
-from ml_platform.lake.resource import CLEANED, FEATURES, REJECTED, LakeResource
-from ml_platform.model.gate import FINDINGS_VERSION
+from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, REJECTED_TABLE, CleanedReport, FeaturesReport
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.model.promotion import DECIDED_BY_FIGURES
 from ml_platform_tests.fakes import (
     FakeEngine,
     cleaned_report,
+    cleaned_reports,
     definitions,
     features_report,
     local_path,
@@ -53,6 +61,9 @@ def keys(lake: LakeResource, instance: dg.DagsterInstance) -> list[str]:
     return keys
 
 
+#: Of the scores that the fake engine writes.
+AVERAGE_PRECISION = 0.1
+
 CANDIDATE = {"learner": "logistic_regression", "grid": {"C": [0.5], "max_iter": [10, 20]}}
 
 
@@ -65,10 +76,10 @@ def failure_of(result: dg.ExecuteInProcessResult, asset: str) -> str:
     return (error.cause or error).message
 
 
-def modified(lake: LakeResource, table: str) -> dict[str, int]:
+def modified(lake: LakeResource, kind: type[Any]) -> dict[str, int]:
     return {
-        key: (local_path(lake.store.spark_uri(lake.partition_path(table, key))) / REPORT_NAME).stat().st_mtime_ns
-        for key in lake.reports(table)
+        key: (local_path(lake.store.spark_uri(lake.partition_path(kind.table, key))) / REPORT_NAME).stat().st_mtime_ns
+        for key in lake.reports(kind)
     }
 
 
@@ -87,14 +98,14 @@ class TestCleaned:
                 {
                     "partition": key,
                     "raw": files[key].as_request(),
-                    "output_uri": f"file://{lake.lake_uri}/{CLEANED}/raw_file={key}",
-                    "rejected_uri": f"file://{lake.lake_uri}/{REJECTED}/raw_file={key}",
+                    "output_uri": f"file://{lake.lake_uri}/{CLEANED_TABLE}/raw_file={key}",
+                    "rejected_uri": f"file://{lake.lake_uri}/{REJECTED_TABLE}/raw_file={key}",
                 }
                 for key in keys[:3]
             ],
         }
         assert sorted(recorded(instance, CLEANED_KEY)) == keys[:3]
-        assert set(lake.reports(CLEANED)) == set(keys[:3])
+        assert set(lake.reports(CleanedReport)) == set(keys[:3])
 
     def test_metadata(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
         put_raw(
@@ -117,8 +128,8 @@ class TestCleaned:
             "raw_size_bytes": raw.size,
             "fingerprint": raw.fingerprint,
             "cleaned_by_run": result.run_id,
-            "path": f"file://{lake.lake_uri}/{CLEANED}/raw_file={keys[0]}",
-            "rejected_path": f"file://{lake.lake_uri}/{REJECTED}/raw_file={keys[0]}",
+            "path": f"file://{lake.lake_uri}/{CLEANED_TABLE}/raw_file={keys[0]}",
+            "rejected_path": f"file://{lake.lake_uri}/{REJECTED_TABLE}/raw_file={keys[0]}",
             "first_transaction": "2020-01-01T00:00:00Z",
             "last_transaction": "2020-01-30T23:59:59Z",
         }.items() <= full.items()
@@ -127,20 +138,20 @@ class TestCleaned:
 
     def test_what_is_cleaned_is_not_sent_again(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
         put_cleaned(lake, *keys)
-        before = modified(lake, CLEANED)
+        before = modified(lake, CleanedReport)
         result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
         assert result.success
         assert requests_of(lake, result.run_id, "clean_transactions") == []
-        assert modified(lake, CLEANED) == before
+        assert modified(lake, CleanedReport) == before
         assert {value["outcome"] for value in recorded(instance, CLEANED_KEY).values()} == {"already clean"}
 
     def test_only_what_changed_is_sent(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
         put_cleaned(lake, *keys[:3])
-        before = modified(lake, CLEANED)
+        before = modified(lake, CleanedReport)
         put_raw(lake, keys[1], raw_spec(1, rows=17))
         result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
         assert partitions_sent(lake, result.run_id, "clean_transactions") == [keys[1], keys[3]]
-        after = modified(lake, CLEANED)
+        after = modified(lake, CleanedReport)
         assert (after[keys[0]], after[keys[2]]) == (before[keys[0]], before[keys[2]])
         assert recorded(instance, CLEANED_KEY)[keys[1]]["dagster/row_count"] == 17
 
@@ -199,7 +210,7 @@ class TestCleaned:
         put_cleaned(lake, *keys)
         put_raw(lake, keys[1], {"error": "not a text file"})
         run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
-        assert set(lake.reports(CLEANED)) == {keys[0], *keys[2:]}
+        assert set(lake.reports(CleanedReport)) == {keys[0], *keys[2:]}
 
     def test_the_engine_breaks_down(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
         engine = FakeEngine(breaks_down="clean_transactions")
@@ -233,9 +244,21 @@ class TestTime:
     """Rules about time ranges, which names say nothing about."""
 
     @staticmethod
-    def cleaned(**numbers: int | None) -> dict[str, Any]:
+    def cleaned(**numbers: int | None) -> dict[str, CleanedReport]:
+        return cleaned_reports(
+            *(cleaned_report(key, None if number is None else raw_spec(number)) for key, number in numbers.items())
+        )
+
+    @staticmethod
+    def between(key: str, first: str, last: str) -> dict[str, CleanedReport]:
+        return cleaned_reports({**cleaned_report(key, raw_spec(0)), "tx_datetime": {"min": first, "max": last}})
+
+    @staticmethod
+    def features(cleaned: dict[str, CleanedReport]) -> dict[str, FeaturesReport]:
+        inputs = expected_inputs(cleaned)
         return {
-            key: cleaned_report(key, None if number is None else raw_spec(number)) for key, number in numbers.items()
+            key: FeaturesReport.model_validate(features_report(cleaned_report(key, raw_spec(0)), inputs[key]))
+            for key in cleaned
         }
 
     def test_order_is_that_of_the_first_transactions(self):
@@ -254,61 +277,63 @@ class TestTime:
 
     def test_history_ends_exactly_at_its_window(self):
         cleaned = self.cleaned(late=2)
-        start = "2020-03-01T00:00:00Z"
         for key, last in {"in": "2020-01-17T00:00:01Z", "out": "2020-01-17T00:00:00Z"}.items():
-            cleaned[key] = {**cleaned_report(key, raw_spec(0))}
-            cleaned[key]["tx_datetime"] = {"min": "2020-01-01T00:00:00Z", "max": last}
-        assert cleaned["late"]["tx_datetime"]["min"] == start
+            cleaned |= self.between(key, "2020-01-01T00:00:00Z", last)
         assert history_of(cleaned)["late"] == ["in"]
 
     def test_no_date_is_too_early(self):
-        cleaned = self.cleaned(first=0, second=0)
-        for key, day in {"first": "01", "second": "30"}.items():
-            cleaned[key]["tx_datetime"] = {"min": f"0001-01-{day}T00:00:00Z", "max": f"0001-01-{day}T06:00:00Z"}
+        cleaned = self.between("first", "0001-01-01T00:00:00Z", "0001-01-01T06:00:00Z")
+        cleaned |= self.between("second", "0001-01-30T00:00:00Z", "0001-01-30T06:00:00Z")
         assert history_of(cleaned) == {"first": [], "second": ["first"]}
-        assert training_partitions(cleaned, {"first": {}, "second": {}}, "second", 74) == (["first", "second"], [])
+        assert training_partitions(cleaned, self.features(cleaned), "second", 74) == (["first", "second"], [])
+
+    @staticmethod
+    def changed(cleaned: dict[str, CleanedReport], key: str, name: str, value: Any) -> dict[str, CleanedReport]:
+        if name == "raw":
+            value = cleaned[key].raw.model_copy(update={"fingerprint": value})
+        return {**cleaned, key: cleaned[key].model_copy(update={name: value})}
 
     def test_inputs_name_what_the_features_depend_on(self):
         cleaned = self.cleaned(a=0, b=1)
         inputs = expected_inputs(cleaned)
-        assert list(inputs["b"]["history"]) == ["a"]
-        assert inputs["a"]["history"] == {}
-        for name, value in (("schema_version", 99), ("epoch", "2018-04-01"), ("raw", {"fingerprint": "2"})):
-            changed = expected_inputs({**cleaned, "a": {**cleaned["a"], name: value}})
+        assert list(inputs["b"].history) == ["a"]
+        assert inputs["a"].history == {}
+        for name, value in (("schema_version", 99), ("epoch", "2018-04-01"), ("raw", "2")):
+            changed = expected_inputs(self.changed(cleaned, "a", name, value))
             assert changed["a"] != inputs["a"]
             assert changed["b"] != inputs["b"]
         assert expected_inputs(self.cleaned(a=0, b=1, far=9))["b"] == inputs["b"]
 
     def test_stale(self):
         cleaned = self.cleaned(a=0, b=1, c=2)
-        inputs = expected_inputs(cleaned)
-        features = {key: features_report(cleaned[key], inputs[key]) for key in cleaned}
+        inputs, features = expected_inputs(cleaned), self.features(cleaned)
         assert stale_features(features, inputs) == []
-        assert stale_features({**features, "b": {**features["b"], "features": ["tx_amount"]}}, inputs) == ["b"]
-        assert stale_features({**features, "b": {"counts": {}}}, inputs) == ["b"]
+        other = features["b"].model_copy(update={"features": ["tx_amount"]})
+        assert stale_features({**features, "b": other}, inputs) == ["b"]
         late = expected_inputs(cleaned | self.cleaned(late=1))
         assert stale_features(features, late) == ["c"]
         assert stale_features({**features, "gone": features["a"]}, inputs) == []
 
     @pytest.mark.parametrize(
         ("name", "value", "judged"),
-        [("schema_version", 99, False), ("epoch", "2018-04-01", False), ("raw", {"fingerprint": "a/b-2"}, True)],
+        [("schema_version", 99, False), ("epoch", "2018-04-01", False), ("raw", "a/b-2", True)],
     )
     def test_only_another_file_is_judged_again(self, name: str, value: Any, judged: bool):
-        """As a file of nothing but frauds, which it was when its features were built, too."""
-        cleaned = self.cleaned(a=0, b=1, c=2)
-        cleaned["b"]["counts"]["fraud_rows"] = cleaned["b"]["counts"]["clean_rows"]
-        features = {key: features_report(cleaned[key], inputs) for key, inputs in expected_inputs(cleaned).items()}
-        cleaned["b"] = {**cleaned["b"], name: value}
-        assert stale_features(features, expected_inputs(cleaned)) == ["b", "c"]
-        assert list(stopped_files("abc", features, cleaned, QualityLimits())) == ["b"] * judged
-        for unknown in ({}, {**features, "b": {"schema_version": 0}}, {**features, "b": {"inputs": {}}}):
+        """A file of nothing but frauds, which it was when its features were built, too."""
+        cleaned = self.cleaned(a=0, c=2) | cleaned_reports(cleaned_report("b", raw_spec(1, frauds=20_000)))
+        features = self.features(cleaned)
+        cleaned = self.changed(cleaned, "b", name, value)
+        assert sorted(stale_features(features, expected_inputs(cleaned))) == ["b", "c"]
+        built_from = raw_files_of(features, {})
+        assert list(stopped_files("abc", built_from, cleaned, QualityLimits())) == ["b"] * judged
+        for outdated in ({}, {"b": {"schema_version": 0}}, {"b": {"inputs": {}}}):
+            unknown = raw_files_of({key: features[key] for key in "ac"}, outdated)
             (problem,) = stopped_files("abc", unknown, cleaned, QualityLimits()).values()
             assert "100.000% of the rows are frauds" in problem
 
     def test_training_partitions(self):
         cleaned = self.cleaned(d=0, b=1, c=2, a=3, empty=None)
-        features = {key: {} for key in cleaned}
+        features = self.features(cleaned)
         # 74 days back from the end of day 119, and one more: from day 44 on.
         assert training_partitions(cleaned, features, "a", 74) == (["b", "c", "a"], [])
         assert training_partitions(cleaned, features, "c", 74) == (["d", "b", "c"], [])
@@ -319,9 +344,8 @@ class TestTime:
     def test_a_day_of_training_data_is_never_left_out(self):
         """The window's first day belongs to it whole: the request's days are whole days up to the cut-off's."""
         cleaned = self.cleaned(first=0, second=1)
-        features = {key: {} for key in cleaned}
         for days in range(1, 60):
-            used, _ = training_partitions(cleaned, features, "second", days)
+            used, _ = training_partitions(cleaned, self.features(cleaned), "second", days)
             # Days 60 - days to 59 are in the window; "first" has days 0 to 29.
             if 60 - days <= 29:
                 assert "first" in used
@@ -339,7 +363,7 @@ class TestFeatures:
         assert result.success
         (request,) = requests_of(lake, result.run_id, "build_features")
         assert [item["partition"] for item in request["partitions"]] == ["empty", "z", "x", "y", "w"]
-        uri = f"file://{lake.lake_uri}/{CLEANED}/raw_file="
+        uri = f"file://{lake.lake_uri}/{CLEANED_TABLE}/raw_file="
         items = {item["partition"]: item for item in request["partitions"]}
         assert {key: item["history"] for key, item in items.items()} == {
             "empty": [],
@@ -362,8 +386,8 @@ class TestFeatures:
             "tx_datetime_min": "2020-03-31T00:00:00Z",
             "history": [f"{uri}x", f"{uri}y"],
             "cleaned_bytes": sum(files[key].size for key in "wxy"),
-            "inputs": expected_inputs(lake.reports(CLEANED))["w"],
-            "output_uri": f"file://{lake.lake_uri}/{FEATURES}/raw_file=w",
+            "inputs": expected_inputs(lake.reports(CleanedReport))["w"].model_dump(),
+            "output_uri": f"file://{lake.lake_uri}/{FEATURES_TABLE}/raw_file=w",
         }
         metadata = recorded(instance, FEATURES_KEY)
         assert {
@@ -384,18 +408,18 @@ class TestFeatures:
     def test_what_is_up_to_date_is_not_sent_again(
         self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
     ):
-        before = modified(lake, FEATURES)
+        before = modified(lake, FeaturesReport)
         result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[0], built[-1]))
         assert result.success
         assert requests_of(lake, result.run_id, "build_features") == []
-        assert modified(lake, FEATURES) == before
+        assert modified(lake, FeaturesReport) == before
         assert {value["outcome"] for value in recorded(instance, FEATURES_KEY).values()} == {"already up to date"}
 
     @pytest.mark.parametrize("changes", [{"counts": {}}, {"inputs": None}, {"features": "tx_amount"}], ids=str)
     def test_an_edited_report_marks_nothing_as_built(
         self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str], changes: dict[str, Any]
     ):
-        put_report(lake, FEATURES, built[2], {**lake.reports(FEATURES)[built[2]], **changes})
+        put_report(lake, FEATURES_TABLE, built[2], {**lake.reports(FeaturesReport)[built[2]].model_dump(), **changes})
         result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[0], built[-1]))
         assert partitions_sent(lake, result.run_id, "build_features") == [built[2]]
 
@@ -414,14 +438,14 @@ class TestFeatures:
     ):
         put_raw(lake, "late", raw_spec(1, start="2020-02-05T00:00:00Z", days=1, first_id=90_000_000, rows=500))
         instance.add_dynamic_partitions("raw_files", ["late"])
-        before = modified(lake, FEATURES)
+        before = modified(lake, FeaturesReport)
         result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=("late", "late"))
         assert result.success
         assert partitions_sent(lake, result.run_id, "clean_transactions") == ["late"]
         # Later files within its 37 days; the earlier ones and its own month's file, which began before it, are not.
         assert partitions_sent(lake, result.run_id, "build_features") == ["late", built[2]]
         assert sorted(recorded(instance, FEATURES_KEY, result.run_id)) == sorted(["late", built[2]])
-        after = modified(lake, FEATURES)
+        after = modified(lake, FeaturesReport)
         assert {key for key in built if after[key] != before[key]} == {built[2]}
 
     def test_a_replaced_file_makes_its_own_and_later_features_stale(
@@ -449,13 +473,13 @@ class TestFeatures:
         bad = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
         assert {item.check_name for item in bad.get_asset_check_evaluations() if not item.passed} == {"fraud_rate"}
         if lost:
-            shutil.rmtree(local_path(lake.store.spark_uri(lake.partition_path(FEATURES, built[1]))))
-        before = modified(lake, FEATURES)
+            shutil.rmtree(local_path(lake.store.spark_uri(lake.partition_path(FEATURES_TABLE, built[1]))))
+        before = modified(lake, FeaturesReport)
         other = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[3], built[3]))
         assert other.success
         # Of the bad file's data, as all complete data, the others' history is made.
         assert partitions_sent(lake, other.run_id, "build_features") == built[2:4]
-        assert modified(lake, FEATURES).get(built[1]) == before.get(built[1])
+        assert modified(lake, FeaturesReport).get(built[1]) == before.get(built[1])
         put_raw(lake, built[1], raw_spec(1, rows=15_000))
         mended = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
         assert mended.success
@@ -541,8 +565,8 @@ class TestModel:
         assert request == {
             "run_id": result.run_id,
             "cutoff": ready[2],
-            "cutoff_uri": f"{uri}/{FEATURES}/raw_file={ready[2]}",
-            "feature_uris": [f"{uri}/{FEATURES}/raw_file={key}" for key in ready[:3]],
+            "cutoff_uri": f"{uri}/{FEATURES_TABLE}/raw_file={ready[2]}",
+            "feature_uris": [f"{uri}/{FEATURES_TABLE}/raw_file={key}" for key in ready[:3]],
             "features": list(build_features.FEATURES),
             "output_uri": output,
             "champion": None,
@@ -552,7 +576,6 @@ class TestModel:
             "validation_days": 7,
             "min_train_days": 7,
             "min_frauds": 10,
-            "alerts_per_day": 100,
             "seed": 7,
             "candidates": [CANDIDATE],
             "validation_folds": 1,
@@ -572,13 +595,17 @@ class TestModel:
             "is_champion": True,
             "champion_version": 1,
             "best_parameters": {"C": 0.5, "max_iter": 20},
-            "test_average_precision": 0.7,
+            "test_average_precision": AVERAGE_PRECISION,
             "test_rows": 500,
             "path": output,
         }.items() <= trained.items()
         files, _ = lake.list_raw_files()
         data_set = {
-            key: {"fingerprint": files[key].fingerprint, "rows": 20_000, "uri": f"{uri}/{FEATURES}/raw_file={key}"}
+            key: {
+                "fingerprint": files[key].fingerprint,
+                "rows": 20_000,
+                "uri": f"{uri}/{FEATURES_TABLE}/raw_file={key}",
+            }
             for key in ready[:3]
         }
         assert trained["trained_on"] == data_set
@@ -608,15 +635,15 @@ class TestModel:
             {"learner": "logistic_regression", "C": 0.5, "max_iter": 20},
         ]
         metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("promotion.")}
-        assert metrics == {
-            "test_average_precision": 0.7,
-            "test_roc_auc": 0.9,
+        assert {
+            "test_average_precision": AVERAGE_PRECISION,
             "test_rows": 500,
             "test_frauds": 60,
             "grid.0.validation_average_precision": 0.5,
             "grid.1.validation_average_precision": 0.51,
             "validation_average_precision": 0.51,
-        }
+        }.items() <= metrics.items()
+        assert {"test_roc_auc", "test_card_precision_at_100", "test_recall_at_budget"} <= metrics.keys()
 
         champion = mlflow.champion()
         assert champion is not None
@@ -648,7 +675,12 @@ class TestModel:
             f"models/{ready[2]}/{result.run_id}/model.json"
         )
         version = client.get_model_version("fraud_model", "1")
-        for part in (f"{ready[0]} to {ready[2]}", "60,000 transactions", "average precision | 0.700", "first_model"):
+        for part in (
+            f"{ready[0]} to {ready[2]}",
+            "60,000 transactions",
+            f"average precision | {AVERAGE_PRECISION:.3f}",
+            "first_model",
+        ):
             assert part in version.description
         inputs = client.get_run(run.info.run_id).inputs.dataset_inputs
         assert {item.dataset.name: {tag.key: tag.value for tag in item.tags} for item in inputs} == {
@@ -662,8 +694,13 @@ class TestModel:
         assert (artifacts / "figures" / "overview.png").read_bytes() == b"a picture"
         report = lake.read_json(f"models/{ready[2]}/{result.run_id}/{REPORT_NAME}")
         assert (report["outcome"], report["schema_version"]) == ("trained", SCHEMA_VERSION)
-        decision = lake.read_json(f"models/{ready[2]}/{result.run_id}/promotion.json")
-        assert (decision["outcome"], decision["schema_version"]) == ("first_model", FINDINGS_VERSION)
+        assert report["metrics"]["test_average_precision"] == AVERAGE_PRECISION
+        assert len(report["tables"]["per_day"]) == 7
+        assert json.loads((artifacts / "promotion.json").read_text())["outcome"] == "first_model"
+        checks = {item.check_name: item for item in result.get_asset_check_evaluations() if item.partition is None}
+        assert {name: check.passed for name, check in checks.items()} == {
+            **dict.fromkeys(["enough_data", "promotion", "champion_health"], True)
+        }
 
     def test_the_cut_off_is_the_last_in_time_not_by_name(
         self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource
@@ -766,7 +803,7 @@ class TestModel:
     def test_missing_features_are_named(
         self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
     ):
-        shutil.rmtree(local_path(lake.store.spark_uri(lake.partition_path(FEATURES, ready[1]))))
+        shutil.rmtree(local_path(lake.store.spark_uri(lake.partition_path(FEATURES_TABLE, ready[1]))))
         result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[0], ready[3]))
         message = failure_of(result, MODEL)
         assert f"features are missing or stale for {ready[1]}; materialize transaction_features first" in message
@@ -776,7 +813,7 @@ class TestModel:
         self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
     ):
         changed = cleaned_report(ready[2], raw_spec(2), raw={"fingerprint": "other", "size": 1, "uri": ""})
-        put_report(lake, CLEANED, ready[2], changed)
+        put_report(lake, CLEANED_TABLE, ready[2], changed)
         result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[1], ready[3]))
         message = failure_of(result, MODEL)
         assert "features are missing or stale for " in message
@@ -788,10 +825,11 @@ class TestModel:
 
         def replaced(**spec: int) -> list[str]:
             changed = cleaned_report(ready[1], raw_spec(1, **spec), raw={"fingerprint": "o", "size": 1, "uri": ""})
-            put_report(lake, CLEANED, ready[1], changed)
-            inputs = expected_inputs(lake.reports(CLEANED))
-            for key in ready[2:]:
-                put_report(lake, FEATURES, key, features_report(lake.reports(CLEANED)[key], inputs[key]))
+            put_report(lake, CLEANED_TABLE, ready[1], changed)
+            inputs = expected_inputs(lake.reports(CleanedReport))
+            for number, key in enumerate(ready[2:], start=2):
+                report = features_report(cleaned_report(key, raw_spec(number)), inputs[key])
+                put_report(lake, FEATURES_TABLE, key, report)
             return ready
 
         return replaced

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import dagster as dg
 import pytest
+from mlflow.entities.model_registry import ModelVersion
 
 from ml_platform.assets.features import expected_inputs
 from ml_platform.assets.outcomes import some_of
-from ml_platform.checks import ailing_champion
 from ml_platform.lake import quality
 from ml_platform.lake.partitions import keys_of_run, range_tags
 from ml_platform.lake.quality import QualityLimits
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
-from ml_platform.spark.engine import job_file
-from ml_platform_tests.fakes import cleaned_report, definitions, features_report, put_report, raw_spec
+from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedReport
+from ml_platform.lake.resource import LakeResource
+from ml_platform.model.config import PromotionConfig
+from ml_platform.model.gate import champion_health
+from ml_platform_tests.fakes import cleaned_report, cleaned_reports, definitions, features_report, put_report, raw_spec
 
 LIMITS = QualityLimits()
 RUN_ID = "11111111-2222-3333-4444-555555555555"
 
-#: What the gate leaves, as far as the checks look at it.
-DECISION = {
-    "outcome": "too_few_frauds",
-    "apply": False,
-    "reasons": ["4 frauds are too few."],
-    "figures": {},
-}
-
 
 def report(number: int = 0, **counts: int) -> dict[str, Any]:
     return cleaned_report(f"file-{number}", raw_spec(number), **counts)
+
+
+def typed(number: int = 0, **counts: int) -> CleanedReport:
+    return CleanedReport.model_validate(report(number, **counts))
+
+
+def between(first: str | None, last: str | None) -> CleanedReport:
+    """The report of a file with these times."""
+    return CleanedReport.model_validate({**report(), "tx_datetime": {"min": first, "max": last}})
 
 
 class TestRowsAddUp:
@@ -51,11 +55,11 @@ class TestRowsAddUp:
             "duplicate_rows": duplicate,
             "rejected_rows": rejected,
         }
-        problem = quality.rows_that_do_not_add_up({"counts": counts})
+        problem = quality.rows_that_do_not_add_up(typed(**counts))
         assert (problem is None) == fine
 
     def test_problem_says_how_many(self):
-        problem = quality.rows_that_do_not_add_up(report(raw_rows=20_005, rejected_rows=3))
+        problem = quality.rows_that_do_not_add_up(typed(raw_rows=20_005, rejected_rows=3))
         assert problem == "20005 raw rows, but 20003 clean, duplicate and rejected rows"
 
 
@@ -65,12 +69,12 @@ class TestRejectRate:
         [(0, 0, True), (100, 0, True), (100, 2, True), (100, 3, False), (10_000, 201, False), (1, 1, False)],
     )
     def test_rule(self, raw: int, rejected: int, fine: bool):
-        problem = quality.high_reject_rate(report(raw_rows=raw, rejected_rows=rejected), LIMITS)
+        problem = quality.high_reject_rate(typed(raw_rows=raw, rejected_rows=rejected), LIMITS)
         assert (problem is None) == fine
         assert fine or str(raw) in str(problem)
 
     def test_limit_is_a_setting(self):
-        rejected_half = report(raw_rows=100, rejected_rows=50)
+        rejected_half = typed(raw_rows=100, rejected_rows=50)
         assert quality.high_reject_rate(rejected_half, QualityLimits(max_reject_rate=0.5)) is None
         assert quality.high_reject_rate(rejected_half, QualityLimits(max_reject_rate=0.49))
 
@@ -90,7 +94,7 @@ class TestFraudRate:
         ],
     )
     def test_rule(self, clean: int, frauds: int, fine: bool):
-        problem = quality.implausible_fraud_rate(report(clean_rows=clean, fraud_rows=frauds), LIMITS)
+        problem = quality.implausible_fraud_rate(typed(clean_rows=clean, fraud_rows=frauds), LIMITS)
         assert (problem is None) == fine
 
     @pytest.mark.parametrize("limits", [{"max_reject_rate": 1.1}, {"min_fraud_rate": -0.1}, {"min_rows_to_judge": 0}])
@@ -115,8 +119,8 @@ class TestUniqueIds:
         ],
     )
     def test_rule(self, ids: tuple[Any, Any], others: list[tuple[Any, Any]], culprit: str | None):
-        def ids_only(first: int | None, last: int | None) -> dict[str, Any]:
-            return {"transaction_id": {"min": first, "max": last}}
+        def ids_only(first: int | None, last: int | None) -> CleanedReport:
+            return CleanedReport.model_validate({**report(), "transaction_id": {"min": first, "max": last}})
 
         cleaned = {"it": ids_only(*ids)} | {f"other-{number}": ids_only(*ends) for number, ends in enumerate(others)}
         problem = quality.shared_ids("it", cleaned)
@@ -143,14 +147,14 @@ class TestTimeRange:
         ],
     )
     def test_one_file(self, key: str, first: str | None, last: str | None, expected: str | None):
-        cleaned = {key: {"tx_datetime": {"min": first, "max": last}}}
+        cleaned = {key: between(first, last)}
         problem = quality.misplaced_time_range(key, cleaned, LIMITS)
         assert problem is None if expected is None else expected in str(problem)
 
     def test_an_hour_24_at_the_end_shares_nothing(self):
         cleaned = {
-            "a": {"tx_datetime": {"min": "2020-01-01T00:00:05Z", "max": "2020-01-31T00:00:00Z"}},
-            "b": {"tx_datetime": {"min": "2020-01-31T00:00:00Z", "max": "2020-03-01T00:00:00Z"}},
+            "a": between("2020-01-01T00:00:05Z", "2020-01-31T00:00:00Z"),
+            "b": between("2020-01-31T00:00:00Z", "2020-03-01T00:00:00Z"),
         }
         assert quality.misplaced_time_range("a", cleaned, LIMITS) is None
         assert quality.misplaced_time_range("b", cleaned, LIMITS) is None
@@ -169,8 +173,8 @@ class TestTimeRange:
     )
     def test_neighbours(self, first: str | None, last: str | None, shared: int | None):
         cleaned = {
-            "it": {"tx_datetime": {"min": "2020-01-01T00:00:00Z", "max": "2020-01-31T00:00:00Z"}},
-            "other": {"tx_datetime": {"min": first, "max": last}},
+            "it": between("2020-01-01T00:00:00Z", "2020-01-31T00:00:00Z"),
+            "other": between(first, last),
         }
         problem = quality.misplaced_time_range("it", cleaned, LIMITS)
         assert problem == (None if shared is None else f"it shares {shared} days with other")
@@ -178,7 +182,7 @@ class TestTimeRange:
     @pytest.mark.parametrize("key", ["20200101", "2020-W01-1", "2020W011"])
     def test_a_date_in_another_form_means_nothing(self, key: str):
         """Python 3.11 reads more forms than 3.10: the verdict must not depend on the interpreter."""
-        cleaned = {key: {"tx_datetime": {"min": "2018-01-01T00:00:00Z", "max": "2018-01-31T00:00:00Z"}}}
+        cleaned = {key: between("2018-01-01T00:00:00Z", "2018-01-31T00:00:00Z")}
         assert quality.misplaced_time_range(key, cleaned, LIMITS) is None
 
 
@@ -216,10 +220,10 @@ def three(lake: LakeResource, instance: dg.DagsterInstance) -> list[str]:
     keys = [f"file-{number}" for number in range(3)]
     instance.add_dynamic_partitions("raw_files", keys)
     cleaned = {key: report(number) for number, key in enumerate(keys)}
-    inputs = expected_inputs(cleaned)
+    inputs = expected_inputs(cleaned_reports(*cleaned.values()))
     for key in keys:
-        put_report(lake, CLEANED, key, cleaned[key])
-        put_report(lake, FEATURES, key, features_report(cleaned[key], inputs[key]))
+        put_report(lake, CLEANED_TABLE, key, cleaned[key])
+        put_report(lake, FEATURES_TABLE, key, features_report(cleaned[key], inputs[key]))
     return keys
 
 
@@ -233,7 +237,7 @@ BAD_CLEANED = {
 class TestThroughDagster:
     def problem_beyond_a_run(self, lake: LakeResource) -> str | None:
         """What is said of the second file where its checks do not run; see assets/features.py."""
-        return quality.problem_of_file("file-1", lake.reports(CLEANED), LIMITS)
+        return quality.problem_of_file("file-1", lake.reports(CleanedReport), LIMITS)
 
     @pytest.mark.parametrize("check", [*BAD_CLEANED, "unique_ids", "time_range", "usable_features"])
     def test_passes(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str], check: str):
@@ -251,7 +255,7 @@ class TestThroughDagster:
         check: str,
         counts: dict[str, int],
     ):
-        put_report(lake, CLEANED, "file-1", report(1, **counts))
+        put_report(lake, CLEANED_TABLE, "file-1", report(1, **counts))
         evaluation = evaluate(instance, lake, check, (three[0], three[-1]))
         assert not evaluation.passed
         assert evaluation.blocking
@@ -263,7 +267,7 @@ class TestThroughDagster:
     def test_only_the_partitions_of_the_run_are_judged(
         self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]
     ):
-        put_report(lake, CLEANED, "file-1", report(1, raw_rows=1))
+        put_report(lake, CLEANED_TABLE, "file-1", report(1, raw_rows=1))
         assert evaluate(instance, lake, "rows_add_up", (three[0], three[0])).passed
         assert not evaluate(instance, lake, "rows_add_up", (three[1], three[1])).passed
 
@@ -282,7 +286,7 @@ class TestThroughDagster:
         check: str,
         change: dict[str, Any],
     ):
-        put_report(lake, CLEANED, "file-1", cleaned_report("file-1", raw_spec(1, **change)))
+        put_report(lake, CLEANED_TABLE, "file-1", cleaned_report("file-1", raw_spec(1, **change)))
         evaluation = evaluate(instance, lake, check, (three[1], three[1]))
         assert not evaluation.passed
         assert "file-2" in evaluation.metadata["problems"].value["file-1"]
@@ -310,81 +314,41 @@ class TestThroughDagster:
         counts: dict[str, int],
         problem: str,
     ):
-        put_report(lake, FEATURES, "file-1", features_report(report(1), {}, **counts))
+        features = features_report(report(1), {"cleaned": "1", "history": {}}, **counts)
+        put_report(lake, FEATURES_TABLE, "file-1", features)
         evaluation = evaluate(instance, lake, "usable_features", (three[0], three[-1]))
         assert not evaluation.passed
         assert evaluation.blocking
         assert evaluation.metadata["problems"].value == {"file-1": problem}
 
     def test_features_without_cleaned_data(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]):
-        put_report(lake, CLEANED, "file-1", {})
+        put_report(lake, CLEANED_TABLE, "file-1", {})
         evaluation = evaluate(instance, lake, "usable_features", (three[0], three[-1]))
         assert list(evaluation.metadata["problems"].value) == ["file-1"]
 
-    def test_enough_data(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]):
-        put = {"file-1": {"outcome": "trained"}, "file-2": {"outcome": "too_little_data", "reason": "4 frauds"}}
-        for key, training in put.items():
-            lake.write_json(job_file(RUN_ID, "train_model", key, "report.json"), training)
-        evaluation = evaluate(instance, lake, "enough_data", (three[0], three[-1]), RUN_ID)
-        assert not evaluation.passed
-        assert not evaluation.blocking
-        assert evaluation.severity == dg.AssetCheckSeverity.WARN
-        assert evaluation.description == "file-2: 4 frauds"
-        assert evaluation.metadata["problems"].value == {"file-2": "4 frauds"}
-        assert evaluate(instance, lake, "enough_data", (three[0], three[1]), RUN_ID.replace("1", "0")).passed
-
-    @pytest.mark.parametrize("version", [{}, {"schema_version": 1}], ids=["of before there were versions", "of this"])
-    def test_the_gates_decision(
-        self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str], version: dict[str, int]
-    ):
-        lake.write_json(f"models/{three[0]}/{RUN_ID}/promotion.json", {**DECISION, **version})
-        evaluation = evaluate(instance, lake, "promotion", (three[0], three[0]), RUN_ID)
-        assert not evaluation.passed
-        assert evaluation.metadata["problems"].value == {three[0]: "4 frauds are too few."}
-
-    @pytest.mark.parametrize("version", [2, None])
-    @pytest.mark.parametrize("check", ["promotion", "champion_health"])
-    def test_a_finding_of_a_version_that_nobody_knows(
-        self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str], check: str, version: Any
-    ):
-        file, content = ("promotion.json", DECISION) if check == "promotion" else ("champion.json", HEALTH)
-        name = f"models/{three[0]}/{RUN_ID}/{file}"
-        lake.write_json(name, {**content, "schema_version": version})
-        result = run_check(instance, lake, check, (three[0], three[0]), RUN_ID)
-        (failure,) = result.get_step_failure_events()
-        assert f"{name} in {lake.lake_uri} is of schema {version!r}" in str(failure.step_failure_data.error)
-
-
-HEALTH = {
-    "version": "3",
-    "outcome": "not_better",
-    "reason": "Why it came to that.",
-    "replaced": False,
-    "average_precision": 0.2,
-    "min_average_precision": 0.2,
-    "days_without_comparison": 120,
-    "max_age_days": 120,
-}
-
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("found", "days", "problem"),
     [
-        ({}, None),
-        ({"average_precision": 0.19}, "the champion, version 3, has an average precision of 0.190, below 0.2"),
-        ({"average_precision": None}, None),
-        ({"outcome": "champion_newer_library", "average_precision": None}, "Why it came to that."),
+        ({}, 500, None),
+        ({"average_precision": 0.2}, 0, None),
+        ({"average_precision": 0.19}, 0, "the champion, version 3, has an average precision of 0.190, below 0.2"),
+        ({"outcome": "champion_newer_library"}, 0, "The reason."),
+        ({"outcome": "too_little_data"}, 120, None),
         (
-            {"outcome": "too_little_data", "days_without_comparison": 121},
+            {"outcome": "too_little_data"},
+            121,
             "no challenger could be compared with the champion, version 3, for 121 days; this time: too_little_data. "
-            "Why it came to that.",
+            "The reason.",
         ),
-        ({"average_precision": 0.1, "days_without_comparison": 500, "replaced": True}, None),
     ],
-    ids=["at its limits", "below the floor", "without figures", "of a newer Spark", "not compared", "replaced"],
+    ids=["just compared", "at the floor", "below the floor", "newer library", "at the limit", "not compared for long"],
 )
-def test_an_ailing_champion(changes: dict[str, Any], problem: str | None):
-    assert ailing_champion({**HEALTH, **changes}) == problem
+def test_the_champions_health(found: dict[str, Any], days: int, problem: str | None):
+    created = datetime.now(timezone.utc) - timedelta(days=days, hours=1)
+    champion = ModelVersion("fraud_model", "3", int(created.timestamp() * 1000), tags=[])
+    found = {"outcome": "not_better", "reason": "The reason.", **found}
+    assert champion_health(PromotionConfig(), champion, **found) == problem
 
 
 def test_some_of():

@@ -1,4 +1,4 @@
-"""The command `ml-platform`: what it prints, leaves behind, and says when something is wrong."""
+"""The command `ml-platform`: its output, its effects, and its errors."""
 
 from __future__ import annotations
 
@@ -12,57 +12,49 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import dagster as dg
 import pytest
 
-from ml_platform.cli import main as cli
+from ml_platform.cli import clusters, data, doctor
+from ml_platform.cli.context import CommandError
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
-from ml_platform.dev.cloud.processes import TetheredProcess, free_port, listens
 from ml_platform.lake import resource as lake_module
-from ml_platform.lake.resource import FEATURES
+from ml_platform.lake import storage
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("simulate", "sync", "process-new-files", "summary", "doctor", "dev-cloud", "clusters", "migrate")
+COMMANDS = (
+    *("simulate", "sync", "process-new-files", "summary", "migrate", "dev-cloud", "doctor"),
+    *("champion show", "champion set", "champion rollback", "clusters list", "clusters delete"),
+)
 
-Run = Callable[..., tuple[int, str, str]]
+#: A version whose tags are those of an earlier platform.
+SPARK_ML = mock.Mock(version=3, tags={"spark_version": "4.3.0", "model_uri": "file:///lake/models/a/r/model"})
 
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process, in an empty directory; its exit code, output and errors."""
-    directory = tmp_path / "a project"
-    directory.mkdir()
-    monkeypatch.chdir(directory)
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster home"))
-    for console in (cli.console, cli.errors):
-        monkeypatch.setattr(console, "width", 800)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ml-platform", *arguments])
-        capfd.readouterr()
-        code: int | str | None = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        output = capfd.readouterr()
-        return int(code or 0), output.out, output.err
-
-    return run
+RunCli = Callable[..., tuple[int, str, str]]
+Faults = Callable[..., dict[str, str]]
 
 
 @pytest.fixture
 def mlflow_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MLflow that answers at once; the real one is test_assets.py's."""
-    from ml_platform.model.mlflow import MlflowResource
-
     monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
     monkeypatch.setattr(MlflowResource, "artifact_location", lambda self: None)
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, values: dict[str, str | None]) -> None:
+    """Set variables, or delete those of None."""
+    for name, value in values.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
 
 
 def only_line(text: str) -> str:
@@ -71,491 +63,393 @@ def only_line(text: str) -> str:
     return lines[0]
 
 
-def simulate(run: Run, *arguments: str) -> str:
+def simulate(run_cli: RunCli, *arguments: str) -> str:
     small = ("--days-per-file", "2", "--customers", "20", "--terminals", "30")
-    code, out, err = run("simulate", *small, *arguments)
+    code, out, err = run_cli("simulate", *small, *arguments)
     assert code == 0, err
     return out
 
 
-class TestHelp:
-    def test_all_commands(self, run: Run):
-        code, out, _ = run("--help")
-        assert code == 0
-        for command in COMMANDS:
-            assert command in out
-
-    @pytest.mark.parametrize("command", COMMANDS)
-    def test_command(self, run: Run, command: str):
-        code, out, err = run(command, "--help")
+def test_help(run_cli: RunCli):
+    code, overview, _ = run_cli("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert command.split()[0] in overview
+        code, out, err = run_cli(*command.split(), "--help")
         assert (code, err) == (0, "")
         assert f"ml-platform {command}" in out
-
-    def test_no_command(self, run: Run):
-        code, out, err = run()
-        assert code != 0
-        assert "simulate" in out + err
-
-    def test_unknown_command_and_option(self, run: Run):
-        for arguments in (("fly",), ("simulate", "--files", "none"), ("simulate", "--files", "0")):
-            code, _, err = run(*arguments)
-            assert code == 2
-            assert "Traceback" not in err
+    code, out, err = run_cli()
+    assert code != 0
+    assert "simulate" in out + err
 
 
 class TestSimulateAndSync:
-    def test_simulate_then_sync(self, run: Run, tmp_path: Path):
-        out = simulate(run, "--files", "2")
-        raw = tmp_path / "a project" / "data" / "raw"
+    def test_simulate_then_sync(self, run_cli: RunCli):
+        out = simulate(run_cli, "--files", "2", "--fault-rate", "0")
+        raw = Path("data/raw").absolute()
         names = ["2019-08-22.txt", "2019-08-24.txt"]
         assert sorted(path.name for path in raw.iterdir()) == names
-        assert all(name in out for name in names)
-        header, first = (raw / names[0]).read_text().splitlines()[:2]
-        assert header.startswith("#")
-        assert len(first.split(",")) == 9
+        for name in names:
+            header, *rows = (raw / name).read_text().splitlines()
+            assert header.startswith("#")
+            assert len(rows[0].split(",")) == 9
+            assert re.search(rf"{name}\W+{len(rows)}\W", out)
 
-        code, out, _ = run("sync")
-        assert (code, only_line(out)) == (0, f"2 raw files in {raw}, 2 newly registered")
+        for new in (2, 0):
+            code, out, _ = run_cli("sync")
+            assert (code, only_line(out)) == (0, f"2 raw files in {raw}, {new} newly registered")
         with dg.DagsterInstance.get() as instance:
             assert list(instance.get_dynamic_partitions("raw_files")) == ["2019-08-22", "2019-08-24"]
-        code, out, _ = run("sync")
-        assert (code, only_line(out)) == (0, f"2 raw files in {raw}, 0 newly registered")
 
-    def test_the_table_counts_rows(self, run: Run, tmp_path: Path):
-        out = simulate(run, "--files", "1", "--fault-rate", "0")
-        (file,) = (tmp_path / "a project" / "data" / "raw").iterdir()
-        rows = len(file.read_text().splitlines()) - 1
-        assert re.search(rf"2019-08-22\.txt\W+{rows}\W", out)
-
-    def test_existing_files_are_kept_unless_told_otherwise(self, run: Run, tmp_path: Path):
-        simulate(run, "--files", "1")
-        file = tmp_path / "a project" / "data" / "raw" / "2019-08-22.txt"
+    def test_existing_files_are_kept_without_overwrite(self, run_cli: RunCli):
+        simulate(run_cli, "--files", "1")
+        file = Path("data/raw/2019-08-22.txt")
         simulated = file.read_bytes()
         file.write_text("mine")
-        assert "kept as it is" in simulate(run, "--files", "2")
+        assert "kept as it is" in simulate(run_cli, "--files", "2")
         assert file.read_text() == "mine"
-        simulate(run, "--files", "1", "--overwrite")
+        simulate(run_cli, "--files", "1", "--overwrite")
         assert file.read_bytes() == simulated
 
-    def test_later_files_and_epoch(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_dotenv_wins_over_the_environment_as_in_dagsters_own_commands(
+        self, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        Path(".env").write_text(f'ML_PLATFORM_RAW_URI="{tmp_path}/from dotenv"\nML_PLATFORM_EPOCH=2020-02-02\n')
         monkeypatch.setenv("ML_PLATFORM_EPOCH", "2018-04-01")
-        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "other place"))
-        simulate(run, "--files", "1", "--first-file", "3")
-        assert [path.name for path in (tmp_path / "other place").iterdir()] == ["2018-04-07.txt"]
+        simulate(run_cli, "--files", "1", "--first-file", "3")
+        assert [path.name for path in (tmp_path / "from dotenv").iterdir()] == ["2020-02-08.txt"]
 
-    def test_sync_names_what_it_ignores(self, run: Run, tmp_path: Path):
-        raw = tmp_path / "a project" / "data" / "raw"
+    def test_sync_names_the_files_that_it_ignores(self, run_cli: RunCli):
+        raw = Path("data/raw")
         raw.mkdir(parents=True)
         for name in ("good.txt", "two [bold]words.txt", "other.csv"):
             (raw / name).write_text("x")
-        code, out, err = run("sync")
+        code, out, err = run_cli("sync")
         assert code == 0
         assert "1 raw files" in out
         assert only_line(err).startswith("ignored 'two [bold]words.txt': only letters")
 
 
-class TestDotenv:
-    def test_is_read_and_wins_as_in_dagsters_own_commands(
-        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ):
-        Path(".env").write_text(f'ML_PLATFORM_RAW_URI="{tmp_path}/from dotenv"\nML_PLATFORM_EPOCH=2020-02-02\n')
-        monkeypatch.setenv("ML_PLATFORM_EPOCH", "2018-04-01")
-        simulate(run, "--files", "1")
-        assert [path.name for path in (tmp_path / "from dotenv").iterdir()] == ["2020-02-02.txt"]
-
-
 class TestErrors:
     @pytest.mark.parametrize(
-        ("variable", "value", "arguments"),
+        ("environment", "command", "error"),
         [
-            ("ML_PLATFORM_EPOCH", "soon", ("simulate",)),
-            ("ML_PLATFORM_RAW_URI", "gs://bucket", ("sync",)),
-            ("ML_PLATFORM_DEPLOYMENT", "moon", ("doctor",)),
-            ("ML_PLATFORM_LAKE_URI", "s3://", ("summary",)),
+            ({"ML_PLATFORM_EPOCH": "soon"}, "simulate", "ML_PLATFORM_EPOCH: "),
+            ({"ML_PLATFORM_RAW_URI": "gs://bucket"}, "sync", "ML_PLATFORM_RAW_URI: "),
+            ({"ML_PLATFORM_DEPLOYMENT": "moon"}, "doctor", "ML_PLATFORM_DEPLOYMENT: "),
+            ({"ML_PLATFORM_LAKE_URI": "s3://"}, "summary", "ML_PLATFORM_LAKE_URI: "),
+            ({"DAGSTER_HOME": None}, "sync", "DAGSTER_HOME is not set: "),
+            ({"DAGSTER_HOME": None}, "process-new-files", "DAGSTER_HOME is not set: "),
+            ({"DAGSTER_HOME": "here"}, "sync", "DAGSTER_HOME takes an absolute path"),
+            ({}, "simulate --fault-rate 5000", "fault_rate is 5000"),
+            ({}, "clusters list", "this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex"),
+            ({}, "clusters delete --orphaned", "this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex"),
         ],
     )
-    def test_a_wrong_setting_is_one_line(
-        self, run: Run, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, arguments: tuple[str, ...]
+    def test_one_line(
+        self,
+        run_cli: RunCli,
+        monkeypatch: pytest.MonkeyPatch,
+        environment: dict[str, str | None],
+        command: str,
+        error: str,
     ):
-        monkeypatch.setenv(variable, value)
-        code, _, err = run(*arguments)
+        set_environment(monkeypatch, environment)
+        code, _, err = run_cli(*command.split())
         assert code == 1
-        assert only_line(err).startswith(f"error: {variable}: ")
+        assert only_line(err).startswith(f"error: {error}")
 
-    @pytest.mark.parametrize("command", ["sync", "process-new-files"])
-    def test_no_dagster_home(self, run: Run, monkeypatch: pytest.MonkeyPatch, command: str):
-        monkeypatch.delenv("DAGSTER_HOME")
-        code, _, err = run(command)
-        assert code == 1
-        assert only_line(err).startswith("error: DAGSTER_HOME is not set: ")
-
-    def test_relative_dagster_home(self, run: Run, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("DAGSTER_HOME", "here")
-        code, _, err = run("sync")
-        assert (code, only_line(err)) == (1, "error: DAGSTER_HOME takes an absolute path")
-
-    def test_impossible_simulation(self, run: Run):
-        code, _, err = run("simulate", "--fault-rate", "5000")
-        assert code == 1
-        assert only_line(err).startswith("error: fault_rate is 5000")
-
-    def test_unforeseen(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-        (tmp_path / "file").write_text("x")
-        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "file"))
-        code, _, err = run("simulate")
-        assert code == 1
+    @pytest.mark.parametrize("arguments", ["fly", "simulate --files none", "simulate --files 0"])
+    def test_usage(self, run_cli: RunCli, arguments: str):
+        code, _, err = run_cli(*arguments.split())
+        assert code == 2
         assert "Traceback" not in err
-        assert err.startswith("error: ")
-        assert str(tmp_path / "file") in err
-        assert err.strip().splitlines()[1:] == ["(ml-platform --traceback … shows where it happened)"]
 
-    def test_unforeseen_with_traceback(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def test_unexpected(self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (tmp_path / "file").write_text("x")
         monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "file"))
+        code, _, err = run_cli("simulate")
+        assert code == 1
+        error, hint = err.splitlines()
+        assert error.startswith("error: NotADirectoryError: ")
+        assert str(tmp_path / "file") in error
+        assert hint == "(ml-platform --traceback … shows where it happened)"
         with pytest.raises(NotADirectoryError):
-            run("--traceback", "simulate")
+            run_cli("--traceback", "simulate")
 
-    def test_interrupt(self, run: Run, monkeypatch: pytest.MonkeyPatch):
-        def interrupt(_: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(cli, "_lake", interrupt)
-        code, _, err = run("sync")
+    def test_interrupt(self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(data, "lake_of", mock.Mock(side_effect=KeyboardInterrupt))
+        code, _, err = run_cli("sync")
         assert code == 130
         assert "Traceback" not in err
 
-    def test_as_users_see_it(self, tmp_path: Path):
-        """In a process of its own, without and with --traceback."""
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        for arguments, traceback in ((["sync"], False), (["--traceback", "sync"], True)):
-            done = subprocess.run(
-                [sys.executable, "-m", "ml_platform.cli.main", *arguments],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
-            )
-            assert done.returncode == 1
-            assert ("Traceback" in done.stderr) == traceback
-            if not traceback:
-                assert only_line(done.stderr).startswith("error: DAGSTER_HOME is not set")
-
-
-class TestSummary:
-    def test_lists_the_lake(self, run: Run, tmp_path: Path, mlflow_ready: None):
-        simulate(run, "--files", "2")
-        cleaned = tmp_path / "a project/data/lake/cleaned_transactions/raw_file=2019-08-22/_report.json"
-        features = tmp_path / f"a project/data/lake/{FEATURES}/raw_file=2019-08-22/_report.json"
-        report = cleaned_report("2019-08-22", raw_spec(0), raw_rows=21_003, rejected_rows=1_001, duplicate_rows=2)
-        for path, content in ((cleaned, report), (features, features_report(report, {}))):
-            path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(content))
-        code, out, _ = run("summary")
-        assert code == 0
-        first, second = (line for line in out.splitlines() if "2019-" in line)
-        assert re.findall(r"[\w,-]+", first) == ["2019-08-22", "21,003", "20,000", "2", "1,001", "200", "yes"]
-        assert "2019-08-24" in second
-        assert "not cleaned yet" in second
-        assert "No model of fraud_model is the champion yet." in out
-
-
-class TestDoctor:
-    """Each thing that may be wrong is named, with what to do, and the exit code tells."""
-
-    @pytest.fixture
-    def java(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-        """Install a Java that says what it is told to."""
-
-        def install(says: str) -> Path:
-            home = tmp_path / "some java"
-            (home / "bin").mkdir(parents=True, exist_ok=True)
-            program = home / "bin" / "java"
-            program.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{says}\nEND\n")
-            program.chmod(0o755)
-            monkeypatch.setenv("JAVA_HOME", str(home))
-            return program
-
-        install('openjdk version "17.0.1" 2021-10-19\nOpenJDK Runtime Environment (build 17.0.1+12)')
-        return install
-
-    @pytest.fixture(scope="class")
-    def dagster_home(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        """Dagster's storage, which takes a second to make; the doctor only reads it."""
-        home = str(tmp_path_factory.mktemp("dagster home"))
-        with mock.patch.dict(os.environ, DAGSTER_HOME=home), dg.DagsterInstance.get():
-            return home
-
-    @pytest.fixture
-    def healthy(self, healthy_but_for_mlflow: None, mlflow_ready: None) -> None: ...
-
-    @pytest.fixture
-    def healthy_but_for_mlflow(
-        self, run: Run, java: Callable[[str], Path], dagster_home: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("DAGSTER_HOME", dagster_home)
-        raw = Path("data/raw")
-        raw.mkdir(parents=True)
-        (raw / "a.txt").write_text("x")
-
-    @pytest.fixture
-    def mlflow_server(self, tmp_path: Path) -> Iterator[tuple[str, Path]]:
-        """MLflow's server, which keeps its clients' artifacts: its address, and its directory for them."""
-        port, directory = free_port(), tmp_path / "server" / "artifacts"
-        store = f"sqlite:///{tmp_path}/server/mlflow.db"
-        options = {"--host": "127.0.0.1", "--port": str(port), "--workers": "1", "--backend-store-uri": store}
-        command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", str(directory)]
-        server = TetheredProcess(
-            [*command, *(part for option in options.items() for part in option)],
-            log=tmp_path / "server" / "log",
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    def test_in_a_process_of_its_own(self, tmp_path: Path):
+        done = subprocess.run(
+            [sys.executable, "-m", "ml_platform.cli.main", "sync"],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
-        try:
-            server.wait_until(lambda: listens(port), what="MLflow's server", timeout_s=120)
-            yield f"http://127.0.0.1:{port}", directory
-        finally:
-            server.stop()
+        assert done.returncode == 1
+        assert only_line(done.stderr).startswith("error: DAGSTER_HOME is not set")
 
-    @staticmethod
-    def rows(out: str) -> dict[str, tuple[str, str]]:
-        cells = [[cell.strip() for cell in re.split("[│┃|]", line)[1:-1]] for line in out.splitlines()]
-        return {row[0]: (row[1], row[2]) for row in cells if len(row) == 3 and row[1] in ("ok", "wrong")}
 
-    def wrong(self, run: Run, *alerts: str) -> dict[str, str]:
-        """What the doctor says is wrong; the exit code must agree. `alerts` are the checks after the usual ones."""
-        code, out, err = run("doctor")
-        rows = self.rows(out)
-        wrong = {name: found for name, (verdict, found) in rows.items() if verdict == "wrong"}
-        # Without MLflow nobody knows where its artifacts go.
-        artifacts = [] if "MLflow" in wrong else ["artifacts"]
+def test_summary(run_cli: RunCli, mlflow_ready: None):
+    simulate(run_cli, "--files", "2")
+    report = cleaned_report("2019-08-22", raw_spec(0), raw_rows=21_003, rejected_rows=1_001, duplicate_rows=2)
+    for table, content in (
+        ("cleaned_transactions", report),
+        (FEATURES, features_report(report, {"cleaned": "1", "history": {}})),
+    ):
+        path = Path(f"data/lake/{table}/raw_file=2019-08-22/_report.json")
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content))
+    code, out, _ = run_cli("summary")
+    assert code == 0
+    first, second = (line for line in out.splitlines() if "2019-" in line)
+    assert re.findall(r"[\w,-]+", first) == ["2019-08-22", "21,003", "20,000", "2", "1,001", "200", "yes"]
+    assert "2019-08-24" in second
+    assert "not cleaned yet" in second
+    assert "No model of fraud_model is the champion yet." in out
+
+
+def doctor_rows(out: str) -> dict[str, tuple[str, str]]:
+    """Verdict and text of each check in the doctor's table."""
+    cells = [[cell.strip() for cell in re.split("[│┃|]", line)[1:-1]] for line in out.splitlines()]
+    return {row[0]: (row[1], row[2]) for row in cells if len(row) == 3 and row[1] in ("ok", "wrong")}
+
+
+@pytest.fixture
+def install_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Install a Java that prints a version."""
+
+    def install(version: str) -> Path:
+        program = tmp_path / "some java" / "bin" / "java"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{version}\nEND\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("JAVA_HOME", str(program.parent.parent))
+        return program
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("version", "suitable"),
+    [
+        ('openjdk version "17.0.1" 2021-10-19\nOpenJDK Runtime Environment (build 17.0.1+12)', True),
+        ('openjdk version "21.0.2" 2024-01-16', True),
+        ('openjdk version "21-ea" 2023-09-19', True),
+        ('java version "17.0.9" 2023-10-17 LTS', True),
+        ('Picked up JAVA_TOOL_OPTIONS: -Xmx1g\nopenjdk version "17.0.1" 2021-10-19', True),
+        ('openjdk version "11.0.2" 2019-01-15', False),
+        ('java version "1.8.0_17"', False),
+        ('openjdk version "25" 2025-09-16', False),
+        ("", False),
+    ],
+)
+def test_java_version(install_java: Callable[[str], Path], version: str, suitable: bool):
+    program = str(install_java(version))
+    if suitable:
+        assert program in doctor._check_java(load_settings())
+    else:
+        with pytest.raises(CommandError, match=f"^{program} .* 17 or 21"):
+            doctor._check_java(load_settings())
+
+
+@pytest.fixture(scope="module")
+def dagster_home(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Dagster's storage, which takes a second to make; the doctor only reads it."""
+    home = str(tmp_path_factory.mktemp("dagster home"))
+    with mock.patch.dict(os.environ, DAGSTER_HOME=home), dg.DagsterInstance.get():
+        return home
+
+
+@pytest.fixture
+def faults(
+    run_cli: RunCli, install_java: Callable[[str], Path], dagster_home: str, monkeypatch: pytest.MonkeyPatch
+) -> Faults:
+    """Run the doctor where all is well but for the test's changes; the text of each failed check."""
+    install_java('openjdk version "17.0.1" 2021-10-19')
+    monkeypatch.setenv("DAGSTER_HOME", dagster_home)
+    Path("data/raw").mkdir(parents=True)
+    Path("data/raw/a.txt").write_text("x")
+
+    def faults(*alerts: str) -> dict[str, str]:
+        """`alerts` are the checks after the usual ones."""
+        code, out, err = run_cli("doctor")
+        rows = doctor_rows(out)
+        faults = {name: text for name, (verdict, text) in rows.items() if verdict == "wrong"}
+        # MLflow says where its artifacts go.
+        artifacts = [] if "MLflow" in faults else ["artifacts"]
         assert list(rows) == ["settings", "Java", "raw files", "lake", "MLflow", *artifacts, "Dagster", *alerts]
-        assert code == (1 if wrong else 0)
-        if wrong:
-            assert f"error: {len(wrong)} of {7 + len(alerts)} checks failed" in err
-        return wrong
+        assert code == (1 if faults else 0)
+        assert (f"error: {len(faults)} of {7 + len(alerts)} checks failed" in err) == bool(faults)
+        return faults
 
-    def test_all_is_well(self, run: Run, healthy: None):
-        assert self.wrong(run) == {}
+    return faults
 
-    @pytest.mark.parametrize(
-        "says",
-        [
-            'openjdk version "21.0.2" 2024-01-16',
-            'openjdk version "21-ea" 2023-09-19',
-            'java version "17.0.9" 2023-10-17 LTS',
-            'Picked up JAVA_TOOL_OPTIONS: -Xmx1g\nopenjdk version "17.0.1" 2021-10-19',
-        ],
-    )
-    def test_suitable_java(self, run: Run, healthy: None, java: Callable[[str], Path], says: str):
-        java(says)
-        assert self.wrong(run) == {}
 
-    @pytest.mark.parametrize(
-        "says",
-        [
-            'openjdk version "11.0.2" 2019-01-15',
-            'java version "1.8.0_17"',
-            'openjdk version "25" 2025-09-16',
-            "",
-        ],
-    )
-    def test_unsuitable_java(self, run: Run, healthy: None, java: Callable[[str], Path], says: str):
-        program = java(says)
-        wrong = self.wrong(run)
-        assert list(wrong) == ["Java"]
-        assert str(program) in wrong["Java"]
-        assert "17 or 21" in wrong["Java"]
+class TestDoctorAndMlflow:
+    """The real client."""
 
-    def test_java_home_without_java(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("JAVA_HOME", "/nowhere")
-        wrong = self.wrong(run)
-        assert list(wrong) == ["Java"]
-        assert "JAVA_HOME is /nowhere" in wrong["Java"]
-
-    def test_no_java_at_all(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.delenv("JAVA_HOME")
-        monkeypatch.setenv("PATH", "/nowhere")
-        wrong = self.wrong(run)
-        assert list(wrong) == ["Java"]
-        assert "apt-get install openjdk-17-jre-headless" in wrong["Java"]
-
-    def test_no_raw_files(self, run: Run, healthy: None):
-        Path("data/raw/a.txt").unlink()
-        wrong = self.wrong(run)
-        assert list(wrong) == ["raw files"]
-        assert "ml-platform simulate" in wrong["raw files"]
-
-    def test_raw_files_and_lake_that_cannot_be(
-        self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ):
-        (tmp_path / "file").write_text("x")
-        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "file"))
-        monkeypatch.setenv("ML_PLATFORM_LAKE_URI", str(tmp_path / "file" / "lake"))
-        wrong = self.wrong(run)
-        assert list(wrong) == ["raw files", "lake"]
-        assert all(str(tmp_path / "file") in found for found in wrong.values())
-
-    def test_no_dagster_home(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.delenv("DAGSTER_HOME")
-        wrong = self.wrong(run)
-        assert list(wrong) == ["Dagster"]
-        assert "DAGSTER_HOME is not set" in wrong["Dagster"]
-
-    def test_no_mlflow(self, run: Run, java: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch):
-        """The real client, and nobody who answers."""
+    def test_no_server(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        simulate(run, "--files", "1")
-        wrong = self.wrong(run)
-        assert list(wrong) == ["MLflow"]
-        assert "127.0.0.1" in wrong["MLflow"]
+        ((name, text),) = faults().items()
+        assert name == "MLflow"
+        assert "127.0.0.1" in text
 
-    def test_a_check_that_never_ends(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(cli, "CHECK_TIMEOUT_S", 0.5)
-        monkeypatch.setattr(MlflowResource, "champion", lambda self: time.sleep(5))
-        started = time.monotonic()
-        assert self.wrong(run) == {"MLflow": "no answer within 0.5 s: check its address and the network"}
-        assert time.monotonic() - started < 4
-
-    def test_a_database_that_is_not_there(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
-        """MLflow itself would try for minutes; the password stays out of what is said."""
-        pytest.importorskip("psycopg2")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://me:very-secret@127.0.0.1:9/mlflow")
-        wrong = self.wrong(run)
-        assert list(wrong) == ["MLflow"]
-        assert "Connection refused" in wrong["MLflow"]
-        assert "very-secret" not in wrong["MLflow"]
-
-    def artifacts(self, run: Run) -> tuple[str, str]:
-        """What the doctor says of MLflow's artifacts; all else is well."""
-        rows = self.rows(run("doctor")[1])
-        assert {name for name, (verdict, _) in rows.items() if verdict == "wrong"} <= {"artifacts"}
-        return rows["artifacts"]
-
-    @pytest.mark.e2e
-    def test_artifacts_that_mlflows_server_keeps(
-        self, run: Run, healthy_but_for_mlflow: None, mlflow_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
-    ):
-        address, directory = mlflow_server
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        client = MlflowResource(tracking_uri=address).client()
-        assert self.artifacts(run) == ("ok", "can be written, read and deleted in mlflow-artifacts:/0")
-        # A new experiment would have been a row of MLflow's UI.
-        assert client.get_experiment_by_name("fraud_model") is None
-        number = client.create_experiment("fraud_model")
-        assert self.artifacts(run) == ("ok", f"can be written, read and deleted in mlflow-artifacts:/{number}")
-        assert [path for path in directory.rglob("*") if path.is_file()] == []
-        assert client.search_runs([number]) == []
-
-        shutil.rmtree(directory)
-        directory.write_text("a file where the directory was")
-        verdict, found = self.artifacts(run)
-        assert verdict == "wrong"
-        assert f"nothing can be written in mlflow-artifacts:/{number}: " in found
-        assert "--artifacts-destination" in found
-
-    def test_artifacts_beside_the_lake(self, run: Run, healthy_but_for_mlflow: None):
+    def test_artifacts_beside_the_lake(self, faults: Faults, empty_mlflow_store: Path):
+        shutil.copy(empty_mlflow_store, "data/mlflow.db")
+        assert faults() == {}
         directory = Path("data/mlflow-artifacts").absolute()
-        where = directory.as_uri()
-        assert self.artifacts(run) == ("ok", f"can be written, read and deleted in {where}")
-        assert not directory.exists()
-        directory.mkdir()
-        (directory / "kept").touch()
-        assert self.artifacts(run)[0] == "ok"
-        assert [path.name for path in directory.iterdir()] == ["kept"]
-        shutil.rmtree(directory)
         directory.touch()
-        verdict, found = self.artifacts(run)
-        assert verdict == "wrong"
-        assert f"nothing can be written in {where}: " in found
-        assert "a directory of this machine" in found
+        ((name, text),) = faults().items()
+        assert name == "artifacts"
+        assert f"nothing can be written in {directory.as_uri()}: " in text
+        # A new experiment would be a row of MLflow's UI.
         experiments = MlflowResource(tracking_uri=load_settings().tracking_uri).client().search_experiments()
         assert [experiment.name for experiment in experiments] == ["Default"]
 
-    def test_artifacts_that_stay(self, run: Run, healthy_but_for_mlflow: None, monkeypatch: pytest.MonkeyPatch):
-        """As in a bucket where the key may write and not delete; S3's client in MLflow says nothing of it."""
-        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-        monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", lambda self, path: None)
-        verdict, found = self.artifacts(run)
-        assert verdict == "wrong"
-        (left,) = Path("data/mlflow-artifacts").iterdir()
-        assert f"nothing can be deleted in {left.parent.absolute().as_uri()}: {left.name} is still there" in found
+@pytest.mark.usefixtures("mlflow_ready")
+class TestDoctor:
+    """Each fault is named with its remedy, and the exit code tells."""
 
-    def test_a_champion_that_cannot_score(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
-        tags = {"spark_version": "4.3.0", "model_uri": "file:///lake/models/a/r/model"}
-        champion = mock.Mock(version=3, tags=tags)
-        monkeypatch.setattr(MlflowResource, "champion", lambda self: champion)
-        assert "version 3 is a Spark ML pipeline of an earlier version" in self.wrong(run)["MLflow"]
-        champion.tags = {"model_uri": "file:///lake/m/model.json", "features": '["a"]', "learner": "xgboost"}
-        champion.tags["library_version"] = "99.1.0"
-        assert "version 3 was written by xgboost 99.1.0" in self.wrong(run)["MLflow"]
-        champion.tags["library_version"] = "1.7.6"
-        assert self.wrong(run) == {}
+    def test_all_is_well(self, faults: Faults):
+        assert faults() == {}
 
-    def test_raw_files_that_may_be_listed_but_not_read(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
-        def denied(*_: object) -> bytes:
-            raise lake_module.StorageError("S3 denies GetObject")
+    @pytest.mark.parametrize(
+        ("environment", "check", "texts"),
+        [
+            ({"JAVA_HOME": "/nowhere"}, "Java", ["JAVA_HOME is /nowhere"]),
+            ({"JAVA_HOME": None, "PATH": "/nowhere"}, "Java", ["apt-get install openjdk-17-jre-headless"]),
+            # Square brackets are part of a path, not markup.
+            ({"ML_PLATFORM_RAW_URI": "/no/[red]x[/bold]"}, "raw files", ["/no/[red]x[/bold]", "ml-platform simulate"]),
+            ({"DAGSTER_HOME": None}, "Dagster", ["DAGSTER_HOME is not set"]),
+            # MLflow itself would try for minutes.
+            (
+                {"MLFLOW_TRACKING_URI": "postgresql+psycopg2://me:very-secret@127.0.0.1:9/mlflow"},
+                "MLflow",
+                ["Connection refused"],
+            ),
+        ],
+    )
+    def test_environment(
+        self,
+        faults: Faults,
+        monkeypatch: pytest.MonkeyPatch,
+        environment: dict[str, str | None],
+        check: str,
+        texts: list[str],
+    ):
+        set_environment(monkeypatch, environment)
+        ((name, text),) = faults().items()
+        assert name == check
+        assert all(part in text for part in texts)
+        assert "very-secret" not in text
 
-        monkeypatch.setattr(lake_module.LocalStore, "read_start", denied)
-        assert self.wrong(run) == {"raw files": "S3 denies GetObject"}
+    @pytest.mark.parametrize(
+        ("owner", "method", "answer", "check", "text"),
+        [
+            # To list is one permission of S3, to read another.
+            (storage.LocalStore, "read_start", storage.StorageError("S3 denies"), "raw files", "S3 denies"),
+            (MlflowResource, "champion", RuntimeError("no MLflow\nwith details"), "MLflow", "no MLflow"),
+            (MlflowResource, "champion", lambda: time.sleep(5), "MLflow", "no answer within 1 s: check its address "),
+            (MlflowResource, "champion", lambda: SPARK_ML, "MLflow", "the champion, version 3 is a Spark ML pipeline"),
+        ],
+    )
+    def test_answers(
+        self,
+        faults: Faults,
+        monkeypatch: pytest.MonkeyPatch,
+        owner: Any,
+        method: str,
+        answer: Any,
+        check: str,
+        text: str,
+    ):
+        monkeypatch.setattr(doctor, "CHECK_TIMEOUT_S", 1)
+        monkeypatch.setattr(owner, method, mock.Mock(side_effect=answer))
+        ((name, found),) = faults().items()
+        assert name == check
+        assert found.startswith(text)
+        assert "details" not in found
 
-    def test_a_lake_of_another_version(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+    def test_everything_is_wrong_at_once(self, faults: Faults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        (tmp_path / "file").write_text("x")
+        locations = {"ML_PLATFORM_RAW_URI": str(tmp_path / "file"), "ML_PLATFORM_LAKE_URI": str(tmp_path / "file/lake")}
+        set_environment(monkeypatch, {**locations, "JAVA_HOME": "/nowhere", "DAGSTER_HOME": None})
+        monkeypatch.setattr(MlflowResource, "champion", mock.Mock(side_effect=RuntimeError))
+        wrong = faults()
+        assert list(wrong) == ["Java", "raw files", "lake", "MLflow", "Dagster"]
+        assert wrong["MLflow"] == "RuntimeError"
+        assert str(tmp_path / "file") in wrong["raw files"]
+        assert str(tmp_path / "file") in wrong["lake"]
+
+    def test_a_lake_of_another_version(self, run_cli: RunCli, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         lake = lake_module.LakeResource(raw_uri="data/raw", lake_uri="data/lake", epoch="2020-01-01")
         lake.write_json("cleaned_transactions/raw_file=a/_report.json", {"schema_version": 1})
         monkeypatch.setattr(lake_module, "SCHEMA_VERSION", 2)
-        assert "0 cleaned partitions" in (found := self.rows(run("doctor")[1])["lake"][1])
-        assert "1 of an older version (ml-platform migrate)" in found
+        text = doctor_rows(run_cli("doctor")[1])["lake"][1]
+        assert "0 cleaned partitions" in text
+        assert "1 of an older version (ml-platform migrate)" in text
         monkeypatch.setattr(lake_module, "SCHEMA_VERSION", 0)
-        assert "newer version of ml_platform" in self.wrong(run)["lake"]
+        monkeypatch.setattr(lake_module, "_reports_read", {})
+        assert "newer version of ml_platform" in faults()["lake"]
 
-    def test_dagsters_storage_is_away(self, run: Run, healthy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_dagsters_storage_is_away(self, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         home = tmp_path / "broken home"
-        (home / "history").mkdir(parents=True)
-        (home / "history" / "runs.db").mkdir()
+        (home / "history" / "runs.db").mkdir(parents=True)
         monkeypatch.setenv("DAGSTER_HOME", str(home))
-        wrong = self.wrong(run)
-        assert list(wrong) == ["Dagster"]
-        assert wrong["Dagster"].endswith(f": check storage in {home}/dagster.yaml")
+        ((name, text),) = faults().items()
+        assert name == "Dagster"
+        assert text.endswith(f": check storage in {home}/dagster.yaml")
 
-    def test_alerts(self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch):
+    def test_alerts(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             monkeypatch.setenv("ML_PLATFORM_ALERT_WEBHOOK_URL", f"http://localhost:{port}/very-secret")
-            assert self.wrong(run, "alerts: webhook") == {}
-        wrong = self.wrong(run, "alerts: webhook")
-        assert "Connection refused" in wrong["alerts: webhook"]
-        assert "very-secret" not in str(run("doctor"))
-        for name, value in {"EMAIL_TO": "a@b.example", "EMAIL_FROM": "c@d.example", "SMTP_HOST": "127.0.0.1"}.items():
-            monkeypatch.setenv(f"ML_PLATFORM_ALERT_{name}", value)
-        monkeypatch.setenv("ML_PLATFORM_ALERT_SMTP_PORT", str(port))
-        assert set(self.wrong(run, "alerts: email", "alerts: webhook")) == {"alerts: email", "alerts: webhook"}
+            assert faults("alerts: webhook") == {}
+        text = faults("alerts: webhook")["alerts: webhook"]
+        assert "Connection refused" in text
+        assert "very-secret" not in text
+        email = {"EMAIL_TO": "a@b.example", "EMAIL_FROM": "c@d.example", "SMTP_HOST": "127.0.0.1", "SMTP_PORT": port}
+        set_environment(monkeypatch, {f"ML_PLATFORM_ALERT_{name}": str(value) for name, value in email.items()})
+        assert set(faults("alerts: email", "alerts: webhook")) == {"alerts: email", "alerts: webhook"}
         monkeypatch.delenv("ML_PLATFORM_ALERT_SMTP_HOST")
-        wrong = self.wrong(run, "alerts")
-        assert "need ML_PLATFORM_ALERT_EMAIL_TO" in wrong["alerts"]
+        assert "need ML_PLATFORM_ALERT_EMAIL_TO" in faults("alerts")["alerts"]
 
-    def test_everything_is_wrong_at_once(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-        from ml_platform.model.mlflow import MlflowResource
 
-        def fail(_: object) -> None:
-            raise RuntimeError("no MLflow\nwith details")
+class TestProbeOfArtifacts:
+    """On S3: test_s3.py; on MLflow's server: test_stack.py."""
 
-        (tmp_path / "file").write_text("x")
-        for name in ("ML_PLATFORM_RAW_URI", "ML_PLATFORM_LAKE_URI"):
-            monkeypatch.setenv(name, str(tmp_path / "file"))
-        monkeypatch.setenv("JAVA_HOME", "/nowhere")
-        monkeypatch.delenv("DAGSTER_HOME")
-        monkeypatch.setattr(MlflowResource, "champion", fail)
-        wrong = self.wrong(run)
-        assert list(wrong) == ["Java", "raw files", "lake", "MLflow", "Dagster"]
-        assert wrong["MLflow"] == "no MLflow"
+    def test_leaves_nothing(self, tmp_path: Path):
+        new, existing = tmp_path / "new" / "artifacts", tmp_path / "existing"
+        existing.mkdir()
+        (existing / "kept").touch()
+        for directory in (new, existing):
+            doctor.probe_artifacts(directory.as_uri(), "sqlite://")
+        assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {"existing", "existing/kept"}
 
-    def test_what_is_wrong_is_shown_as_it_is(
-        self, run: Run, healthy: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ):
-        """Square brackets are part of a path, not markup."""
-        monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "[red]x[/bold]"))
-        assert str(tmp_path / "[red]x[/bold]") in self.wrong(run)["raw files"]
+    def test_faults(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", lambda self, path: None)
+        uri = tmp_path.as_uri()
+        for location, tracking_uri, message in (
+            (f"{uri}/file", "sqlite://", f"^nothing can be written in {uri}/file: .*a directory of this machine"),
+            ("mlflow-artifacts:/1", "http://127.0.0.1:9", "^nothing can be written in .*--artifacts-destination"),
+            # As in a bucket where the key may write and not delete, which MLflow's S3 client does not report.
+            (f"{uri}/a", "sqlite://", rf"^nothing can be deleted in {uri}/a: ml-platform-doctor-\w+ is still there"),
+        ):
+            with pytest.raises(CommandError, match=message):
+                doctor.probe_artifacts(location, tracking_uri)
 
 
 class TestChampion:
@@ -569,115 +463,99 @@ class TestChampion:
         client = resource.client()
         client.create_registered_model("fraud_model")
         experiment = client.create_experiment("fraud_model", artifact_location=str(tmp_path / "artifacts"))
-        for number in (1, 2):
-            mlflow_run = client.create_run(experiment)
-            client.log_metric(mlflow_run.info.run_id, "test_roc_auc", 0.8 + number / 100)
-            client.create_model_version(
-                "fraud_model",
-                f"file:///nowhere/{number}",
-                run_id=mlflow_run.info.run_id,
-                tags={
-                    "cutoff": f"file-{number}",
-                    "reload_proof": "100 rows",
-                    "model_uri": f"file:///lake/models/{number}/model.json",
-                    "features": '["tx_amount"]',
-                    "learner": "xgboost",
-                    "library_version": "2.1.4",
-                },
-            )
+        for number, library_version in ((1, "1.7.6"), (2, "2.1.4")):
+            run_id = client.create_run(experiment).info.run_id
+            client.log_metric(run_id, "test_roc_auc", 0.8 + number / 100)
+            tags = {
+                "cutoff": f"file-{number}",
+                "reload_proof": "100 rows",
+                "model_uri": f"file:///lake/models/{number}/model.json",
+                "features": '["tx_amount"]',
+                "learner": "xgboost",
+                "library_version": library_version,
+            }
+            client.create_model_version("fraud_model", f"file:///nowhere/{number}", run_id=run_id, tags=tags)
         return resource
 
-    def test_set_show_and_roll_back(self, run: Run, registry: MlflowResource):
-        assert "No model" in run("champion", "show")[1]
-        assert run("champion", "set", "1", "--why", "the first [red]", "--who", "ann")[0] == 0
-        assert run("champion", "set", "2", "--why", "by hand", "--who", "ben")[0] == 0
-        shown = run("champion", "show")[1]
+    def test_set_show_and_roll_back(self, run_cli: RunCli, registry: MlflowResource):
+        assert "No model" in run_cli("champion", "show")[1]
+        assert run_cli("champion", "set", "1", "--why", "the first [red]", "--who", "ann")[0] == 0
+        assert run_cli("champion", "set", "2", "--why", "by hand", "--who", "ben")[0] == 0
+        shown = run_cli("champion", "show")[1]
         for part in ("version 2", "file-2", "ben", "by hand", "0.82"):
             assert part in shown
-        assert run("champion", "set", "2", "--why", "again", "--who", "ben")[0] == 0
-        assert run("champion", "rollback", "--why", "too many alerts", "--who", "eve")[0] == 0
-        champion = registry.champion()
-        assert champion is not None
-        assert (champion.version, champion.tags["champion_by"]) == (1, "eve")
-        assert champion.tags["champion_why"] == "too many alerts"
+        assert run_cli("champion", "set", "2", "--why", "again", "--who", "ben")[0] == 0
+        assert run_cli("champion", "rollback", "--why", "too many alerts", "--who", "eve")[0] == 0
+        shown = run_cli("champion", "show")[1]
+        for part in ("version 1", "file-1", "eve", "too many alerts", "0.81"):
+            assert part in shown
 
-    def test_a_server_that_is_away_is_no_missing_version(
-        self, run: Run, registry: MlflowResource, monkeypatch: pytest.MonkeyPatch
-    ):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        code, _, error = run("champion", "set", "1", "--why", "x")
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("set 7 --why x", "no version '7'"),
+            ("set nonsense --why x", "no version 'nonsense'"),
+            ("set 1 --why=", "--why is empty"),
+            ("rollback --why x", "no earlier champion"),
+        ],
+    )
+    def test_refused(self, run_cli: RunCli, registry: MlflowResource, arguments: str, message: str):
+        code, _, error = run_cli("champion", *arguments.split())
+        assert code == 1
+        assert message in error
+        assert registry.champion() is None
+
+    def test_a_server_that_is_away_is_not_a_missing_version(self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch):
+        set_environment(
+            monkeypatch, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        )
+        code, _, error = run_cli("champion", "set", "1", "--why", "x")
         assert code == 1
         assert "has no version" not in error
         assert "127.0.0.1" in error
 
     @pytest.mark.parametrize(
-        ("arguments", "says"),
+        ("tags", "message"),
         [
-            (("set", "7", "--why", "x"), "no version '7'"),
-            (("set", "nonsense", "--why", "x"), "no version 'nonsense'"),
-            (("set", "1", "--why", " "), "--why is empty"),
-            (("rollback", "--why", "x"), "no earlier champion"),
-        ],
-    )
-    def test_what_cannot_be_done_is_said(
-        self, run: Run, registry: MlflowResource, arguments: tuple[str, ...], says: str
-    ):
-        code, _, error = run("champion", *arguments)
-        assert code == 1
-        assert says in error
-        assert registry.champion() is None
-
-    def test_a_version_that_was_never_loaded_back_is_refused(self, run: Run, registry: MlflowResource):
-        registry.set_champion("2", {})
-        registry.set_champion("1", {})
-        registry.client().delete_model_version_tag("fraud_model", "2", "reload_proof")
-        for arguments in (("set", "2"), ("rollback",)):
-            code, _, error = run("champion", *arguments, "--why", "x")
-            assert code == 1
-            assert "version 2 was never loaded back" in error
-        registry.client().set_model_version_tag("fraud_model", "2", "champion_by", "fraud_model")
-        assert run("champion", "rollback", "--why", "the gate proved it, before there was the tag")[0] == 0
-        registry.set_champion("1", {})
-        champion = registry.champion()
-        assert champion is not None
-        assert champion.version == 1
-
-    @pytest.mark.parametrize(
-        ("tags", "says"),
-        [
+            ({"reload_proof": None}, "version 2 was never loaded back"),
             ({"library_version": "99.1.0"}, "version 2 was written by xgboost 99.1.0"),
             ({"model_uri": "file:///m/model", "spark_version": "4.3.0"}, "version 2 is a Spark ML pipeline"),
             ({"features": "edited"}, "version 2 does not name its inputs"),
         ],
     )
-    def test_a_version_that_cannot_score_is_refused(
-        self, run: Run, registry: MlflowResource, tags: dict[str, str], says: str
+    def test_a_version_that_cannot_be_champion(
+        self, run_cli: RunCli, registry: MlflowResource, tags: dict[str, str | None], message: str
     ):
-        for name, value in tags.items():
-            registry.client().set_model_version_tag("fraud_model", "2", name, value)
-        code, _, error = run("champion", "set", "2", "--why", "try it")
-        assert code == 1
-        assert says in error
         registry.set_champion("2", {})
         registry.set_champion("1", {})
-        assert says in run("champion", "rollback", "--why", "back")[2]
-        champion = registry.champion()
-        assert champion is not None
-        assert champion.version == 1
-        assert "champion_why" not in registry.client().get_model_version("fraud_model", "2").tags
+        client = registry.client()
+        for name, value in tags.items():
+            client.delete_model_version_tag("fraud_model", "2", name)
+            if value:
+                client.set_model_version_tag("fraud_model", "2", name, value)
+        for command in ("set 2", "rollback"):
+            code, _, error = run_cli("champion", *command.split(), "--why", "try it")
+            assert code == 1
+            assert message in error
+        assert registry.champion() == client.get_model_version("fraud_model", "1")
+        assert "champion_why" not in client.get_model_version("fraud_model", "2").tags
 
-    def test_show_says_when_the_champion_cannot_score(self, run: Run, registry: MlflowResource):
+    def test_the_gate_verified_what_it_promoted_before_the_tag_existed(self, run_cli: RunCli, registry: MlflowResource):
+        registry.client().delete_model_version_tag("fraud_model", "2", "reload_proof")
+        registry.client().set_model_version_tag("fraud_model", "2", "champion_by", "fraud_model")
+        assert run_cli("champion", "set", "2", "--why", "x")[0] == 0
+
+    def test_a_champion_that_cannot_score_is_named(self, run_cli: RunCli, registry: MlflowResource):
         registry.client().set_model_version_tag("fraud_model", "1", "library_version", "99.1.0")
         registry.set_champion("1", {})
-        for command in (("champion", "show"), ("summary",), ("migrate", "--dry-run")):
-            code, out, error = run(*command)
+        for command in ("champion show", "summary", "migrate --dry-run"):
+            code, out, error = run_cli(*command.split())
             assert code == 0, error
             assert "version 1 was written by xgboost 99.1.0" in " ".join(out.split())
 
 
 class TestClusters:
-    """On the stand-in for the API; what counts as left over is test_orphans.py's."""
+    """On the stand-in for the API; which clusters are left over: test_orphans.py."""
 
     @pytest.fixture
     def cloud(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDataproc]:
@@ -689,124 +567,109 @@ class TestClusters:
                 "DATAPROC_POLL_S": "0.1",
                 **cloud.environment(),
             }
-            for name, value in settings.items():
-                monkeypatch.setenv(name, value)
+            set_environment(monkeypatch, {**settings})
             yield cloud
 
-    @staticmethod
-    def add(cloud: FakeDataproc, name: str, status: dg.DagsterRunStatus | None, deployment: str = "yandex") -> str:
-        """A cluster of a deployment, of a run with a status; None: of no known run."""
-        run_id = f"{name}-run"
-        if status:
-            with dg.DagsterInstance.get() as instance:
-                instance.add_run(dg.DagsterRun("process_new_files", run_id=run_id, status=status))
-        engine = cli._engine(load_settings()).model_copy(update={"deployment": deployment})
-        return cloud.add_cluster(name, engine.labels(run_id, time.time() + 3600))
-
     @pytest.fixture
-    def ids(self, run: Run, cloud: FakeDataproc, tmp_path: Path) -> dict[str, str]:
+    def ids(self, run_cli: RunCli, cloud: FakeDataproc, tmp_path: Path) -> dict[str, str]:
+        """Clusters of this deployment by their runs, one of another deployment, and one that is not the platform's."""
         (tmp_path / "dagster home").mkdir()
-        statuses = {"busy": dg.DagsterRunStatus.STARTED, "done": dg.DagsterRunStatus.SUCCESS, "lost": None}
-        ids = {name: self.add(cloud, f"{name}-1", status) for name, status in statuses.items()}
-        ids["others"] = self.add(cloud, "others-1", None, "staging")
-        ids["stranger"] = cloud.add_cluster("stranger-1")
-        return ids
+        engine = clusters.dataproc_engine(load_settings())
+        engines = {"yandex": engine, "staging": engine.model_copy(update={"deployment": "staging"})}
 
-    @pytest.mark.parametrize("way", ["key", "token"])
-    def test_list(self, run: Run, cloud: FakeDataproc, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch, way: str):
-        if way == "token":
-            monkeypatch.delenv("YC_SERVICE_ACCOUNT_KEY_FILE")
-            monkeypatch.setenv("YC_IAM_TOKEN", cloud.iam_token())
-        code, out, err = run("clusters", "list")
+        def add(name: str, deployment: str = "yandex") -> str:
+            return cloud.add_cluster(f"{name}-1", engines[deployment].labels(f"{name}-run", time.time() + 3600))
+
+        with dg.DagsterInstance.get() as instance:
+            for name, status in (("busy", dg.DagsterRunStatus.STARTED), ("done", dg.DagsterRunStatus.SUCCESS)):
+                instance.add_run(dg.DagsterRun("process_new_files", run_id=f"{name}-run", status=status))
+        ids = {name: add(name) for name in ("busy", "done", "lost")}
+        return ids | {"staging": add("staging", "staging"), "foreign": cloud.add_cluster("foreign-1")}
+
+    @pytest.mark.parametrize("credential", ["key", "token"])
+    def test_list(
+        self,
+        run_cli: RunCli,
+        cloud: FakeDataproc,
+        ids: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+        credential: str,
+    ):
+        if credential == "token":
+            set_environment(monkeypatch, {"YC_SERVICE_ACCOUNT_KEY_FILE": None, "YC_IAM_TOKEN": cloud.iam_token()})
+        code, out, err = run_cli("clusters", "list")
         assert (code, err) == (0, "")
         lines = {name: line for name in ids for line in out.splitlines() if f"{name}-1 " in line}
         assert set(lines) == {"busy", "done", "lost"}
         assert all(ids[name] in line for name, line in lines.items())
         assert "in use" in lines["busy"]
-        assert "left over: its run done-1-run has ended (SUCCESS)" in lines["done"]
-        assert "left over: its run lost-1-run is unknown" in lines["lost"]
+        assert "left over: its run done-run has ended (SUCCESS)" in lines["done"]
+        assert "left over: its run lost-run is unknown" in lines["lost"]
         assert cloud.calls("ClusterService.Delete") == []
 
-    def test_nothing_to_list_or_to_delete(self, run: Run, cloud: FakeDataproc):
-        assert only_line(run("clusters", "list")[1]) == "This deployment has no clusters."
-        assert only_line(run("clusters", "delete", "--orphaned")[1]) == "No cluster is left over."
+    def test_none(self, run_cli: RunCli, cloud: FakeDataproc):
+        assert only_line(run_cli("clusters", "list")[1]) == "This deployment has no clusters."
+        assert only_line(run_cli("clusters", "delete", "--orphaned")[1]) == "No cluster is left over."
 
-    def test_delete_what_is_left_over(self, run: Run, cloud: FakeDataproc, ids: dict[str, str]):
-        code, out, _ = run("clusters", "delete", "--orphaned")
+    def test_delete_orphaned(self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str]):
+        code, out, _ = run_cli("clusters", "delete", "--orphaned")
         assert code == 0
-        assert f"deleted done-1 ({ids['done']}): its run done-1-run has ended (SUCCESS)" in out
+        assert f"deleted done-1 ({ids['done']}): its run done-run has ended (SUCCESS)" in out
         assert f"deleted lost-1 ({ids['lost']})" in out
-        assert set(cloud.clusters) == {ids["busy"], ids["others"], ids["stranger"]}
+        assert set(cloud.clusters) == {ids["busy"], ids["staging"], ids["foreign"]}
 
-    def test_delete_one(self, run: Run, cloud: FakeDataproc, ids: dict[str, str]):
-        assert run("clusters", "delete", ids["lost"])[0] == 0
-        assert set(cloud.clusters) == set(ids.values()) - {ids["lost"]}
-
-    @pytest.mark.parametrize("name", ["others", "stranger"])
-    @pytest.mark.parametrize("force", [(), ("--force",)])
-    def test_strangers_are_left_alone(
-        self, run: Run, cloud: FakeDataproc, ids: dict[str, str], name: str, force: tuple[str, ...]
+    @pytest.mark.parametrize("name", ["staging", "foreign"])
+    def test_clusters_of_others_are_left_alone(
+        self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str], name: str
     ):
-        code, _, err = run("clusters", "delete", ids["lost"], ids[name], *force)
-        assert code == 1
-        assert only_line(err) == f"error: no cluster of this deployment: {ids[name]}; nothing was deleted"
+        for force in ([], ["--force"]):
+            code, _, err = run_cli("clusters", "delete", ids["lost"], ids[name], *force)
+            assert code == 1
+            assert only_line(err) == f"error: no cluster of this deployment: {ids[name]}; nothing was deleted"
         assert set(cloud.clusters) == set(ids.values())
 
-    def test_a_cluster_in_use_needs_force(self, run: Run, cloud: FakeDataproc, ids: dict[str, str]):
-        code, _, err = run("clusters", "delete", ids["lost"], ids["busy"])
+    def test_a_cluster_in_use_needs_force(self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str]):
+        code, _, err = run_cli("clusters", "delete", ids["lost"], ids["busy"])
         assert code == 1
         assert only_line(err).startswith(f"error: a run still needs {ids['busy']}: terminate it, or give --force")
         assert set(cloud.clusters) == set(ids.values())
-        code, out, _ = run("clusters", "delete", ids["busy"], "--force")
+        code, out, _ = run_cli("clusters", "delete", ids["busy"], "--force")
         assert (code, only_line(out)) == (0, f"deleted busy-1 ({ids['busy']}): by force")
-        assert ids["busy"] not in cloud.clusters
+        assert set(cloud.clusters) == set(ids.values()) - {ids["busy"]}
 
-    @pytest.mark.parametrize("arguments", [(), ("some-id", "--orphaned")])
-    def test_what_to_delete_must_be_clear(self, run: Run, cloud: FakeDataproc, arguments: tuple[str, ...]):
-        code, _, err = run("clusters", "delete", *arguments)
-        assert code == 1
-        assert only_line(err).startswith("error: name clusters")
+    def test_either_ids_or_orphaned(self, run_cli: RunCli, cloud: FakeDataproc):
+        for arguments in ([], ["some-id", "--orphaned"]):
+            code, _, err = run_cli("clusters", "delete", *arguments)
+            assert code == 1
+            assert only_line(err).startswith("error: name clusters")
         assert cloud.journal == []
 
-    @pytest.mark.parametrize("command", [("list",), ("delete", "--orphaned")])
-    def test_the_local_deployment_makes_none(self, run: Run, command: tuple[str, ...]):
-        code, _, err = run("clusters", *command)
-        assert code == 1
-        assert only_line(err).startswith("error: this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex")
-
-    def test_a_refusal_is_one_line_and_what_to_do(self, run: Run, cloud: FakeDataproc, ids: dict[str, str]):
+    def test_a_refusal_of_the_api_is_one_line_with_advice(
+        self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str]
+    ):
         cloud.fail("ClusterService.Delete", "PERMISSION_DENIED", "not you")
-        code, _, err = run("clusters", "delete", ids["lost"])
+        code, _, err = run_cli("clusters", "delete", ids["lost"])
         assert code == 1
-        assert re.match(r"error: .*PERMISSION_DENIED: not you \(give the service account the roles", err)
-        assert "Traceback" not in err
+        assert re.match(r"error: .*PERMISSION_DENIED: not you \(give the service account the roles", only_line(err))
 
-    @pytest.mark.parametrize("refused", [False, True])
     def test_doctor(
         self,
-        run: Run,
+        run_cli: RunCli,
         cloud: FakeDataproc,
         ids: dict[str, str],
         mlflow_ready: None,
         monkeypatch: pytest.MonkeyPatch,
-        refused: bool,
     ):
-        # No S3 is there; that is told in rows of its own.
+        # There is no S3, which fails checks of its own.
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-        monkeypatch.setattr(lake_module, "S3_ATTEMPTS", 1)
-        if refused:
-            cloud.fail("ClusterService.List", "PERMISSION_DENIED", "not you")
-        code, out, _ = run("doctor")
-        rows = TestDoctor.rows(out)
+        monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
+        found = f"the API answers; 3 clusters of this deployment in folder {cloud.folder_id}"
+        code, out, _ = run_cli("doctor")
+        rows = doctor_rows(out)
         assert code == 1
         assert "Java" not in rows
-        verdict, found = rows["Data Proc"]
-        if refused:
-            assert verdict == "wrong"
-            assert "PERMISSION_DENIED: not you" in found
-        else:
-            assert (verdict, found) == (
-                "ok",
-                f"the API answers; 3 clusters of this deployment in folder {cloud.folder_id}",
-            )
+        assert rows["Data Proc"] == ("ok", found)
+        cloud.fail("ClusterService.List", "PERMISSION_DENIED", "not you")
+        with pytest.raises(Exception, match="PERMISSION_DENIED: not you"):
+            doctor._check_dataproc(load_settings())
         assert cloud.calls("ClusterService.Create") == []

@@ -10,10 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from ml_platform.jobs import run_config
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.config import FraudModelConfig, problem_of_run_config
 from ml_platform.settings import SettingsError
 from ml_platform_tests.fakes import definitions, put_cleaned, put_raw, raw_spec, requests_of, run_assets
+from spark_jobs.train_model import DEFAULTS
 
 
 def config_of(**settings: Any) -> dict[str, Any]:
@@ -29,8 +32,10 @@ WRONG = [
     ({"candidates": [{"learner": "xgboost", "grid": {"max_depht": [3]}}]}, "XGBoost has no parameter max_depht"),
     ({"candidates": [{"learner": "xgboost", "grid": {"max_depth": ["x"]}}]}, "max_depth = 'x'"),
     ({"max_train_rows": 10}, "max_train_rows: Input should be greater than or equal to 1000"),
+    ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
     ({"promotion": {"confidence": 2}}, "promotion.confidence"),
-    ({"promotion": {"replicates": 100, "confidence": 0.999}}, "replicates is 100"),
+    ({"promotion": {"mode": "off"}}, "promotion.mode: Input should be 'enforce' or 'dry_run'"),
+    ({"promotion": {"replicates": 100, "confidence": 0.999}}, "promotion: replicates is 100"),
 ]
 
 
@@ -53,6 +58,16 @@ def test_what_is_wrong_is_named(settings: dict[str, Any], told: str):
 )
 def test_what_is_right_or_of_something_else_is_no_problem(config: dict[str, Any]):
     assert problem_of_run_config(config) is None
+
+
+def test_every_setting_shows_its_default_and_description():
+    """As Dagster's UI has them; those of a request are the training job's own."""
+    fields = FraudModelConfig.to_fields_dict()
+    for field in (*fields.values(), *fields["promotion"].config_type.fields.values()):
+        assert field.description
+        assert field.default_provided
+    assert fields["promotion"].config_type.fields["confidence"].default_value == 0.95
+    assert {**DEFAULTS, **FraudModelConfig().as_request()} == DEFAULTS
 
 
 def test_what_is_no_mapping_is_named():

@@ -23,7 +23,9 @@ import pytest
 
 from ml_platform.dev.cloud import DevCloud
 from ml_platform.dev.cloud.s3_server import LocalS3
-from ml_platform.lake.resource import CLEANED, FEATURES, REJECTED
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.reports import REJECTED_TABLE as REJECTED
 from ml_platform.spark.session import CLASS_ARCHIVE, java_options
 from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.standalone import StandaloneCluster

@@ -14,7 +14,9 @@ from ml_platform.assets.features import transaction_features
 from ml_platform.assets.raw import raw_transactions
 from ml_platform.dev.simulator import Simulation
 from ml_platform.lake.quality import QualityLimits
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.resource import LakeResource
 from ml_platform_tests.fakes import SessionEngine
 
 if TYPE_CHECKING:

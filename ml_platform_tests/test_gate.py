@@ -9,12 +9,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.cli import main as cli
+from ml_platform.cli.champion import set_champion, show_champion
 from ml_platform.dev.simulator import Simulation
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedReport
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
-from spark_jobs.features.registry import FEATURES as MODEL_INPUTS
+from spark_jobs.features.registry import FEATURES_TABLE as MODEL_INPUTS
 
 pytestmark = pytest.mark.spark
 
@@ -52,7 +53,7 @@ def test_champion_changes_only_for_a_better_model(
     store = f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}"
     resource = MlflowResource(tracking_uri=store, artifact_root=str(tmp_path / "artifacts"))
     platform = definitions(lake, session_engine, resource)
-    assert run_assets(platform, instance, CLEANED, FEATURES, keys=(KEYS[0], KEYS[-1])).success
+    assert run_assets(platform, instance, CLEANED_TABLE, FEATURES_TABLE, keys=(KEYS[0], KEYS[-1])).success
 
     def train(candidates: list[dict[str, Any]]) -> dict[str, Any]:
         config = {MODEL_NAME: {"candidates": candidates}}
@@ -76,18 +77,18 @@ def test_champion_changes_only_for_a_better_model(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    cli.champion_set(str(weak["model_version"]), "made worse on purpose")
+    set_champion(str(weak["model_version"]), "made worse on purpose")
     better = train(FAIR)
     assert (better["promotion"], better["is_champion"]) == ("better", True)
     capfd.readouterr()
-    cli.champion_show()
+    show_champion()
     assert f"version {better['model_version']}" in capfd.readouterr().out
 
     mlflow.set_tracking_uri(store)
     model = mlflow.pyfunc.load_model(f"models:/{MODEL_NAME}@champion")
-    features = pd.read_parquet(f"{lake.lake_uri}/{FEATURES}/raw_file={KEYS[-1]}")
+    features = pd.read_parquet(f"{lake.lake_uri}/{FEATURES_TABLE}/raw_file={KEYS[-1]}")
     found = model.predict(features[list(MODEL_INPUTS)])["score"].set_axis(features["transaction_id"])
     judged = pd.read_parquet(f"{lake.lake_uri}/models/{KEYS[-1]}/{better['run_id']}/test_scores")
     expected = judged.set_index("transaction_id")["score"]
-    assert len(found) == lake.reports(CLEANED)[KEYS[-1]]["counts"]["clean_rows"] > len(expected) > 0
+    assert len(found) == lake.reports(CleanedReport)[KEYS[-1]].counts.clean_rows > len(expected) > 0
     assert (found[expected.index] == expected).all()

@@ -19,7 +19,8 @@ import dagster as dg
 import pytest
 
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
-from ml_platform.lake.resource import LakeResource, LocalStore
+from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import LocalStore
 from ml_platform.sensors import build_orphaned_clusters, build_report_failed_runs, dead_runs, new_raw_files
 from ml_platform_tests.fakes import put_cleaned, put_raw, raw_spec
 from ml_platform_tests.fakes_cloud import FakeClock, engine_of

@@ -13,7 +13,8 @@ import dagster as dg
 import pytest
 
 from ml_platform.dev.simulator import HEADER
-from ml_platform.lake.resource import CLEANED, LakeResource
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.resource import LakeResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
 from ml_platform_tests.world import assert_counts, simulated
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: From the bottom up. A module imports from its own layer or below; the first name that fits counts.
 LAYERS = [
-    ("escaping",),
-    ("settings", "lake", "spark", "dataproc", "operations", "model", "dev"),
-    ("assets", "checks", "jobs", "sensors"),
+    ("escaping", "settings"),
+    ("lake", "spark", "dataproc", "operations", "model", "dev"),
+    ("assets", "checks", "jobs", "planning", "sensors"),
     ("definitions",),
     ("cli",),
 ]

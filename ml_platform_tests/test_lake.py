@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import pytest
 
 from ml_platform.dev.cloud.s3_server import LocalS3
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, LocalStore, Store, StoredFile, open_store
+from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedReport, FeaturesReport
+from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import LocalStore, Store, StoredFile, open_store
 from ml_platform_tests.fakes import cleaned_report, features_report
 
 REPORT = cleaned_report("a")
+PARSED = CleanedReport.model_validate(REPORT)
 ODD_NAME = "a b#c%20d[e]{f,g}*?&+ü"
 
 
@@ -111,7 +114,7 @@ class TestStore:
     def test_nothing_there(self, store: Store):
         assert list(store.list_directory()) == []
         assert list(store.list_directory("no/such")) == []
-        assert list(store.list_reports(CLEANED)) == []
+        assert list(store.list_reports(CLEANED_TABLE)) == []
         with pytest.raises(FileNotFoundError):
             store.read("no/such.json")
 
@@ -176,30 +179,21 @@ class TestStore:
         assert store.read("new/large.txt") == b"old"
         assert site.names() == ["new/large.txt"]
 
-    def test_download(self, site: Site, store: Store, tmp_path: Path):
-        site.put("models/k/model/metadata/part-0", b"meta")
-        site.put("models/k/model/stages/0_x/data/part 0", b"\x00\xff")
-        site.put("models/k/model2/other", b"other")
-        target = tmp_path / "down load" / "sparkml"
-        store.download("models/k/model", target)
-        found = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
-        assert found == {"metadata/part-0": b"meta", "stages/0_x/data/part 0": b"\x00\xff"}
-
     def test_reports_are_one_directory_below(self, site: Site, store: Store):
-        wanted = [f"{CLEANED}/raw_file={key}/_report.json" for key in ("a", "b")]
+        wanted = [f"{CLEANED_TABLE}/raw_file={key}/_report.json" for key in ("a", "b")]
         for name in (
             *wanted,
-            f"{CLEANED}/_report.json",
-            f"{CLEANED}/raw_file=c/part-0.parquet",
-            f"{CLEANED}/raw_file=d/deeper/_report.json",
-            f"{CLEANED}/raw_file=e/_report.json.bak",
-            f"{CLEANED}/raw_file=f/x_report.json",
-            f"{CLEANED}_old/raw_file=g/_report.json",
-            f"{FEATURES}/raw_file=h/_report.json",
+            f"{CLEANED_TABLE}/_report.json",
+            f"{CLEANED_TABLE}/raw_file=c/part-0.parquet",
+            f"{CLEANED_TABLE}/raw_file=d/deeper/_report.json",
+            f"{CLEANED_TABLE}/raw_file=e/_report.json.bak",
+            f"{CLEANED_TABLE}/raw_file=f/x_report.json",
+            f"{CLEANED_TABLE}_old/raw_file=g/_report.json",
+            f"{FEATURES_TABLE}/raw_file=h/_report.json",
             "_report.json",
         ):
             site.put(name)
-        assert sorted(stored.name for stored in store.list_reports(CLEANED)) == wanted
+        assert sorted(stored.name for stored in store.list_reports(CLEANED_TABLE)) == wanted
 
 
 class TestSparkUri:
@@ -290,21 +284,21 @@ class TestRawFiles:
 
 class TestReports:
     def test_found_whatever_else_lies_there(self, site: Site, lake: LakeResource):
-        site.put(f"{CLEANED}/raw_file=a/_report.json", json.dumps(REPORT).encode())
-        site.put(f"{CLEANED}/raw_file=a/part-0.parquet", b"PAR1")
-        site.put(f"{CLEANED}/raw_file=a/_SUCCESS")
-        site.put(f"{CLEANED}/raw_file=incomplete/part-0.parquet", b"PAR1")
-        site.put(f"{CLEANED}/raw_file=deep/er/_report.json", json.dumps(REPORT).encode())
-        site.put(f"{CLEANED}/other=b/_report.json", json.dumps(REPORT).encode())
-        site.put(f"{CLEANED}/stray.txt", b"x")
-        site.put(f"{CLEANED}/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED_TABLE}/raw_file=a/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED_TABLE}/raw_file=a/part-0.parquet", b"PAR1")
+        site.put(f"{CLEANED_TABLE}/raw_file=a/_SUCCESS")
+        site.put(f"{CLEANED_TABLE}/raw_file=incomplete/part-0.parquet", b"PAR1")
+        site.put(f"{CLEANED_TABLE}/raw_file=deep/er/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED_TABLE}/other=b/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED_TABLE}/stray.txt", b"x")
+        site.put(f"{CLEANED_TABLE}/_report.json", json.dumps(REPORT).encode())
         features = features_report(REPORT, {"cleaned": "1", "history": {}})
-        site.put(f"{FEATURES}/raw_file=c/_report.json", json.dumps(features).encode())
-        assert lake.reports(CLEANED) == {"a": REPORT}
-        assert lake.reports(FEATURES) == {"c": features}
+        site.put(f"{FEATURES_TABLE}/raw_file=c/_report.json", json.dumps(features).encode())
+        assert lake.reports(CleanedReport) == {"a": PARSED}
+        assert lake.reports(FeaturesReport) == {"c": FeaturesReport.model_validate(features)}
 
     def test_none(self, lake: LakeResource):
-        assert lake.reports(CLEANED) == {}
+        assert lake.reports(CleanedReport) == {}
 
     def test_a_broken_report_completes_nothing(self, site: Site, lake: LakeResource):
         whole = json.dumps(REPORT).encode()
@@ -316,17 +310,21 @@ class TestReports:
             "list": b'["schema_version"]',
             "string": b'"schema_version"',
             "nothing-in-it": b"{}",
+            "no-counts": json.dumps({**REPORT, "counts": {}}).encode(),
+            "version-true": json.dumps({**REPORT, "schema_version": True}).encode(),
+            "one-end": json.dumps({**REPORT, "tx_datetime": {"min": "2020-01-01T00:00:00Z", "max": None}}).encode(),
+            "no-such-day": json.dumps({**REPORT, "tx_datetime": dict.fromkeys(["min", "max"], "2020-02-30")}).encode(),
         }
         for key, content in {**broken, "whole": whole}.items():
-            site.put(f"{CLEANED}/raw_file={key}/_report.json", content)
-        assert lake.reports(CLEANED) == {"whole": REPORT}
+            site.put(f"{CLEANED_TABLE}/raw_file={key}/_report.json", content)
+        assert lake.reports(CleanedReport) == {"whole": PARSED}
 
     def test_a_report_that_is_garbage_python_cannot_parse(self, tmp_path: Path):
         site = Directory(tmp_path)
-        site.put(f"{CLEANED}/raw_file=deep/_report.json", b"[" * 100_000)
-        site.put(f"{CLEANED}/raw_file=whole/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED_TABLE}/raw_file=deep/_report.json", b"[" * 100_000)
+        site.put(f"{CLEANED_TABLE}/raw_file=whole/_report.json", json.dumps(REPORT).encode())
         lake = LakeResource(raw_uri=site.uri, lake_uri=site.uri, epoch="2020-01-01")
-        assert lake.reports(CLEANED) == {"whole": REPORT}
+        assert lake.reports(CleanedReport) == {"whole": PARSED}
 
     def test_a_report_that_vanishes_meanwhile(self, site: Site, lake: LakeResource):
         class Vanishing:
@@ -340,9 +338,9 @@ class TestReports:
                 return store.read(name)
 
         store = lake.store
-        site.put(f"{CLEANED}/raw_file=a/_report.json", json.dumps(REPORT).encode())
+        site.put(f"{CLEANED_TABLE}/raw_file=a/_report.json", json.dumps(REPORT).encode())
         lake.__dict__["store"] = Vanishing()
-        assert lake.reports(CLEANED) == {"a": REPORT}
+        assert lake.reports(CleanedReport) == {"a": PARSED}
 
     def test_a_report_is_read_once_and_again_when_it_is_another(
         self, site: Site, lake: LakeResource, monkeypatch: pytest.MonkeyPatch
@@ -356,28 +354,28 @@ class TestReports:
         def reads() -> tuple[dict[str, Any], list[str]]:
             read.clear()
             copy = LakeResource(raw_uri=lake.raw_uri, lake_uri=lake.lake_uri, epoch=lake.epoch)
-            return copy.reports(CLEANED), sorted(read)
+            return copy.reports(CleanedReport), sorted(read)
 
-        names = {key: f"{CLEANED}/raw_file={key}/_report.json" for key in "ab"}
+        names = {key: f"{CLEANED_TABLE}/raw_file={key}/_report.json" for key in "ab"}
         for name in names.values():
             lake.write_json(name, REPORT)
-        assert reads() == ({"a": REPORT, "b": REPORT}, list(names.values()))
-        assert reads() == ({"a": REPORT, "b": REPORT}, [])
+        assert reads() == ({"a": PARSED, "b": PARSED}, list(names.values()))
+        assert reads() == ({"a": PARSED, "b": PARSED}, [])
         other = {**REPORT, "raw": {**REPORT["raw"], "fingerprint": "1-2"}}
         for _ in range(3):
             # At once, and of the same size each time.
             for content in (other, REPORT):
                 lake.write_json(names["b"], content)
-                assert reads() == ({"a": REPORT, "b": content}, [names["b"]])
+                assert reads() == ({"a": PARSED, "b": CleanedReport.model_validate(content)}, [names["b"]])
         site.delete(names["a"])
-        assert reads() == ({"b": REPORT}, [])
+        assert reads() == ({"b": PARSED}, [])
 
     def test_written_json_is_read(self, site: Site, lake: LakeResource):
-        name = f"{lake.partition_path(CLEANED, 'k')}/_report.json"
+        name = f"{lake.partition_path(CLEANED_TABLE, 'k')}/_report.json"
         lake.write_json(name, {**REPORT, "é": [1.5, None]})
-        assert site.names() == [f"{CLEANED}/raw_file=k/_report.json"]
+        assert site.names() == [f"{CLEANED_TABLE}/raw_file=k/_report.json"]
         assert lake.read_json(name) == {**REPORT, "é": [1.5, None]}
-        assert lake.reports(CLEANED) == {"k": {**REPORT, "é": [1.5, None]}}
+        assert lake.reports(CleanedReport)["k"].model_dump()["é"] == [1.5, None]
 
     def test_no_json(self, site: Site, lake: LakeResource):
         site.put("x.json", b"{")

@@ -1,12 +1,12 @@
-"""A lake that another version of the platform wrote: newer is refused, older is made again or moved.
+"""A lake of another version of the platform: newer data are refused, older data are made again or moved.
 
 Version 1 is the first, so these tests raise the platform's own version to 2.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,26 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.cli import main as cli
 from ml_platform.lake import migrations
 from ml_platform.lake import resource as lake_module
 from ml_platform.lake.migrations import migrate_lake
-from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource, SchemaVersionError
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.reports import CleanedReport, FeaturesReport
+from ml_platform.lake.resource import LakeResource, SchemaVersionError
 from ml_platform.sensors import new_raw_files
 from ml_platform_tests import fakes
-from ml_platform_tests.fakes import FakeEngine, put_cleaned, put_raw, put_report, raw_spec
+from ml_platform_tests.fakes import (
+    cleaned_report,
+    cleaned_reports,
+    definitions,
+    features_report,
+    put_cleaned,
+    put_raw,
+    put_report,
+    raw_spec,
+    run_assets,
+)
 from spark_jobs.schema import SCHEMA_VERSION
 
 NEWER, OLDER = SCHEMA_VERSION + 1, SCHEMA_VERSION
@@ -35,12 +46,14 @@ def upgraded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def upgrade() -> None:
         for module in (lake_module, migrations, fakes):
             monkeypatch.setattr(module, "SCHEMA_VERSION", NEWER)
+        # A newer version is another process.
+        monkeypatch.setattr(lake_module, "_reports_read", {})
 
     return upgrade
 
 
-def rename_epoch(table: str, report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A step as an upgrade might bring one: cleaned reports get one more key, features are made again."""
+def add_currency(table: str, report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A step of an upgrade: cleaned reports get one more key, features are made again."""
     if table == FEATURES:
         return None
     return {**report, "schema_version": report["schema_version"] + 1, "currency": "EUR"}
@@ -68,27 +81,16 @@ def ranges(result: dg.SensorResult) -> list[tuple[str, str]]:
     return [(request.tags[start], request.tags[end]) for request in result.run_requests or []]
 
 
+def versions(lake: LakeResource, table: str) -> dict[str, int]:
+    """Versions of the reports that count."""
+    kind = {CLEANED: CleanedReport, FEATURES: FeaturesReport}[table]
+    return {key: report.schema_version for key, report in lake.reports(kind).items()}
+
+
 def process(instance: dg.DagsterInstance, lake: LakeResource, *keys: str) -> dg.ExecuteInProcessResult:
     """Clean and build features of a range of partitions."""
-    instance.add_dynamic_partitions(str(raw_files.name), list(keys))
-    from ml_platform.assets.cleaned import cleaned_transactions
-    from ml_platform.assets.features import transaction_features
-    from ml_platform.assets.raw import raw_transactions
-    from ml_platform.checks import ASSET_CHECKS
-    from ml_platform.lake.partitions import range_tags
-    from ml_platform.lake.quality import QualityLimits
-
-    assets = [cleaned_transactions, transaction_features]
-    checks = [check for check in ASSET_CHECKS if next(iter(check.check_keys)).asset_key.path[-1] != "fraud_model"]
-    defs = dg.Definitions(
-        assets=[raw_transactions, *assets],
-        asset_checks=checks,
-        jobs=[dg.define_asset_job("both", selection=[*assets], executor_def=dg.in_process_executor)],
-        resources={"lake": lake, "spark": FakeEngine(), "limits": QualityLimits()},
-    )
-    return defs.resolve_job_def("both").execute_in_process(
-        instance=instance, tags=range_tags(keys[0], keys[-1]), raise_on_error=False
-    )
+    instance.add_dynamic_partitions("raw_files", list(keys))
+    return run_assets(definitions(lake), instance, CLEANED, FEATURES, keys=(keys[0], keys[-1]))
 
 
 class TestNewer:
@@ -98,16 +100,11 @@ class TestNewer:
         put_cleaned(lake, "b", schema_version=NEWER)
         return lake
 
-    def test_reports(self, lake: LakeResource):
-        with pytest.raises(
-            SchemaVersionError, match=r"raw_file=b in .*newer version of ml_platform \(schema 2; .* 1\)"
-        ):
-            lake.reports(CLEANED)
-        assert lake.reports(FEATURES) == {}
-
     def test_the_sensor_starts_nothing(self, lake: LakeResource, instance: dg.DagsterInstance):
-        with pytest.raises(SchemaVersionError):
+        message = r"raw_file=b in .*newer version of ml_platform \(schema 2; .* 1\)"
+        with pytest.raises(SchemaVersionError, match=message):
             tick(instance, lake)
+        assert lake.reports(FeaturesReport) == {}
 
     def test_a_run_fails_and_replaces_nothing(self, lake: LakeResource, instance: dg.DagsterInstance):
         before = content(lake)
@@ -116,9 +113,7 @@ class TestNewer:
         assert content(lake) == before
         (failure,) = [event for event in result.all_events if event.is_step_failure]
         assert failure.step_key == "cleaned_transactions"
-        error = failure.step_failure_data.error
-        assert error is not None
-        assert "newer version of ml_platform" in str(error)
+        assert "newer version of ml_platform" in str(failure.step_failure_data.error)
 
     def test_newer_features_alone_are_not_replaced(self, lake: LakeResource, instance: dg.DagsterInstance):
         put_cleaned(lake, "b")
@@ -127,27 +122,17 @@ class TestNewer:
         assert not process(instance, lake, "a", "b").success
         assert content(lake) == before
 
-    def test_migrate(self, lake: LakeResource):
-        before = content(lake)
-        with pytest.raises(SchemaVersionError):
-            list(migrate_lake(lake, steps={OLDER: rename_epoch}))
-        assert content(lake) == before
-
 
 class TestOlder:
     def test_it_is_made_again(self, lake: LakeResource, instance: dg.DagsterInstance, upgraded: Callable[[], None]):
         fill(lake, "a", "b")
         assert process(instance, lake, "a", "b").success
         upgraded()
-        assert lake.reports(CLEANED) == lake.reports(FEATURES) == {}
-        assert lake.outdated_reports(CLEANED).keys() == lake.outdated_reports(FEATURES).keys() == {"a", "b"}
+        assert lake.reports(CleanedReport) == lake.reports(FeaturesReport) == {}
+        assert lake.outdated_reports(CleanedReport).keys() == lake.outdated_reports(FeaturesReport).keys() == {"a", "b"}
         assert ranges(tick(instance, lake)) == [("a", "b")]
         assert process(instance, lake, "a", "b").success
-        for table in (CLEANED, FEATURES):
-            assert {key: report["schema_version"] for key, report in lake.reports(table).items()} == {
-                "a": NEWER,
-                "b": NEWER,
-            }
+        assert versions(lake, CLEANED) == versions(lake, FEATURES) == {"a": NEWER, "b": NEWER}
         assert ranges(tick(instance, lake)) == []
 
     def test_features_beyond_the_run_are_made_again(
@@ -156,12 +141,9 @@ class TestOlder:
         fill(lake, "a", "b")
         assert process(instance, lake, "a", "b").success
         upgraded()
-        list(migrate_lake(lake, steps={OLDER: rename_epoch}))
+        list(migrate_lake(lake, steps={OLDER: add_currency}))
         assert process(instance, lake, "b").success
-        assert {key: report["schema_version"] for key, report in lake.reports(FEATURES).items()} == {
-            "a": NEWER,
-            "b": NEWER,
-        }
+        assert versions(lake, FEATURES) == {"a": NEWER, "b": NEWER}
 
     def test_what_cannot_be_made_again_is_named(
         self, lake: LakeResource, instance: dg.DagsterInstance, upgraded: Callable[[], None]
@@ -178,152 +160,119 @@ class TestOlder:
 
 class TestMigrate:
     @pytest.fixture
-    def lake(self, lake: LakeResource, instance: dg.DagsterInstance, upgraded: Callable[[], None]) -> LakeResource:
+    def lake(self, lake: LakeResource, upgraded: Callable[[], None]) -> LakeResource:
+        """Cleaned data and features of two partitions, one of which has no raw file any more."""
         fill(lake, "a", "b")
-        assert process(instance, lake, "a", "b").success
+        for key in ("a", "b"):
+            features = features_report(cleaned_report(key, raw_spec(0)), {"cleaned": "1", "history": {}})
+            put_report(lake, FEATURES, key, features)
         (Path(lake.raw_uri) / "b.txt").unlink()
         upgraded()
         return lake
 
-    def test_moved(self, lake: LakeResource):
-        old = lake.outdated_reports(CLEANED)
-        found = [
-            (item.table, item.key, item.version, item.outcome) for item in migrate_lake(lake, steps={1: rename_epoch})
+    def test_moved(self, lake: LakeResource, instance: dg.DagsterInstance):
+        old = lake.outdated_reports(CleanedReport)
+        outcomes = migrate_lake(lake, steps={OLDER: add_currency})
+        assert [(item.table, item.key, item.version, item.can_move, item.outcome) for item in outcomes] == [
+            (CLEANED, "a", 1, True, "was moved to 2"),
+            (CLEANED, "b", 1, True, "was moved to 2"),
+            (FEATURES, "a", 1, False, "the next run makes it again"),
+            (FEATURES, "b", 1, False, "the next run makes it again"),
         ]
-        assert found == [
-            (CLEANED, "a", 1, "was moved to 2"),
-            (CLEANED, "b", 1, "was moved to 2"),
-            (FEATURES, "a", 1, "the next run makes it again"),
-            (FEATURES, "b", 1, "the next run makes it again"),
-        ]
-        assert lake.reports(CLEANED) == {
-            key: {**report, "schema_version": 2, "currency": "EUR"} for key, report in old.items()
-        }
-
-    def test_a_moved_partition_needs_no_run(self, lake: LakeResource, instance: dg.DagsterInstance):
-        list(migrate_lake(lake, steps={1: rename_epoch}))
+        moved = {key: {**report, "schema_version": 2, "currency": "EUR"} for key, report in old.items()}
+        assert lake.reports(CleanedReport) == cleaned_reports(*moved.values())
         assert ranges(tick(instance, lake)) == []
 
-    def test_dry_run(self, lake: LakeResource):
-        before = content(lake)
-        found = [item.outcome for item in migrate_lake(lake, dry_run=True, steps={1: rename_epoch})]
-        assert found[:2] == ["can be moved to 2"] * 2
-        assert content(lake) == before
-
     def test_interrupted_and_again_and_again(self, lake: LakeResource):
-        work = migrate_lake(lake, steps={1: rename_epoch})
+        work = migrate_lake(lake, steps={OLDER: add_currency})
         assert next(work).key == "a"
         work.close()
-        assert (list(lake.reports(CLEANED)), list(lake.outdated_reports(CLEANED))) == (["a"], ["b"])
-        moved = [item.key for item in migrate_lake(lake, steps={1: rename_epoch}) if item.can_move]
+        assert (list(lake.reports(CleanedReport)), list(lake.outdated_reports(CleanedReport))) == (["a"], ["b"])
+        moved = [item.key for item in migrate_lake(lake, steps={OLDER: add_currency}) if item.can_move]
         assert moved == ["b"]
         after = content(lake)
-        assert not any(item.can_move for item in migrate_lake(lake, steps={1: rename_epoch}))
+        assert not any(item.can_move for item in migrate_lake(lake, steps={OLDER: add_currency}))
         assert content(lake) == after
 
     def test_without_a_step(self, lake: LakeResource):
         before = content(lake)
-        found = {(item.table, item.key): item.outcome for item in migrate_lake(lake, steps={})}
-        assert found[CLEANED, "a"] == "the next run makes it again"
-        assert "its raw file, from which it could be made again, is gone" in found[CLEANED, "b"]
+        outcomes = {(item.table, item.key): item.outcome for item in migrate_lake(lake, steps={})}
+        assert outcomes[CLEANED, "a"] == "the next run makes it again"
+        assert "its raw file, from which it could be made again, is gone" in outcomes[CLEANED, "b"]
         assert content(lake) == before
 
     def test_two_steps(self, lake: LakeResource, monkeypatch: pytest.MonkeyPatch):
         for module in (lake_module, migrations):
             monkeypatch.setattr(module, "SCHEMA_VERSION", 3)
-        assert not any(item.can_move for item in migrate_lake(lake, steps={1: rename_epoch}))
-        assert not any(item.can_move for item in migrate_lake(lake, steps={2: rename_epoch}))
-        list(migrate_lake(lake, steps={1: rename_epoch, 2: rename_epoch}))
-        assert [report["schema_version"] for report in lake.reports(CLEANED).values()] == [3, 3]
+        monkeypatch.setattr(lake_module, "_reports_read", {})
+        assert not any(item.can_move for item in migrate_lake(lake, steps={1: add_currency}))
+        assert not any(item.can_move for item in migrate_lake(lake, steps={2: add_currency}))
+        list(migrate_lake(lake, steps={1: add_currency, 2: add_currency}))
+        assert versions(lake, CLEANED) == {"a": 3, "b": 3}
 
-    def test_a_step_that_leaves_the_version_is_no_step(self, lake: LakeResource):
+    def test_a_step_must_raise_the_version(self, lake: LakeResource):
         before = content(lake)
         with pytest.raises(RuntimeError, match="the step from schema 1"):
-            list(migrate_lake(lake, steps={1: lambda table, report: dict(report)}))
+            list(migrate_lake(lake, steps={OLDER: lambda table, report: dict(report)}))
         assert content(lake) == before
 
 
 class TestCommand:
     @pytest.fixture
-    def run(
+    def migrate(
         self,
         lake: LakeResource,
+        run_cli: Callable[..., tuple[int, str, str]],
         tmp_path: Path,
         empty_mlflow_store: Path,
+        upgraded: Callable[[], None],
         monkeypatch: pytest.MonkeyPatch,
-        capfd: pytest.CaptureFixture[str],
-    ):
-        monkeypatch.chdir(tmp_path)
+    ) -> Callable[..., tuple[int, str]]:
+        """The command after an upgrade that brings a step."""
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}")
         monkeypatch.setenv("ML_PLATFORM_RAW_URI", lake.raw_uri)
         monkeypatch.setenv("ML_PLATFORM_LAKE_URI", lake.lake_uri)
-        monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
-        for console in (cli.console, cli.errors):
-            monkeypatch.setattr(console, "width", 300)
+        monkeypatch.setitem(migrations.STEPS, OLDER, add_currency)
+        fill(lake, "a", "b")
+        upgraded()
 
         def run(*arguments: str) -> tuple[int, str]:
-            monkeypatch.setattr(sys, "argv", ["ml-platform", "migrate", *arguments])
-            capfd.readouterr()
-            code: Any = 0
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code
-            output = capfd.readouterr()
-            return int(code or 0), output.out + output.err
+            code, out, err = run_cli("migrate", *arguments)
+            return code, out + err
 
         return run
 
-    def test_nothing_to_do(self, lake: LakeResource, run: Callable[..., tuple[int, str]]):
-        fill(lake, "a")
-        assert run() == (0, f"Nothing of an older version is in {lake.lake_uri}.\n")
-
-    def test_dry_run_then_done(
-        self,
-        lake: LakeResource,
-        run: Callable[..., tuple[int, str]],
-        upgraded: Callable[[], None],
-        monkeypatch: pytest.MonkeyPatch,
-    ):
-        fill(lake, "a")
-        upgraded()
-        monkeypatch.setitem(migrations.STEPS, OLDER, rename_epoch)
+    def test_dry_run_then_done(self, lake: LakeResource, migrate: Callable[..., tuple[int, str]]):
         before = content(lake)
-        code, out = run("--dry-run")
+        code, out = migrate("--dry-run")
         assert code == 0
         assert "can be moved to 2" in out
         assert "without --dry-run it is done" in out
         assert content(lake) == before
-        code, out = run()
+        code, out = migrate()
         assert code == 0
         assert "was moved to 2" in out
-        assert list(lake.reports(CLEANED)) == ["a"]
-        assert "Nothing of an older version" in run()[1]
+        assert list(lake.reports(CleanedReport)) == ["a", "b"]
+        assert migrate() == (0, f"Nothing of an older version is in {lake.lake_uri}.\n")
 
-    def test_not_while_a_run_writes(
-        self,
-        lake: LakeResource,
-        run: Callable[..., tuple[int, str]],
-        upgraded: Callable[[], None],
-        monkeypatch: pytest.MonkeyPatch,
-    ):
-        """A job takes the report away first: to write it back would call half a partition whole."""
-        fill(lake, "a")
-        upgraded()
-        monkeypatch.setitem(migrations.STEPS, OLDER, rename_epoch)
+    def test_not_while_a_run_writes(self, lake: LakeResource, migrate: Callable[..., tuple[int, str]]):
+        """A job deletes the report first: to write it back would mark half a partition as complete."""
         before = content(lake)
-        (Path.cwd() / "home").mkdir()
+        Path(os.environ["DAGSTER_HOME"]).mkdir()
         with dg.DagsterInstance.get() as instance:
             instance.add_run(dg.DagsterRun(job_name="process_new_files", status=dg.DagsterRunStatus.STARTED))
-        code, out = run()
+        code, out = migrate()
         assert (code, "runs are queued or running" in out) == (1, True)
         assert content(lake) == before
-        assert run("--dry-run")[0] == 0
+        assert migrate("--dry-run")[0] == 0
 
-    def test_a_newer_lake_is_one_line(self, lake: LakeResource, run: Callable[..., tuple[int, str]]):
-        fill(lake, "a")
-        put_cleaned(lake, "a", schema_version=NEWER)
-        code, out = run()
+    def test_a_newer_lake_is_refused_before_anything_is_done(
+        self, lake: LakeResource, migrate: Callable[..., tuple[int, str]]
+    ):
+        put_cleaned(lake, "b", schema_version=NEWER + 1)
+        before = content(lake)
+        code, out = migrate()
         assert code == 1
-        assert out.startswith("error: cleaned_transactions/raw_file=a in ")
+        assert out.startswith("error: cleaned_transactions/raw_file=b in ")
         assert len(out.splitlines()) == 1
+        assert content(lake) == before

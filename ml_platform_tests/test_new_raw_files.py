@@ -20,12 +20,15 @@ from dagster._core.remote_origin import (
 )
 from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
 
-from ml_platform import sensors
+from ml_platform import planning
 from ml_platform.definitions import defs
 from ml_platform.jobs import run_config
 from ml_platform.lake.partitions import PARTITION_TAG, range_tags
-from ml_platform.lake.resource import CLEANED, LakeResource, StoredFile
-from ml_platform.sensors import new_raw_files, plan_runs, process_new_files_daily, run_requests
+from ml_platform.lake.reports import CLEANED_TABLE
+from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import StoredFile
+from ml_platform.planning import plan_runs, run_requests
+from ml_platform.sensors import new_raw_files, process_new_files_daily
 from ml_platform.settings import SettingsError
 from ml_platform_tests.fakes import cleaned_report, put_cleaned, put_raw, raw_spec
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
@@ -155,7 +158,7 @@ class TestNothingNew:
         """Dagster remembers nothing of these partitions: the lake says that they are done, or not."""
         assert ticked(instance, lake) == []
         instance.report_runless_asset_event(dg.AssetMaterialization("cleaned_transactions", partition="b"))
-        (lake.store._root / lake.partition_path(CLEANED, "b") / REPORT_NAME).unlink()  # type: ignore[attr-defined]
+        (lake.store._root / lake.partition_path(CLEANED_TABLE, "b") / REPORT_NAME).unlink()  # type: ignore[attr-defined]
         assert ticked(instance, lake) == [("b", "b")]
 
     def test_a_vanished_raw_file_leaves_its_partition_alone(
@@ -221,7 +224,7 @@ class TestOnePartitionAlone:
         assert ticked(instance, lake) == [("d", "d")]
 
     def test_half_a_report(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        name = f"{lake.partition_path(CLEANED, 'a')}/{REPORT_NAME}"
+        name = f"{lake.partition_path(CLEANED_TABLE, 'a')}/{REPORT_NAME}"
         lake.store.write(name, lake.store.read(name)[:100])
         assert ticked(instance, lake) == [("a", "a")]
 
@@ -316,7 +319,7 @@ class TestActiveRuns:
             def now(cls, tz: Any = None) -> datetime:
                 return datetime.now(tz) + timedelta(days=2)
 
-        monkeypatch.setattr(sensors, "datetime", Later)
+        monkeypatch.setattr(planning, "datetime", Later)
         assert ticked(instance, lake) == []
 
     def test_a_run_over_partitions_that_are_gone(
@@ -358,7 +361,7 @@ class TestRetriedRuns:
             def now(cls, tz: Any = None) -> datetime:
                 return datetime.now(tz) + timedelta(minutes=6)
 
-        monkeypatch.setattr(sensors, "datetime", Later)
+        monkeypatch.setattr(planning, "datetime", Later)
         assert ticked(instance, lake) == [("a", "d")]
 
 
@@ -495,7 +498,7 @@ class TestManyPartitions:
         raw = CountingStore({f"{key}.txt": b"x" for key in reversed(keys)})
         reports = CountingStore(
             {
-                f"{lake.partition_path(CLEANED, key)}/{REPORT_NAME}": json.dumps(cleaned_report(key)).encode()
+                f"{lake.partition_path(CLEANED_TABLE, key)}/{REPORT_NAME}": json.dumps(cleaned_report(key)).encode()
                 for key in keys[:-1:2]
             }
         )

@@ -20,7 +20,9 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.cli import main as cli
+from ml_platform.cli.context import CommandError, console, errors
+from ml_platform.cli.doctor import probe_artifacts
+from ml_platform.cli.main import main
 from ml_platform.dev.cloud import s3_server as s3_server_module
 from ml_platform.dev.cloud.credentials import issue_certificates
 from ml_platform.dev.cloud.processes import TetheredProcess, listens
@@ -32,9 +34,11 @@ from ml_platform.dev.cloud.s3_server import (
     build_versitygw,
     start_s3_server,
 )
-from ml_platform.lake import resource as lake_module
-from ml_platform.lake.resource import CLEANED, LakeResource, StorageError, open_store
-from ml_platform.model.mlflow import ArtifactError, MlflowResource, try_artifacts
+from ml_platform.lake import storage
+from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
+from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import StorageError, open_store
+from ml_platform.model.mlflow import MlflowResource
 from ml_platform.sensors import new_raw_files
 from ml_platform.spark import s3a
 from ml_platform_tests.images.session import NO_CODEGEN
@@ -369,10 +373,10 @@ class TestErrors:
         monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
         monkeypatch.setattr(MlflowResource, "artifact_location", lambda self: None)
         monkeypatch.setattr(sys, "argv", ["ml-platform", command])
-        for console in (cli.console, cli.errors):
-            monkeypatch.setattr(console, "width", 400)
+        for output in (console, errors):
+            monkeypatch.setattr(output, "width", 400)
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         assert end.value.code == 1
         output = capfd.readouterr()
         lines = [line for line in (output.out + output.err).splitlines() if wrong in line]
@@ -380,7 +384,7 @@ class TestErrors:
         assert "Traceback" not in output.err
 
     def test_a_server_that_hangs(self, s3: LocalS3, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(lake_module, "READ_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.2)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
             started = time.monotonic()
@@ -389,7 +393,7 @@ class TestErrors:
         assert time.monotonic() - started < 15
 
     def test_the_longest_wait_fits_a_tick(self):
-        waits = lake_module.S3_ATTEMPTS * lake_module.READ_TIMEOUT_S
+        waits = storage.S3_ATTEMPTS * storage.READ_TIMEOUT_S
         assert waits <= 55
 
     def test_a_private_authority(self, s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -414,12 +418,10 @@ def test_mlflow_keeps_artifacts_there(s3: LocalS3, bucket: str, tmp_path: Path, 
 
 
 def test_mlflows_artifacts_are_tried_there(s3: LocalS3, bucket: str):
-    try_artifacts(f"s3://{bucket}/artifacts", "sqlite://")
+    probe_artifacts(f"s3://{bucket}/artifacts", "sqlite://")
     assert "Contents" not in s3.client().list_objects_v2(Bucket=bucket)
-    with pytest.raises(
-        ArtifactError, match=r"in s3://no-such-bucket/x: .*NoSuchBucket.*AWS_ENDPOINT_URL_S3"
-    ) as failure:
-        try_artifacts("s3://no-such-bucket/x", "sqlite://")
+    with pytest.raises(CommandError, match=r"in s3://no-such-bucket/x: .*NoSuchBucket.*AWS_ENDPOINT_URL_S3") as failure:
+        probe_artifacts("s3://no-such-bucket/x", "sqlite://")
     assert s3.secret_key not in str(failure.value)
 
 

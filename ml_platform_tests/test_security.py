@@ -19,14 +19,16 @@ import dagster as dg
 import pytest
 import yaml
 
-from ml_platform import checks, escaping
+from ml_platform import escaping
+from ml_platform.assets.outcomes import check_partitions
 from ml_platform.lake.partitions import is_partition_key
-from ml_platform.lake.resource import CLEANED, LakeResource, LocalStore, S3Store, Store
-from ml_platform.model.gate import DECISION_FILE, HEALTH_FILE
+from ml_platform.lake.reports import CLEANED_TABLE, CleanedReport
+from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import LocalStore, S3Store, Store
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.operations import webserver
-from ml_platform.operations.webserver import OwnPagesOnly
-from ml_platform.sensors import plan_runs
+from ml_platform.operations.webserver import guard
+from ml_platform.planning import plan_runs
 from ml_platform_tests.fakes import cleaned_report, definitions, put_cleaned, put_raw, put_report, raw_spec, run_assets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,8 +84,6 @@ def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str, kind: str):
         lambda: store.read_start(name),
         lambda: store.write(name, b""),
         lambda: store.open_new(name).__enter__(),
-        lambda: store.download(name, tmp_path / "target"),
-        lambda: store.upload(Path(__file__).parent / "spark", name),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="leads out of it"):
@@ -92,27 +92,15 @@ def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str, kind: str):
     assert not {"get_object", "put_object", "upload_file", "download_file"} & {call[0] for call in client.method_calls}
 
 
-@pytest.mark.parametrize("name", ["../../evil", "/evil", "stages/../../evil"])
-def test_an_object_with_such_a_name_is_not_downloaded(tmp_path: Path, name: str):
-    """S3 keeps objects of any name, and a download makes files of them."""
-    store = S3Store("s3://bucket/lake")
-    client = store.__dict__["_client"] = mock.Mock()
-    client.get_paginator().paginate.return_value = [{"Contents": [{"Key": f"lake/models/a/{name}"}]}]
-    target = tmp_path / "a" / "b"
-    with pytest.raises(ValueError, match="leads out of it"):
-        store.download("models/a", target)
-    client.download_file.assert_not_called()
-
-
 def test_the_lake_has_no_partitions_but_those_of_keys(lake: LakeResource, tmp_path: Path):
     report = cleaned_report("good")
-    put_report(lake, CLEANED, "good", report)
+    put_report(lake, CLEANED_TABLE, "good", report)
     for key in ("..", "a b", "\x1b[2Jgone", "new\nline", "[red]", "<b>", ".hidden", "x" * 101, "a...b"):
         assert not is_partition_key(key)
-        directory = tmp_path / "lake" / CLEANED / f"raw_file={key}"
+        directory = tmp_path / "lake" / CLEANED_TABLE / f"raw_file={key}"
         directory.mkdir()
         (directory / "_report.json").write_text(json.dumps(report))
-    assert list(lake.reports(CLEANED)) == ["good"]
+    assert list(lake.reports(CleanedReport)) == ["good"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +139,6 @@ def test_keys_that_were_registered_by_hand(lake: LakeResource, instance: dg.Dags
     put_cleaned(lake, "good")
     outside = tmp_path / "outside"
     outside.mkdir()
-    (outside / "promotion.json").write_text("{")
     (outside / "_report.json").write_text("{")
     before = files_beside(lake, tmp_path)
     instance.add_dynamic_partitions("raw_files", HOSTILE_KEYS)
@@ -166,17 +153,6 @@ def test_keys_that_were_registered_by_hand(lake: LakeResource, instance: dg.Dags
     assert files_beside(lake, tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["promotion", "champion_health"])
-def test_checks_read_nothing_outside_either(lake: LakeResource, tmp_path: Path, name: str):
-    """They can be run without their asset, for any partition that is registered."""
-    (tmp_path / "lake" / "models").mkdir(parents=True)
-    (tmp_path / "outside" / "r").mkdir(parents=True)
-    (tmp_path / "outside" / "r" / "promotion.json").write_text("{}")
-    context = mock.Mock(partition_keys=["../../outside"], **{"run.run_id": "r"})
-    with pytest.raises(ValueError, match="leads out of it"):
-        getattr(checks, name).op.compute_fn.decorated_fn(context, lake)
-
-
 # Text
 
 
@@ -189,7 +165,7 @@ def rendered(text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
-def test_markdown_shows_what_was_said(text: str):
+def test_markdown_shows_the_text(text: str):
     shown = escaping.markdown(f"model: {text}")
     assert {token.type for token in rendered(shown)} <= {"paragraph_open", "paragraph_close", "inline", "text"}
     plain = "".join(token.content for token in rendered(shown) if token.type == "text")
@@ -199,55 +175,45 @@ def test_markdown_shows_what_was_said(text: str):
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202eright", "\x9b31m", "\u200f", "a\x00"])
-def test_control_characters_are_shown_and_not_obeyed(text: str):
+def test_control_characters_are_escaped(text: str):
     assert escaping.printable(text).isprintable()
     assert escaping.markdown(text).replace("\u200b", "").isprintable()
     assert escaping.printable("a\n\tb" + text, keep="\n\t").startswith("a\n\tb")
 
 
-def test_nothing_in_a_chat_is_a_link_or_calls_everybody():
-    said = escaping.chat("<!channel> <https://evil.example|click> @all ![x](https://evil.example/p.png) a -> b")
-    assert not re.search(r"[<>@]|\]\(", said)
+def test_nothing_in_a_chat_is_a_link_or_a_mention():
+    text = escaping.chat("<!channel> <https://evil.example|click> @all ![x](https://evil.example/p.png) a -> b")
+    assert not re.search(r"[<>@]|\]\(", text)
     assert escaping.chat("run: 1\nstep a: it broke (b/c.txt)") == "run: 1\nstep a: it broke (b/c.txt)"
 
 
-def test_what_a_check_says_is_text(lake: LakeResource, instance: dg.DagsterInstance):
+def test_what_a_check_says_is_text():
     """Dagster's UI reads the description of a check as Markdown."""
-    reason = HOSTILE_TEXTS[2]
-    report = {"outcome": "too_little_data", "reason": reason}
-    decision = {"outcome": "champion_unreadable", "apply": False, "reasons": [reason], "figures": {}}
-    health = {"version": "1", "outcome": "champion_newer_library", "reason": reason, "replaced": False}
-    health |= {"average_precision": None, "min_average_precision": 0.2}
-    files = {"train_model-a.report.json": report, DECISION_FILE: decision, HEALTH_FILE: health}
-    context = mock.Mock(partition_keys=["a"], **{"run.run_id": "r"})
-    check = mock.Mock(asset_key=dg.AssetKey("fraud_model"))
-    context.op_execution_context.selected_asset_check_keys = [check]
-    for name in ("enough_data", "promotion", "champion_health"):
-        check.name = name
-        with mock.patch.object(LakeResource, "read_json", lambda self, file: files[Path(file).name]):
-            result = getattr(checks, name).op.compute_fn.decorated_fn(context, lake)
-        evaluation = context.op_execution_context.log_event.call_args.args[0]
-        assert not result.passed
-        for description in (result.description, evaluation.description):
-            assert "image" not in {token.type for token in rendered(description)}
-            assert "pixel" in description
-        assert not [value for value in evaluation.metadata.values() if isinstance(value, dg.MarkdownMetadataValue)]
+    context = mock.Mock(partition_keys=["a"])
+    result = check_partitions(
+        context, dg.AssetCheckKey(dg.AssetKey("fraud_model"), "promotion"), lambda key: HOSTILE_TEXTS[2]
+    )
+    evaluation = context.op_execution_context.log_event.call_args.args[0]
+    assert not result.passed
+    for description in (result.description, evaluation.description):
+        assert "image" not in {token.type for token in rendered(description)}
+        assert "pixel" in description
+    assert not [value for value in evaluation.metadata.values() if isinstance(value, dg.MarkdownMetadataValue)]
 
 
 def test_only_the_summary_with_pictures_is_markdown():
-    """Its names stand in code spans: test_figures.py."""
+    """test_plots shows that its texts are escaped."""
     uses = [
         (path.name, ast.unparse(node))
         for path in modules()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and re.search(r"MetadataValue\.md$|MarkdownMetadata", ast.unparse(node.func))
     ]
-    assert uses == [("model.py", "dg.MetadataValue.md(summary)")]
+    assert uses == [("model.py", "dg.MetadataValue.md(result.summary)")]
 
 
 def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    from ml_platform.cli import main as cli
-    from ml_platform.model.mlflow import MlflowResource
+    from ml_platform.cli.champion import show_champion
 
     note = "\x1b]0;owned\x07[red]fine[/red]\x1b[2J"
     champion = mock.Mock(version=1, run_id="r", tags={"champion_why": note})
@@ -255,7 +221,7 @@ def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, c
     client.get_run.return_value.data.metrics = {}
     monkeypatch.setattr(MlflowResource, "champion", lambda self: champion)
     monkeypatch.setattr(MlflowResource, "client", lambda self: client)
-    cli.champion_show()
+    show_champion()
     shown = capfd.readouterr().out
     assert "\x1b" not in shown
     assert "\x07" not in shown
@@ -263,11 +229,12 @@ def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_an_error_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    from ml_platform.cli import main as cli
+    from ml_platform.cli import main
+    from ml_platform.cli.context import CommandError
 
-    monkeypatch.setattr(cli, "app", mock.Mock(side_effect=cli.CommandError("no \x1b[2J[red]file")))
+    monkeypatch.setattr(main, "app", mock.Mock(side_effect=CommandError("no \x1b[2J[red]file")))
     with pytest.raises(SystemExit):
-        cli.main()
+        main.main()
     assert capfd.readouterr().err == "error: no \\x1b[2J[red]file\n"
 
 
@@ -427,11 +394,10 @@ def test_code_in_mlflow_is_never_run(
     for module in [name for name in sys.modules if name.startswith(loader.parent.name)]:
         monkeypatch.delitem(sys.modules, module)  # another test may have loaded the same code, and Python keeps it
     loader.write_text(loader.read_text() + "\nimport trap_of_the_test\ntrap_of_the_test.Trap()\n")
-    lake.store.write("models/a/sample.parquet", (tmp_path / "sample.parquet").read_bytes())
     resource = MlflowResource(tracking_uri=f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}")
     resource.client().create_registered_model("fraud_model")
     version = resource.client().create_model_version("fraud_model", model.as_uri())
-    verify_reload(lake, resource, version=version, sample_name="models/a/sample.parquet")
+    verify_reload(resource, version, sample)
     assert "100 rows" in resource.client().get_model_version("fraud_model", version.version).tags["reload_proof"]
     assert not trap.exists()
     with pytest.raises(Exception):  # noqa: B017, PT011 - whatever becomes of it, MLflow itself walks into it
@@ -557,7 +523,7 @@ def test_dagster_is_not_told_the_password_of_mlflow(monkeypatch: pytest.MonkeyPa
 
 
 def answer(app: Any, method: str = "POST", path: str = "/graphql", kind: str = "http", **headers: str) -> int:
-    """Status of a request; of a WebSocket 101 or 403."""
+    """Status of a request; of an accepted WebSocket 101."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
@@ -567,24 +533,19 @@ def answer(app: Any, method: str = "POST", path: str = "/graphql", kind: str = "
         return {"type": "websocket.connect"} if kind == "websocket" else {"type": "http.request", "body": b""}
 
     path, _, query = path.partition("?")
+    headers = {"Host": "localhost:3000", **headers}
     scope = {
         "type": kind,
-        "method": method,
+        **({"method": method} if kind == "http" else {}),
         "path": path,
         "raw_path": path.encode(),
         "query_string": query.encode(),
         "root_path": "",
-        "headers": [
-            (name.lower().encode(), value.encode()) for name, value in {"Host": "localhost:3000", **headers}.items()
-        ],
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
         "subprotocols": [],
     }
-    if kind == "websocket":
-        del scope["method"]
     asyncio.run(app(scope, receive, send))
-    if kind == "websocket":
-        return 101 if sent[0]["type"] == "websocket.accept" else 403
-    return int(sent[0]["status"])
+    return 101 if sent[0]["type"] == "websocket.accept" else int(sent[0]["status"])
 
 
 async def any_app(scope: Any, receive: Any, send: Any) -> None:
@@ -595,53 +556,59 @@ async def any_app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.body", "body": b""})
 
 
+def guarded(app: Any, address: str | None) -> Any:
+    for middleware in reversed(guard(address)):
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    return app
+
+
 EVIL = "https://evil.example"
 
 
 class TestWebserver:
-    app = OwnPagesOnly(any_app, ["https://dagster.example"])
-
     @pytest.mark.parametrize(
-        "request_",
+        ("status", "request_"),
         [
-            {},
-            {"Origin": "http://localhost:3000"},
-            {"Host": "127.0.0.1:3001", "Origin": "http://127.0.0.1:3001"},
-            {"Host": "[::1]:3000"},
-            {"Host": "dagster.example", "Origin": "https://dagster.example"},
-            # Behind a proxy that asks for this machine.
-            {"Host": "127.0.0.1:3000", "Origin": "https://dagster.example"},
-            {"kind": "websocket", "Origin": "http://localhost:3000"},
-            {"method": "GET", "Accept": "text/html,*/*"},
-            {"method": "GET", "path": "/runs/1"},
-            {"method": "GET", "path": "/server_info"},
+            (200, {}),
+            (200, {"Origin": "http://localhost:3000"}),
+            (200, {"Host": "127.0.0.1:3001", "Origin": "http://127.0.0.1:3001"}),
+            (200, {"Host": "[::1]:3000"}),
+            (200, {"Host": "dagster.example", "Origin": "https://dagster.example"}),
+            # Behind a proxy that passes on its own name for this machine.
+            (200, {"Host": "127.0.0.1:3000", "Origin": "https://dagster.example"}),
+            (101, {"kind": "websocket", "Origin": "http://localhost:3000"}),
+            (200, {"method": "GET", "Accept": "text/html,*/*"}),
+            (200, {"method": "GET", "path": "/runs/1"}),
+            (200, {"method": "GET", "path": "/server_info"}),
+            # Origins of others.
+            (403, {"Origin": EVIL}),
+            (403, {"Origin": "null"}),
+            (403, {"Origin": "http://localhost:8080"}),
+            (403, {"Origin": "http://["}),
+            (403, {"kind": "websocket", "Origin": EVIL}),
+            (403, {"path": "/report_asset_materialization/a", "Origin": EVIL}),
+            # Host names of others.
+            (400, {"Host": "evil.example"}),
+            (400, {"Host": "evil.example", "Origin": EVIL}),
+            (400, {"Host": ""}),
+            (400, {"Host": "localhost.evil.example:3000"}),
+            (400, {"kind": "websocket", "Host": "evil.example"}),
+            (400, {"method": "GET", "path": "/logs/x", "Host": "evil.example"}),
+            # GraphQL by GET.
+            (403, {"method": "GET"}),
+            (403, {"method": "GET", "path": "/graphql/", "Accept": "*/*"}),
+            (403, {"method": "GET", "path": "/prefix/graphql"}),
         ],
     )
-    def test_its_own_pages_and_programs(self, request_: dict[str, str]):
-        assert answer(self.app, **request_) in (200, 101)
+    def test_only_its_own_pages_and_programs(self, status: int, request_: dict[str, str]):
+        assert answer(guarded(any_app, "https://dagster.example"), **request_) == status
 
-    @pytest.mark.parametrize(
-        "request_",
-        [
-            {"Origin": EVIL},
-            {"Origin": "null"},
-            {"Origin": "http://localhost:8080"},
-            {"Origin": "http://["},
-            {"Host": "evil.example"},
-            {"Host": "evil.example", "Origin": EVIL},
-            {"Host": ""},
-            {"Host": "localhost.evil.example:3000"},
-            {"method": "GET"},
-            {"method": "GET", "path": "/graphql/", "Accept": "*/*"},
-            {"method": "GET", "path": "/prefix/graphql"},
-            {"kind": "websocket", "Origin": EVIL},
-            {"kind": "websocket", "Host": "evil.example"},
-            {"path": "/report_asset_materialization/a", "Origin": EVIL},
-            {"method": "GET", "path": "/logs/x", "Host": "evil.example"},
-        ],
-    )
-    def test_what_others_may_have_asked_for(self, request_: dict[str, str]):
-        assert answer(self.app, **request_) == 403
+    def test_without_an_address_of_its_own(self):
+        app = guarded(any_app, None)
+        assert answer(app) == 200
+        assert answer(app, Origin="null") == 403
+        assert answer(app, Host="dagster.example") == 400
+        assert answer(guarded(any_app, "http://[fd00::1]:3000"), Host="[fd00::1]:3000") == 200
 
     def test_dagsters_own_webserver_needs_it(self, tmp_path: Path):
         """When the first of these fails, Dagster looks at the origin itself, and our webserver may go."""
@@ -656,23 +623,18 @@ class TestWebserver:
             app = DagsterWebserver(context).create_asgi_app()
             foreign: dict[str, str] = {"method": "GET", "path": "/graphql?query={version}", "Origin": EVIL}
             assert answer(app, **foreign) == 200
-            assert answer(OwnPagesOnly(app), **foreign) == 403
+            assert answer(guarded(app, None), **foreign) == 403
 
     def test_dagster_dev_starts_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        class StartedError(Exception):
-            pass
-
-        def start(command: list[str], **options: Any) -> None:
-            raise StartedError(command[:4])
-
         (tmp_path / "workspace.yaml").write_text("load_from: []\n")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+        start = mock.Mock(side_effect=InterruptedError)
         monkeypatch.setattr("dagster._cli.dev.open_ipc_subprocess", start)
         monkeypatch.setattr(sys, "argv", ["dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", "3999"])
-        with pytest.raises(StartedError) as started:
+        with pytest.raises(InterruptedError):
             webserver.dev()
-        assert started.value.args[0][:3] == [sys.executable, "-m", "ml_platform.operations.webserver"]
+        assert start.call_args.args[0][:3] == [sys.executable, "-m", "ml_platform.operations.webserver"]
 
 
 # What is installed

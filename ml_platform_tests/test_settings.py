@@ -12,8 +12,10 @@ import pytest
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.definitions import build_resources
 from ml_platform.settings import (
+    ClusterOptions,
     ClusterSettings,
     ClusterSpec,
+    InitializationAction,
     Settings,
     SettingsError,
     load_cluster_settings,
@@ -138,12 +140,6 @@ def test_mlflow_is_on_this_machine_where_the_lake_is_not(monkeypatch: pytest.Mon
     assert settings.tracking_uri == f"sqlite:///{tmp_path}/data/mlflow.db"
 
 
-def test_settings_do_not_change(monkeypatch: pytest.MonkeyPatch):
-    settings = load_settings()
-    with pytest.raises(ValueError, match="frozen"):
-        settings.raw_uri = "elsewhere"  # type: ignore[misc]
-
-
 def test_resources(monkeypatch: pytest.MonkeyPatch):
     settings = load(
         monkeypatch,
@@ -182,10 +178,10 @@ CLUSTER_VARIABLES = {
     "YC_SECURITY_GROUP_IDS": ("g1, g2,", "security_group_ids", ["g1", "g2"]),
     "YC_SERVICE_ACCOUNT_ID": ("a", "service_account_id", "a"),
     "YC_SSH_PUBLIC_KEY": ("ssh-ed25519 AAAA me", "ssh_public_key", "ssh-ed25519 AAAA me"),
-    "YC_SERVICE_ACCOUNT_KEY_FILE": ("/key.json", "service_account_key_file", Path("/key.json")),
+    "YC_SERVICE_ACCOUNT_KEY_FILE": ("/key.json", "service_account_key_file", "/key.json"),
     "YC_IAM_TOKEN": ("t1.x", "iam_token", "t1.x"),
     "YC_API_ENDPOINT": ("localhost:1", "api_endpoint", "localhost:1"),
-    "YC_ROOT_CERTIFICATES_FILE": ("/ca.pem", "root_certificates_file", Path("/ca.pem")),
+    "YC_ROOT_CERTIFICATES_FILE": ("/ca.pem", "root_certificates_file", "/ca.pem"),
     "YC_CONSOLE_URL": ("https://console.example", "console_url", "https://console.example"),
     "DATAPROC_AUTOSCALING_SERVICE_ACCOUNT_ID": ("b", "autoscaling_service_account_id", "b"),
     "DATAPROC_BUCKET": ("logs", "bucket", "logs"),
@@ -194,6 +190,11 @@ CLUSTER_VARIABLES = {
     "DATAPROC_IMAGE_VERSION": ("2.1", "image_version", "2.1"),
     "DATAPROC_SERVICES": ("YARN,SPARK", "services", ["YARN", "SPARK"]),
     "DATAPROC_PROPERTIES": ('{"spark:a.b": "c"}', "properties", {"spark:a.b": "c"}),
+    "DATAPROC_INITIALIZATION_ACTIONS": (
+        '[{"uri": "s3a://bucket/init.sh", "args": ["x"]}]',
+        "initialization_actions",
+        [InitializationAction(uri="s3a://bucket/init.sh", args=["x"], timeout=600)],
+    ),
     "DATAPROC_OSLOGIN": ("true", "oslogin", True),
     "DATAPROC_UI_PROXY": ("false", "ui_proxy", False),
     "DATAPROC_LOG_GROUP_ID": ("group", "log_group_id", "group"),
@@ -229,7 +230,6 @@ CLUSTER_VARIABLES = {
     "DATAPROC_PRICES": ('{"s3-c2-m8": 9.5}', "prices", {"s3-c2-m8": 9.5}),
     "DATAPROC_CURRENCY": ("EUR", "currency", "EUR"),
 }
-ACTIONS = '[{"uri": "s3a://bucket/init.sh", "args": ["x"]}]'
 
 
 @pytest.fixture
@@ -240,68 +240,29 @@ def yandex(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_every_variable_of_the_cluster_is_tested():
-    fields = {field for _, field, _ in CLUSTER_VARIABLES.values()} | {"initialization_actions"}
+    fields = {field for _, field, _ in CLUSTER_VARIABLES.values()}
     assert fields == set(ClusterSettings.model_fields)
-
-
-NEEDS_COMPUTE_NODES = {"DATAPROC_COMPUTE_MAX_COUNT": "5", "DATAPROC_COMPUTE_PREEMPTIBLE": "true"}
-
-
-@pytest.mark.parametrize(("variable", "value"), NEEDS_COMPUTE_NODES.items())
-def test_autoscaling_without_compute_nodes_is_refused(yandex: pytest.MonkeyPatch, variable: str, value: str):
-    """It would have no effect, and nobody would notice."""
-    yandex.setenv(variable, value)
-    with pytest.raises(SettingsError, match="DATAPROC_COMPUTE_COUNT"):
-        load_cluster_settings()
-
-
-def test_fewer_compute_nodes_at_most_than_at_first(yandex: pytest.MonkeyPatch):
-    yandex.setenv("DATAPROC_COMPUTE_COUNT", "3")
-    yandex.setenv("DATAPROC_COMPUTE_MAX_COUNT", "2")
-    with pytest.raises(SettingsError, match="DATAPROC_COMPUTE_MAX_COUNT"):
-        load_cluster_settings()
-
-
-@pytest.mark.parametrize(("least", "most"), [("3", "2"), ("0", "5")])
-def test_data_nodes_grow_from_some_to_more(yandex: pytest.MonkeyPatch, least: str, most: str):
-    yandex.setenv("DATAPROC_DATA_COUNT", least)
-    yandex.setenv("DATAPROC_DATA_MAX_COUNT", most)
-    with pytest.raises(SettingsError, match="DATAPROC_DATA_MAX_COUNT"):
-        load_cluster_settings()
 
 
 @pytest.mark.parametrize("variable", CLUSTER_VARIABLES)
 def test_a_variable_of_the_cluster(yandex: pytest.MonkeyPatch, variable: str):
     text, field, value = CLUSTER_VARIABLES[variable]
     assert getattr(load_cluster_settings(), field) != value
-    if variable in NEEDS_COMPUTE_NODES:
+    if variable in ("DATAPROC_COMPUTE_MAX_COUNT", "DATAPROC_COMPUTE_PREEMPTIBLE"):
         yandex.setenv("DATAPROC_COMPUTE_COUNT", "1")
     yandex.setenv(variable, text)
     assert getattr(load_cluster_settings(), field) == value
 
 
-def test_initialization_actions(yandex: pytest.MonkeyPatch):
-    yandex.setenv("DATAPROC_INITIALIZATION_ACTIONS", ACTIONS)
-    (action,) = load_cluster_settings().initialization_actions
-    assert (action.uri, action.args, action.timeout) == ("s3a://bucket/init.sh", ["x"], 600)
-
-
 def test_everything_reaches_the_engine(yandex: pytest.MonkeyPatch):
     for name, (text, _, _) in CLUSTER_VARIABLES.items():
         yandex.setenv(name, text)
-    yandex.setenv("DATAPROC_INITIALIZATION_ACTIONS", ACTIONS)
     settings = load_cluster_settings()
     engine = build_resources(load_settings())["spark"]
     assert isinstance(engine, DataprocEngine)
-    values = {field: value for _, field, value in CLUSTER_VARIABLES.values()}
-    for field in ClusterSpec.model_fields:
-        assert getattr(engine.spec, field) == getattr(settings, field)
-    assert engine.endpoint == values["api_endpoint"]
-    assert engine.root_certificates_file == "/ca.pem"
-    assert engine.service_account_key_file == "/key.json"
-    for field in DataprocEngine.model_fields.keys() & values.keys() - {"iam_token", "service_account_key_file"}:
-        if field != "root_certificates_file":
-            assert getattr(engine, field) == values[field], field
+    assert engine.spec == ClusterSpec(**settings.model_dump(include=set(ClusterSpec.model_fields)))
+    for field in ClusterOptions.model_fields.keys() - {"iam_token"}:
+        assert getattr(engine, field) == getattr(settings, field), field
     with dg.build_resources({"spark": engine}) as opened:
         assert opened.spark.iam_token == "t1.x"
     assert "t1.x" not in repr(engine) + repr(settings)
@@ -316,16 +277,7 @@ def test_spark_properties_are_those_of_the_local_engine(monkeypatch: pytest.Monk
 
 def test_a_deployment_may_have_a_name(yandex: pytest.MonkeyPatch):
     yandex.setenv("ML_PLATFORM_DEPLOYMENT_NAME", "team a")
-    engine = build_resources(load_settings())["spark"]
-    assert isinstance(engine, DataprocEngine)
-    assert engine.deployment == "team a"
-
-
-@pytest.mark.parametrize("variable", ["YC_FOLDER_ID", "YC_SUBNET_ID", "YC_SERVICE_ACCOUNT_ID"])
-def test_what_a_cluster_cannot_do_without(yandex: pytest.MonkeyPatch, variable: str):
-    yandex.delenv(variable)
-    with pytest.raises(SettingsError, match=f"^{variable}: "):
-        load_cluster_settings()
+    assert build_resources(load_settings())["spark"].deployment == "team a"
 
 
 @pytest.mark.parametrize("variable", ["ML_PLATFORM_RAW_URI", "ML_PLATFORM_LAKE_URI"])
@@ -366,9 +318,30 @@ def test_an_unusable_value_of_the_cluster_is_named(yandex: pytest.MonkeyPatch, v
     assert "\n" not in message
 
 
-def test_a_cluster_must_live_until_it_is_made(yandex: pytest.MonkeyPatch):
-    yandex.setenv("DATAPROC_MAX_LIFETIME_S", "1800")
-    with pytest.raises(SettingsError, match="DATAPROC_MAX_LIFETIME_S must be above DATAPROC_CREATE_TIMEOUT_S"):
+@pytest.mark.parametrize(
+    ("variables", "error"),
+    [
+        # Without compute nodes, autoscaling would have no effect, and nobody would notice.
+        ({"DATAPROC_COMPUTE_MAX_COUNT": "5"}, "DATAPROC_COMPUTE_MAX_COUNT .* need DATAPROC_COMPUTE_COUNT"),
+        ({"DATAPROC_COMPUTE_PREEMPTIBLE": "true"}, "DATAPROC_COMPUTE_PREEMPTIBLE need DATAPROC_COMPUTE_COUNT"),
+        (
+            {"DATAPROC_COMPUTE_COUNT": "3", "DATAPROC_COMPUTE_MAX_COUNT": "2"},
+            "DATAPROC_COMPUTE_MAX_COUNT must not be below DATAPROC_COMPUTE_COUNT",
+        ),
+        ({"DATAPROC_DATA_COUNT": "3", "DATAPROC_DATA_MAX_COUNT": "2"}, "from 1 to DATAPROC_DATA_MAX_COUNT"),
+        ({"DATAPROC_DATA_COUNT": "0", "DATAPROC_DATA_MAX_COUNT": "5"}, "from 1 to DATAPROC_DATA_MAX_COUNT"),
+        ({"DATAPROC_MAX_LIFETIME_S": "1800"}, "DATAPROC_MAX_LIFETIME_S must be above DATAPROC_CREATE_TIMEOUT_S"),
+        ({"YC_FOLDER_ID": ""}, "^YC_FOLDER_ID: "),
+        ({"YC_SUBNET_ID": ""}, "^YC_SUBNET_ID: "),
+        ({"YC_SERVICE_ACCOUNT_ID": ""}, "^YC_SERVICE_ACCOUNT_ID: "),
+    ],
+)
+def test_cluster_settings_that_are_missing_or_contradict_each_other(
+    yandex: pytest.MonkeyPatch, variables: dict[str, str], error: str
+):
+    for name, value in variables.items():
+        yandex.setenv(name, value)
+    with pytest.raises(SettingsError, match=error):
         load_cluster_settings()
 
 

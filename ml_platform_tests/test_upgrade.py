@@ -9,10 +9,14 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from ml_platform.cli import main as cli
-from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
+from ml_platform.cli import data, doctor
+from ml_platform.cli.champion import set_champion, show_champion
+from ml_platform.cli.context import CommandError
+from ml_platform.lake.reports import CleanedReport, FeaturesReport
+from ml_platform.lake.resource import LakeResource
 from ml_platform.model.gate import champion_problem
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
+from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, requests_of, run_assets
 from ml_platform_tests.fixtures.state import EPOCH, KEYS, State, unpack
 from ml_platform_tests.postgres import PostgresServer
@@ -44,26 +48,26 @@ def mlflow_of(state: State) -> MlflowResource:
 
 def test_the_lake_is_read_as_it_is(state: State, capsys: pytest.CaptureFixture[str]):
     lake = lake_of(state)
-    for table in (CLEANED, FEATURES):
-        current, outdated = lake.split_reports(table)
+    for kind in (CleanedReport, FeaturesReport):
+        current, outdated = lake.split_reports(kind)
         assert (set(current), outdated) == (set(KEYS), {})
-    cli.process_new_files()
+    data.process_new_files()
     assert "3 raw files" in capsys.readouterr().out
     with dg.DagsterInstance.get() as instance:
         assert len(instance.get_runs()) == 2, "nothing was there to do"
 
 
-@pytest.mark.parametrize("command", [cli.champion_show, cli.summary, cli.migrate])
+@pytest.mark.parametrize("command", [show_champion, data.summary, data.migrate])
 def test_the_champion_is_named_that_cannot_score(state: State, capsys: pytest.CaptureFixture[str], command: Any):
     command()
     assert SPARK_ML in " ".join(capsys.readouterr().out.split())
 
 
 def test_doctor_and_champion_set_say_so(state: State):
-    with pytest.raises(cli.CommandError, match=SPARK_ML):
-        cli._check_mlflow(cli.load_settings())
-    with pytest.raises(cli.CommandError, match=r"version 2 is a Spark ML pipeline .* The champion is as it was"):
-        cli.champion_set("2", "try it")
+    with pytest.raises(CommandError, match=SPARK_ML):
+        doctor._check_mlflow(load_settings())
+    with pytest.raises(CommandError, match=r"version 2 is a Spark ML pipeline .* The champion is as it was"):
+        set_champion("2", "try it")
     champion = mlflow_of(state).champion()
     assert champion is not None
     assert champion.version == 1

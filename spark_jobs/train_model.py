@@ -1,4 +1,4 @@
-"""Fit a fraud model on ``transaction_features``, choose learner and parameters, and judge it on later rows.
+"""Fit a fraud model on ``transaction_features``, choose learner and parameters, and score later rows with it.
 
 All windows are whole days (``tx_time_days``) and end with the last full day D of the cut-off partition::
 
@@ -26,7 +26,7 @@ from spark_jobs.features.windows import NO_KEY
 from spark_jobs.io import parquet_files
 from spark_jobs.progress import Progress
 from spark_jobs.schema import SCHEMA_VERSION
-from spark_jobs.training import evaluation, fits, library
+from spark_jobs.training import fits, library
 from spark_jobs.training.learners import (
     DEFAULT_CANDIDATES,
     LogisticRegressionModel,
@@ -55,7 +55,6 @@ DEFAULTS: dict[str, Any] = {
     "validation_days": 7,
     "min_train_days": 7,
     "min_frauds": 10,
-    "alerts_per_day": 100,
     "candidates": DEFAULT_CANDIDATES,
     "validation_folds": 1,
     "search_rows": 200_000,
@@ -71,7 +70,7 @@ DEFAULTS: dict[str, Any] = {
 REQUIRED = ("run_id", "cutoff", "feature_uris", "cutoff_uri", "features", "output_uri")
 
 #: Columns of ``test_scores``; ``score`` and ``champion_score`` follow them.
-SCORED_COLUMNS = ("transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud")
+SCORED_COLUMNS = ("transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud", "tx_fraud_scenario")
 
 #: Held-out rows that are kept with the model, and those whose contributions make its importances.
 SAMPLE_ROWS = 1_000
@@ -85,7 +84,7 @@ LABEL = fits.LABEL
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
-    """Train, evaluate and save one model.
+    """Train one model, save it, and score the held-out rows.
 
     Request:
         run_id: identifies the run in the report.
@@ -98,7 +97,6 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
             window is shorter if the data do not reach back so far.
         min_train_days: the fewest days to fit on while parameters are chosen (7).
         min_frauds: the fewest frauds in each window (10).
-        alerts_per_day: budget of the figures ``…_at_budget`` (100).
         candidates: list of {"learner", "grid"}: a learner of `learners.LEARNERS`, and parameter → values. Every
             combination is fitted and judged, the first names vary slowest; of equals the first is taken (see
             `learners.DEFAULT_CANDIDATES`).
@@ -126,14 +124,13 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
       ``validation`` as in ``windows``, the latest first), ``sampling`` (null if all rows were learned from, else
       ``max_train_rows``, ``rows``, ``frauds``, ``kept_rows``, ``kept_frauds``, ``genuine_weight``, ``fraud_weight``),
       ``feature_importances`` (feature → mean absolute contribution to the log-odds, over `IMPORTANCE_ROWS` held-out
-      rows), ``metrics`` (``test_…``, and ``champion_test_…`` where a champion scored; see `evaluation.evaluate`),
-      ``tables`` (of the test rows; see `evaluation.evaluate_with_tables`), ``profile`` (distributions of inputs and
-      score in the train window; see `fits.profile_of`), ``champion`` (null, or the request's with ``status`` scored,
-      unreadable or newer_library, the latter two with ``error``), ``model_uri``, ``scores_uri``, ``sample_uri``; of
-      logistic regression also ``coefficients`` (feature → value, in units of the feature), ``intercept``.
+      rows), ``profile`` (distributions of inputs and score in the train window; see `fits.profile_of`), ``champion``
+      (null, or the request's with ``status`` scored, unreadable or newer_library, the latter two with ``error``),
+      ``model_uri``, ``scores_uri``, ``sample_uri``; of logistic regression also ``coefficients`` (feature → value, in
+      units of the feature), ``intercept``. Metrics are not this job's matter: whoever reads ``test_scores`` has them.
 
     Writes into ``output_uri`` the model file ``model.json`` (see `learners.Scorer`), ``test_scores`` (Parquet:
-    `SCORED_COLUMNS`, score, champion_score), which are the rows that the metrics are computed on, and
+    `SCORED_COLUMNS`, score, champion_score), the rows to judge the model by, and
     ``sample.parquet``: `SAMPLE_ROWS` of them, drawn by hash, with the model's inputs.
 
     Raises:
@@ -214,17 +211,6 @@ def _train(
         scorer = Scorer.from_json(fitted.model, settings["fit_threads"])
         sample_uri = f"{output}/{SAMPLE_FILE}"
         importances = _keep_sample(files, test, scorer, settings["seed"], sample_uri)
-    with clock.phase("evaluate"):
-        scores = runtime.read_parquet(spark, scores_uri)
-        alerts_per_day = settings["alerts_per_day"]
-        figures, tables = evaluation.evaluate_with_tables(scores, test.where("tx_fraud = 1"), "score", alerts_per_day)
-        metrics = {f"test_{name}": value for name, value in figures.items()}
-        if champion is not None and champion["status"] == "scored":
-            figures = evaluation.evaluate(scores, "champion_score", alerts_per_day)
-            metrics.update(
-                (f"champion_test_{name}", figures[name]) for name in figures if name not in ("rows", "frauds")
-            )
-    log.info("test: %s", metrics)
     report = {
         "outcome": "trained",
         "grid": grid,
@@ -238,8 +224,6 @@ def _train(
         ],
         "sampling": _sampling(fit, fitted, settings),
         "feature_importances": importances,
-        "metrics": metrics,
-        "tables": tables,
         "profile": fitted.profile,
         "champion": champion,
         "model_uri": model_uri,
@@ -415,6 +399,7 @@ def write_scores(
         "customer_id": "bigint",
         "tx_amount": "double",
         LABEL: "int",
+        "tx_fraud_scenario": "int",
     }
     # numpy has no NULL integer, and slow timestamps: both go as plain integers.
     plain = {
@@ -511,9 +496,7 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
 
 def _read_features(spark: SparkSession, settings: dict[str, Any]) -> DataFrame:
     frame = runtime.read_parquet(spark, *settings["feature_uris"])
-    missing = [
-        name for name in (*SCORED_COLUMNS, "tx_fraud_scenario", *settings["features"]) if name not in frame.columns
-    ]
+    missing = [name for name in (*SCORED_COLUMNS, *settings["features"]) if name not in frame.columns]
     if missing:
         raise ValueError("the feature partitions have no column {}; build them again".format(", ".join(missing)))
     return frame

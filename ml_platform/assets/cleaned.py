@@ -8,7 +8,8 @@ from pydantic import Field
 from ml_platform.assets.outcomes import OWNERS, conclude, split_verdicts, table_schema
 from ml_platform.dataproc.sizing import BYTES_PER_ROW
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.resource import CLEANED, REJECTED, LakeResource, RawFile
+from ml_platform.lake.reports import CLEANED_TABLE, REJECTED_TABLE, CleanedReport, CleanedReports, instant_text
+from ml_platform.lake.resource import LakeResource, RawFile
 from ml_platform.model.config import check_run_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
@@ -28,9 +29,9 @@ class CleaningConfig(dg.Config):
     rebuild: bool = Field(False, description="Clean again even what is up to date.")
 
 
-def is_cleaned(report: dict[str, Any] | None, raw: RawFile, epoch: str) -> bool:
+def is_cleaned(report: CleanedReport | None, raw: RawFile, epoch: str) -> bool:
     """Whether a report of today's version is that of the raw file as it is now."""
-    return report is not None and report["epoch"] == epoch and report["raw"]["fingerprint"] == raw.fingerprint
+    return report is not None and report.epoch == epoch and report.raw.fingerprint == raw.fingerprint
 
 
 @dg.asset(
@@ -61,7 +62,7 @@ def cleaned_transactions(
     for name, reason in ignored.items():
         context.log.warning(f"ignored raw file {name!r}: {reason}")
     epoch = lake.epoch
-    reports = lake.reports(CLEANED)
+    reports = lake.reports(CleanedReport)
     failed = {key: f"there is no such file in {lake.raw_uri}" for key in context.partition_keys if key not in files}
     current = {
         key: reports[key]
@@ -70,7 +71,7 @@ def cleaned_transactions(
     }
     wanted = [key for key in context.partition_keys if key in files and key not in current]
     context.log.info(f"{len(wanted)} files to clean, {len(current)} already clean, {len(failed)} not found")
-    cleaned: dict[str, Any] = {}
+    cleaned: CleanedReports = {}
     if wanted:
         report = spark.run_job(
             context,
@@ -82,43 +83,44 @@ def cleaned_transactions(
                     {
                         "partition": key,
                         "raw": files[key].as_request(),
-                        "output_uri": lake.store.spark_uri(lake.partition_path(CLEANED, key)),
-                        "rejected_uri": lake.store.spark_uri(lake.partition_path(REJECTED, key)),
+                        "output_uri": lake.partition_uri(CLEANED_TABLE, key),
+                        "rejected_uri": lake.partition_uri(REJECTED_TABLE, key),
                     }
                     for key in wanted
                 ],
             },
             rows=sum(files[key].size for key in wanted) // BYTES_PER_ROW,
         )
-        cleaned, errors = split_verdicts(report["partitions"])
+        cleaned, errors = split_verdicts(report["partitions"], CleanedReport)
         failed |= errors
     metadata = {key: _metadata(lake, report, key in cleaned) for key, report in (current | cleaned).items()}
     return conclude(context, succeeded=metadata, failed=failed)
 
 
-def _metadata(lake: LakeResource, report: dict[str, Any], was_cleaned: bool) -> dict[str, Any]:
-    counts, key = report["counts"], report["partition"]
+def _metadata(lake: LakeResource, report: CleanedReport, was_cleaned: bool) -> dict[str, Any]:
+    counts, key = report.counts, report.partition
+    rows_by_rule = counts.model_dump()
     metadata = {
-        "outcome": ("cleaned" if counts["raw_rows"] else "empty file") if was_cleaned else "already clean",
-        "dagster/row_count": counts["clean_rows"],
-        "path": dg.MetadataValue.path(lake.store.spark_uri(lake.partition_path(CLEANED, key))),
+        "outcome": ("cleaned" if counts.raw_rows else "empty file") if was_cleaned else "already clean",
+        "dagster/row_count": counts.clean_rows,
+        "path": dg.MetadataValue.path(lake.partition_uri(CLEANED_TABLE, key)),
         "counts": dg.MetadataValue.table(
-            [dg.TableRecord({"count": name, "rows": counts[name]}) for name in COUNTS_SHOWN],
+            [dg.TableRecord({"count": name, "rows": rows_by_rule[name]}) for name in COUNTS_SHOWN],
             schema=dg.TableSchema([dg.TableColumn("count", "string"), dg.TableColumn("rows", "int")]),
         ),
-        "raw_rows": counts["raw_rows"],
-        "rejected_rows": counts["rejected_rows"],
-        "duplicate_rows": counts["duplicate_rows"],
-        "fraud_rows": counts["fraud_rows"],
-        "raw_size_bytes": report["raw"]["size"],
-        "fingerprint": report["raw"]["fingerprint"],
-        "cleaned_by_run": dg.MetadataValue.dagster_run(report["run_id"]),
-        "spark_version": report["spark_version"],
-        "seconds": report["seconds"],
+        "raw_rows": counts.raw_rows,
+        "rejected_rows": counts.rejected_rows,
+        "duplicate_rows": counts.duplicate_rows,
+        "fraud_rows": counts.fraud_rows,
+        "raw_size_bytes": report.raw.size,
+        "fingerprint": report.raw.fingerprint,
+        "cleaned_by_run": dg.MetadataValue.dagster_run(report.run_id),
+        "spark_version": report.spark_version,
+        "seconds": report.seconds,
     }
-    if counts["rejected_rows"]:
-        metadata["rejected_path"] = dg.MetadataValue.path(lake.store.spark_uri(lake.partition_path(REJECTED, key)))
-    if report["tx_datetime"]["min"]:
-        metadata["first_transaction"] = report["tx_datetime"]["min"]
-        metadata["last_transaction"] = report["tx_datetime"]["max"]
+    if counts.rejected_rows:
+        metadata["rejected_path"] = dg.MetadataValue.path(lake.partition_uri(REJECTED_TABLE, key))
+    if report.tx_datetime is not None:
+        metadata["first_transaction"] = instant_text(report.tx_datetime.min)
+        metadata["last_transaction"] = instant_text(report.tx_datetime.max)
     return metadata

@@ -1,11 +1,12 @@
-"""What the assets share: per-partition verdicts of Spark jobs, and how schemas become Dagster's."""
+"""What assets and checks share: verdicts and check results by partition, Dagster's table schemas."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
-from ml_platform.escaping import printable
+from ml_platform.escaping import markdown, printable
+from ml_platform.lake.reports import ReportT
 
 OWNERS = ["team:ml-platform"]
 
@@ -60,10 +61,53 @@ def conclude(
     return dg.MaterializeResult()
 
 
-def split_verdicts(verdicts: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+def split_verdicts(
+    verdicts: Mapping[str, Mapping[str, Any]], kind: type[ReportT]
+) -> tuple[dict[str, ReportT], dict[str, str]]:
     """A job's verdicts as reports of the partitions that succeeded and errors of those that failed."""
-    reports = {key: verdict["report"] for key, verdict in verdicts.items() if verdict["status"] == "succeeded"}
+    reports = {
+        key: kind.model_validate(verdict["report"])
+        for key, verdict in verdicts.items()
+        if verdict["status"] == "succeeded"
+    }
     return reports, {key: verdict["error"] for key, verdict in verdicts.items() if key not in reports}
+
+
+def check_partitions(
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext,
+    check: dg.AssetCheckKey,
+    problem_of: Callable[[str], str | None],
+    measure: Callable[[str], Mapping[str, Any]] = lambda key: {},
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+) -> dg.AssetCheckResult:
+    """Check every partition of the run.
+
+    Dagster takes one result from a check that runs over a range. So that its UI shows each partition's own, with the
+    figures of `measure`, they are logged one by one; the result, which may block the run, names those with a problem.
+    """
+    problems: dict[str, str] = {}
+    for key in context.partition_keys:
+        if problem := problem_of(key):
+            problems[key] = problem
+            context.log.warning(f"{check.name}: {printable(key)}: {printable(problem)}")
+        evaluation = dg.AssetCheckEvaluation(
+            asset_key=check.asset_key,
+            check_name=check.name,
+            passed=key not in problems,
+            severity=severity,
+            description=markdown(problem) if problem else None,
+            metadata=dict(measure(key)),
+            partition=key,
+        )
+        # The method takes it, its annotation does not say so.
+        context.op_execution_context.log_event(evaluation)  # type: ignore[arg-type]
+    return dg.AssetCheckResult(
+        check_name=check.name,
+        passed=not problems,
+        severity=severity,
+        description=markdown("; ".join(f"{key}: {problem}" for key, problem in problems.items())) or None,
+        metadata={"partitions_checked": len(context.partition_keys), "problems": dg.JsonMetadataValue(problems)},
+    )
 
 
 def some_of(keys: Sequence[str], limit: int = 5) -> str:

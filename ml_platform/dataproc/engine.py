@@ -1,15 +1,15 @@
-"""Spark on an ephemeral Yandex Data Proc cluster: made at a run's first job, shared by its steps, deleted at its end.
+"""Spark on a Yandex Data Proc cluster that is created at a run's first job and deleted at the run's end.
 
-The cluster belongs to the resource, whose clean-up Dagster calls whether the run succeeds, fails or is terminated; what
-a killed process leaves behind is for the next run, or the sensor ``orphaned_clusters``. The identity of a cluster is
-recorded before it is waited for.
+The cluster belongs to the resource, whose clean-up Dagster calls whether the run succeeds, fails or is terminated. What
+a killed process leaves behind is deleted by the next run or by the sensor ``orphaned_clusters``. The identity of a
+cluster is recorded before it is waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +20,10 @@ from pydantic import Field, PrivateAttr
 from ml_platform.dataproc.api import (
     FINISHED_JOB,
     OWNER,
-    UNUSABLE,
-    Clock,
     Cluster,
-    ClusterSpec,
     DataprocApi,
     DataprocError,
-    DriverLog,
     Job,
-    PysparkJob,
     cluster_name,
     job_name,
     slug,
@@ -37,8 +32,9 @@ from ml_platform.dataproc.sizing import MAX_TRAIN_ROWS, choose_nodes, cores_of, 
 from ml_platform.escaping import printable
 from ml_platform.lake.resource import LakeResource
 from ml_platform.operations.dead_runs import fail_dead_runs, note_process
+from ml_platform.settings import ClusterOptions, ClusterSpec
 from ml_platform.spark.code_archive import ARCHIVE_NAME, build_archive, content_hash, library_archive, main_file
-from ml_platform.spark.engine import SparkEngine, job_file
+from ml_platform.spark.engine import JobCall, SparkEngine
 from spark_jobs.runtime import START_PROPERTIES
 
 CLUSTER_ID_TAG = "ml_platform/cluster_id"
@@ -52,77 +48,48 @@ HOUR_S = 3600
 #: Spark properties of each job.
 JOB_PROPERTIES = {
     **START_PROPERTIES,
-    # In cluster mode the driver would be somewhere in YARN, and its log not in the job's.
+    # In cluster mode the driver would run somewhere in YARN, and the job would not have its log.
     "spark.submit.deployMode": "client",
     # A rename on S3 is a copy: version 2 makes half as many. See docs/s3.md.
     "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
 }
 
-#: Answers to a first create after which there certainly is no cluster. After any other there may be one.
-REFUSALS = {
-    *("INVALID_ARGUMENT", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED"),
-    *("FAILED_PRECONDITION", "NOT_FOUND", "ALREADY_EXISTS"),
-}
-
 
 @dataclass
-class _RunsCluster:
-    """The cluster of this run."""
+class RunCluster:
+    """The cluster of this run. `requested_at` and `expires_at` are Unix seconds."""
 
     name: str
     spec: ClusterSpec
-    labels: Mapping[str, str]
-    asked_at: float
+    labels: dict[str, str]
+    requested_at: float
     expires_at: float
-    #: "" between the request and its answer: then only the name tells which cluster it is.
+    #: "" until the create is answered: then only the name identifies the cluster.
     id: str = ""
-    usable: bool = False
+    is_usable: bool = False
     jobs: list[dict[str, Any]] = field(default_factory=list)
 
     def cores(self) -> int:
-        """Cores of the nodes that work on jobs; 0 where the presets' names do not tell."""
-        return sum(
-            (cores_of(preset) or 0) * count for preset, _, _, count, role in self.spec.node_groups() if role != "master"
-        )
+        """Cores of the nodes that run tasks; 0 where the presets' names do not say."""
+        groups = self.spec.node_groups()
+        return sum((cores_of(group.preset) or 0) * group.hosts for group in groups if group.role != "master")
 
 
-class DataprocEngine(SparkEngine):
+class DataprocEngine(SparkEngine, ClusterOptions):
     """Runs jobs on a cluster of the run's own. Deployments in one folder are told apart by their name and lake."""
 
     deployment: str = Field(description="Name of this deployment; label of its clusters.")
-    cluster: dict[str, Any] = Field(description="What a cluster is made of: the fields of ClusterSpec.")
-    endpoint: str | None = Field(default=None, description="host:port of another installation of the API.")
-    root_certificates_file: str | None = Field(default=None, description="Authorities that its certificate is from.")
-    service_account_key_file: str | None = Field(
-        default=None,
-        description="Authorized key to call the API with; default: the token, or the VM's account.",
-    )
-    iam_token: str | None = Field(default=None, description="IAM token to call the API with.")
-    create_timeout_s: float = Field(default=1800, gt=0, description="Longest wait for a cluster.")
-    job_timeout_s: float = Field(default=4 * HOUR_S, gt=0, description="Longest time of a job; then it is cancelled.")
-    data_max_count: int = Field(default=0, ge=0, le=32, description="Data nodes that a run with much work gets.")
-    target_s: float = Field(
-        default=900, gt=0, description="Time that a run's work on data is to take, as far as the nodes go."
-    )
-    max_lifetime_s: float = Field(default=8 * HOUR_S, gt=0, description="A cluster older than this is deleted.")
-    delete_timeout_s: float = Field(default=900, gt=0, description="Longest wait for a cluster to be gone.")
-    poll_s: float = Field(default=10, gt=0, description="Longest pause between two looks.")
-    job_properties: dict[str, str] = Field(default_factory=dict, description="More Spark properties of each job.")
-    prices: dict[str, float] = Field(
-        default_factory=dict, description="Per hour: of a host of a preset, and of a GB of a disk type."
-    )
-    currency: str = Field(default="RUB", description="What the prices are in.")
-    console_url: str = Field(default="https://console.yandex.cloud", description="Where links to the console lead.")
     lake_uri: str = Field(description="The lake that the deployment works on.")
+    cluster: dict[str, Any] = Field(description="What a cluster consists of: the fields of ClusterSpec.")
 
     _api: Any = PrivateAttr(default=None)
-    _clock: Clock = PrivateAttr(default_factory=Clock)
-    _run: Any = PrivateAttr(default=None)
+    _clock: Any = PrivateAttr(default_factory=lambda: time)
+    _run_cluster: RunCluster | None = PrivateAttr(default=None)
     _attempts: int = PrivateAttr(default=0)
 
     @property
     def spec(self) -> ClusterSpec:
-        """What a cluster is made of."""
+        """What a cluster consists of."""
         return ClusterSpec.model_validate(self.cluster)
 
     @property
@@ -130,7 +97,7 @@ class DataprocEngine(SparkEngine):
         """The client of the API."""
         if self._api is None:
             self._api = DataprocApi(
-                endpoint=self.endpoint,
+                endpoint=self.api_endpoint,
                 root_certificates_file=self.root_certificates_file,
                 service_account_key_file=self.service_account_key_file,
                 iam_token=self.iam_token,
@@ -145,12 +112,12 @@ class DataprocEngine(SparkEngine):
         try:
             yield self
         finally:
-            self._delete_own(context.log or dg.get_dagster_logger())
+            self._delete_cluster(context.log or dg.get_dagster_logger())
 
     # the cluster
 
     def labels(self, run_id: str, expires_at: float) -> dict[str, str]:
-        """Labels of a run's cluster. The lake tells deployments apart that have the same name."""
+        """Labels of a run's cluster. The lake distinguishes deployments that have the same name."""
         return {
             "owner": OWNER,
             "deployment": slug(self.deployment, 63),
@@ -161,124 +128,115 @@ class DataprocEngine(SparkEngine):
 
     def clusters(self) -> list[Cluster]:
         """This deployment's clusters in the folder."""
-        own = {name: value for name, value in self.labels("", 0).items() if name in ("owner", "deployment")}
-        lake = self.labels("", 0)["lake"]
+        own = self.labels("", 0)
         return [
             cluster
             for cluster in self.api.list_clusters(self.spec.folder_id)
-            if all(cluster.labels.get(name) == value for name, value in own.items())
-            and cluster.labels.get("lake", lake) == lake
+            if all(cluster.labels.get(name) == own[name] for name in ("owner", "deployment"))
+            and cluster.labels.get("lake", own["lake"]) == own["lake"]
         ]
 
-    def _cluster(self, context: dg.AssetExecutionContext, job: str, rows: int) -> _RunsCluster:
-        """The run's cluster, made if there is none yet, of a size for its first `job` and what follows from it."""
-        if self._run is not None and self._run.usable:
-            return self._run
-        # One that a step before this could not bring up: gone first, or it stays and costs.
-        self._delete_own(context.log)
-        self._delete_predecessors(context)
+    def _usable_cluster(self, call: JobCall) -> RunCluster:
+        """The run's cluster, created if there is none yet, of a size for its first job and what follows from it."""
+        if self._run_cluster is not None and self._run_cluster.is_usable:
+            return self._run_cluster
+        # Delete a failed cluster first; otherwise it keeps costing money.
+        self._delete_cluster(call.context.log)
+        self._delete_predecessors(call.context)
         self._attempts += 1
-        now = self._clock.time()
-        run_id = context.run.run_id
+        context, run_id, now = call.context, call.context.run.run_id, self._clock.time()
         name, expires_at = cluster_name(self.deployment, run_id, self._attempts), now + self.max_lifetime_s
-        spec = self._sized(context, job, rows)
-        cluster = _RunsCluster(name, spec, self.labels(run_id, expires_at), now, expires_at)
-        self._run = cluster
-        context.instance.add_run_tags(run_id, {CLUSTER_NAME_TAG: cluster.name})
-        try:
-            cluster.id, operation_id = self.api.create_cluster(spec, cluster.name, cluster.labels)
-        except DataprocError as error:
-            if error.code in REFUSALS:
-                self._run = None
-            raise
+        cluster = RunCluster(name, self._sized(call), self.labels(run_id, expires_at), now, expires_at)
+        # Before the request: whatever the answer, there may be a cluster, and clean-up looks for it by name.
+        self._run_cluster = cluster
+        context.instance.add_run_tags(run_id, {CLUSTER_NAME_TAG: name})
+        cluster.id, operation_id = self.api.create_cluster(cluster.spec, name, cluster.labels)
         context.instance.add_run_tags(run_id, {CLUSTER_ID_TAG: cluster.id})
         context.log.info(
-            f"creating cluster {cluster.name} ({cluster.id}){'' if operation_id else ', found from an earlier call'}: "
-            f"{self._cluster_url(cluster.id)}"
+            f"creating cluster {name} ({cluster.id}){'' if operation_id else ', found from an earlier call'}: "
+            f"{self._cluster_url(cluster)}"
         )
-        self.api.wait_until_usable(
+        self.api.wait_until_running(
             cluster.id,
             operation_id,
             timeout_s=self.create_timeout_s,
             poll_s=self.poll_s,
             say=_changes(context.log),
         )
-        cluster.usable = True
-        context.log.info(f"cluster {cluster.name} is ready after {self._clock.time() - now:.0f} s")
+        cluster.is_usable = True
+        context.log.info(f"cluster {name} is ready after {self._clock.time() - now:.0f} s")
         return cluster
 
     def _delete_predecessors(self, context: dg.AssetExecutionContext) -> None:
-        """Delete clusters of runs that have ended, and wait for those to be gone whose job goes on.
+        """Delete clusters of runs that have ended, and wait until those are gone that still run a job.
 
-        A run that was killed leaves such a one: its job may be writing the very partitions that this run is about to
-        write, and two writers would leave rows twice. The sensor ``orphaned_clusters`` may come too late.
+        A killed run leaves such a cluster: its job may be writing the very partitions that this run is about to write,
+        and two writers would leave rows twice. The sensor ``orphaned_clusters`` may come too late.
 
         Raises:
-            DataprocError: one on which a job is at work cannot be deleted.
+            DataprocError: a cluster that runs a job cannot be deleted.
         """
-        # Whose process is gone counts as running until somebody looks.
+        # A run whose process is gone counts as running until somebody checks.
         fail_dead_runs(context.instance)
         for cluster in self.clusters():
             run = context.instance.get_run_by_id(cluster.labels.get("dagster-run-id", ""))
             if run is None or not run.is_finished:
                 continue
-            is_at_work = self._is_at_work(cluster.id)
-            if cluster.status == "STOPPING" and not is_at_work:  # its run has just asked for that
+            has_job = self._runs_a_job(cluster.id)
+            if cluster.status == "STOPPING" and not has_job:  # its run has just asked for that
                 continue
             context.log.warning(f"deleting cluster {cluster.name} ({cluster.id}): its run {run.run_id} has ended")
+            if has_job:
+                self._wait_for_deletion(cluster.id, context.log)
+                continue
             try:
-                if is_at_work:
-                    self.api.delete_cluster(
-                        cluster.id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(context.log)
-                    )
-                else:
-                    self.api.request_deletion(cluster.id)
+                self.api.request_deletion(cluster.id)
             except DataprocError as error:
-                if is_at_work:
-                    raise
                 context.log.error(f"it is left to the sensor orphaned_clusters: {error}")
 
-    def _is_at_work(self, cluster_id: str) -> bool:
-        """Whether a cluster has a job that has not ended."""
+    def _runs_a_job(self, cluster_id: str) -> bool:
         try:
             return any(job.status not in FINISHED_JOB for job in self.api.list_jobs(cluster_id))
         except DataprocError as error:
-            if error.code == "NOT_FOUND":  # it is gone
+            if error.code == "NOT_FOUND":  # the cluster is gone
                 return False
             raise
 
-    def _sized(self, context: dg.AssetExecutionContext, job: str, rows: int) -> ClusterSpec:
-        """What the cluster is made of, with as many nodes as the work needs where the settings leave a choice.
+    def _sized(self, call: JobCall) -> ClusterSpec:
+        """What the cluster consists of, with as many nodes as the work needs where the settings leave a choice.
 
         The choice is between numbers of data nodes. Of compute nodes that scale it is the number to begin with.
         """
         spec = self.spec
-        role, least, most = "data", spec.data_count, max(spec.data_count, self.data_max_count)
         if spec.compute_max_count and not self.data_max_count:
-            role, least, most = "compute", spec.compute_count, min(spec.compute_max_count, 32)
-        cores = cores_of(getattr(spec, f"{role}_preset"))
-        if least == most or not rows or cores is None:
+            role, preset = "compute", spec.compute_preset
+            least, most = spec.compute_count, min(spec.compute_max_count, 32)
+        else:
+            role, preset = "data", spec.data_preset
+            least, most = spec.data_count, max(spec.data_count, self.data_max_count)
+        cores = cores_of(preset)
+        if least == most or not call.rows or cores is None:
             return spec
-        sizing = choose_nodes(job, rows, cores=cores, least=least, most=most, target_s=self.target_s)
-        context.log.info(f"the cluster gets {role} nodes: {sizing.reason}")
+        sizing = choose_nodes(call.job, call.rows, cores=cores, least=least, most=most, target_s=self.target_s)
+        call.context.log.info(f"the cluster gets {role} nodes: {sizing.reason}")
         return spec.model_copy(update={f"{role}_count": sizing.nodes})
 
-    def _delete_own(self, log: Any) -> None:
-        """Delete the run's cluster, if there is one; the request first, then the wait."""
-        cluster = self._run
+    def _delete_cluster(self, log: Any) -> None:
+        """Delete the run's cluster, if there is one."""
+        cluster = self._run_cluster
         if cluster is None:
             return
-        cluster.usable = False
+        cluster.is_usable = False
         try:
-            # The answer to the create may have been lost with the id: the name is known.
-            ids = [cluster.id] if cluster.id else self._ids_by_name(cluster)
-            for cluster_id in ids:
-                log.info(f"deleting cluster {cluster.name} ({cluster_id})")
-                self.api.delete_cluster(
-                    cluster_id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(log)
-                )
+            if not cluster.id:
+                # The answer to the create was an error, or was lost with the id: the name is known.
+                earlier = self.api.find_cluster(self.spec.folder_id, cluster.name, cluster.labels)
+                cluster.id = earlier.id if earlier else ""
+            if cluster.id:
+                log.info(f"deleting cluster {cluster.name} ({cluster.id})")
+                self._wait_for_deletion(cluster.id, log)
                 log.info(f"cluster {cluster.name} is deleted{self._summary(cluster)}")
-            self._run = None
+            self._run_cluster = None
         except DataprocError as error:
             log.error(
                 f"CLUSTER {cluster.name} ({cluster.id or 'id unknown'}) MAY STILL BE THERE AND COST MONEY: {error}. "
@@ -286,218 +244,187 @@ class DataprocEngine(SparkEngine):
             )
             raise
 
-    def _ids_by_name(self, cluster: _RunsCluster) -> list[str]:
-        found = self.api.list_clusters(self.spec.folder_id, name=cluster.name)
-        return [one.id for one in found if one.name == cluster.name and one.carries(cluster.labels)]
+    def _wait_for_deletion(self, cluster_id: str, log: Any) -> None:
+        self.api.delete_cluster(cluster_id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(log))
 
     # jobs
 
-    def _library_uri(self, context: dg.AssetExecutionContext, lake: LakeResource) -> str | None:
-        return lake.store.spark_uri(self._upload_library(lake))
+    def _library_uri(self, call: JobCall) -> str | None:
+        return _upload_library(call.lake)
 
-    def _execute(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        job: str,
-        request: dict[str, Any],
-        *,
-        rows: int,
-        label: str,
-    ) -> dict[str, Any]:
-        code = self._upload_code(lake, job)
-        cluster = self._cluster(context, job, rows)
-        run_id = context.run.run_id
-        files = {kind: job_file(run_id, job, label, kind) for kind in ("request.json", "report.json", "driver.log")}
-        name = job_name(job, label, context.retry_number + 1)
+    def _execute(self, call: JobCall) -> dict[str, Any]:
+        main_file_uri, archive_uri = _upload_code(call.lake, call.job)
+        cluster = self._usable_cluster(call)
+        context, lake = call.context, call.lake
+        name = job_name(call.job, call.label, context.retry_number + 1)
         if context.retry_number:
-            # What the try before this left is no report of this one.
-            lake.write_json(files["report.json"], {})
+            # The report of an earlier try must not count for this one.
+            lake.write_json(call.file("report.json"), {})
         started = self._clock.time()
         job_id = self.api.submit_job(
             cluster.id,
             name,
-            PysparkJob(
-                main_python_file_uri=lake.store.spark_uri(f"{code}/{job}.py"),
-                python_file_uris=[lake.store.spark_uri(f"{code}/{ARCHIVE_NAME}")],
-                args=[
-                    *("--request", lake.store.spark_uri(files["request.json"])),
-                    *("--report", lake.store.spark_uri(files["report.json"])),
-                ],
-                properties={
+            {
+                "main_python_file_uri": main_file_uri,
+                "python_file_uris": [archive_uri],
+                "args": ["--request", call.uri("request.json"), "--report", call.uri("report.json")],
+                "properties": {
                     **JOB_PROPERTIES,
-                    **memory_properties(job, request.get("max_train_rows", MAX_TRAIN_ROWS)),
+                    **memory_properties(call.job, call.request.get("max_train_rows", MAX_TRAIN_ROWS)),
                     **self.job_properties,
                 },
-            ),
+            },
         )
-        url = f"{self._cluster_url(cluster.id)}/jobs/{job_id}"
+        url = f"{self._cluster_url(cluster)}/jobs/{job_id}"
         context.log.info(f"job {name} ({job_id}) submitted: {url}")
-        expected = expected_seconds(job, rows, cluster.cores())
-        cluster.jobs.append({"name": name, "id": job_id, "url": url, "rows": rows, "expected_seconds": expected})
-        finished = self._follow(context, lake, cluster, job_id, name, files["driver.log"])
-        cluster.jobs[-1]["seconds"] = round(self._clock.time() - started, 1)
+        expected = expected_seconds(call.job, call.rows, cluster.cores())
+        record = {"name": name, "id": job_id, "url": url, "rows": call.rows, "expected_seconds": expected}
+        cluster.jobs.append(record)
+        finished = self._follow(call, cluster, job_id, name)
+        record["seconds"] = round(self._clock.time() - started, 1)
         context.add_asset_metadata(self._metadata(cluster))
         if finished.status != "DONE":
             raise dg.Failure(
-                f"job {name} ended as {finished.status}; its driver log is in "
-                f"{lake.store.spark_uri(files['driver.log'])}",
+                f"job {name} ended as {finished.status}; its driver log is in {call.uri('driver.log')}",
                 metadata={"job": dg.MetadataValue.url(url)},
                 allow_retries=False,
             )
         try:
-            return lake.read_json(files["report.json"])
+            return lake.read_json(call.file("report.json"))
         except (FileNotFoundError, ValueError) as error:
             raise dg.Failure(
-                f"job {name} is DONE, but left no readable report in {lake.store.spark_uri(files['report.json'])} "
-                f"({type(error).__name__}), so it counts as failed; its driver log is in "
-                f"{lake.store.spark_uri(files['driver.log'])}",
+                f"job {name} is DONE, but left no readable report in {call.uri('report.json')} "
+                f"({type(error).__name__}), so it counts as failed; its driver log is in {call.uri('driver.log')}",
                 allow_retries=False,
             ) from None
 
-    def _follow(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        cluster: _RunsCluster,
-        job_id: str,
-        name: str,
-        log_file: str,
-    ) -> Job:
-        """Wait for a job's end, its driver log in the run's log; cancel it if it takes too long, or on interrupt."""
-        log = self.api.driver_log(cluster.id, job_id)
+    def _follow(self, call: JobCall, cluster: RunCluster, job_id: str, name: str) -> Job:
+        """Wait for a job's end, with its driver log in the run's log; cancel it on timeout and on interrupt."""
+        log = call.context.log
+        say = _changes(log)
+        driver_log = self.api.follow_log(cluster.id, job_id)
         text: list[str] = []
-        say = _changes(context.log)
 
-        def look() -> Job | None:
+        def poll() -> Job | None:
             try:
-                job = self.api.get_job(cluster.id, job_id)
+                job: Job | None = self.api.get_job(cluster.id, job_id)
             except DataprocError as error:
-                if error.code == "NOT_FOUND" and self.api.get_cluster(cluster.id) is None:
-                    cluster.usable = False
-                    raise DataprocError(f"cluster {cluster.id} is gone while its job {name} ran", "NOT_FOUND") from None
-                raise
-            say(f"job {name}: {job.status}{f', {job.yarn_application}' if job.yarn_application else ''}")
-            self._forward(context, log, text)
-            if job.status in FINISHED_JOB:
-                return job
-            found = self.api.get_cluster(cluster.id)
-            if found is None or found.status in UNUSABLE:
-                cluster.usable = False
-                state = found.status if found else "gone"
-                raise DataprocError(f"cluster {cluster.id} is {state} while its job {name} is {job.status}")
+                if error.code != "NOT_FOUND":
+                    raise
+                job = None
+            if job:
+                say(f"job {name}: {job.status}{f', {job.yarn_application}' if job.yarn_application else ''}")
+                text.append(_show_new_lines(driver_log, log))
+                if job.status in FINISHED_JOB:
+                    return job
+            current = self.api.get_cluster(cluster.id)
+            state = current.status if current else "gone"
+            cluster.is_usable = state == "RUNNING"
+            if not job or not cluster.is_usable:
+                job_state = job.status if job else "gone"
+                raise DataprocError(f"cluster {cluster.id} is {state} while its job {name} is {job_state}")
             return None
 
-        left = cluster.expires_at - self._clock.time()
-        timeout = min(self.job_timeout_s, left)
-        finished = False
+        timeout_s = min(self.job_timeout_s, cluster.expires_at - self._clock.time())
+        job = None
         try:
-            found = self.api.wait(look, timeout_s=timeout, poll_s=self.poll_s, what=f"job {name} ({job_id})")
-            finished = True
-            return found
+            job = self.api.wait(poll, timeout_s=timeout_s, poll_s=self.poll_s, what=f"job {name} ({job_id})")
+            return job
         finally:
-            if not finished and cluster.usable:
-                context.log.warning(f"cancelling job {name} ({job_id})")
+            if job is None and cluster.is_usable:
+                log.warning(f"cancelling job {name} ({job_id})")
                 with contextlib.suppress(DataprocError):
                     self.api.cancel_job(cluster.id, job_id)
             with contextlib.suppress(Exception):
-                self._forward(context, log, text)
-                lake.store.write(log_file, "".join(text).encode())
-
-    def _forward(self, context: dg.AssetExecutionContext, log: DriverLog, text: list[str]) -> None:
-        try:
-            new = log.read()
-        except DataprocError as error:
-            # The job's outcome does not hang on its log.
-            context.log.debug(f"driver log: {error}")
-            return
-        text.append(new)
-        for start in range(0, len(new), LOG_PIECE):
-            context.log.info(printable(new[start : start + LOG_PIECE].rstrip("\n"), keep="\n\t"))
-
-    def _upload_code(self, lake: LakeResource, job: str) -> str:
-        """Directory in the lake with the code that jobs run.
-
-        The library goes with the first job of a run, whether that needs it or not: a cluster without it is in vain.
-        """
-        archive = build_archive()
-        directory = f"_code/{content_hash(archive)}"
-        _upload(lake, f"{directory}/{ARCHIVE_NAME}", archive)
-        _upload(lake, f"{directory}/{job}.py", main_file(job))
-        self._upload_library(lake)
-        return directory
-
-    @staticmethod
-    def _upload_library(lake: LakeResource) -> str:
-        """Name in the lake of the archive of the learners' library."""
-        name, content = library_archive()
-        file = f"_code/{content_hash(content)}/{name}"
-        _upload(lake, file, content)
-        return file
+                text.append(_show_new_lines(driver_log, log))
+                call.lake.store.write(call.file("driver.log"), "".join(text).encode())
 
     # what it took
 
-    def _cluster_url(self, cluster_id: str) -> str:
-        return f"{self.console_url}/folders/{self.spec.folder_id}/data-proc/cluster/{cluster_id}"
+    def _cluster_url(self, cluster: RunCluster) -> str:
+        return f"{self.console_url}/folders/{cluster.spec.folder_id}/data-proc/cluster/{cluster.id}"
 
-    def _usage(self, cluster: _RunsCluster) -> tuple[float, float | None]:
-        """Node-hours since the cluster was asked for, and their price, None where the table lacks one."""
-        hours = (self._clock.time() - cluster.asked_at) / HOUR_S
-        nodes, price, known = 0, 0.0, bool(self.prices)
-        for preset, disk_type, disk_size_gb, count, _ in cluster.spec.node_groups():
-            nodes += count
-            known = known and preset in self.prices and disk_type in self.prices
-            price += count * (self.prices.get(preset, 0) + disk_size_gb * self.prices.get(disk_type, 0))
-        return nodes * hours, price * hours if known else None
+    def _usage(self, cluster: RunCluster) -> tuple[float, float | None]:
+        """Node-hours since the cluster was requested, and their price, None where the table of prices lacks one."""
+        hours = (self._clock.time() - cluster.requested_at) / HOUR_S
+        groups = cluster.spec.node_groups()
+        node_hours = hours * sum(group.hosts for group in groups)
+        try:
+            price = sum(
+                group.hosts * (self.prices[group.preset] + group.disk_size_gb * self.prices[group.disk_type])
+                for group in groups
+            )
+        except KeyError:
+            return node_hours, None
+        return node_hours, hours * price
 
-    def _summary(self, cluster: _RunsCluster) -> str:
+    def _summary(self, cluster: RunCluster) -> str:
         node_hours, price = self._usage(cluster)
-        return f"; it took {node_hours:.2f} node-hours" + (
-            f", {price:.2f} {self.currency}" if price is not None else ""
-        )
+        cost = "" if price is None else f", {price:.2f} {self.currency}"
+        return f"; it took {node_hours:.2f} node-hours{cost}"
 
-    def _metadata(self, cluster: _RunsCluster) -> Mapping[str, Any]:
+    def _metadata(self, cluster: RunCluster) -> dict[str, Any]:
         node_hours, price = self._usage(cluster)
         metadata: dict[str, Any] = {
             "cluster_id": cluster.id,
-            "cluster": dg.MetadataValue.url(self._cluster_url(cluster.id)),
-            "cluster_nodes": dg.MetadataValue.json({group[-1]: group[-2] for group in cluster.spec.node_groups()}),
+            "cluster": dg.MetadataValue.url(self._cluster_url(cluster)),
+            "cluster_nodes": dg.MetadataValue.json({group.role: group.hosts for group in cluster.spec.node_groups()}),
             "cluster_jobs": dg.MetadataValue.json(list(cluster.jobs)),
             "cluster_node_hours": round(node_hours, 3),
         }
         if price is not None:
-            metadata["cluster_cost"] = round(price, 2)
-            metadata["cluster_cost_currency"] = self.currency
+            metadata |= {"cluster_cost": round(price, 2), "cluster_cost_currency": self.currency}
         return metadata
 
 
-def _upload(lake: LakeResource, file: str, content: bytes) -> None:
-    """Write a file to the lake where it is not there yet, and read it back."""
+def _show_new_lines(driver_log: Iterator[str], log: Any) -> str:
+    """Show in the run's log what is new in a driver log, and return it."""
+    new = next(driver_log, "")
+    for start in range(0, len(new), LOG_PIECE):
+        log.info(printable(new[start : start + LOG_PIECE].rstrip("\n"), keep="\n\t"))
+    return new
+
+
+def _upload_code(lake: LakeResource, job: str) -> tuple[str, str]:
+    """URIs of a job's main file and of the archive with the other code.
+
+    The library is uploaded with the first job of a run, whether or not that job needs it: without the library, a
+    cluster would be created in vain.
+    """
+    archive = build_archive()
+    directory = f"_code/{content_hash(archive)}"
+    _upload_library(lake)
+    return (
+        _upload(lake, f"{directory}/{job}.py", main_file(job)),
+        _upload(lake, f"{directory}/{ARCHIVE_NAME}", archive),
+    )
+
+
+def _upload_library(lake: LakeResource) -> str:
+    """URI of the archive of the learners' library."""
+    name, content = library_archive()
+    return _upload(lake, f"_code/{content_hash(content)}/{name}", content)
+
+
+def _upload(lake: LakeResource, file: str, content: bytes) -> str:
+    """Write a file to the lake if it is missing or damaged; returns its URI."""
     try:
-        if lake.store.read(file) == content:
-            return
+        is_there = lake.store.read(file) == content
     except FileNotFoundError:
-        pass
-    lake.store.write(file, content)
-    if lake.store.read(file) != content:
-        raise dg.Failure(f"{lake.store.spark_uri(file)} is not what was written there", allow_retries=False)
+        is_there = False
+    if not is_there:
+        lake.store.write(file, content)
+    return lake.store.spark_uri(file)
 
 
-def _changes(log: Any) -> Any:
-    """A function that logs a text if it is not the one before: transitions, not polls."""
-    last: list[str] = []
+def _changes(log: Any) -> Callable[[str], None]:
+    """A function that logs a text if it differs from the one before: transitions, not polls."""
+    last = ""
 
     def say(text: str) -> None:
-        if last != [text]:
-            last[:] = [text]
+        nonlocal last
+        if text != last:
             log.info(text)
+        last = text
 
     return say
-
-
-def expired(cluster: Cluster, now: float | None = None) -> bool:
-    """Whether a cluster's time is over. By our own clock, which wrote the label: the API's may differ."""
-    try:
-        return int(cluster.labels.get("expires-at", "")) < (time.time() if now is None else now)
-    except ValueError:
-        return False

@@ -1,18 +1,27 @@
-"""Clusters that nobody will delete any more: their run's process was killed, or their time is over."""
+"""Finds and deletes orphaned clusters: their run has ended or is unknown, or they are past their lifetime."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from logging import Logger
 
 import dagster as dg
 
 from ml_platform.dataproc.api import Cluster, DataprocError
-from ml_platform.dataproc.engine import DataprocEngine, expired
+from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.operations.dead_runs import fail_dead_runs
 
-#: How long a call of the API is repeated here.
+#: How long a call of the API is repeated here: a tick of a sensor has a minute, and the next one comes in five.
 RETRY_FOR_S = 15.0
+
+
+def is_expired(cluster: Cluster, now: float) -> bool:
+    """Whether a cluster is past its lifetime, by our own clock, which wrote the label: the API's may differ."""
+    try:
+        return int(cluster.labels.get("expires-at", "")) < now
+    except ValueError:
+        return False
 
 
 def why_orphaned(instance: dg.DagsterInstance, cluster: Cluster) -> str | None:
@@ -23,30 +32,28 @@ def why_orphaned(instance: dg.DagsterInstance, cluster: Cluster) -> str | None:
         return f"its run {run_id or '(no label)'} is unknown"
     if run.is_finished:
         return f"its run {run_id} has ended ({run.status.value})"
-    if expired(cluster):
+    if is_expired(cluster, time.time()):
         return f"it is past its lifetime, though its run {run_id} is {run.status.value}"
     return None
 
 
 def find_orphans(instance: dg.DagsterInstance, engine: DataprocEngine) -> Iterator[tuple[Cluster, str]]:
-    """This deployment's orphaned clusters with the reason; those that are being deleted already are not among them."""
+    """This deployment's orphaned clusters with the reason, without those that are being deleted already."""
     for cluster in engine.clusters():
         if cluster.status != "STOPPING" and (reason := why_orphaned(instance, cluster)):
             yield cluster, reason
 
 
 def delete_orphans(instance: dg.DagsterInstance, engine: DataprocEngine, get_log: Callable[[], Logger]) -> str:
-    """Ask for the deletion of each orphaned cluster, and say in one sentence what was done.
+    """Ask for the deletion of each orphaned cluster; returns a sentence that says what was done.
 
-    `get_log` is called only where there is something to log: the log of a sensor's tick is a file once it is asked for.
+    `get_log` is called only where there is something to log, because it makes a file for a sensor's tick.
 
     Raises:
-        DataprocError: some cannot be deleted; the others were.
+        DataprocError: some cannot be deleted; the deletion of the others was asked for.
     """
-    # A tick of a sensor has a minute; the next one comes in five.
     engine.api.retry_for_s = RETRY_FOR_S
-    dead = fail_dead_runs(instance)
-    for run_id in dead:
+    for run_id in fail_dead_runs(instance):
         get_log().warning(f"reported run {run_id} as failed: its process died")
     deleted, refused = [], []
     for cluster, reason in find_orphans(instance, engine):

@@ -1,13 +1,11 @@
 """What a file must fulfil before features and models are made of it, by the report of its cleaning."""
 
-from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.lake.resource import Reports, instant
+from ml_platform.lake.reports import CleanedReport, CleanedReports
 
 
 class QualityLimits(dg.ConfigurableResource):
@@ -27,37 +25,36 @@ class QualityLimits(dg.ConfigurableResource):
     max_overlap_days: int = Field(default=1, ge=0, description="Days that the time ranges of two files may share.")
 
 
-def rows_that_do_not_add_up(report: Mapping[str, Any]) -> str | None:
+def rows_that_do_not_add_up(report: CleanedReport) -> str | None:
     """Raw rows must be clean, duplicate or rejected rows."""
-    counts = report["counts"]
-    parts = counts["clean_rows"] + counts["duplicate_rows"] + counts["rejected_rows"]
-    if counts["raw_rows"] == parts:
+    counts = report.counts
+    parts = counts.clean_rows + counts.duplicate_rows + counts.rejected_rows
+    if counts.raw_rows == parts:
         return None
-    return f"{counts['raw_rows']} raw rows, but {parts} clean, duplicate and rejected rows"
+    return f"{counts.raw_rows} raw rows, but {parts} clean, duplicate and rejected rows"
 
 
-def reject_rate_of(report: Mapping[str, Any]) -> float:
+def reject_rate_of(report: CleanedReport) -> float:
     """Share of the raw rows that are rejected."""
-    return report["counts"]["rejected_rows"] / max(1, report["counts"]["raw_rows"])
+    return report.counts.rejected_rows / max(1, report.counts.raw_rows)
 
 
-def fraud_rate_of(report: Mapping[str, Any]) -> float:
+def fraud_rate_of(report: CleanedReport) -> float:
     """Share of the clean rows that are frauds."""
-    return report["counts"]["fraud_rows"] / max(1, report["counts"]["clean_rows"])
+    return report.counts.fraud_rows / max(1, report.counts.clean_rows)
 
 
-def high_reject_rate(report: Mapping[str, Any], limits: QualityLimits) -> str | None:
+def high_reject_rate(report: CleanedReport, limits: QualityLimits) -> str | None:
     """The share of rejected rows must be small."""
-    counts, rate = report["counts"], reject_rate_of(report)
+    rate = reject_rate_of(report)
     if rate <= limits.max_reject_rate:
         return None
-    return f"{rate:.2%} of {counts['raw_rows']} rows are rejected, more than {limits.max_reject_rate:.2%}"
+    return f"{rate:.2%} of {report.counts.raw_rows} rows are rejected, more than {limits.max_reject_rate:.2%}"
 
 
-def implausible_fraud_rate(report: Mapping[str, Any], limits: QualityLimits) -> str | None:
-    """The share of frauds must be plausible, where there are rows enough to tell."""
-    counts = report["counts"]
-    if counts["clean_rows"] < limits.min_rows_to_judge:
+def implausible_fraud_rate(report: CleanedReport, limits: QualityLimits) -> str | None:
+    """The share of frauds must be plausible, where there are enough rows to tell."""
+    if report.counts.clean_rows < limits.min_rows_to_judge:
         return None
     rate = fraud_rate_of(report)
     if limits.min_fraud_rate <= rate <= limits.max_fraud_rate:
@@ -65,38 +62,34 @@ def implausible_fraud_rate(report: Mapping[str, Any], limits: QualityLimits) -> 
     return f"{rate:.3%} of the rows are frauds, not between {limits.min_fraud_rate:.3%} and {limits.max_fraud_rate:.3%}"
 
 
-def shared_ids(key: str, cleaned: Reports) -> str | None:
-    """Ids are unique within a file by construction; between files they must not overlap, or rows would count twice."""
-    first, last = (cleaned[key]["transaction_id"][end] for end in ("min", "max"))
-    if first is None:
+def shared_ids(key: str, cleaned: CleanedReports) -> str | None:
+    """Ids are unique within a file by construction; ranges of two files must not overlap, or rows could count twice."""
+    own = cleaned[key].transaction_id
+    if own is None:
         return None
     for other, report in cleaned.items():
-        ids = report["transaction_id"]
-        if other != key and ids["min"] is not None and ids["min"] <= last and first <= ids["max"]:
-            return f"ids {first} to {last} overlap those of {other}, {ids['min']} to {ids['max']}"
+        ids = report.transaction_id
+        if other != key and ids is not None and ids.min <= own.max and own.min <= ids.max:
+            return f"ids {own.min} to {own.max} overlap those of {other}, {ids.min} to {ids.max}"
     return None
 
 
-def misplaced_time_range(key: str, cleaned: Reports, limits: QualityLimits) -> str | None:
+def misplaced_time_range(key: str, cleaned: CleanedReports, limits: QualityLimits) -> str | None:
     """A file's times must fit its place: one stretch of time, its own, from the date that its name may give."""
-    times = cleaned[key]["tx_datetime"]
-    if times["min"] is None:
+    own = cleaned[key].tx_datetime
+    if own is None:
         return None
-    first, last = instant(times["min"]), instant(times["max"])
+    first, last = own.min, own.max
     if last - first > timedelta(days=limits.max_days_per_file):
         return f"it spans {(last - first).days} days, from {first} to {last}, more than {limits.max_days_per_file}"
     named = _date_of(key)
     if named and not timedelta(0) <= first - named <= timedelta(days=limits.max_days_per_file):
         return f"its first transaction is of {first}, which does not fit its name"
     for other, report in cleaned.items():
-        other_times = report["tx_datetime"]
-        # The texts compare as the instants do, and there may be thousands.
-        if other == key or not other_times["min"] or not times["min"] <= other_times["max"]:
+        times = report.tx_datetime
+        if other == key or times is None:
             continue
-        if other_times["min"] > times["max"]:
-            continue
-        other_first, other_last = instant(other_times["min"]), instant(other_times["max"])
-        overlap = min(last, other_last) - max(first, other_first)
+        overlap = min(last, times.max) - max(first, times.min)
         if overlap > timedelta(days=limits.max_overlap_days):
             return f"it shares {overlap.days} days with {other}"
     return None
@@ -109,7 +102,7 @@ def _date_of(key: str) -> datetime | None:
         return None
 
 
-def problem_of_file(key: str, cleaned: Reports, limits: QualityLimits) -> str | None:
+def problem_of_file(key: str, cleaned: CleanedReports, limits: QualityLimits) -> str | None:
     """What the blocking checks on `cleaned_transactions` would say of a file among the others; None if nothing."""
     report = cleaned[key]
     return (

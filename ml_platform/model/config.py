@@ -4,23 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from ml_platform.model.promotion import PromotionRule
 from spark_jobs.train_model import DEFAULTS
 from spark_jobs.training.learners import check_candidates
 
 
-class PromotionConfig(dg.Config):
-    """When the new model becomes the champion; see docs/model.md."""
+class PromotionConfig(PromotionRule):
+    """When the new model becomes the champion, and when a check warns of the champion; see docs/model.md."""
 
-    mode: str = Field(default="enforce", pattern="^(enforce|dry_run)$", description="enforce; dry_run moves nothing.")
-    margin: float = Field(
-        default=0.0, ge=0, lt=1, description="Average precision by which it must be better, at the least."
-    )
-    confidence: float = Field(default=0.95, gt=0, lt=1, description="Of the interval whose lower bound decides.")
-    replicates: int = Field(default=1000, ge=100, description="Bootstrap replicates.")
-    min_frauds: int = Field(default=50, ge=2, description="Held-out frauds below which no models are compared.")
     min_champion_average_precision: float = Field(
         default=0.2, ge=0, le=1, description="Below this on the newest held-out week, a check warns of the champion."
     )
@@ -28,48 +21,35 @@ class PromotionConfig(dg.Config):
         default=120, ge=1, description="After so many days without a comparable challenger, a check warns."
     )
 
-    @model_validator(mode="after")
-    def _is_a_rule(self) -> "PromotionConfig":
-        # What does not fit together is better known before the training than after it.
-        self.rule(seed=0)
-        return self
 
-    def rule(self, seed: int) -> PromotionRule:
-        """The rule that these settings are."""
-        return PromotionRule(
-            margin=self.margin,
-            confidence=self.confidence,
-            replicates=self.replicates,
-            min_frauds=self.min_frauds,
-            seed=seed,
-            mode="dry_run" if self.mode == "dry_run" else "enforce",
-        )
+def _setting(name: str, description: str, ge: int | None = None) -> Any:
+    """A setting of the training job, which declares the default."""
+    return Field(DEFAULTS[name], description=description, ge=ge)
 
 
 class FraudModelConfig(dg.Config):
     """How a model is trained and judged. Days are whole days."""
 
     train_each: bool = Field(False, description="Train a model per partition, oldest first (a walk-forward test).")
-    test_days: int = Field(7, ge=1, description="Held-out days at the end of the data.")
-    delay_days: int = Field(7, ge=0, description="Days until a label is known.")
-    train_days: int = Field(60, ge=1, description="Longest training window.")
-    validation_days: int = Field(7, ge=1, description="Last days of the training window, where parameters are chosen.")
-    min_train_days: int = Field(7, ge=1, description="Fewest days to fit on while parameters are chosen.")
-    min_frauds: int = Field(10, ge=1, description="Fewest frauds in each of these windows.")
+    test_days: int = _setting("test_days", "Held-out days at the end of the data.", ge=1)
+    delay_days: int = _setting("delay_days", "Days until a label is known.", ge=0)
+    train_days: int = _setting("train_days", "Longest training window.", ge=1)
+    validation_days: int = _setting(
+        "validation_days", "Last days of the training window, where parameters are chosen.", ge=1
+    )
+    min_train_days: int = _setting("min_train_days", "Fewest days to fit on while parameters are chosen.", ge=1)
+    min_frauds: int = _setting("min_frauds", "Fewest frauds in each of these windows.", ge=1)
     alerts_per_day: int = Field(100, ge=1, description="Transactions that can be investigated a day.")
-    validation_folds: int = Field(1, ge=1, description="Weeks to choose parameters on, each a week earlier.")
-    search_rows: int = Field(
-        DEFAULTS["search_rows"], ge=1000, description="Rows that each candidate is fitted on, at most."
+    validation_folds: int = _setting("validation_folds", "Weeks to choose parameters on, each a week earlier.", ge=1)
+    search_rows: int = _setting("search_rows", "Rows that each candidate is fitted on, at most.", ge=1000)
+    max_train_rows: int = _setting(
+        "max_train_rows", "Rows that the model is fitted on, at most; see docs/model.md.", ge=1000
     )
-    max_train_rows: int = Field(
-        DEFAULTS["max_train_rows"], ge=1000, description="Rows that the model is fitted on, at most; see docs/model.md."
+    fit_threads: int = _setting("fit_threads", "Threads of the model's own fit.", ge=1)
+    candidates: list[dict[str, Any]] = _setting(
+        "candidates", "Learners (xgboost, logistic_regression), each with a grid of its parameters."
     )
-    fit_threads: int = Field(DEFAULTS["fit_threads"], ge=1, description="Threads of the model's own fit.")
-    candidates: list[dict[str, Any]] = Field(
-        default=DEFAULTS["candidates"],
-        description="Learners (xgboost, logistic_regression), each with a grid of its parameters.",
-    )
-    seed: int = Field(0, ge=0, description="Seed of whatever is drawn.")
+    seed: int = _setting("seed", "Seed of whatever is drawn.", ge=0)
     promotion: PromotionConfig = Field(default=PromotionConfig(), description="When the model becomes the champion.")
 
     @field_validator("candidates")
@@ -80,7 +60,7 @@ class FraudModelConfig(dg.Config):
 
     def as_request(self) -> dict[str, Any]:
         """The settings as the training job takes them."""
-        return self.model_dump(exclude={"train_each", "promotion"})
+        return self.model_dump(exclude={"train_each", "promotion", "alerts_per_day"})
 
     @property
     def window_days(self) -> int:

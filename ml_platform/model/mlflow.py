@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
@@ -150,67 +147,3 @@ def hide_progress_bars() -> None:
 
     if not PROGRESS_BAR.is_set():
         PROGRESS_BAR.set(False)
-
-
-class ArtifactError(Exception):
-    """Artifacts cannot be kept where they should; the message says what to do."""
-
-
-#: What to look at then, by the kind of the address.
-_ARTIFACTS_ADVICE = {
-    "mlflow-artifacts": "MLflow's server keeps them: see its log, its --artifacts-destination, and what its key may do",
-    "s3": "this machine keeps them itself: check AWS_ENDPOINT_URL_S3 and the key, and what the key may do",
-    "file": "a directory of this machine: check whose it is, and what space is left",
-}
-
-
-def try_artifacts(where: str, tracking_uri: str) -> None:
-    """Write a small object as an artifact below `where`, read it back and delete it; leaves nothing there.
-
-    Raises:
-        ArtifactError: one of that failed. It is deleted, as far as that can be, whatever failed.
-    """
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    name = f"ml-platform-doctor-{uuid4().hex}"
-    kind = where.partition(":")[0] if ":" in where else "file"
-    problems: list[str] = []
-
-    def attempt(what: str, step: Callable[[], object]) -> None:
-        try:
-            step()
-        except Exception as error:
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            # What a long sentence about an address ends with.
-            cause = text.rpartition("(Caused by ")[2][:300]
-            advice = _ARTIFACTS_ADVICE.get(kind, "check this address")
-            problems.append(f"nothing can be {what} in {where}: {cause} ({advice})")
-
-    def read() -> None:
-        found = Path(repository.download_artifacts(f"{name}/probe.txt", str(back))).read_text()
-        if found != name:
-            raise ArtifactError("what was written is not what is read")
-
-    def delete() -> None:
-        repository.delete_artifacts(name)
-        # S3 answers with what it did not delete, and MLflow does not look.
-        if repository.list_artifacts(name):
-            raise ArtifactError(f"{name} is still there")
-
-    hide_progress_bars()
-    repository = get_artifact_repository(where, tracking_uri=tracking_uri)
-    directory = getattr(repository, "artifact_dir", None)  # of a local one
-    made = [path for path in (Path(directory), *Path(directory).parents) if not path.exists()] if directory else []
-    with tempfile.TemporaryDirectory(prefix="ml-platform-") as temporary:
-        probe, back = Path(temporary) / "probe.txt", Path(temporary) / "back"
-        probe.write_text(name)
-        back.mkdir()
-        attempt("written", lambda: repository.log_artifact(str(probe), name))
-        if not problems:
-            attempt("read", read)
-        attempt("deleted", delete)
-    for path in made:
-        with suppress(OSError):
-            path.rmdir()
-    if problems:
-        raise ArtifactError(problems[0])

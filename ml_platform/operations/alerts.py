@@ -26,7 +26,7 @@ import dagster as dg
 
 from ml_platform.escaping import chat
 from ml_platform.lake.partitions import PARTITION_TAG, RANGE_END_TAG, RANGE_START_TAG
-from ml_platform.settings import AlertSettings
+from ml_platform.settings import AlertSettings, SettingsError
 
 #: Of one exchange with a server. A tick of a sensor has a minute.
 TIMEOUT_S = 10
@@ -284,3 +284,74 @@ def _network_problem(error: Exception) -> str:
     if isinstance(cause, OSError) and cause.strerror:
         return f"cannot be reached ({cause.strerror})"
     return f"cannot be used ({type(cause).__name__})"
+
+
+#: Failed runs in one message; the next tick reports the next.
+RUNS_PER_ALERT = 25
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What became of the alerts of one tick: what was sent, what failed, and how far each destination has come."""
+
+    done: list[str]
+    failures: list[str]
+    cursor: str
+
+
+def deliver_alerts(
+    instance: dg.DagsterInstance, destinations: Sequence[Destination], cursor: str | None, ui_url: str | None
+) -> Delivery:
+    """Report the runs that failed since the `cursor` to each destination.
+
+    Dagster's own run failure sensors count a run as reported even if the report raised. This keeps, per destination,
+    how far the reports were delivered, and goes on from there at the next tick.
+
+    Raises AlertError: something failed, and nothing new is to be kept.
+    """
+    delivered = _delivered(cursor)
+    newest = _newest_failure(instance)
+    done, failures = [], []
+    for destination in destinations:
+        name = destination.name
+        # A new destination starts with what fails from now on. Ids start anew where all runs were deleted.
+        delivered[name] = min(delivered.get(name, newest), newest)
+        try:
+            runs, last = _failed_runs(instance, delivered[name], ui_url)
+            if runs:
+                destination.send(runs)
+                done.append(f"{name}: {len(runs)} failed runs reported")
+            delivered[name] = last
+        except Exception as error:
+            # Of any kind: the failure of one destination must not repeat the messages of the other.
+            known = isinstance(error, (AlertError, SettingsError))
+            failures.append(f"{name}: {error}" if known else f"{name}: {type(error).__name__}")
+    new_cursor = json.dumps(delivered, sort_keys=True)
+    if failures and new_cursor == cursor:
+        raise AlertError(f"{'; '.join(failures)}. The next tick tries again.")
+    return Delivery(done, failures, new_cursor)
+
+
+def _delivered(cursor: str | None) -> dict[str, int]:
+    try:
+        found = json.loads(cursor or "{}")
+    except ValueError:
+        return {}
+    return {name: last for name, last in found.items() if type(last) is int} if isinstance(found, dict) else {}
+
+
+def _newest_failure(instance: dg.DagsterInstance) -> int:
+    records = instance.fetch_run_status_changes(dg.DagsterEventType.RUN_FAILURE, limit=1).records
+    return records[0].storage_id if records else 0
+
+
+def _failed_runs(instance: dg.DagsterInstance, after: int, ui_url: str | None) -> tuple[list[FailedRun], int]:
+    """The next failed runs after an event, and the last event that was looked at. A deleted run is left out."""
+    newer = dg.RunStatusChangeRecordsFilter(dg.DagsterEventType.RUN_FAILURE, after_storage_id=after)
+    records = instance.fetch_run_status_changes(newer, limit=RUNS_PER_ALERT, ascending=True).records
+    found = []
+    for record in records:
+        event = record.event_log_entry
+        if run := instance.get_run_by_id(event.run_id):
+            found.append(describe_failed_run(instance, event, run, ui_url))
+    return found, records[-1].storage_id if records else after

@@ -1,8 +1,8 @@
-"""Runs whose process died without a word (SIGKILL, out of memory, power): Dagster would wait for them for hours.
+"""Runs whose process died without reporting it (SIGKILL, out of memory, power): Dagster would wait for them for hours.
 
-A run started from a command line has no launcher that watches it, nor has one whose code server died with it, and with
-one run at a time it would also hold up every later one. So a run notes its process in a tag, and a tick of the sensor
-``dead_runs`` on the same host reports it as failed once that process is gone.
+Nothing watches a run that was started from a command line, or whose code server died with it, and with one run at a
+time it would hold up all later ones. So a run records its process in a tag, and the sensor ``dead_runs`` on the same
+host reports the run as failed once that process is gone.
 """
 
 from __future__ import annotations
@@ -13,37 +13,38 @@ from pathlib import Path
 
 import dagster as dg
 
+#: Its value is host:pid:start time.
 PROCESS_TAG = "ml_platform/process"
 
 
-def _started_at(pid: int) -> str | None:
-    """When a process started, in the kernel's clock ticks; None if there is none. It tells a reused pid apart."""
+def _start_time(pid: int) -> str | None:
+    """When a process started, in the kernel's clock ticks, which tells a reused pid apart; None without the process."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    state, *fields = status.rpartition(")")[2].split()
-    return None if state == "Z" else fields[18]
+    # proc(5): the fields after the program's name in parentheses are state, ppid, ...; starttime is the 22nd of all.
+    fields = status.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
 
 
 def note_process(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Tag a run with this process, where the system tells about processes (Linux)."""
-    if started_at := _started_at(os.getpid()):
-        instance.add_run_tags(run_id, {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}:{started_at}"})
+    """Tag a run with this process, on systems that have /proc."""
+    if start_time := _start_time(os.getpid()):
+        instance.add_run_tags(run_id, {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}:{start_time}"})
 
 
-def is_dead(run: dg.DagsterRun) -> bool:
-    """Whether a run's process is known to be gone. One on another host is none of our business."""
-    host, _, process = run.tags.get(PROCESS_TAG, "").rpartition(":")[0].rpartition(":")
-    if host != socket.gethostname():
-        return False
-    return _started_at(int(process)) != run.tags[PROCESS_TAG].rpartition(":")[2]
+def _is_dead(run: dg.DagsterRun) -> bool:
+    """Whether the run's process is known to be gone. Processes of other hosts are unknown."""
+    host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
+    pid, _, start_time = process.partition(":")
+    return host == socket.gethostname() and _start_time(int(pid)) != start_time
 
 
 def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Report runs as failed whose process died; returns their ids."""
-    started = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])
-    dead = [run for run in instance.get_runs(started) if is_dead(run)]
+    active = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])
+    dead = [run for run in instance.get_runs(active) if _is_dead(run)]
     for run in dead:
         instance.report_run_failed(run, f"The process of the run died: {run.tags[PROCESS_TAG]}.")
     return [run.run_id for run in dead]

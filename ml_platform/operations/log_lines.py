@@ -1,31 +1,21 @@
-"""Log lines of programs that are not Dagster's, in the format that ML_PLATFORM_LOG_FORMAT names."""
+"""Log lines of MLflow's server, in the format that ML_PLATFORM_LOG_FORMAT names."""
 
 from __future__ import annotations
 
-import json
 import logging
-from datetime import datetime, timezone
 
 from ml_platform.settings import load_settings
 
 
-class JsonLines(logging.Formatter):
-    """An object a line, with the keys that Dagster's servers use for theirs."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "event": record.getMessage(),
-            "logger": record.name,
-            "level": record.levelname.lower(),
-            "timestamp": datetime.fromtimestamp(record.created, timezone.utc).isoformat().replace("+00:00", "Z"),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
 def formatter() -> logging.Formatter:
-    """For the configuration of Python's logging."""
-    if load_settings().log_format == "json":
-        return JsonLines()
-    return logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
+    """For the configuration of Python's logging: text, or a JSON object a line with the keys of Dagster's servers."""
+    if load_settings().log_format == "text":
+        return logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
+    from structlog import processors as p
+    from structlog import stdlib
+
+    timestamp = p.TimeStamper(fmt="iso", utc=True)
+    return stdlib.ProcessorFormatter(
+        foreign_pre_chain=[stdlib.add_logger_name, stdlib.add_log_level, timestamp, p.format_exc_info],
+        processors=[stdlib.ProcessorFormatter.remove_processors_meta, p.JSONRenderer()],
+    )

@@ -1,7 +1,7 @@
-"""Where Spark jobs run. An engine takes a job's request and gives back its report.
+"""Where Spark jobs run: an engine takes a job's request and returns its report.
 
-`SparkEngine` is the contract; `LocalSparkEngine` drives Spark from this process. Both leave the request and the
-report of every job under ``_runs/<run id>/`` in the lake.
+`SparkEngine` is the contract; `LocalSparkEngine` drives Spark from this process. Every engine leaves the request and
+the report of each job under ``_runs/<run id>/`` in the lake.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,28 @@ from ml_platform.spark.session import default_spark_config
 
 
 def job_file(run_id: str, job: str, label: str, kind: str) -> str:
-    """Name in the lake of a job's request, report or driver log; `kind` is its name's ending."""
+    """Name in the lake of a job's ``request.json``, ``report.json`` or ``driver.log``, which `kind` says."""
     return f"_runs/{run_id}/{job}{'-' if label else ''}{label}.{kind}"
+
+
+@dataclass(frozen=True)
+class JobCall:
+    """One job of one run, as `SparkEngine.run_job` was asked for it; `request` has the run id."""
+
+    context: dg.AssetExecutionContext
+    lake: LakeResource
+    job: str
+    request: dict[str, Any]
+    rows: int
+    label: str = ""
+
+    def file(self, kind: str) -> str:
+        """`job_file` of this job."""
+        return job_file(self.context.run.run_id, self.job, self.label, kind)
+
+    def uri(self, kind: str) -> str:
+        """Where Spark finds that file."""
+        return self.lake.store.spark_uri(self.file(kind))
 
 
 class SparkEngine(dg.ConfigurableResource, ABC):
@@ -46,39 +67,28 @@ class SparkEngine(dg.ConfigurableResource, ABC):
     ) -> dict[str, Any]:
         """Run ``spark_jobs.<job>`` with `request`, to which the run id is added, and return its report.
 
-        `rows` is about how many rows the job works through, history included: an engine that makes its own cluster
-        chooses its size by them. A `label` tells several jobs of the same name in one run apart. Raises what the job
-        raises.
+        `rows` is about how many rows the job processes, history included: an engine that makes its own cluster chooses
+        the cluster's size by it. A `label` distinguishes jobs of the same name in one run. Raises what the job raises.
         """
         run_id = context.run.run_id
-        request = {"run_id": run_id, **request}
+        call = JobCall(context, lake, job, {"run_id": run_id, **request}, rows, label)
         if job in LIBRARY_JOBS:
-            request["library_uri"] = self._library_uri(context, lake)
-        lake.write_json(job_file(run_id, job, label, "request.json"), request)
-        report = self._execute(context, lake, job, request, rows=rows, label=label)
+            call.request["library_uri"] = self._library_uri(call)
+        lake.write_json(call.file("request.json"), call.request)
+        report = self._execute(call)
         if not isinstance(report, dict) or report.get("run_id") != run_id:
             raise dg.Failure(
-                f"the report of {job} in {lake.store.spark_uri(job_file(run_id, job, label, 'report.json'))} is not of "
-                "this run, so the job counts as failed",
+                f"the report of {job} in {call.uri('report.json')} is not of this run, so the job counts as failed",
                 allow_retries=False,
             )
         return report
 
-    def _library_uri(self, context: dg.AssetExecutionContext, lake: LakeResource) -> str | None:
+    def _library_uri(self, call: JobCall) -> str | None:
         """Where Spark finds the archive of the learners' library; None where its Python has the library."""
         return None
 
     @abstractmethod
-    def _execute(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        job: str,
-        request: dict[str, Any],
-        *,
-        rows: int,
-        label: str,
-    ) -> dict[str, Any]:
+    def _execute(self, call: JobCall) -> dict[str, Any]:
         """Run the job and return its report, which is then in the lake."""
 
 
@@ -97,10 +107,10 @@ class LocalSparkEngine(SparkEngine):
         description="Raw files or lake are on S3: Spark gets the connector, at the endpoint that boto3 finds.",
     )
     cache_directory: str = Field(
-        default=str(s3a.DEFAULT_CACHE), description="Where the jars for S3 are kept, which are downloaded once."
+        default=str(s3a.DEFAULT_CACHE), description="Directory of the jars for S3, which are downloaded once."
     )
     _pyspark: Any = PrivateAttr(default=None)
-    #: What the executors fetch from this process while the session lasts.
+    #: Files that the executors fetch from this process while the session lasts.
     _code: ExitStack = PrivateAttr(default_factory=ExitStack)
     _library: Path | None = PrivateAttr(default=None)
 
@@ -116,23 +126,14 @@ class LocalSparkEngine(SparkEngine):
                 self._pyspark = None
             self._code.close()
 
-    def _execute(
-        self,
-        context: dg.AssetExecutionContext,
-        lake: LakeResource,
-        job: str,
-        request: dict[str, Any],
-        *,
-        rows: int,
-        label: str,
-    ) -> dict[str, Any]:
-        with _forward_log(context.log):
-            report = importlib.import_module(f"spark_jobs.{job}").run(self._session(context), request)
-        lake.write_json(job_file(context.run.run_id, job, label, "report.json"), report)
+    def _execute(self, call: JobCall) -> dict[str, Any]:
+        with _forward_log(call.context.log):
+            report = importlib.import_module(f"spark_jobs.{call.job}").run(self._session(call.context), call.request)
+        call.lake.write_json(call.file("report.json"), report)
         return report
 
-    def _library_uri(self, context: dg.AssetExecutionContext, lake: LakeResource) -> str | None:
-        self._session(context)
+    def _library_uri(self, call: JobCall) -> str | None:
+        self._session(call.context)
         return str(self._library) if self._library else None
 
     def _session(self, context: dg.AssetExecutionContext) -> Any:
@@ -141,7 +142,7 @@ class LocalSparkEngine(SparkEngine):
 
             directory = Path(self._code.enter_context(tempfile.TemporaryDirectory()))
             if not self.master.startswith("local"):
-                # Before Spark, for it may not be there.
+                # Before Spark starts, because the library may be missing.
                 name, content = library_archive()
                 self._library = directory / name
                 self._library.write_bytes(content)
@@ -167,7 +168,7 @@ class LocalSparkEngine(SparkEngine):
 
 @contextmanager
 def _forward_log(log: dg.DagsterLogManager) -> Generator[None]:
-    """Show what the jobs log in the run's own log."""
+    """Forward the jobs' log records to the run's log."""
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

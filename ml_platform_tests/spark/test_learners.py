@@ -78,6 +78,16 @@ class TestModels:
             model = learner.fit(matrix, label, weight, SMALL[scorer.learner], 0, threads)
             assert Scorer(scorer.learner, FEATURES, model).to_json() == scorer.to_json()
 
+    def test_a_seed_draws_other_rows_for_the_trees(self):
+        matrix, label = rows()
+        params = {**SMALL["xgboost"], "subsample": 0.5}
+        scores = [
+            LEARNERS["xgboost"].fit(matrix, label, np.ones(len(label)), params, seed, 1).score(matrix)
+            for seed in (1, 1, 2)
+        ]
+        assert (scores[0] == scores[1]).all()
+        assert (scores[0] != scores[2]).any()
+
     def test_a_weight_counts_as_so_many_rows(self, scorer):
         matrix, label = rows()
         learner, params = LEARNERS[scorer.learner], SMALL[scorer.learner]

@@ -1,0 +1,109 @@
+"""The commands ``ml-platform champion``: see and move the alias."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ml_platform.cli.context import CommandError, console, mlflow_of, plain, say
+from ml_platform.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+app = typer.Typer(help="See and move the alias champion of the fraud model.", no_args_is_help=True)
+
+Why = Annotated[str, typer.Option(help="Why; it is recorded with the version.")]
+Who = Annotated[str | None, typer.Option(help="Who decides; default: the user who runs this.")]
+
+
+@app.command("show")
+def show_champion() -> None:
+    """Who is champion, since when, on what data, and why."""
+    print_champion(load_settings())
+
+
+def print_champion(settings: Settings) -> None:
+    from ml_platform.model.mlflow import MODEL_NAME
+
+    resource = mlflow_of(settings)
+    champion = resource.champion()
+    if champion is None:
+        say(f"No model of {MODEL_NAME} is the champion yet.")
+        return
+    run = resource.client().get_run(champion.run_id)
+    table = Table("", "value", title=f"Champion: {MODEL_NAME} version {champion.version}")
+    for label, tag in (
+        ("champion since", "champion_since"),
+        ("by", "champion_by"),
+        ("because", "champion_why"),
+        ("trained up to partition", "cutoff"),
+        ("last day trained on", "train_last_date"),
+        ("learner", "learner"),
+        ("Dagster run", "dagster.run_id"),
+    ):
+        table.add_row(label, plain(champion.tags.get(tag, "not recorded")))
+    table.add_section()
+    for name, value in sorted(run.data.metrics.items()):
+        if name.startswith("test_"):
+            table.add_row(name, f"{value:,.4f}".rstrip("0").rstrip("."))
+    console.print(table)
+    print_champion_problem(champion)
+
+
+def print_champion_problem(champion: ModelVersion | None) -> None:
+    """Say so if the champion cannot score with this version of the platform."""
+    from ml_platform.model.gate import champion_problem
+
+    if champion is not None and (problem := champion_problem(champion)):
+        say(f"The champion, {problem}.", "yellow")
+
+
+@app.command("set")
+def set_champion(
+    version: Annotated[str, typer.Argument(help="Version of the registered model.")], why: Why, who: Who = None
+) -> None:
+    """Make a version the champion by hand; one that this platform cannot score with is refused."""
+    _move_alias(load_settings(), version, who, why)
+
+
+@app.command("rollback")
+def roll_back(why: Why, who: Who = None) -> None:
+    """Give the alias back to the version that was champion before."""
+    settings = load_settings()
+    champion = mlflow_of(settings).champion()
+    previous = champion.tags.get("champion_before") if champion else None
+    if previous is None:
+        raise CommandError("there is no earlier champion to go back to; ml-platform champion set VERSION names one")
+    _move_alias(settings, previous, who, why)
+
+
+def _move_alias(settings: Settings, version: str, who: str | None, why: str) -> None:
+    import getpass
+
+    from mlflow.exceptions import MlflowException
+
+    from ml_platform.model.gate import PROOF_TAG, champion_problem, champion_tags
+    from ml_platform.model.mlflow import MODEL_NAME, NOT_THERE
+
+    resource = mlflow_of(settings)
+    try:
+        candidate = resource.client().get_model_version(MODEL_NAME, version)
+    except MlflowException as error:
+        if error.error_code not in NOT_THERE:
+            raise
+        raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
+    if not why.strip():
+        raise CommandError("--why is empty: give the reason, which is recorded with the version")
+    # Versions that were promoted before the tag existed were verified by the gate; no others were.
+    if PROOF_TAG not in candidate.tags and candidate.tags.get("champion_by") != "fraud_model":
+        raise CommandError(
+            f"version {version} was never loaded back from MLflow and compared with its own scores (it has no tag "
+            f"{PROOF_TAG}): materialize fraud_model for a version that was. The champion is as it was"
+        )
+    if problem := champion_problem(candidate):
+        raise CommandError(f"{problem}. The champion is as it was")
+    resource.set_champion(version, champion_tags(who=who or getpass.getuser(), why=why))
+    say(f"version {version} is the champion of {MODEL_NAME}")

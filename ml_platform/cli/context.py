@@ -1,0 +1,75 @@
+"""What the commands share: how they print, how they fail, and the resources that the settings describe."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from ml_platform.escaping import printable
+from ml_platform.settings import Settings
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+    from ml_platform.lake.resource import LakeResource
+    from ml_platform.model.mlflow import MlflowResource
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class CommandError(Exception):
+    """A problem that the user can fix; the message says how."""
+
+
+def plain(text: str, style: str = "") -> Text:
+    """`text` as it stands: neither rich nor the terminal interprets any of it."""
+    return Text(printable(text), style=style)
+
+
+def say(text: str, style: str = "") -> None:
+    """Print one line of plain text."""
+    console.print(plain(text, style), soft_wrap=True)
+
+
+def warn(text: str, style: str = "yellow") -> None:
+    """Print one line of plain text to standard error."""
+    errors.print(plain(text, style), soft_wrap=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def lake_of(settings: Settings) -> LakeResource:
+    from ml_platform.lake.resource import LakeResource
+
+    return LakeResource(raw_uri=settings.raw_uri, lake_uri=settings.lake_uri, epoch=settings.epoch.isoformat())
+
+
+def mlflow_of(settings: Settings) -> MlflowResource:
+    from ml_platform.model.mlflow import MlflowResource
+
+    return MlflowResource(tracking_uri=settings.tracking_uri, artifact_root=settings.artifact_root)
+
+
+@contextmanager
+def dagster_instance(settings: Settings) -> Generator[dg.DagsterInstance]:
+    """Dagster's instance in DAGSTER_HOME. Raises CommandError without one: a temporary instance would be lost."""
+    import dagster as dg
+
+    if settings.dagster_home is None:
+        raise CommandError(
+            "DAGSTER_HOME is not set: name a directory for Dagster's storage, e.g. "
+            "export DAGSTER_HOME=$PWD/.dagster_home (make sets it)"
+        )
+    if not settings.dagster_home.is_absolute():
+        raise CommandError("DAGSTER_HOME takes an absolute path")
+    settings.dagster_home.mkdir(parents=True, exist_ok=True)
+    with dg.DagsterInstance.get() as instance:
+        yield instance

@@ -1,0 +1,163 @@
+"""Commands on raw files and the lake: simulate, sync, process-new-files, summary, migrate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ml_platform.cli.champion import print_champion, print_champion_problem
+from ml_platform.cli.context import CommandError, console, dagster_instance, lake_of, mlflow_of, plain, say, warn
+from ml_platform.settings import load_settings
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+
+def simulate(
+    files: Annotated[int, typer.Option(min=1, help="Number of raw files.")] = 3,
+    first_file: Annotated[int, typer.Option(min=0, help="Number of the first one; earlier files are not made.")] = 0,
+    days_per_file: Annotated[int, typer.Option(min=1, help="Days that a file covers.")] = 30,
+    customers: Annotated[int, typer.Option(min=1, help="Number of customers.")] = 2_500,
+    terminals: Annotated[int, typer.Option(min=1, help="Number of terminals.")] = 5_000,
+    fault_rate: Annotated[
+        float, typer.Option(min=0, help="How many times more faults than in real files; 0 for none.")
+    ] = 50.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same files.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Make a file again that is there.")] = False,
+) -> None:
+    """Make raw files by a public simulation method, faults included, in ML_PLATFORM_RAW_URI."""
+    from ml_platform.dev.simulator import Simulation
+    from ml_platform.lake.storage import open_store
+
+    settings = load_settings()
+    try:
+        simulation = Simulation(
+            start=settings.epoch,
+            days_per_file=days_per_file,
+            customers=customers,
+            terminals=terminals,
+            fault_rate=fault_rate,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    store = open_store(settings.raw_uri)
+    existing = {file.name for file in store.list_directory()}
+    table = Table(
+        "file", "rows", "frauds", "faulty or rejected", "MB", title=escape(f"Raw files in {settings.raw_uri}")
+    )
+    for index in range(first_file, first_file + files):
+        name = simulation.file_name(index)
+        if name in existing and not overwrite:
+            table.add_row(name, "kept as it is", "", "", "")
+            continue
+        with console.status(f"simulating {name} …") as status, store.open_new(name) as out:
+
+            def show(rows: int, name: str = name, status: Status = status) -> None:
+                status.update(f"simulating {name}: {rows:,} rows")
+
+            truth = simulation.write_file(index, out, progress=show)
+        counts = truth.counts
+        faulty = counts["rejected_rows"] + counts["duplicate_rows"]
+        faulty += sum(counts[rule] for rule in ("hour_24", "wrong_seconds", "unknown_terminal", "unknown_customer"))
+        size = f"{truth.size_bytes / 1e6:.1f}"
+        table.add_row(name, f"{counts['raw_rows']:,}", f"{counts['fraud_rows']:,}", f"{faulty:,}", size)
+    console.print(table)
+
+
+def _warn_of_ignored_files(ignored: Mapping[str, str]) -> None:
+    for name, reason in ignored.items():
+        warn(f"ignored {name!r}: {reason}")
+
+
+def sync() -> None:
+    """Register the raw files as partitions, so that Dagster's commands and UI know them."""
+    from ml_platform.assets.raw import raw_file_observation
+    from ml_platform.lake.partitions import raw_files
+
+    settings = load_settings()
+    files, ignored = lake_of(settings).list_raw_files()
+    _warn_of_ignored_files(ignored)
+    with dagster_instance(settings) as instance:
+        registered = set(instance.get_dynamic_partitions(str(raw_files.name)))
+        new = [key for key in files if key not in registered]
+        instance.add_dynamic_partitions(str(raw_files.name), new)
+        for key in new:
+            instance.report_runless_asset_event(raw_file_observation(files[key]))
+    say(f"{len(files)} raw files in {settings.raw_uri}, {len(new)} newly registered")
+
+
+def process_new_files() -> None:
+    """Do now, in this process, what the sensor new_raw_files would start: one run per range of new files."""
+    settings = load_settings()
+    with dagster_instance(settings) as instance:
+        from ml_platform.definitions import defs
+        from ml_platform.jobs import run_config
+        from ml_platform.lake.partitions import range_tags
+        from ml_platform.planning import plan_runs, prepare
+
+        plan = plan_runs(instance, lake_of(settings))
+        _warn_of_ignored_files(plan.ignored)
+        prepare(instance, plan)
+        say(plan.reason)
+        failed = []
+        for start, end in plan.ranges:
+            say(f"processing {start} to {end}", "bold")
+            result = defs.resolve_job_def("process_new_files").execute_in_process(
+                instance=instance, tags=range_tags(start, end), run_config=run_config(), raise_on_error=False
+            )
+            if not result.success:
+                failed.append(result.run_id)
+    if failed:
+        raise CommandError(
+            f"{len(failed)} of {len(plan.ranges)} runs failed: {', '.join(failed)}; the log above says why"
+        )
+
+
+def summary() -> None:
+    """Show what is in the lake, and the champion."""
+    from ml_platform.lake.reports import CleanedReport, FeaturesReport
+
+    settings = load_settings()
+    lake = lake_of(settings)
+    files, _ = lake.list_raw_files()
+    cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
+    table = Table("raw file", "raw rows", "clean", "duplicate", "rejected", "frauds", "features", title="Lake")
+    for key in sorted(files.keys() | cleaned.keys()):
+        if key not in cleaned:
+            table.add_row(key, "not cleaned yet")
+            continue
+        counts = cleaned[key].counts
+        columns = ("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows", "fraud_rows")
+        table.add_row(key, *[f"{getattr(counts, name):,}" for name in columns], "yes" if key in features else "no")
+    console.print(table)
+    print_champion(settings)
+
+
+def migrate(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Move what an older version left in the lake to this version, after an upgrade. May be run again at any time."""
+    from ml_platform.lake.migrations import migrate_lake
+    from ml_platform.planning import has_active_runs
+
+    settings = load_settings()
+    if not dry_run:
+        with dagster_instance(settings) as instance:
+            if has_active_runs(instance):
+                raise CommandError("runs are queued or running: wait for them, or stop them, and try again")
+    table = Table("table", "raw file", "schema", "", title="Partitions of an older version")
+    outcomes = list(migrate_lake(lake_of(settings), dry_run=dry_run))
+    for item in outcomes:
+        table.add_row(item.table, plain(item.key), str(item.version), plain(item.outcome))
+    if outcomes:
+        console.print(table)
+    else:
+        say(f"Nothing of an older version is in {settings.lake_uri}.")
+    if dry_run and any(item.can_move for item in outcomes):
+        say("This was a dry run: without --dry-run it is done.")
+    print_champion_problem(mlflow_of(settings).champion())

@@ -1,0 +1,285 @@
+"""The command ``ml-platform doctor``: one check of each thing that the platform needs, with advice where it fails."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from uuid import uuid4
+
+from rich.table import Table
+
+from ml_platform.cli.clusters import dataproc_engine
+from ml_platform.cli.context import CommandError, console, dagster_instance, first_line, lake_of, mlflow_of, plain
+from ml_platform.settings import Settings, SettingsError, load_settings
+
+#: Longer than any check waits by itself; the slowest is an S3 endpoint that does not answer.
+CHECK_TIMEOUT_S = 75
+
+#: What to look at if artifacts cannot be kept, by the scheme of their address.
+ARTIFACTS_ADVICE = {
+    "mlflow-artifacts": "MLflow's server keeps them: see its log, its --artifacts-destination, and what its key may do",
+    "s3": "this machine keeps them itself: check AWS_ENDPOINT_URL_S3 and the key, and what the key may do",
+    "file": "a directory of this machine: check its owner and the free space",
+}
+
+
+def doctor() -> None:
+    """Check settings, Java, storage, MLflow, its artifacts, Dagster and alerts; say what is wrong and what to do."""
+    checks = _checks(load_settings())
+    table = Table("what", "", "found", show_lines=False)
+    failed: list[str] = []
+    for name, check in checks.items():
+        if name == "artifacts" and "MLflow" in failed:
+            table.add_row(name, "", "not checked, as MLflow does not say where they go")
+            continue
+        try:
+            with console.status(f"checking {name}"):
+                result, verdict = _with_timeout(check), "[green]ok[/green]"
+        except Exception as error:
+            failed.append(name)
+            result, verdict = first_line(error), "[red]wrong[/red]"
+        # The address of MLflow's database may hold a password.
+        table.add_row(name, verdict, plain(re.sub(r"//\S*@", "//", result)))
+    console.print(table)
+    if failed:
+        raise CommandError(f"{len(failed)} of {len(checks)} checks failed")
+
+
+def _checks(settings: Settings) -> dict[str, Callable[[], str]]:
+    """The checks of this deployment by name. Each returns its result, or raises an error that says what is wrong."""
+    checks: dict[str, Callable[[Settings], str]] = {"settings": _check_settings}
+    if settings.deployment == "yandex":
+        checks |= {"Data Proc": _check_dataproc, "library": _check_library}
+    else:
+        checks |= {"Java": _check_java}
+        if not settings.spark_master.startswith("local"):
+            checks |= {"library": _check_library}
+    checks |= {"raw files": _check_raw_files, "lake": _check_lake}
+    checks |= {"MLflow": _check_mlflow, "artifacts": _check_artifacts, "Dagster": _check_dagster}
+    return {name: partial(check, settings) for name, check in checks.items()} | _alert_checks()
+
+
+def _alert_checks() -> dict[str, Callable[[], str]]:
+    """One check of each destination of alerts, or a failing one if their settings cannot be used."""
+    from ml_platform.operations.alerts import build_destinations
+    from ml_platform.settings import load_alert_settings
+
+    try:
+        destinations = build_destinations(load_alert_settings())
+    except SettingsError as error:
+        problem = error
+
+        def fail() -> str:
+            raise problem
+
+        return {"alerts": fail}
+    return {f"alerts: {destination.name}": destination.check for destination in destinations}
+
+
+def _with_timeout(check: Callable[[], str]) -> str:
+    """The result of `check`. Raises CommandError if it takes too long: some libraries wait for hours."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(check())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # An executor's thread would keep the command from ending.
+    Thread(target=run, daemon=True).start()
+    if not wait([future], CHECK_TIMEOUT_S).done:
+        raise CommandError(f"no answer within {CHECK_TIMEOUT_S:g} s: check its address and the network")
+    return future.result()
+
+
+def _check_settings(settings: Settings) -> str:
+    yandex = settings.deployment == "yandex"
+    spark = "clusters made for each run" if yandex else f"Spark on {settings.spark_master}"
+    return f"deployment {settings.deployment}, {spark}"
+
+
+def _check_java(settings: Settings) -> str:
+    home = settings.java_home
+    java = shutil.which("java", path=str(home / "bin")) if home else shutil.which("java")
+    if java is None:
+        where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java in PATH"
+        raise CommandError(f"{where}; Spark needs Java 17 or 21, e.g. apt-get install openjdk-17-jre-headless")
+    output = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=30, check=False).stderr
+    version = next((line for line in output.splitlines() if " version " in line), "of unknown version")
+    if not re.search(r'"(17|21)\b', version):
+        raise CommandError(f"{java} is {version}; Spark needs Java 17 or 21: set JAVA_HOME to one")
+    return f"{version} ({java})"
+
+
+def _check_library(_: Settings) -> str:
+    """Whether the library that clusters get with the code can be packed here."""
+    from ml_platform.spark.code_archive import library_archive
+
+    name, content = library_archive()
+    return f"{name.rpartition('-')[0]} for clusters (Linux, x86_64), {len(content) / 1e6:.1f} MB"
+
+
+def _check_dataproc(settings: Settings) -> str:
+    engine = dataproc_engine(settings)
+    engine.api.retry_for_s = 15
+    return f"the API answers; {len(engine.clusters())} clusters of this deployment in folder {engine.spec.folder_id}"
+
+
+def _check_raw_files(settings: Settings) -> str:
+    from ml_platform.lake.partitions import RAW_SUFFIX
+
+    lake = lake_of(settings)
+    files, ignored = lake.list_raw_files()
+    if not files:
+        raise CommandError(
+            f"no raw file (*.txt) in {settings.raw_uri}: put some there, run ml-platform simulate, "
+            "or set ML_PLATFORM_RAW_URI"
+        )
+    # S3 has separate permissions to list and to read.
+    if filled := [file.key for file in files.values() if file.size]:
+        lake.raw.read_start(f"{filled[0]}{RAW_SUFFIX}")
+    size = sum(file.size for file in files.values()) / 1e6
+    return f"{len(files)} files, {size:,.1f} MB in {settings.raw_uri}, {len(ignored)} with unusable names"
+
+
+def _check_lake(settings: Settings) -> str:
+    from ml_platform.lake.reports import CleanedReport
+
+    lake = lake_of(settings)
+    lake.write_json("_runs/doctor.json", {"written_by": "ml-platform doctor"})
+    if lake.read_json("_runs/doctor.json")["written_by"] != "ml-platform doctor":
+        raise CommandError(f"what was written to {settings.lake_uri} could not be read back")
+    cleaned, outdated = lake.split_reports(CleanedReport)
+    older = f", {len(outdated)} of an older version (ml-platform migrate)" if outdated else ""
+    return f"writable, {len(cleaned)} cleaned partitions in {settings.lake_uri}{older}"
+
+
+def _check_mlflow(settings: Settings) -> str:
+    scheme = re.split("[:+]", settings.tracking_uri)[0]
+    if scheme in ("postgresql", "mysql", "mssql"):
+        _check_database(settings.tracking_uri)
+    elif scheme.startswith("http"):
+        _limit_mlflows_retries()
+    from ml_platform.model.gate import champion_problem
+
+    champion = mlflow_of(settings).champion()
+    if champion is None:
+        return f"{scheme}: no champion yet"
+    if problem := champion_problem(champion):
+        raise CommandError(f"the champion, {problem} (ml-platform champion set)")
+    return f"{scheme}: champion is version {champion.version}"
+
+
+def _check_database(url: str) -> None:
+    """Connect once: MLflow itself tries for minutes."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    arguments = {"connect_timeout": 10} if url.startswith("postgresql") else {}
+    try:
+        engine = create_engine(url, connect_args=arguments)
+        engine.connect().close()
+        engine.dispose()
+    except ImportError as error:
+        raise CommandError(f"MLFLOW_TRACKING_URI needs the driver {error.name}: install it") from None
+    except SQLAlchemyError as error:
+        # Never the error's own text, which may hold the address.
+        cause = getattr(error, "orig", None)
+        reason = first_line(cause) if cause else type(error).__name__
+        raise CommandError(f"the database of MLFLOW_TRACKING_URI refuses: {reason}") from None
+
+
+def _limit_mlflows_retries() -> None:
+    """Let MLflow's client give up on a server within the time of a check: by default it tries for minutes."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    for variable, value in ((MLFLOW_HTTP_REQUEST_MAX_RETRIES, "1"), (MLFLOW_HTTP_REQUEST_TIMEOUT, "15")):
+        if not variable.is_set():
+            variable.set(value)
+
+
+def _check_artifacts(settings: Settings) -> str:
+    resource = mlflow_of(settings)
+    location = resource.artifact_location()
+    if location is None:
+        return "where they go is known with the first run"
+    probe_artifacts(location, resource.tracking_uri)
+    return f"can be written, read and deleted in {location}"
+
+
+def probe_artifacts(location: str, tracking_uri: str) -> None:
+    """Write a small artifact below `location`, read it back and delete it; nothing of it is left there.
+
+    Raises:
+        CommandError: one of these steps failed.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    from ml_platform.model.mlflow import hide_progress_bars
+
+    name = f"ml-platform-doctor-{uuid4().hex}"
+    scheme = location.partition(":")[0] if ":" in location else "file"
+    advice = ARTIFACTS_ADVICE.get(scheme, "check this address")
+    problems: list[str] = []
+
+    @contextmanager
+    def step(verb: str) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            # The cause stands at the end of a long sentence about the address.
+            cause = first_line(error).rpartition("(Caused by ")[2][:300]
+            problems.append(f"nothing can be {verb} in {location}: {cause} ({advice})")
+
+    hide_progress_bars()
+    repository = get_artifact_repository(location, tracking_uri=tracking_uri)
+    directory = getattr(repository, "artifact_dir", None)  # of a local repository
+    new = [path for path in (Path(directory), *Path(directory).parents) if not path.exists()] if directory else []
+    with tempfile.TemporaryDirectory(prefix="ml-platform-") as temporary:
+        probe, copy = Path(temporary, "probe.txt"), Path(temporary, "copy")
+        probe.write_text(name)
+        copy.mkdir()
+        with step("written"):
+            repository.log_artifact(str(probe), name)
+        if not problems:
+            with step("read"):
+                content = Path(repository.download_artifacts(f"{name}/{probe.name}", str(copy))).read_text()
+                if content != name:
+                    raise CommandError("what was written is not what is read")
+        with step("deleted"):
+            repository.delete_artifacts(name)
+            # MLflow ignores S3's list of objects that were not deleted.
+            if repository.list_artifacts(name):
+                raise CommandError(f"{name} is still there")
+    for path in new:
+        with suppress(OSError):
+            path.rmdir()
+    if problems:
+        raise CommandError(problems[0])
+
+
+def _check_dagster(settings: Settings) -> str:
+    from ml_platform.lake.partitions import raw_files
+
+    try:
+        with dagster_instance(settings) as instance:
+            partitions = len(instance.get_dynamic_partitions(str(raw_files.name)))
+            storage = type(instance.event_log_storage).__name__
+    except CommandError:
+        raise
+    except Exception as error:
+        # Dagster hides the database's message behind "too many retries".
+        cause = error.__cause__ or error.__context__ or error
+        cause = getattr(cause, "orig", None) or cause
+        raise CommandError(f"{first_line(cause)}: check storage in {settings.dagster_home}/dagster.yaml") from error
+    kind = "PostgreSQL" if "Postgres" in storage else "MySQL" if "MySQL" in storage else str(settings.dagster_home)
+    return f"{partitions} partitions in {kind}"
