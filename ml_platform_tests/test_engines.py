@@ -41,6 +41,7 @@ from ml_platform_tests.world import (
     objects,
     simulated,
 )
+from spark_jobs.train_model import SCORED_COLUMNS
 
 pytestmark = [
     pytest.mark.e2e,
@@ -315,8 +316,7 @@ def test_logged_metrics_are_those_of_the_test_scores(local: EngineWorld, champio
 
     metrics = champion[1].data.metrics
     scores = pd.read_parquet(local.lake / local.model_directory / "test_scores")
-    expected = ["transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud", "score", "champion_score"]
-    assert list(scores.columns) == expected
+    assert list(scores.columns) == [*SCORED_COLUMNS, "score", "champion_score"]
     assert scores["champion_score"].isna().all()
     assert metrics["test_rows"] == len(scores)
     assert metrics["test_frauds"] == scores["tx_fraud"].sum() >= 10

@@ -95,14 +95,6 @@ def with_real_go_missing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 class TestServer:
-    def test_only_its_credentials_open_it(self, real_s3: S3Server):
-        client = real_s3.client()
-        client.put_object(Bucket="own-bucket", Key="a", Body=b"x")
-        other = S3Server(real_s3.directory, region=real_s3.region)
-        other.port = real_s3.port
-        with pytest.raises(client.exceptions.ClientError, match="No user exists"):
-            other.client().get_object(Bucket="own-bucket", Key="a")
-
     def test_its_secret_is_nowhere_to_be_seen(self, real_s3: S3Server):
         assert real_s3._process is not None
         arguments = Path(f"/proc/{real_s3._process.pid}/cmdline").read_text()
