@@ -35,7 +35,7 @@ from ml_platform.dev.cloud import DevCloud
 from ml_platform.dev.cloud.processes import TetheredProcess, free_port, listens
 from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.postgres import PostgresServer
-from ml_platform_tests.world import PROJECT, SHORT_LIVED_JAVA, wait_until
+from ml_platform_tests.world import PROJECT, SHORT_LIVED_JAVA, SMALL_SEARCH_FILE, wait_until
 
 DEPLOY = PROJECT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -84,12 +84,13 @@ class Stack:
 
     Attributes:
         postgres: the server. cloud: where files and clusters are.
+        home, secrets: Dagster's directory, and that of passwords and keys.
         mlflow_url, dagster_url: the published addresses.
     """
 
     def __init__(self, directory: Path, postgres: PostgresServer, cloud: DevCloud) -> None:
         self.directory, self.postgres, self.cloud = directory, postgres, cloud
-        self.home, self._secrets, self._scratch = (directory / name for name in ("dagster", "secrets", "spark"))
+        self.home, self.secrets, self._scratch = (directory / name for name in ("dagster", "secrets", "spark"))
         self._ports = {"5432": postgres.port} | {port: free_port() for port in ("3000", "4000", "5000")}
         self.dagster_url, self.mlflow_url = (f"http://127.0.0.1:{self._ports[port]}" for port in ("3000", "5000"))
         self._ended = threading.Event()
@@ -98,7 +99,7 @@ class Stack:
         self.services = {name: self._service(name, COMPOSE["services"][name]) for name in COMPOSE["services"]}
 
     def _write_files(self) -> None:
-        for directory in (self.home, self._secrets, self._scratch):
+        for directory in (self.home, self.secrets, self._scratch):
             directory.mkdir(parents=True)
         for name in ("dagster.yaml", "workspace.yaml", "mlflow_logging.yaml"):
             shutil.copy(DEPLOY / name, self.home)
@@ -111,15 +112,15 @@ class Stack:
             "mlflow_password": os.urandom(20).hex(),
             "aws_credentials": credentials,
         }.items():
-            (self._secrets / name).write_text(content)
+            (self.secrets / name).write_text(content)
         settings |= {
             "DATAPROC_POLL_S": "1",
             "DATAPROC_JOB_PROPERTIES": json.dumps(NO_CODEGEN),
+            "DATAPROC_PRICES": json.dumps({"s3-c2-m8": 1, "s3-c4-m16": 2, "network-ssd": 0.1, "network-hdd": 0.01}),
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{ARTIFACTS_BUCKET}/mlflow",
             "MLFLOW_PORT": str(self._ports["5000"]),
             "DAGSTER_PORT": str(self._ports["3000"]),
-            # The whole search would be most of a test's time.
-            "ML_PLATFORM_RUN_CONFIG": str(Path(__file__).with_name("small_search.yaml")),
+            "ML_PLATFORM_RUN_CONFIG": str(SMALL_SEARCH_FILE),
         }
         (self.directory / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
         self._settings = {name: value or "" for name, value in dotenv_values(self.directory / ".env").items()}
@@ -148,7 +149,7 @@ class Stack:
         text = _VARIABLE.sub(lambda found: self._settings.get(found[1]) or found[2] or "", text)
         text = re.sub(r"(?<=[/@])(postgres|mlflow|code)(?=:\d)", "127.0.0.1", text)
         text = re.sub(r"(?<![\w.])(3000|4000|5000|5432)(?!\w)", lambda found: str(self._ports[found[1]]), text)
-        return text.replace("0.0.0.0", "127.0.0.1").replace("/run/secrets", str(self._secrets))
+        return text.replace("0.0.0.0", "127.0.0.1").replace("/run/secrets", str(self.secrets))
 
     def _service(self, name: str, described: dict[str, Any]) -> Service:
         assert described["restart"] == "unless-stopped"
@@ -208,7 +209,7 @@ class Stack:
 
     def create_databases(self, server: PostgresServer) -> None:
         """What PostgreSQL's image does when it makes a new data directory."""
-        environment = {**os.environ, **server.environment(), "SECRETS_DIRECTORY": str(self._secrets)}
+        environment = {**os.environ, **server.environment(), "SECRETS_DIRECTORY": str(self.secrets)}
         subprocess.run([DEPLOY / "create_databases.sh"], check=True, env=environment)
 
     def start(self, *names: str) -> None:
@@ -324,5 +325,5 @@ class Stack:
         return self._database("mlflow", server)
 
     def _database(self, name: str, server: PostgresServer) -> tuple[str, str]:
-        password = (self._secrets / f"{name}_password").read_text()
+        password = (self.secrets / f"{name}_password").read_text()
         return f"postgresql+psycopg2://{name}@127.0.0.1:{server.port}/{name}", password

@@ -15,7 +15,6 @@ import pytest
 from ml_platform.dev.simulator import HEADER, FileTruth
 from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.world import (
-    COMMAND_TIMEOUT_S,
     SIMULATION,
     ModificationTimes,
     World,
@@ -75,10 +74,8 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Life:
     (world.raw / REPLACED.name).write_bytes(REPLACEMENT.content)
     (world.raw / NEW.name).write_bytes(NEW.content)
     with daemon(world), world.instance() as instance:
-        wait_until(lambda: ticks(instance), "the sensor has ticked", COMMAND_TIMEOUT_S, pause=1)
-        wait_until(
-            lambda: all(run.is_finished for run in instance.get_runs()), "the run has ended", COMMAND_TIMEOUT_S, 1
-        )
+        wait_until(lambda: ticks(instance), "the sensor has ticked", pause=1)
+        wait_until(lambda: all(run.is_finished for run in instance.get_runs()), "the run has ended", pause=1)
         (tick,) = ticks(instance)
     return Life(world, kept, tick)
 
@@ -89,7 +86,7 @@ def interrupt(world: World, number: signal.Signals) -> None:
     log = world.root / f"{number.name}.log"
     with no_process_left(world):
         process = world.start(*materialize_command("cleaned_transactions", KEPT.key, LONG.key), log=log)
-        wait_until(world.report_file(REPLACED.key).exists, "its turn has come", COMMAND_TIMEOUT_S, pause=0.02)
+        wait_until(world.report_file(REPLACED.key).exists, "its turn has come", pause=0.02)
         assert "java" in world.processes().values()
         assert not world.report_file(LONG.key).exists(), "the long file is too small for this machine"
         process.send_signal(number)

@@ -43,7 +43,6 @@ from ml_platform.sensors import new_raw_files
 from ml_platform.spark import s3a
 from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.world import (
-    COMMAND_TIMEOUT_S,
     World,
     assert_counts,
     materialize_command,
@@ -593,7 +592,7 @@ def test_an_endpoint_that_dies_leaves_no_partition(
     partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={file.key}"
     with no_process_left(user):
         process = user.start(*materialize_command(CLEANED, file.key, file.key), log=tmp_path / "log")
-        wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", COMMAND_TIMEOUT_S, 0.02)
+        wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", pause=0.02)
         real_s3.kill()
         assert process.wait(120) != 0
     printed = (tmp_path / "log").read_text()
