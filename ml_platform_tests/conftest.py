@@ -16,6 +16,7 @@ import dagster as dg
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from filelock import FileLock
 
 from ml_platform.dev.cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.lake.resource import LakeResource
@@ -23,7 +24,7 @@ from ml_platform.model.mlflow import MlflowResource
 from ml_platform.spark.session import default_spark_config, local_session
 from ml_platform_tests.fakes import SessionEngine
 from ml_platform_tests.images.session import FEW_PARTITIONS, NO_CODEGEN
-from ml_platform_tests.world import SHORT_LIVED
+from ml_platform_tests.world import FILES, ML_PLATFORM, SHORT_LIVED, World, no_process_left
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -222,3 +223,23 @@ def run_cli(
         return int(code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def local_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The raw files as this machine processes them: what other engines are compared with. Not to be altered.
+
+    The first worker of pytest-xdist that needs it makes it for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    directory = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    done = directory / "local_world.done"
+    world = World(directory / "local world")
+    with FileLock(directory / "local_world.lock"):
+        if not done.exists():
+            for file in FILES:
+                (world.raw / file.name).write_bytes(file.content)
+            with no_process_left(world):
+                world.run(*ML_PLATFORM, "process-new-files")
+            done.touch()
+    return world

@@ -5,12 +5,14 @@ Its runs work on clusters of the stand-in for the cloud, which end neither with 
 Commands, environment, dependencies, health checks and restart policy are read from compose.yaml, the image's
 environment from Dockerfile. What containers change is changed back: names of services become 127.0.0.1, ports free
 ones, directories those of the test, `init` a process group. Limits, capabilities and read-only file systems are left
-out.
+out, and MLflow has one worker. A service is started when those that it needs listen; its health check, which starts a
+Python, is left to the tests.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -31,17 +33,17 @@ from dotenv import dotenv_values
 
 from ml_platform.dev.cloud import DevCloud
 from ml_platform.dev.cloud.processes import TetheredProcess, free_port, listens
+from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.postgres import PostgresServer
-from ml_platform_tests.world import PROJECT, SHORT_LIVED_JAVA, wait_until
+from ml_platform_tests.world import PROJECT, SHORT_LIVED_JAVA, SMALL_SEARCH_FILE, wait_until
 
 DEPLOY = PROJECT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 
 ARTIFACTS_BUCKET = "artifacts"
+#: In place of compose.yaml's: a machine that is busy with other tests takes its time.
 START_TIMEOUT_S = 240
 
-#: In place of compose.yaml's: a machine that is busy with other tests takes its time.
-CHECK_TIMEOUT_S = 120
 
 #: ${NAME}, ${NAME:-default}, ${NAME:?message}
 _VARIABLE = re.compile(r"\$\{(\w+)(?::[-?]([^}]*))?\}")
@@ -78,16 +80,17 @@ class Service:
 
 
 class Stack:
-    """A context manager: all services of compose.yaml, healthy when it is entered.
+    """A context manager: all services of compose.yaml, listening when it is entered.
 
     Attributes:
-        postgres: the server. cloud: where files and clusters are. objects: a boto3 client of its S3 server.
+        postgres: the server. cloud: where files and clusters are.
+        home, secrets: Dagster's directory, and that of passwords and keys.
         mlflow_url, dagster_url: the published addresses.
     """
 
     def __init__(self, directory: Path, postgres: PostgresServer, cloud: DevCloud) -> None:
-        self.directory, self.postgres, self.cloud, self.objects = directory, postgres, cloud, cloud.s3.client()
-        self.home, self._secrets, self._scratch = (directory / name for name in ("dagster", "secrets", "spark"))
+        self.directory, self.postgres, self.cloud = directory, postgres, cloud
+        self.home, self.secrets, self._scratch = (directory / name for name in ("dagster", "secrets", "spark"))
         self._ports = {"5432": postgres.port} | {port: free_port() for port in ("3000", "4000", "5000")}
         self.dagster_url, self.mlflow_url = (f"http://127.0.0.1:{self._ports[port]}" for port in ("3000", "5000"))
         self._ended = threading.Event()
@@ -96,7 +99,7 @@ class Stack:
         self.services = {name: self._service(name, COMPOSE["services"][name]) for name in COMPOSE["services"]}
 
     def _write_files(self) -> None:
-        for directory in (self.home, self._secrets, self._scratch):
+        for directory in (self.home, self.secrets, self._scratch):
             directory.mkdir(parents=True)
         for name in ("dagster.yaml", "workspace.yaml", "mlflow_logging.yaml"):
             shutil.copy(DEPLOY / name, self.home)
@@ -109,14 +112,15 @@ class Stack:
             "mlflow_password": os.urandom(20).hex(),
             "aws_credentials": credentials,
         }.items():
-            (self._secrets / name).write_text(content)
+            (self.secrets / name).write_text(content)
         settings |= {
             "DATAPROC_POLL_S": "1",
+            "DATAPROC_JOB_PROPERTIES": json.dumps(NO_CODEGEN),
+            "DATAPROC_PRICES": json.dumps({"s3-c2-m8": 1, "s3-c4-m16": 2, "network-ssd": 0.1, "network-hdd": 0.01}),
             "MLFLOW_ARTIFACTS_DESTINATION": f"s3://{ARTIFACTS_BUCKET}/mlflow",
             "MLFLOW_PORT": str(self._ports["5000"]),
             "DAGSTER_PORT": str(self._ports["3000"]),
-            # The whole search would be most of a test's time.
-            "ML_PLATFORM_RUN_CONFIG": str(Path(__file__).with_name("small_search.yaml")),
+            "ML_PLATFORM_RUN_CONFIG": str(SMALL_SEARCH_FILE),
         }
         (self.directory / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
         self._settings = {name: value or "" for name, value in dotenv_values(self.directory / ".env").items()}
@@ -145,7 +149,7 @@ class Stack:
         text = _VARIABLE.sub(lambda found: self._settings.get(found[1]) or found[2] or "", text)
         text = re.sub(r"(?<=[/@])(postgres|mlflow|code)(?=:\d)", "127.0.0.1", text)
         text = re.sub(r"(?<![\w.])(3000|4000|5000|5432)(?!\w)", lambda found: str(self._ports[found[1]]), text)
-        return text.replace("0.0.0.0", "127.0.0.1").replace("/run/secrets", str(self._secrets))
+        return text.replace("0.0.0.0", "127.0.0.1").replace("/run/secrets", str(self.secrets))
 
     def _service(self, name: str, described: dict[str, Any]) -> Service:
         assert described["restart"] == "unless-stopped"
@@ -162,6 +166,8 @@ class Stack:
             environment |= self.postgres.environment(environment["PATH"])
         else:
             command = ["entrypoint.sh", *map(self._here, described["command"])]
+            if "--workers" in command:
+                command[command.index("--workers") + 1] = "1"
             port = int(command[command.index("--port") + 1]) if "--port" in command else None
         kind, *check = described["healthcheck"]["test"]
         assert kind == "CMD"
@@ -186,38 +192,43 @@ class Stack:
             self.start("postgres")
             self.create_databases(self.postgres)
             self.start()
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(error)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._watcher.join()
         for service in self.services.values():
+            if error[0] is not None:
+                print(f"--- {service.name}", self.said(service.name), sep="\n")  # pytest shows it with the failure
             if service.process is not None and service.name != "postgres":
                 service.process.kill()
         self.stop("postgres")
 
     def create_databases(self, server: PostgresServer) -> None:
         """What PostgreSQL's image does when it makes a new data directory."""
-        environment = {**os.environ, **server.environment(), "SECRETS_DIRECTORY": str(self._secrets)}
+        environment = {**os.environ, **server.environment(), "SECRETS_DIRECTORY": str(self.secrets)}
         subprocess.run([DEPLOY / "create_databases.sh"], check=True, env=environment)
 
     def start(self, *names: str) -> None:
-        """`docker compose up --wait`: start services (default: all) as soon as what they need is healthy."""
-        waiting = [self.services[name] for name in names or self.services]
-        healthy = {name for name, service in self.services.items() if service not in waiting}
-        while waiting:
-            for service in [service for service in waiting if healthy.issuperset(service.needs)]:
-                if service.process is None:
-                    self._launch(service)
-                elif self.is_healthy(service.name):
-                    waiting.remove(service)
-                    healthy.add(service.name)
-                age = time.monotonic() - service.started_at
-                assert age < START_TIMEOUT_S, f"{service.name} is not healthy: {self.said(service.name)}"
-            time.sleep(0.2)
+        """`docker compose up`: start services (default: all), each as soon as those that it needs listen."""
+        services = [self.services[name] for name in names or self.services]
+        for service in services:
+            for needed in service.needs:
+                self._wait_until_it_listens(self.services[needed])
+            if service.process is None:
+                self._launch(service)
+        for service in services:
+            self._wait_until_it_listens(service)
+
+    def _wait_until_it_listens(self, service: Service) -> None:
+        if service.name == "postgres":  # it listens before it answers, and its health check costs little
+            wait_until(lambda: self.is_healthy("postgres"), "postgres is healthy", START_TIMEOUT_S)
+        elif service.port is not None:
+            port = service.port
+            wait_until(lambda: listens(port), f"{service.name} listens", START_TIMEOUT_S)
 
     def stop(self, *names: str) -> None:
         """`docker compose stop`: SIGTERM as compose.yaml says, SIGKILL after the grace period; not started again."""
@@ -290,7 +301,7 @@ class Stack:
                 check=False,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                timeout=CHECK_TIMEOUT_S,
+                timeout=START_TIMEOUT_S,
             )
             return done.returncode == 0
         return False
@@ -314,5 +325,5 @@ class Stack:
         return self._database("mlflow", server)
 
     def _database(self, name: str, server: PostgresServer) -> tuple[str, str]:
-        password = (self._secrets / f"{name}_password").read_text()
+        password = (self.secrets / f"{name}_password").read_text()
         return f"postgresql+psycopg2://{name}@127.0.0.1:{server.port}/{name}", password

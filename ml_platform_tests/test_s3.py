@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import secrets
@@ -25,6 +24,7 @@ from ml_platform.cli.context import CommandError, console, errors
 from ml_platform.cli.doctor import probe_artifacts
 from ml_platform.cli.main import main
 from ml_platform.dev.cloud import s3_server as s3_server_module
+from ml_platform.dev.cloud.credentials import issue_certificates
 from ml_platform.dev.cloud.processes import TetheredProcess, listens
 from ml_platform.dev.cloud.s3_server import (
     BuildError,
@@ -34,20 +34,24 @@ from ml_platform.dev.cloud.s3_server import (
     build_versitygw,
     start_s3_server,
 )
-from ml_platform.dev.simulator import Simulation
 from ml_platform.lake import storage
 from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
-from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
-from ml_platform.lake.reports import CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import StorageError, open_store
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.sensors import new_raw_files
 from ml_platform.spark import s3a
-from ml_platform_tests.world import World, materialize_command, no_process_left, wait_until
+from ml_platform_tests.images.session import NO_CODEGEN
+from ml_platform_tests.world import (
+    World,
+    assert_counts,
+    materialize_command,
+    no_process_left,
+    simulated,
+    wait_until,
+)
 
 PROJECT = Path(__file__).resolve().parent.parent
-SIMULATION = Simulation(days_per_file=10, customers=200, terminals=200, radius=10, fault_rate=300, seed=5)
 CONNECTION = s3a.S3Connection("https://s3.example.org", "ru-central1")
 
 
@@ -90,14 +94,6 @@ def with_real_go_missing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 class TestServer:
-    def test_only_its_credentials_open_it(self, real_s3: S3Server):
-        client = real_s3.client()
-        client.put_object(Bucket="own-bucket", Key="a", Body=b"x")
-        other = S3Server(real_s3.directory, region=real_s3.region)
-        other.port = real_s3.port
-        with pytest.raises(client.exceptions.ClientError, match="No user exists"):
-            other.client().get_object(Bucket="own-bucket", Key="a")
-
     def test_its_secret_is_nowhere_to_be_seen(self, real_s3: S3Server):
         assert real_s3._process is not None
         arguments = Path(f"/proc/{real_s3._process.pid}/cmdline").read_text()
@@ -106,15 +102,6 @@ class TestServer:
             assert secret not in arguments
             assert secret not in (real_s3.directory / "log").read_text()
         assert "versitygw" in arguments
-
-    def test_objects_outlive_a_crash(self, real_s3: S3Server):
-        client, url = real_s3.client(), real_s3.endpoint_url
-        client.put_object(Bucket="own-bucket", Key="a/b", Body=b"kept")
-        real_s3.kill()
-        assert not listens(real_s3.port)
-        real_s3.start()
-        assert real_s3.endpoint_url == url
-        assert client.get_object(Bucket="own-bucket", Key="a/b")["Body"].read() == b"kept"
 
     def test_another_server_on_the_same_directory_has_the_same_objects(self, tmp_path: Path):
         for body in (b"first", b"second"):
@@ -191,27 +178,27 @@ class TestBuild:
         assert builds.read_text() == "build\n"
 
 
-class TestListing:
+class TestStore:
     def test_more_than_a_page_while_objects_come_and_go(self, s3: LocalS3, bucket: str):
         client = s3.client()
         lake = LakeResource(raw_uri=f"s3://{bucket}/raw", lake_uri=f"s3://{bucket}/lake", epoch="2020-01-01")
-        names = [f"file-{number:04}.txt" for number in range(1_500)]
+        names = [f"file-{number:04}.txt" for number in range(1_010)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda name: client.put_object(Bucket=bucket, Key=f"raw/{name}", Body=b"x"), names))
         assert list(lake.list_raw_files()[0]) == [name.removesuffix(".txt") for name in names]
 
         listing = lake.raw.list_directory()
         seen = [next(listing).name]  # the first page, of 1,000, is here now
-        for name in (names[1], names[1_400]):
+        for name in (names[1], names[1_005]):
             client.delete_object(Bucket=bucket, Key=f"raw/{name}")
         client.put_object(Bucket=bucket, Key="raw/new.txt", Body=b"xy")
         seen += [file.name for file in listing]
-        assert set(seen) >= set(names) - {names[1], names[1_400]}
+        assert set(seen) >= set(names) - {names[1], names[1_005]}
         assert len(seen) == len(set(seen))
         with pytest.raises(FileNotFoundError, match=names[1]):
             lake.raw.read(names[1])
         files, _ = lake.list_raw_files()
-        assert len(files) == 1_499
+        assert len(files) == 1_009
         assert files["new"].size == 2
 
     @pytest.mark.parametrize(
@@ -246,39 +233,6 @@ class TestListing:
         lake.raw.write(name, b"new")
         assert [(file.name, file.size) for file in lake.raw.list_directory()] == [(name, 3)]
 
-
-class TestWriting:
-    def test_a_reader_sees_the_old_or_the_new(self, s3: LocalS3, bucket: str):
-        contents = [bytes([letter]) * 3_000_000 for letter in b"ab"]
-        store = open_store(f"s3://{bucket}/lake")
-        store.write("x.json", contents[0])
-        with ThreadPoolExecutor(1) as pool:
-            writing = pool.submit(lambda: [store.write("x.json", contents[n % 2]) for n in range(12)])
-            reads = [store.read("x.json")]
-            while not writing.done():
-                reads.append(store.read("x.json"))
-            writing.result()
-        assert set(reads) <= set(contents)
-
-    def test_a_writer_that_dies_halfway_changes_nothing(self, s3: LocalS3, bucket: str):
-        from botocore.auth import S3SigV4Auth
-        from botocore.awsrequest import AWSRequest
-        from botocore.credentials import Credentials
-
-        if s3.kind != S3Server.kind:
-            pytest.skip("moto checks no content")
-        store = open_store(f"s3://{bucket}")
-        store.write("x.json", b"old")
-        content = b"n" * 2_000_000
-        request = AWSRequest("PUT", f"{s3.endpoint_url}/{bucket}/x.json", data=content)
-        S3SigV4Auth(Credentials(s3.access_key, s3.secret_key), "s3", s3.region).add_auth(request)
-        headers = {**request.headers, "Host": f"127.0.0.1:{s3.port}", "Content-Length": str(len(content))}
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        with socket.create_connection(("127.0.0.1", s3.port)) as connection:
-            connection.sendall(f"PUT /{bucket}/x.json HTTP/1.1\r\n{head}\r\n".encode() + content[:1_000_000])
-        time.sleep(0.3)
-        assert store.read("x.json") == b"old"
-
     def test_a_directory_there_and_back(self, s3: LocalS3, bucket: str, tmp_path: Path):
         source = tmp_path / "source"
         for name in ("metadata/part-00000", "stages/0_a b/data/x", "empty"):
@@ -296,36 +250,12 @@ class TestWriting:
 
 
 def tls_endpoint(directory: Path) -> Iterator[str]:
-    """An HTTPS endpoint whose certificate nobody vouches for; yields its URL."""
-    import datetime
+    """An HTTPS endpoint with a certificate of ca.pem, which no system trusts; yields its URL."""
     import http.server
     import ssl
     import threading
 
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = directory / "server.pem"
-    encoding, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
-    pem.write_bytes(
-        certificate.public_bytes(encoding) + key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, no_password)
-    )
+    _, certificate, key = issue_certificates(directory)
 
     class NoBucket(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -339,7 +269,7 @@ def tls_endpoint(directory: Path) -> Iterator[str]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoBucket)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
+    context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"https://localhost:{server.server_port}"
@@ -367,6 +297,8 @@ WRONG: dict[str, tuple[dict[str, str | None], str]] = {
 }
 #: moto takes any credentials.
 NOT_CHECKED_BY_MOTO = {"wrong secret", "wrong key"}
+#: The same error passes through ticks and commands.
+NOT_FOUND_OR_REFUSED = ("no such bucket", "wrong secret")
 
 
 class TestErrors:
@@ -413,6 +345,7 @@ class TestErrors:
             assert "\n" not in str(error.value)
             assert os.environ.get("AWS_SECRET_ACCESS_KEY", "no secret") not in str(error.value)
 
+    @pytest.mark.parametrize("wrong", NOT_FOUND_OR_REFUSED, indirect=True)
     def test_of_a_tick(self, wrong: str):
         lake = LakeResource(
             raw_uri=os.environ["ML_PLATFORM_RAW_URI"], lake_uri=os.environ["ML_PLATFORM_LAKE_URI"], epoch="2020-01-01"
@@ -423,6 +356,7 @@ class TestErrors:
                 new_raw_files(context)
         assert wrong in str(error.value)
 
+    @pytest.mark.parametrize("wrong", NOT_FOUND_OR_REFUSED, indirect=True)
     @pytest.mark.parametrize("command", ["sync", "doctor"])
     def test_of_a_command(self, wrong: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
         monkeypatch.chdir(tmp_path)
@@ -458,7 +392,7 @@ class TestErrors:
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
             with pytest.raises(StorageError, match="AWS_CA_BUNDLE"):
                 open_store("s3://some-bucket").read("a")
-            monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "server.pem"))
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
             with pytest.raises(StorageError, match="there is no bucket some-bucket"):
                 open_store("s3://some-bucket").read("a")
 
@@ -634,41 +568,41 @@ def test_an_endpoint_that_dies_leaves_no_partition(
 ) -> None:
     """Credentials, region and endpoint are in files alone: Python and Java find them there."""
     use(real_s3, monkeypatch)
-    key, content = SIMULATION.file_name(0).removesuffix(".txt"), io.BytesIO()
-    truth = SIMULATION.write_file(0, content).counts
-    real_s3.client().put_object(Bucket="own-bucket", Key=f"raw/{key}.txt", Body=content.getvalue())
+    file = simulated(0)
+    real_s3.client().put_object(Bucket="own-bucket", Key=f"raw/{file.name}", Body=file.content)
     credentials, config = tmp_path / "credentials", tmp_path / "config"
     credentials.write_text(
         f"[fraud]\naws_access_key_id = {real_s3.access_key}\naws_secret_access_key = {real_s3.secret_key}\n"
     )
     credentials.chmod(stat.S_IRUSR | stat.S_IWUSR)
     config.write_text(f"[profile fraud]\nregion = {real_s3.region}\nendpoint_url = {real_s3.endpoint_url}\n")
-    lake = LakeResource(raw_uri="s3://own-bucket/raw", lake_uri="s3://own-bucket/lake", epoch="2019-08-22")
     settings = {
         "AWS_PROFILE": "fraud",
         "AWS_SHARED_CREDENTIALS_FILE": str(credentials),
         "AWS_CONFIG_FILE": str(config),
-        "ML_PLATFORM_RAW_URI": lake.raw_uri,
-        "ML_PLATFORM_LAKE_URI": lake.lake_uri,
+        "ML_PLATFORM_RAW_URI": "s3://own-bucket/raw",
+        "ML_PLATFORM_LAKE_URI": "s3://own-bucket/lake",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
         "SPARK_DRIVER_MEMORY": "1g",
+        "SPARK_PROPERTIES": json.dumps(NO_CODEGEN),
         "HOME": os.environ["HOME"],  # where Spark's connector may have been downloaded before
     }
     user = World(tmp_path / "user", overrides=settings)
-    output = user.sync()
-    partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={key}"
+    user.register(file.key)
+    partition = real_s3.directory / f"buckets/own-bucket/lake/{CLEANED}/raw_file={file.key}"
     with no_process_left(user):
-        process = user.start(*materialize_command(CLEANED, key, key), log=tmp_path / "log")
+        process = user.start(*materialize_command(CLEANED, file.key, file.key), log=tmp_path / "log")
         wait_until(lambda: partition.exists() or process.poll() is not None, "the job writes", pause=0.02)
         real_s3.kill()
         assert process.wait(120) != 0
-    output += (tmp_path / "log").read_text()
-    assert "AWS_ENDPOINT_URL_S3" in output
+    printed = (tmp_path / "log").read_text()
+    assert "AWS_ENDPOINT_URL_S3" in printed
     real_s3.start()
-    assert lake.reports(CleanedReport) == {}
+    report = f"{CLEANED}/raw_file={file.key}/_report.json"
+    store = open_store(user.settings["ML_PLATFORM_LAKE_URI"])
+    with pytest.raises(FileNotFoundError):
+        store.read(report)
     # Nothing of what lies there now is in the way.
-    output += user.materialize(f"{CLEANED},{FEATURES}", key, key)
-    counts = lake.reports(CleanedReport)[key].counts.model_dump()
-    assert {name: counts[name] for name in truth} == truth
-    assert lake.reports(FeaturesReport)[key].counts.rows == truth["clean_rows"]
-    assert real_s3.secret_key not in output
+    printed += user.materialize(CLEANED, file.key, file.key)
+    assert_counts(json.loads(store.read(report)), file.truth)
+    assert real_s3.secret_key not in printed

@@ -1,11 +1,11 @@
-"""The stack of deploy/ on a real PostgreSQL and S3: each of its processes is killed while a cluster works for a run.
+"""The stack of deploy/ on a real PostgreSQL, S3 and Data Proc: what a run needs is killed while a cluster works for it.
 
-In the end every partition is complete, nothing was done twice, and no cluster is left.
+In the end every partition and the model are what this machine makes of the same files, nothing was done twice, and no
+cluster is left.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -14,6 +14,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,10 +23,10 @@ import dagster as dg
 import pytest
 
 from ml_platform.dev.cloud import LAKE_BUCKET, RAW_BUCKET, DevCloud
-from ml_platform.dev.simulator import FileTruth, Simulation
+from ml_platform_tests.lake_files import LakeFiles, assert_reports_last, assert_same_model, assert_same_tables
 from ml_platform_tests.postgres import PostgresServer
 from ml_platform_tests.stack import ARTIFACTS_BUCKET, DEPLOY, START_TIMEOUT_S, Stack
-from ml_platform_tests.world import COMMAND_TIMEOUT_S, SHORT_LIVED_JAVA, wait_until
+from ml_platform_tests.world import FILES, KEYS, SHORT_LIVED_JAVA, World, assert_counts, wait_until
 
 pytestmark = [
     pytest.mark.e2e,
@@ -34,43 +35,26 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="a run is known to be dead by /proc"),
 ]
 
-SIMULATION = Simulation(days_per_file=20, customers=400, terminals=400, radius=10, fault_rate=300, seed=3)
-FILES = 2
-KEYS = [SIMULATION.file_name(index).removesuffix(".txt") for index in range(FILES)]
+#: The webserver is not among them: no run depends on it.
+KILLED = ("daemon", "postgres", "code", "mlflow")
 
-Etags = dict[str, str]
+CLEANED = "cleaned_transactions"
 
 
 @dataclass(frozen=True)
 class Healed:
-    """A stack each of whose processes was killed in the middle of a run, when all is quiet again."""
+    """A stack whose processes were killed in the middle of a run, when all is quiet again."""
 
     stack: Stack
-    truths: dict[str, FileTruth]
-    #: Objects of the partitions that were cleaned when the run was killed.
-    cleaned_before: Etags
+    lake: LakeFiles
+    #: Files of the partitions that were cleaned when the run was killed, and when they were written.
+    cleaned_before: dict[str, datetime]
     killed_run: str
-
-    def objects(self, prefix: str = "", bucket: str = LAKE_BUCKET) -> Etags:
-        """Names and content of a bucket's objects."""
-        return objects(self.stack, prefix, bucket)
-
-    def read(self, name: str) -> bytes:
-        """An object of the lake."""
-        return self.stack.objects.get_object(Bucket=LAKE_BUCKET, Key=name)["Body"].read()
-
-    def report(self, key: str, table: str = "cleaned_transactions") -> dict[str, Any]:
-        """The report of a partition."""
-        return json.loads(self.read(report_name(key, table)))
+    finished_run: str
 
 
-def objects(stack: Stack, prefix: str = "", bucket: str = LAKE_BUCKET) -> Etags:
-    pages = stack.objects.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return {found["Key"]: found["ETag"] for page in pages for found in page.get("Contents", [])}
-
-
-def report_name(key: str, table: str = "cleaned_transactions") -> str:
-    return f"lake/{table}/raw_file={key}/_report.json"
+def report_name(key: str) -> str:
+    return f"{CLEANED}/raw_file={key}/_report.json"
 
 
 def has_logged(instance: dg.DagsterInstance, run_id: str, text: str) -> bool:
@@ -90,28 +74,21 @@ def healed(tmp_path_factory: pytest.TempPathFactory) -> Generator[Healed]:
     try:
         with DevCloud(directory / "cloud", SHORT_LIVED_JAVA, create_seconds=1, delete_seconds=1) as cloud:
             cloud.s3.client().create_bucket(Bucket=ARTIFACTS_BUCKET)
-            truths = {}
-            for index, key in enumerate(KEYS):
-                content, name = io.BytesIO(), SIMULATION.file_name(index)
-                truths[key] = SIMULATION.write_file(index, content)
-                cloud.s3.client().put_object(Bucket=RAW_BUCKET, Key=name, Body=content.getvalue())
+            for file in FILES:
+                cloud.s3.client().put_object(Bucket=RAW_BUCKET, Key=file.name, Body=file.content)
             with Stack(directory / "stack", postgres, cloud) as stack:
-                try:
-                    cleaned_before, killed_run = kill_one_after_another(stack)
-                except BaseException:
-                    for name in stack.services:
-                        print(f"--- {name}", stack.said(name), sep="\n")  # pytest shows it with the failure
-                    raise
-                yield Healed(stack, truths, cleaned_before, killed_run)
+                yield kill_one_after_another(stack)
     finally:
         postgres.remove()
 
 
-def kill_one_after_another(stack: Stack) -> tuple[Etags, str]:
-    """Kill each service during the runs that the sensor starts; returns when a run has succeeded."""
+def kill_one_after_another(stack: Stack) -> Healed:
+    """Kill the services of KILLED during the runs that the sensor starts; returns when a run has succeeded."""
+
+    lake = LakeFiles(s3=stack.cloud.s3, bucket=LAKE_BUCKET)
 
     def wait(condition: Callable[[], Any], what: str) -> Any:
-        return wait_until(condition, what, COMMAND_TIMEOUT_S, pause=0.5)
+        return wait_until(condition, what, pause=0.5)
 
     def kill(name: str) -> None:
         assert len(stack.cloud.dataproc.clusters) == 1, "there is the run's cluster, and none of an earlier run"
@@ -127,18 +104,14 @@ def kill_one_after_another(stack: Stack) -> tuple[Etags, str]:
         killed = run.run_id
         wait(lambda: status(killed) == dg.DagsterRunStatus.STARTED, "the run has started")
         wait(lambda: stack.cloud.dataproc.jobs, "the run has given its cluster a job")
-        kill("webserver")
         kill("daemon")
         kill("postgres")
 
-        name = report_name(KEYS[0])
-        wait_until(lambda: name in objects(stack, name), "the first file is cleaned", COMMAND_TIMEOUT_S)
+        wait_until(lambda: lake.changed(report_name(KEYS[0])), "the first file is cleaned")
         kill("code")
         assert status(killed) == dg.DagsterRunStatus.STARTED, "the run was over too early"
-        done = [key for key in KEYS if report_name(key) in objects(stack)]
-        cleaned = {}
-        for key in done:
-            cleaned |= objects(stack, f"lake/cleaned_transactions/raw_file={key}/")
+        partitions = [lake.changed(f"{CLEANED}/raw_file={key}/") for key in KEYS if lake.changed(report_name(key))]
+        cleaned = {name: at for partition in partitions for name, at in partition.items()}
 
         def retry() -> str | None:
             return next((run.run_id for run in instance.get_runs() if run.parent_run_id == killed), None)
@@ -147,12 +120,12 @@ def kill_one_after_another(stack: Stack) -> tuple[Etags, str]:
         wait(lambda: has_started(instance, second, "fraud_model"), "the model's turn has come")
         kill("mlflow")
         wait(lambda: all(run.is_finished for run in instance.get_runs()), "all runs have ended")
-    return cleaned, killed
+    return Healed(stack, lake, cleaned, killed, second)
 
 
 def test_every_service_is_healthy_again(healed: Healed) -> None:
     for name, service in healed.stack.services.items():
-        assert service.starts >= 2, f"{name}: {healed.stack.said(name)}"
+        assert service.starts >= (2 if name in KILLED else 1), f"{name}: {healed.stack.said(name)}"
         wait_until(lambda name=name: healed.stack.is_healthy(name), f"{name} is healthy", START_TIMEOUT_S)  # type: ignore[misc]
 
 
@@ -181,22 +154,83 @@ def test_no_cluster_is_left_and_no_job_ran_twice(healed: Healed) -> None:
 
 
 def test_every_file_is_cleaned_once(healed: Healed) -> None:
-    import pandas as pd
-
-    now = healed.objects("lake/cleaned_transactions/")
+    now = healed.lake.changed()
     assert report_name(KEYS[0]) in healed.cleaned_before
     assert {name: now.get(name) for name in healed.cleaned_before} == healed.cleaned_before
-    for key, truth in healed.truths.items():
-        report = healed.report(key)
-        counts = truth.counts
-        assert {name: report["counts"][name] for name in counts} == counts
+    for file in FILES:
+        report = healed.lake.report(file.key)
+        assert_counts(report, file.truth)
         # The killed run's job went on, until the next run had its cluster deleted.
-        assert report["run_id"] == healed.killed_run or report_name(key) not in healed.cleaned_before
-        parts = [name for name in now if name.startswith(f"lake/cleaned_transactions/raw_file={key}/part-")]
-        ids = pd.concat([pd.read_parquet(io.BytesIO(healed.read(name)))["transaction_id"] for name in parts])
-        assert ids.is_unique
-        assert len(ids) == counts["clean_rows"]
-        assert healed.report(key, "transaction_features")["counts"]["rows"] == counts["clean_rows"]
+        assert report["run_id"] == healed.killed_run or report_name(file.key) not in healed.cleaned_before
+    assert_reports_last(healed.lake, KEYS)
+
+
+def test_tables_and_model_are_those_of_this_machine(healed: Healed, local_world: World) -> None:
+    expected = LakeFiles(local_world.lake)
+    assert_same_tables(healed.lake, expected, KEYS)
+    assert_same_model(healed.lake, healed.finished_run, expected, local_world.runs()[0].run_id, KEYS[-1])
+
+
+def test_a_step_says_what_its_cluster_was_and_cost(healed: Healed) -> None:
+    metadata = {name: value.value for name, value in model_of(healed).metadata.items()}
+    with healed.stack.instance() as instance:
+        run = instance.get_run_by_id(healed.finished_run)
+        assert run is not None
+        # The driver's log is shown as it grows.
+        assert has_logged(instance, run.run_id, f"features 2/2: {KEYS[1]} done")
+    assert f"features 2/2: {KEYS[1]} done" in healed.lake.read(f"_runs/{run.run_id}/build_features.driver.log").decode()
+    assert metadata["cluster_id"] == run.tags["ml_platform/cluster_id"]
+    assert [job["name"].split("-")[0] for job in metadata["cluster_jobs"]][-2:] == ["build", "train"]
+    # 4 hosts, of which 3 cost 2 + 128 GB x 0.01 and one 1 + 40 GB x 0.1 an hour.
+    hours = metadata["cluster_node_hours"] / 4
+    assert metadata["cluster_cost"] == pytest.approx(hours * (3 * 3.28 + 5), abs=0.02)
+
+
+def test_no_secret_is_anywhere(healed: Healed) -> None:
+    """In requests to the API, databases, logs, files of Dagster, and the lake; each credential by its own text."""
+    stack = healed.stack
+    environment = stack.cloud.environment()
+    key = json.loads(Path(environment["YC_SERVICE_ACCOUNT_KEY_FILE"]).read_text())["private_key"]
+    secrets = {
+        "S3 secret key": environment["AWS_SECRET_ACCESS_KEY"],
+        "S3 access key": environment["AWS_ACCESS_KEY_ID"],
+        "private key": key.splitlines()[2],
+        **{path.name: path.read_text() for path in stack.secrets.glob("*_password")},
+        **{f"IAM token {number}": token for number, token in enumerate(stack.cloud.dataproc.issued_tokens())},
+    }
+    assert len(secrets) > 6
+    requests = [call["request"] for call in stack.cloud.dataproc.journal if "IamToken" not in call["method"]]
+    places = {"requests": json.dumps(requests).encode()}
+    for database in ("dagster", "mlflow"):
+        dump = [stack.postgres.programs / "pg_dump", database]
+        places[database] = subprocess.run(
+            dump, env=stack.postgres.environment(), check=True, capture_output=True
+        ).stdout
+    for path in [*stack.home.rglob("*"), *(service.log for service in stack.services.values())]:
+        if path.is_file():
+            places[str(path)] = path.read_bytes()
+    for name in healed.lake.changed():
+        if not name.endswith(".parquet"):
+            places[f"lake {name}"] = healed.lake.read(name)
+    assert len(places) > 20
+    assert not [
+        (name, place) for name, text in secrets.items() for place, content in places.items() if text.encode() in content
+    ]
+
+
+def test_processes_of_a_cluster_end_with_it(healed: Healed) -> None:
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    own = str(healed.stack.cloud.directory / "dataproc")
+    assert not [line for line in listed.splitlines() if own in line and str(os.getpid()) not in line.split()[:1]]
+
+
+def model_of(healed: Healed) -> dg.AssetMaterialization:
+    """The only materialization of fraud_model at the newest partition."""
+    with healed.stack.instance() as instance:
+        filters = dg.AssetRecordsFilter(asset_key=dg.AssetKey("fraud_model"), asset_partitions=[KEYS[-1]])
+        (record,) = instance.fetch_materializations(filters, limit=10).records
+    assert record.asset_materialization is not None
+    return record.asset_materialization
 
 
 def test_one_model_per_finished_run(healed: Healed) -> None:
@@ -209,17 +243,12 @@ def test_one_model_per_finished_run(healed: Healed) -> None:
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_id, run.info.status) == (version.run_id, "FINISHED")
-    with healed.stack.instance() as instance:
-        finished = instance.get_runs()[0].run_id
-        filters = dg.AssetRecordsFilter(asset_key=dg.AssetKey("fraud_model"), asset_partitions=[KEYS[-1]])
-        (record,) = instance.fetch_materializations(filters, limit=10).records
-    assert run.data.tags["dagster.run_id"] == finished
+    assert run.data.tags["dagster.run_id"] == healed.finished_run
     # Artifacts went through MLflow's server, which alone has the bucket's key.
     assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
-    assert any(name.endswith("MLmodel") for name in healed.objects("mlflow/", ARTIFACTS_BUCKET))
-    assert record.asset_materialization is not None
+    assert healed.stack.cloud.s3.client().list_objects_v2(Bucket=ARTIFACTS_BUCKET, Prefix="mlflow/")["KeyCount"]
     # The link is for a browser, which knows no service by its name.
-    link = record.asset_materialization.metadata["mlflow_run"].value
+    link = model_of(healed).metadata["mlflow_run"].value
     assert str(link).startswith(f"{healed.stack.mlflow_url}/#/experiments/")
 
 
