@@ -1,4 +1,4 @@
-"""The stand-in for the Data Proc API, seen through the official SDK's stubs."""
+"""The stand-in for the Data Proc API as the SDK sees it: the facts of the protocol that the platform relies on."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import contextlib
 import json
 import math
 import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,9 @@ import pytest
 import yandexcloud
 from google.protobuf.duration_pb2 import Duration
 from yandex.cloud import validation_pb2
-from yandex.cloud.apploadbalancer.v1 import load_balancer_service_pb2
 from yandex.cloud.dataproc.v1 import cluster_pb2, cluster_service_pb2, job_pb2, job_service_pb2, subcluster_pb2
 from yandex.cloud.dataproc.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from yandex.cloud.dataproc.v1.job_service_pb2_grpc import JobServiceStub
-from yandex.cloud.dataproc.v1.subcluster_service_pb2 import ListSubclustersRequest
-from yandex.cloud.dataproc.v1.subcluster_service_pb2_grpc import SubclusterServiceStub
 from yandex.cloud.endpoint import api_endpoint_service_pb2
 from yandex.cloud.endpoint.api_endpoint_service_pb2_grpc import ApiEndpointServiceStub
 from yandex.cloud.iam.v1.iam_token_service_pb2 import CreateIamTokenRequest
@@ -37,20 +32,20 @@ from yandex.cloud.iam.v1.iam_token_service_pb2_grpc import IamTokenServiceStub
 from yandex.cloud.operation import operation_service_pb2
 from yandex.cloud.operation.operation_service_pb2_grpc import OperationServiceStub
 
-from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas, SparkSubmit
-from ml_platform.dev.cloud.proto_validation import violations, within
+from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript, Quotas, SparkSubmit
+from ml_platform.dev.cloud.proto_validation import within
+from ml_platform.dev.cloud.s3_server import LocalS3
 from ml_platform_tests.fakes_cloud import FakeClock
 from ml_platform_tests.world import SHORT_LIVED_JAVA
 
 GB = 1 << 30
-CREATE = cluster_service_pb2.CreateClusterRequest
 CREATE_JOB = job_service_pb2.CreateJobRequest
 ROLE = subcluster_pb2.Role
 SERVICE = cluster_pb2.HadoopConfig.Service
 
 
 class Client:
-    """Stubs of a program that uses the SDK, and shorthands for what most tests do."""
+    """Stubs of the SDK, and shorthands for common calls."""
 
     def __init__(self, cloud: FakeDataproc, clock: FakeClock, **credentials: Any) -> None:
         if not credentials:
@@ -82,6 +77,9 @@ class Client:
         operation = self.clusters.Create(create_request(self.cloud))
         self.clock.sleep(self.cloud.create_seconds)
         return cluster_id_of(operation)
+
+    def cancel(self, cluster_id: str, job_id: str) -> Any:
+        return self.jobs.Cancel(job_service_pb2.CancelJobRequest(cluster_id=cluster_id, job_id=job_id))
 
     def job(self, cluster_id: str, job_id: str) -> Any:
         return self.jobs.Get(job_service_pb2.GetJobRequest(cluster_id=cluster_id, job_id=job_id))
@@ -119,7 +117,7 @@ def subcluster(cloud: FakeDataproc, role: Any = ROLE.MASTERNODE, hosts: int = 1,
 
 
 def create_request(cloud: FakeDataproc, name: str = "cluster-1") -> Any:
-    request = CREATE(
+    request = cluster_service_pb2.CreateClusterRequest(
         folder_id=cloud.folder_id,
         name=name,
         labels={"owner": "me"},
@@ -175,54 +173,22 @@ def test_private_files_are_private(cloud: FakeDataproc):
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
 
 
-def test_environment_is_what_a_user_exports(cloud: FakeDataproc):
-    environment = cloud.environment()
-    assert environment["YC_API_ENDPOINT"] == cloud.endpoint
-    assert environment["YC_FOLDER_ID"] == cloud.folder_id
-    assert "DATAPROC_BUCKET" not in environment
-    assert Path(environment["YC_SERVICE_ACCOUNT_KEY_FILE"]).is_file()
-
-
-def test_all_endpoints_lead_here(cloud: FakeDataproc, clock: FakeClock):
-    channel = grpc.secure_channel(
-        cloud.endpoint, grpc.ssl_channel_credentials(cloud.root_certificates_file.read_bytes())
-    )
-    stub = ApiEndpointServiceStub(channel)
-    endpoints = stub.List(api_endpoint_service_pb2.ListApiEndpointsRequest()).endpoints
-    assert {endpoint.address for endpoint in endpoints} == {cloud.endpoint}
-    assert {"iam", "dataproc", "operation"} <= {endpoint.id for endpoint in endpoints}
-    assert stub.Get(api_endpoint_service_pb2.GetApiEndpointRequest(api_endpoint_id="iam")).address == cloud.endpoint
-    with refused("NOT_FOUND"):
-        stub.Get(api_endpoint_service_pb2.GetApiEndpointRequest(api_endpoint_id="none"))
-    with refused("UNAUTHENTICATED"):
-        ClusterServiceStub(channel).List(cluster_service_pb2.ListClustersRequest(folder_id=cloud.folder_id))
-    channel.close()
-
-
-def test_a_stranger_to_the_ca_cannot_connect(cloud: FakeDataproc):
+def test_only_calls_with_a_valid_token_over_its_own_authority_are_answered(cloud: FakeDataproc, clock: FakeClock):
     with grpc.secure_channel(cloud.endpoint, grpc.ssl_channel_credentials()) as channel, refused("UNAVAILABLE"):
         ApiEndpointServiceStub(channel).List(api_endpoint_service_pb2.ListApiEndpointsRequest(), timeout=5)
-
-
-@pytest.mark.parametrize("way", ["key", "token", "metadata"])
-def test_the_sdk_signs_in(way: str, cloud: FakeDataproc, clock: FakeClock, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("YC_METADATA_ADDR", cloud.metadata_address)
-    key = json.loads(cloud.service_account_key_file.read_text())
-    ways: dict[str, dict[str, Any]] = {
-        "key": {"service_account_key": key},
-        "token": {"iam_token": cloud.iam_token()},
-        "metadata": {"iam_token": None},
-    }
-    client = Client(cloud, clock, **ways[way])
-    assert list(client.listed().clusters) == []
-
-
-def test_the_metadata_service_wants_its_header(cloud: FakeDataproc):
-    path = f"http://{cloud.metadata_address}/computeMetadata/v1/instance/service-accounts/default/token"
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(path)
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(path + "/other")
+    with channel_to(cloud) as channel:
+        endpoints = ApiEndpointServiceStub(channel).List(api_endpoint_service_pb2.ListApiEndpointsRequest()).endpoints
+        assert {endpoint.address for endpoint in endpoints} == {cloud.endpoint}
+        assert {"iam", "dataproc", "operation"} <= {endpoint.id for endpoint in endpoints}
+        with refused("UNAUTHENTICATED", "no token"):
+            ClusterServiceStub(channel).List(cluster_service_pb2.ListClustersRequest(folder_id=cloud.folder_id))
+    with refused("UNAUTHENTICATED", "invalid"):
+        Client(cloud, clock, iam_token="t1.no-such-token").listed()
+    client = Client(cloud, clock, iam_token=cloud.iam_token())
+    client.listed()
+    clock.sleep(cloud.token_lifetime_seconds + 1)
+    with refused("UNAUTHENTICATED", "expired"):
+        client.listed()
 
 
 JWTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
@@ -236,9 +202,13 @@ JWTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
 }
 
 
-def exchange(cloud: FakeDataproc, token: str) -> Any:
+def channel_to(cloud: FakeDataproc) -> Any:
     credentials = grpc.ssl_channel_credentials(cloud.root_certificates_file.read_bytes())
-    with grpc.secure_channel(cloud.endpoint, credentials) as channel:
+    return grpc.secure_channel(cloud.endpoint, credentials)
+
+
+def exchange(cloud: FakeDataproc, token: str) -> Any:
+    with channel_to(cloud) as channel:
         return IamTokenServiceStub(channel).Create(CreateIamTokenRequest(jwt=token))
 
 
@@ -252,42 +222,16 @@ def signed(cloud: FakeDataproc, spoil: Callable[[dict[str, Any], dict[str, Any]]
     return jwt.encode(claims, key["private_key"], algorithm="PS256", headers=headers)
 
 
-@pytest.mark.parametrize("word", JWTS)
-def test_a_wrong_jwt_gets_no_token(word: str, cloud: FakeDataproc):
-    with refused("UNAUTHENTICATED", word):
-        exchange(cloud, signed(cloud, JWTS[word]))
-
-
-def test_a_forged_jwt_gets_no_token(cloud: FakeDataproc):
+def test_a_wrong_jwt_gets_no_token(cloud: FakeDataproc):
+    for word, spoil in JWTS.items():
+        with refused("UNAUTHENTICATED", word):
+            exchange(cloud, signed(cloud, spoil))
     good = signed(cloud, lambda claims, headers: None)
     assert exchange(cloud, good).iam_token
     head, body, signature = good.split(".")
     other = "A" if signature[100] != "A" else "B"
     with refused("UNAUTHENTICATED", "Signature verification failed"):
         exchange(cloud, f"{head}.{body}.{signature[:100]}{other}{signature[101:]}")
-    with refused("UNAUTHENTICATED"):
-        exchange(cloud, jwt.encode({"iss": "x"}, "a secret that both know: not for PS256", headers={"kid": "x"}))
-
-
-def test_a_token_lives_by_the_services_clock(cloud: FakeDataproc, clock: FakeClock):
-    client = Client(cloud, clock, iam_token=cloud.iam_token())
-    client.listed()
-    clock.sleep(cloud.token_lifetime_seconds + 1)
-    with refused("UNAUTHENTICATED", "expired"):
-        client.listed()
-    with refused("UNAUTHENTICATED", "invalid"):
-        Client(cloud, clock, iam_token="t1.no-such-token").listed()
-
-
-@pytest.mark.parametrize(("skew", "good"), [(-30, True), (1800, True), (-600, False), (7200, False)])
-def test_the_services_clock_may_be_wrong(tmp_path: Path, clock: FakeClock, skew: float, good: bool):
-    with FakeDataproc(tmp_path, clock=clock, skew_seconds=skew) as cloud:
-        client = Client(cloud, clock)
-        with contextlib.nullcontext() if good else pytest.raises(grpc.RpcError):
-            client.clusters.Create(create_request(cloud))
-        if good:
-            (cluster,) = cloud.clusters.values()
-            assert cluster.proto.created_at.ToSeconds() == int(clock.time() + skew)
 
 
 # --- The published constraints
@@ -310,13 +254,13 @@ CREATES: dict[str, tuple[Callable[[Any], object], str]] = {
     "resources": (lambda r: r.config_spec.subclusters_spec[1].ClearField("resources"), "[1].resources: Field is req"),
     "subnet_id": (lambda r: r.config_spec.subclusters_spec[1].ClearField("subnet_id"), "[1].subnet_id: Field is req"),
     "hosts_count": (lambda r: r.config_spec.subclusters_spec[1].ClearField("hosts_count"), "hosts_count: Value must"),
-    "an unknown enum value": (lambda r: r.config_spec.hadoop.services.append(99), "services[3]: 99 is no value"),
+    "an unknown enum value": (lambda r: r.config_spec.hadoop.services.append(99), "services[3]: 99 is not a value"),
     "measurement_duration": (lambda r: autoscale(r, None), "measurement_duration: Field is required"),
     "measurement is too short": (lambda r: autoscale(r, 59), "measurement_duration: Value must be 1m-10m"),
     "measurement is too long": (lambda r: autoscale(r, 601), "measurement_duration: Value must be 1m-10m"),
     "max_hosts_count": (lambda r: autoscale(r, 60, max_hosts_count=101), "max_hosts_count: Value must be 1-100"),
     "cpu": (lambda r: autoscale(r, 60, cpu_utilization_target=100.5), "cpu_utilization_target: Value must be 0-100"),
-    # What the protos do not say:
+    # Not in the protos:
     "zone": (lambda r: setattr(r, "zone_id", "us-east-1a"), "zone"),
     "image": (lambda r: setattr(r.config_spec, "version_id", "3.9"), "version_id"),
     "no master": (lambda r: r.config_spec.subclusters_spec.pop(0), "exactly one master"),
@@ -394,33 +338,8 @@ def test_wrong_job_requests_are_refused(client: Client):
     assert not client.cloud.jobs
 
 
-@pytest.mark.parametrize(
-    ("allowed", "good", "bad"),
-    [
-        ("<=50", [0, 50], [51]),
-        ("<256", [255], [256]),
-        (">0", [1], [0]),
-        (">=1", [1], [0]),
-        ("3-63", [3, 63], [2, 64]),
-        ("20", [20], [19, 21]),
-        ("-1-100", [-1, 100], [-2, 101]),
-        ("0.5-1.5", [0.5, 1.5], [0.4, 1.6]),
-        ("1m-10m", [60, 600], [59, 601]),
-        ("500ms-1h", [0.5, 3600], [0.4, 3601]),
-    ],
-)
-def test_ranges(allowed: str, good: list[float], bad: list[float]):
-    assert all(map(within(allowed), good))
-    assert not any(map(within(allowed), bad))
-
-
-def test_an_unknown_notation_is_not_passed_over():
-    with pytest.raises(ValueError, match="one to five"):
-        within("one to five")
-
-
-def test_every_range_of_the_served_requests_is_understood(cloud: FakeDataproc):
-    todo, seen, ranges = [method.input_type for method, _ in cloud._methods()], set(), 0
+def test_every_annotation_of_the_served_requests_is_understood(cloud: FakeDataproc):
+    todo, seen, ranges = [method.input_type for method, _ in cloud._methods()], set(), set()
     while todo:
         message = todo.pop()
         if message.full_name in seen:
@@ -428,26 +347,17 @@ def test_every_range_of_the_served_requests_is_understood(cloud: FakeDataproc):
         seen.add(message.full_name)
         for item in message.fields:
             options = item.GetOptions().Extensions
-            rules = [options[validation_pb2.length], options[validation_pb2.size], options[validation_pb2.bytes]]
-            rules += [options[validation_pb2.value], options[validation_pb2.map_key].length]
-            for rule in filter(None, rules):
-                within(rule)
-                ranges += 1
+            assert not options[validation_pb2.unique], item.full_name
+            assert not options[validation_pb2.bytes], item.full_name
+            assert not options[validation_pb2.map_key].value, item.full_name
+            ranges |= {options[rule] for rule in (validation_pb2.length, validation_pb2.size, validation_pb2.value)}
+            ranges.add(options[validation_pb2.map_key].length)
             if item.message_type is not None:
                 todo.append(item.message_type)
-    assert ranges > 100
-
-
-def test_annotations_that_data_proc_does_not_use_are_enforced_too():
-    address = load_balancer_service_pb2.AddressSpec()
-    (wrong,) = violations(address)
-    assert wrong.startswith("address_spec: exactly one of")
-    address.external_ipv4_address_spec.SetInParent()
-    assert not violations(address)
-    request = load_balancer_service_pb2.AddSniMatchRequest(server_names=["a", "b", "a"])
-    assert "server_names: Elements must be unique" in violations(request)
-    request.server_names[2] = "c"
-    assert not [line for line in violations(request) if line.startswith("server_names")]
+    assert len(ranges - {""}) > 20
+    assert all(within(allowed)(60) is not None for allowed in ranges - {""})
+    with pytest.raises(ValueError, match="one to five"):
+        within("one to five")
 
 
 # --- Clusters
@@ -473,8 +383,6 @@ def test_a_cluster_lives(client: Client, clock: FakeClock):
     assert cluster.config.hadoop == request.config_spec.hadoop
     assert cluster.created_at.ToSeconds() == int(started)
     assert client.state(cluster_id) == "RUNNING"
-    hosts = client.clusters.ListHosts(cluster_service_pb2.ListClusterHostsRequest(cluster_id=cluster_id)).hosts
-    assert [host.role for host in hosts] == [ROLE.MASTERNODE] + 3 * [ROLE.DATANODE]
 
     operation = client.delete(cluster_id)
     assert unpack(operation.metadata, cluster_service_pb2.DeleteClusterMetadata()).cluster_id == cluster_id
@@ -487,47 +395,6 @@ def test_a_cluster_lives(client: Client, clock: FakeClock):
         with refused("NOT_FOUND", cluster_id):
             call(cluster_id)
     assert not cloud.clusters
-
-
-def test_a_cluster_stops_and_starts(client: Client, clock: FakeClock):
-    cluster_id = client.ready_cluster()
-    with refused("FAILED_PRECONDITION"):
-        client.clusters.Start(cluster_service_pb2.StartClusterRequest(cluster_id=cluster_id))
-    client.clusters.Stop(cluster_service_pb2.StopClusterRequest(cluster_id=cluster_id))
-    assert client.state(cluster_id) == "STOPPING"
-    with refused("FAILED_PRECONDITION"):
-        client.delete(cluster_id)
-    clock.sleep(30)
-    assert client.state(cluster_id) == "STOPPED"
-    with refused("FAILED_PRECONDITION", "STOPPED"):
-        client.submit(cluster_id)
-    operation = client.clusters.Start(cluster_service_pb2.StartClusterRequest(cluster_id=cluster_id))
-    assert client.state(cluster_id) == "STARTING"
-    clock.sleep(30)
-    assert client.operation(operation).done
-    assert client.state(cluster_id) == "RUNNING"
-    request = cluster_service_pb2.ListClusterOperationsRequest(cluster_id=cluster_id, page_size=2)
-    page = client.clusters.ListOperations(request)
-    assert [operation.description.split()[0] for operation in page.operations] == ["Create", "Stop"]
-    request.page_token = page.next_page_token
-    assert [operation.description.split()[0] for operation in client.clusters.ListOperations(request).operations] == [
-        "Start"
-    ]
-
-
-def test_ui_links_need_the_proxy(client: Client, clock: FakeClock):
-    request = create_request(client.cloud)
-    without = cluster_id_of(client.clusters.Create(request))
-    request.name, request.ui_proxy = "cluster-2", True
-    proxied = cluster_id_of(client.clusters.Create(request))
-    links = {
-        cluster_id: list(
-            client.clusters.ListUILinks(cluster_service_pb2.ListUILinksRequest(cluster_id=cluster_id)).links
-        )
-        for cluster_id in (without, proxied)
-    }
-    assert not links[without]
-    assert links[proxied]
 
 
 def test_clusters_are_listed_in_pages_even_while_some_go(client: Client):
@@ -575,11 +442,6 @@ def test_conflicts_and_permissions(client: Client):
     assert set(cloud.clusters) == {cluster_id, protected, stopping}
 
 
-def test_what_is_not_served_is_unimplemented(client: Client):
-    with refused("UNIMPLEMENTED"):
-        client.sdk.client(SubclusterServiceStub).List(ListSubclustersRequest(cluster_id="c9q00000000000000000"))
-
-
 @pytest.mark.parametrize("quotas", [Quotas(hosts=7), Quotas(disk_gb={"network-ssd": 79})])
 def test_quotas_count_all_clusters(client: Client, quotas: Quotas, clock: FakeClock):
     client.cloud.quotas = quotas
@@ -601,19 +463,6 @@ def test_deleting_while_creating(client: Client, clock: FakeClock):
     assert client.operation(operation).error.code == grpc.StatusCode.CANCELLED.value[0]
     clock.sleep(90)
     assert not client.cloud.clusters
-
-
-def test_an_idempotency_key_makes_one_cluster(client: Client, clock: FakeClock):
-    metadata = [("idempotency-key", str(uuid.uuid4()))]
-    client.cloud.fail("ClusterService.Create", "UNAVAILABLE", after=True)
-    with refused("UNAVAILABLE"):
-        client.clusters.Create(create_request(client.cloud), metadata=metadata)
-    clock.sleep(60)
-    again = client.clusters.Create(create_request(client.cloud), metadata=metadata)
-    assert again.done
-    assert list(client.cloud.clusters) == [cluster_id_of(again)]
-    with refused("INVALID_ARGUMENT", "UUID"):
-        client.clusters.Create(create_request(client.cloud, "cluster-2"), metadata=[("idempotency-key", "1")])
 
 
 # --- Jobs
@@ -641,17 +490,7 @@ def test_a_job_runs(client: Client, clock: FakeClock):
     listed = client.jobs.List(job_service_pb2.ListJobsRequest(cluster_id=cluster_id, filter='name="job-1"')).jobs
     assert [item.id for item in listed] == [job_id]
     with refused("FAILED_PRECONDITION", "DONE"):
-        client.jobs.Cancel(job_service_pb2.CancelJobRequest(cluster_id=cluster_id, job_id=job_id))
-
-
-def test_time_may_pass_in_one_leap(client: Client, clock: FakeClock):
-    client.cloud.run_job, client.cloud.job_start_seconds = lambda request: JobScript(seconds=20), 10
-    cluster_id = client.ready_cluster()
-    job_id = client.submit(cluster_id)
-    clock.sleep(1000)
-    job = client.job(cluster_id, job_id)
-    moments = [moment.ToSeconds() - job.created_at.ToSeconds() for moment in (job.started_at, job.finished_at)]
-    assert moments == [10, 30]
+        client.cancel(cluster_id, job_id)
 
 
 def fails() -> None:
@@ -677,25 +516,12 @@ def test_a_hanging_job_is_cancelled(client: Client, clock: FakeClock):
     job_id = job_id_of(create)
     clock.sleep(3000)
     assert client.job_state(cluster_id, job_id) == "RUNNING"
-    cancel = client.jobs.Cancel(job_service_pb2.CancelJobRequest(cluster_id=cluster_id, job_id=job_id))
+    cancel = client.cancel(cluster_id, job_id)
     assert client.job_state(cluster_id, job_id) == "CANCELLING"
     clock.sleep(5)
     assert client.job_state(cluster_id, job_id) == "CANCELLED"
     assert client.operation(cancel).HasField("response")
     assert client.operation(create).error.code == grpc.StatusCode.CANCELLED.value[0]
-
-
-def test_cancelling_an_operation(client: Client, clock: FakeClock):
-    client.cloud.run_job = lambda request: JobScript(seconds=math.inf)
-    cluster_id = client.ready_cluster()
-    operation = client.jobs.Create(job_request(cluster_id))
-    client.operations.Cancel(operation_service_pb2.CancelOperationRequest(operation_id=operation.id))
-    assert client.job_state(cluster_id, job_id_of(operation)) == "CANCELLED"
-    deletion = client.delete(cluster_id)
-    with refused("FAILED_PRECONDITION"):
-        client.operations.Cancel(operation_service_pb2.CancelOperationRequest(operation_id=deletion.id))
-    with refused("NOT_FOUND"):
-        client.operations.Get(operation_service_pb2.GetOperationRequest(operation_id="none"))
 
 
 def test_jobs_need_a_running_cluster_with_spark(client: Client):
@@ -711,7 +537,7 @@ def test_jobs_need_a_running_cluster_with_spark(client: Client):
         client.job(plain, "c9q00000000000000000")
 
 
-def test_deleting_a_cluster_ends_its_jobs(client: Client, clock: FakeClock):
+def test_a_clusters_end_ends_its_jobs(client: Client, clock: FakeClock):
     cluster_id = client.ready_cluster()
     operation = client.jobs.Create(job_request(cluster_id))
     client.delete(cluster_id)
@@ -720,9 +546,13 @@ def test_deleting_a_cluster_ends_its_jobs(client: Client, clock: FakeClock):
     clock.sleep(30)
     with refused("NOT_FOUND"):
         client.job(cluster_id, job_id_of(operation))
+    vanishing = client.ready_cluster()
+    operation = client.jobs.Create(job_request(vanishing))
+    client.cloud.vanish(vanishing)
+    assert client.operation(operation).HasField("error")
 
 
-@pytest.mark.parametrize("page_size", [1, 7, 1000])
+@pytest.mark.parametrize("page_size", [1, 7])
 def test_a_log_comes_in_pages_of_bytes(client: Client, page_size: int):
     text = "Ошибка: naïve 🙂 plain\n" * 3
     client.cloud.run_job = lambda request: JobScript(log=text)
@@ -737,7 +567,7 @@ def test_a_log_comes_in_pages_of_bytes(client: Client, page_size: int):
         assert page.content
     assert content == text
     with refused("INVALID_ARGUMENT", "page_token"):
-        client.log(cluster_id, job_id, page_token="bm9uc2Vuc2U=")
+        client.log(cluster_id, job_id, page_token="nonsense")
     with refused("INVALID_ARGUMENT", "page_size"):
         client.log(cluster_id, job_id, page_size=(1 << 20) + 1)
 
@@ -759,117 +589,23 @@ def test_a_log_grows(client: Client, clock: FakeClock, token_at_end: bool):
 # --- Faults
 
 
-def test_calls_fail_as_told(client: Client):
+def test_calls_fail_as_scripted(client: Client):
     cloud = client.cloud
     cloud.fail("ClusterService.List", "UNAVAILABLE", "try again", times=2)
     for _ in range(2):
         with refused("UNAVAILABLE", "try again"):
             client.listed()
     client.listed()
-    cloud.fail("yandex.cloud.dataproc.v1.ClusterService.Create", grpc.StatusCode.INTERNAL, after=True)
+    cloud.fail("ClusterService.Create", "INTERNAL", after=True)
     with refused("INTERNAL"):
         client.clusters.Create(create_request(cloud))
-    assert len(cloud.clusters) == 1
-    cloud.fail("ClusterService.Get", "PERMISSION_DENIED", when=lambda request: request.cluster_id == "x")
     (cluster_id,) = cloud.clusters
+    cloud.fail("ClusterService.Get", "PERMISSION_DENIED", when=lambda request: request.cluster_id == "x")
     client.get(cluster_id)
     with refused("PERMISSION_DENIED"):
         client.get("x")
     with pytest.raises(ValueError, match=r"ClusterService\.Creat"):
         cloud.fail("ClusterService.Creat", "INTERNAL")
-
-
-def test_a_slow_answer_outlasts_a_deadline(client: Client):
-    client.listed()
-    client.cloud.delay("ClusterService.Create", 0.5)
-    with refused("DEADLINE_EXCEEDED"):
-        client.clusters.Create(create_request(client.cloud), timeout=0.1)
-    deadline = time.monotonic() + 10
-    while not client.cloud.clusters and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(client.cloud.clusters) == 1
-
-
-def test_creation_fails(client: Client, clock: FakeClock):
-    client.cloud.script_create(Outcome(seconds=600, error="RESOURCE_EXHAUSTED", message="no capacity in the zone"))
-    operation = client.clusters.Create(create_request(client.cloud))
-    clock.sleep(599)
-    assert not client.operation(operation).done
-    clock.sleep(1)
-    error = client.operation(operation).error
-    assert (error.code, error.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "no capacity in the zone")
-    assert client.state(cluster_id_of(operation)) == "ERROR"
-    client.delete(cluster_id_of(operation))
-    clock.sleep(30)
-    assert not client.cloud.clusters
-
-
-@pytest.mark.parametrize("outcome", [Outcome(error_after=0), Outcome(error_after=3), Outcome(vanish_after=3)])
-def test_a_ready_cluster_does_not_last(client: Client, clock: FakeClock, outcome: Outcome):
-    client.cloud.script_create(outcome)
-    operation = client.clusters.Create(create_request(client.cloud))
-    clock.sleep(60)
-    assert client.operation(operation).HasField("response")
-    cluster_id = cluster_id_of(operation)
-    if outcome.error_after == 0:
-        assert client.state(cluster_id) == "ERROR"
-        return
-    job = client.jobs.Create(job_request(cluster_id))
-    clock.sleep(3)
-    if outcome.vanish_after:
-        with refused("NOT_FOUND"):
-            client.get(cluster_id)
-    else:
-        assert client.state(cluster_id) == "ERROR"
-        assert client.job_state(cluster_id, job_id_of(job)) == "ERROR"
-    assert client.operation(job).HasField("error")
-
-
-def test_a_cluster_vanishes(client: Client, clock: FakeClock):
-    operation = client.clusters.Create(create_request(client.cloud))
-    client.cloud.vanish(cluster_id_of(operation), after=10)
-    clock.sleep(9)
-    client.get(cluster_id_of(operation))
-    clock.sleep(1)
-    with refused("NOT_FOUND"):
-        client.get(cluster_id_of(operation))
-    assert client.operation(operation).HasField("error")
-    clock.sleep(100)
-    assert not client.cloud.clusters
-
-
-def test_deletion_fails_and_then_works(client: Client, clock: FakeClock):
-    client.cloud.script_delete(Outcome(error="INTERNAL"), times=2)
-    cluster_id = client.ready_cluster()
-    for code in (grpc.StatusCode.INTERNAL.value[0], grpc.StatusCode.INTERNAL.value[0], 0):
-        operation = client.delete(cluster_id)
-        clock.sleep(30)
-        assert client.operation(operation).error.code == code
-    assert not client.cloud.clusters
-
-
-def test_log_pages_go_wrong(client: Client):
-    client.cloud.run_job = lambda request: JobScript(log="x" * 20)
-    cluster_id = client.ready_cluster()
-    job_id = client.submit(cluster_id)
-
-    def same_token(request: Any, response: Any) -> Any:
-        response.next_page_token = request.page_token or response.next_page_token
-        return response
-
-    client.cloud.answer("JobService.ListLog", same_token, times=2)
-    first = client.log(cluster_id, job_id, page_size=5)
-    looped = client.log(cluster_id, job_id, page_size=5, page_token=first.next_page_token)
-    assert looped.next_page_token == first.next_page_token
-    client.cloud.answer(
-        "JobService.ListLog", lambda request, response: type(response)(next_page_token=response.next_page_token)
-    )
-    empty = client.log(cluster_id, job_id, page_size=5)
-    assert (empty.content, bool(empty.next_page_token)) == ("", True)
-    client.cloud.fail("JobService.ListLog", "NOT_FOUND", when=lambda request: bool(request.page_token))
-    client.log(cluster_id, job_id)
-    with refused("NOT_FOUND"):
-        client.log(cluster_id, job_id, page_token=first.next_page_token)
 
 
 def test_the_journal_has_every_call_and_no_token(client: Client):
@@ -878,10 +614,7 @@ def test_the_journal_has_every_call_and_no_token(client: Client):
     with refused("NOT_FOUND"):
         client.get("c9q00000000000000000")
     client.submit(cluster_id, args=["visible"])
-    lines = (cloud.directory / "journal.jsonl").read_text()
-    entries = [json.loads(line) for line in lines.splitlines()]
-    assert entries == cloud.journal
-    assert [(entry["method"].rpartition("v1.")[2], entry["code"]) for entry in entries[-3:]] == [
+    assert [(entry["method"], entry["code"]) for entry in cloud.journal[-3:]] == [
         ("ClusterService.Create", "OK"),
         ("ClusterService.Get", "NOT_FOUND"),
         ("JobService.Create", "OK"),
@@ -889,8 +622,7 @@ def test_the_journal_has_every_call_and_no_token(client: Client):
     (token_call,) = cloud.calls("IamTokenService.Create")
     assert token_call["request"] == {"jwt": "***"}
     assert cloud.calls("JobService.Create")[0]["request"]["pyspark_job"]["args"] == ["visible"]
-    assert "PRIVATE" not in lines
-    assert not [token for token in cloud._tokens if token in lines]
+    assert not [token for token in cloud.issued_tokens() if token in str(cloud.journal)]
 
 
 def test_many_callers_at_once(client: Client):
@@ -915,13 +647,13 @@ def test_many_callers_at_once(client: Client):
 
 
 def processes_under(directory: Path) -> list[int]:
-    """Processes that work in a directory."""
-    found = []
+    """Processes whose working directory is inside `directory`."""
+    pids = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and Path(os.readlink(entry / "cwd")).is_relative_to(directory):
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -997,41 +729,19 @@ def test_a_job_whose_files_are_missing_says_so(tmp_path: Path, clock: FakeClock,
         assert "s3a://bucket/missing.py does not exist" in client.log(cluster_id, job_id).content
 
 
-def test_files_come_from_s3_with_the_clusters_credentials(tmp_path: Path):
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        environment = {
-            "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "cluster",
-            "AWS_SECRET_ACCESS_KEY": "cluster",
-        }
-        store = boto3.client(
-            "s3",
-            endpoint_url=environment["AWS_ENDPOINT_URL_S3"],
-            aws_access_key_id="x",
-            aws_secret_access_key="x",
-            region_name="us-east-1",
-        )
-        store.create_bucket(Bucket="code")
-        store.put_object(Bucket="code", Key="a b/ma?in#1.py", Body=b"print(1)")
-        SparkSubmit(environment=environment).fetch_file("s3a://code/a b/ma?in#1.py", tmp_path / "x" / "main.py")
-    finally:
-        server.stop()
-    assert (tmp_path / "x" / "main.py").read_text() == "print(1)"
+def test_files_come_from_s3_with_the_clusters_credentials(tmp_path: Path, s3: LocalS3, monkeypatch: pytest.MonkeyPatch):
+    s3.client().create_bucket(Bucket="code-of-a-job")
+    s3.client().put_object(Bucket="code-of-a-job", Key="a b/ma?in#1.py", Body=b"print(1)")
+    for name in s3.environment():
+        monkeypatch.delenv(name, raising=False)
+    SparkSubmit(environment=s3.environment()).fetch_file("s3a://code-of-a-job/a b/ma?in#1.py", tmp_path / "main.py")
+    assert (tmp_path / "main.py").read_text() == "print(1)"
 
 
-@pytest.mark.parametrize("name", ["spark.hadoop.fs.s3a.secret.key", "spark.hadoop.fs.s3a.access.key"])
-def test_credentials_are_no_properties(name: str):
-    with pytest.raises(ValueError, match="environment"):
-        SparkSubmit({name: "x"})
-
-
-def test_credentials_are_not_shown():
+def test_credentials_are_neither_properties_nor_shown():
+    for name in ("spark.hadoop.fs.s3a.secret.key", "spark.hadoop.fs.s3a.access.key"):
+        with pytest.raises(ValueError, match="environment"):
+            SparkSubmit({name: "x"})
     assert "hidden" not in repr(SparkSubmit(environment={"AWS_SECRET_ACCESS_KEY": "hidden"}))
 
 
@@ -1045,7 +755,6 @@ STUBBORN = "trap '' TERM; "
         ("cancel", POLITE + "echo up; sleep 300 & sleep 300 & wait"),
         ("cancel", STUBBORN + "echo up; sleep 300 & sleep 300; wait"),
         ("delete", STUBBORN + "echo up; sleep 300 & sleep 300; wait"),
-        ("stop", STUBBORN + "echo up; sleep 300 & sleep 300; wait"),
         ("its own", "echo up; sleep 300 & sleep 300 & sleep 1"),
     ],
 )
@@ -1064,7 +773,7 @@ def test_no_process_outlives_its_job(
         wait_for(lambda: client.log(cluster_id, job_id).content == "up\n" and len(processes_under(directory)) >= 3)
         assert client.job_state(cluster_id, job_id) == "RUNNING"
         if end == "cancel":
-            client.jobs.Cancel(job_service_pb2.CancelJobRequest(cluster_id=cluster_id, job_id=job_id))
+            client.cancel(cluster_id, job_id)
             wait_for(lambda: client.job_state(cluster_id, job_id) == "CANCELLED", 10)
             assert ("bye" in client.log(cluster_id, job_id).content) == polite
         elif end == "delete":
@@ -1119,4 +828,39 @@ def test_a_real_pyspark_job(tmp_path: Path):
             wait_for(lambda: client.job(cluster_id, jobs[word]).HasField("finished_at"), 120)  # noqa: B023
             assert client.job_state(cluster_id, jobs[word]) == state, client.log(cluster_id, jobs[word]).content
             assert f"total 20 of ['{word}']" in client.log(cluster_id, jobs[word]).content
+    assert not processes_under(tmp_path)
+
+
+# --- The command
+
+
+@pytest.mark.e2e
+def test_dev_cloud_runs_until_it_is_interrupted(tmp_path: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "ml_platform.cli.main",
+        "dev-cloud",
+        "--directory",
+        "cloud",
+        "--create-seconds",
+        "0",
+    ]
+    environment = tmp_path / "cloud" / "environment"
+    show = ". ./cloud/environment; for n in YC_API_ENDPOINT YC_ROOT_CERTIFICATES_FILE; do eval echo \\$$n; done"
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            wait_for(environment.exists, 120)
+            assert stat.S_IMODE(environment.stat().st_mode) == 0o600
+            shown = subprocess.run(["sh", "-c", show], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+            endpoint, certificates = shown.split()
+            credentials = grpc.ssl_channel_credentials(Path(certificates).read_bytes())
+            with grpc.secure_channel(endpoint, credentials) as channel:
+                ApiEndpointServiceStub(channel).List(api_endpoint_service_pb2.ListApiEndpointsRequest(), timeout=30)
+        finally:
+            process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=30)[0]
+    assert "set -a; ." in printed
     assert not processes_under(tmp_path)
