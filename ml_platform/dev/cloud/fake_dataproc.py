@@ -62,7 +62,7 @@ class _Fault:
 
 
 class FakeDataproc(DataprocService):
-    """The stand-in, a context manager. It listens on free ports of the loopback interface and kills its jobs at the end.
+    """The stand-in, a context manager. It uses free ports of the loopback interface and kills its jobs at the end.
 
     `directory` holds certificates, keys and the files of jobs. `bucket` is only passed on to `environment`. IAM tokens
     live for `token_lifetime_seconds`. `settings` are those of `DataprocService`.
