@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -821,20 +821,18 @@ class RunProcess:
 @pytest.fixture
 def run_process(tmp_path: Path, lake: LakeResource) -> Iterator[Callable[..., RunProcess]]:
     started: list[RunProcess] = []
-    clouds: list[FakeDataproc] = []
+    with ExitStack() as stack:
 
-    def start(**settings: Any) -> RunProcess:
-        times: dict[str, Any] = {"create_seconds": 0.2, "delete_seconds": 0.2}
-        clouds.append(FakeDataproc(tmp_path / "cloud", **times | {"run_job": ScriptedJobs()} | settings).start())
-        started.append(RunProcess(tmp_path, lake, clouds[-1]))
-        return started[-1]
+        def start(**settings: Any) -> RunProcess:
+            times: dict[str, Any] = {"create_seconds": 0.2, "delete_seconds": 0.2, "run_job": ScriptedJobs()}
+            cloud = stack.enter_context(FakeDataproc(tmp_path / "cloud", **times | settings))
+            started.append(RunProcess(tmp_path, lake, cloud))
+            return started[-1]
 
-    yield start
-    for run in started:
-        run.process.kill()
-        run.process.wait()
-    for cloud in clouds:
-        cloud.stop()
+        yield start
+        for run in started:
+            run.process.kill()
+            run.process.wait()
 
 
 def jobs_of(seconds: float) -> ScriptedJobs:

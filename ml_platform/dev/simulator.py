@@ -14,16 +14,16 @@ https://fraud-detection-handbook.github.io/fraud-detection-handbook/Chapter_3_Ge
   compromised terminal (2 new ones a day, for 28 days); 3 = a random third of the transactions of a
   compromised customer (3 new ones a day, for 14 days), amount times 5.
 
-Two steps are done in another, equally distributed way, so that a day needs nothing but its own number.
-Poisson counts that are thinned are Poisson again, and the sum of all customers' is too, with each
-transaction belonging to a customer with a chance proportional to their rate (J. F. C. Kingman, "Poisson
-Processes", 1993, sections 2.2 and 5.1): one number is drawn for the day, then the customers, then seconds
-inside the day. In scenario 3 each transaction is picked with chance 1/3; the handbook picks a third of all
-that fall in the 14 days.
+Two steps are drawn differently, with the same distribution, so that a day depends on its own number alone.
+Thinned Poisson counts are Poisson again, and so is the sum over all customers, where each transaction belongs
+to a customer with a probability proportional to their rate (J. F. C. Kingman, "Poisson Processes", 1993,
+sections 2.2 and 5.1): one number is drawn for the day, then the customers, then seconds inside the day. In
+scenario 3 each transaction is picked with probability 1/3; the handbook picks a third of all that fall in the
+14 days.
 
-Faults are those that were counted in the 40 raw files of the OTUS MLOps course (1,879,794,138 rows;
-published in bogorodvo/otus_mlops_hw_project and, for zero amounts, dmitriy-kaznacheev/otus-mlops), and
-damaged lines, which those files do not have, to show the quarantine.
+Most faults are those counted in the 40 raw files of the OTUS MLOps course (1,879,794,138 rows; published in
+bogorodvo/otus_mlops_hw_project and, for zero amounts, dmitriy-kaznacheev/otus-mlops). Damaged lines, which
+those files do not have, are added to show the quarantine.
 
 The same settings give the same bytes with the same version of numpy; numpy may change its generators'
 distributions between versions.
@@ -32,12 +32,13 @@ distributions between versions.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
+from decimal import Decimal
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,75 +53,35 @@ HEADER = (
     b" | tx_fraud | tx_fraud_scenario\n"
 )
 
-COUNTS = (
-    "raw_rows",
-    "clean_rows",
-    "duplicate_rows",
-    "rejected_rows",
-    "malformed_row",
-    "invalid_datetime",
-    "invalid_amount",
-    "invalid_label",
-    "conflicting_duplicate",
-    "duplicate",
-    "hour_24",
-    "wrong_seconds",
-    "wrong_days",
-    "unknown_terminal",
-    "unknown_customer",
-    "fraud_rows",
-)
-
-# Share of the rows with each fault at `fault_rate` 1: counted in the course's files ...
-_FAULT_SHARES = {
-    "duplicate": 2_553 / 1_879_794_138,
-    "hour_24": 3_805 / 1_879_794_138,
-    "wrong_seconds": 14_444 / 1_879_794_138,
-    "empty_terminal": 13_060 / 1_879_794_138,
-    "err_terminal": 27_252 / 1_879_794_138,
-    "foreign_terminal": 575_157 / 1_879_794_138,
-    "unknown_customer": 14_623 / 1_879_794_138,
-    "zero_amount": 35_260 / 1_879_794_138,
-    # ... and chosen, rarer than any of those.
-    "too_few_fields": 1e-6,
-    "too_many_fields": 1e-6,
-    "text_amount": 1e-6,
-    "nan_amount": 1e-6,
-    "empty_datetime": 1e-6,
-    "impossible_date": 1e-6,
-    "negative_amount": 1e-6,
-    "label_2": 1e-6,
-    "conflicting_duplicate": 1e-6,
-}
-FAULTS = tuple(_FAULT_SHARES)
-
-# What the report counts for one row with the fault. Faults that leave a valid row are not here.
-_COUNTED_AS = {
-    "duplicate": ("duplicate",),
+_COURSE_ROWS = 1_879_794_138
+# For each fault: its share of the rows at `fault_rate` 1, and what the cleaning report counts for one such row
+# (nothing, where the row stays valid).
+_FAULTS: dict[str, tuple[float, tuple[str, ...]]] = {
+    # Counted in the course's files.
+    "duplicate": (2_553 / _COURSE_ROWS, ("duplicate",)),
     # The number of the day is that of the written date, so it is one too low for the corrected instant.
-    "hour_24": ("hour_24", "wrong_days"),
-    "wrong_seconds": ("wrong_seconds",),
-    "empty_terminal": ("unknown_terminal",),
-    "err_terminal": ("unknown_terminal",),
-    "unknown_customer": ("unknown_customer",),
-    "too_few_fields": ("malformed_row",),
-    "too_many_fields": ("malformed_row",),
-    "text_amount": ("malformed_row",),
-    "nan_amount": ("malformed_row",),
-    "empty_datetime": ("invalid_datetime",),
-    "impossible_date": ("invalid_datetime",),
-    "negative_amount": ("invalid_amount",),
-    "label_2": ("invalid_label",),
-    "conflicting_duplicate": ("conflicting_duplicate", "conflicting_duplicate"),
+    "hour_24": (3_805 / _COURSE_ROWS, ("hour_24", "wrong_days")),
+    "wrong_seconds": (14_444 / _COURSE_ROWS, ("wrong_seconds",)),
+    "empty_terminal": (13_060 / _COURSE_ROWS, ("unknown_terminal",)),
+    "err_terminal": (27_252 / _COURSE_ROWS, ("unknown_terminal",)),
+    "foreign_terminal": (575_157 / _COURSE_ROWS, ()),
+    "unknown_customer": (14_623 / _COURSE_ROWS, ("unknown_customer",)),
+    "zero_amount": (35_260 / _COURSE_ROWS, ()),
+    # Chosen, rarer than any of the above.
+    "too_few_fields": (1e-6, ("malformed_row",)),
+    "too_many_fields": (1e-6, ("malformed_row",)),
+    "text_amount": (1e-6, ("malformed_row",)),
+    "nan_amount": (1e-6, ("malformed_row",)),
+    "empty_datetime": (1e-6, ("invalid_datetime",)),
+    "impossible_date": (1e-6, ("invalid_datetime",)),
+    "negative_amount": (1e-6, ("invalid_amount",)),
+    "label_2": (1e-6, ("invalid_label",)),
+    "conflicting_duplicate": (1e-6, ("conflicting_duplicate", "conflicting_duplicate")),
 }
-_REJECTIONS = (
-    "malformed_row",
-    "invalid_datetime",
-    "invalid_amount",
-    "invalid_label",
-    "conflicting_duplicate",
+_REJECTIONS = frozenset(
+    ("malformed_row", "invalid_datetime", "invalid_amount", "invalid_label", "conflicting_duplicate")
 )
-_MAX_FAULT_RATE = 1000.0
+_DOUBLED = ("duplicate", "conflicting_duplicate")
 
 # Terminal ids far outside the range, and how many rows of the course's files have them.
 _FOREIGN_TERMINALS = {
@@ -141,10 +102,10 @@ _MEAN_SECOND, _SD_SECOND = 43_200.0, 20_000.0
 
 # Independent random streams; the day is the last word of a stream's key.
 _CUSTOMERS, _TERMINALS, _TOTALS, _TRANSACTIONS = 0, 1, 2, 3
-_COMPROMISED_TERMINALS, _COMPROMISED_CUSTOMERS, _FAULTS = 4, 5, 6
+_COMPROMISED_TERMINALS, _COMPROMISED_CUSTOMERS, _FAULTY_ROWS = 4, 5, 6
 
-_CHUNK_ROWS = 16_384  # lines formatted at once; the byte table then fits the processor's cache
-_CHUNK_PAIRS = 2_000_000  # customer-terminal pairs measured at once
+_BLOCK_ROWS = 65_536  # lines formatted at once
+_BLOCK_PAIRS = 1_000_000  # customer-terminal pairs found at once
 
 
 @dataclass(frozen=True)
@@ -163,7 +124,7 @@ class FileTruth:
 
 
 class _Population(NamedTuple):
-    """Everybody who can make transactions: row i of each array is one customer."""
+    """The customers who can make transactions: row i of each array is one of them."""
 
     customer_id: Integers
     cumulative_rate: Floats  # transactions a day inside the day, summed up to and including the customer
@@ -186,6 +147,13 @@ class _Day(NamedTuple):
     scenario: Integers
 
 
+class _Fault(NamedTuple):
+    row: int  # position in the day
+    name: str  # key of _FAULTS
+    shift: int  # seconds by which a wrong tx_time_seconds is off
+    terminal: int  # id outside the range
+
+
 @dataclass(frozen=True)
 class Simulation:
     """Settings of a simulated data set, and the writer of its files.
@@ -195,9 +163,9 @@ class Simulation:
     customers, terminals: how many there are; ids count from 0.
     radius: how far a customer goes for a terminal, in units of the 100 x 100 square.
     seed: another seed gives another data set.
-    fault_rate: how many times as many faults as were counted in the course's files, 0..1000; 0 gives a clean
-        file. At the default, about 2 % of the rows (of 300,000 rows, at least 15 have each fault on average).
-    without: faults to leave out, names of `FAULTS`.
+    fault_rate: multiple of the faults counted in the course's files, 0..1000; 0 gives a clean file. At the
+        default, about 2 % of the rows (of 300,000 rows, at least 15 have each fault on average).
+    without: faults to leave out, keys of `_FAULTS`.
     large_amount: scenario 1, fraud above this amount.
     compromised_terminals_per_day, compromised_terminal_days: scenario 2.
     compromised_customers_per_day, compromised_customer_days, compromised_share, compromised_factor:
@@ -224,32 +192,28 @@ class Simulation:
     compromised_factor: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("days_per_file", "customers", "terminals"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more.")
-        if max(self.customers, self.terminals) > 2**31 - 1:
-            raise ValueError("customers and terminals must be below 2,147,483,648 each: give fewer.")
-        if not (math.isfinite(self.radius) and self.radius > 0):
-            raise ValueError(f"radius is {self.radius}: give a number above 0 (the handbook's is 5).")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: give a whole number of 0 or more.")
-        if not 0 <= self.fault_rate <= _MAX_FAULT_RATE:
-            raise ValueError(f"fault_rate is {self.fault_rate}: give a number from 0 (no faults) to 1000.")
-        if unknown := set(self.without) - set(FAULTS):
-            raise ValueError(f"without names {', '.join(sorted(unknown))}: the faults are {', '.join(FAULTS)}.")
-        if not (math.isfinite(self.large_amount) and self.large_amount >= 0):
-            raise ValueError(f"large_amount is {self.large_amount}: give 0 or more (the handbook's is 220).")
-        for name in ("compromised_terminal_days", "compromised_customer_days"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: give 0 (no such fraud) or more.")
-        for name, limit in (("terminals", self.terminals), ("customers", self.customers)):
-            value = getattr(self, f"compromised_{name}_per_day")
-            if not 0 <= value <= limit:
-                raise ValueError(f"compromised_{name}_per_day is {value}: give 0 (no such fraud) to {limit} ({name}).")
-        if not 0 <= self.compromised_share <= 1:
-            raise ValueError(f"compromised_share is {self.compromised_share}: give a number from 0 to 1.")
-        if not 0 < self.compromised_factor <= 1000:
-            raise ValueError(f"compromised_factor is {self.compromised_factor}: give a number above 0 to 1000.")
+        bounds = {
+            "days_per_file": (1, math.inf),
+            "customers": (1, 2**31 - 1),
+            "terminals": (1, 2**31 - 1),
+            "radius": (1e-9, math.inf),
+            "seed": (0, math.inf),
+            "fault_rate": (0, 1000),
+            "large_amount": (0, math.inf),
+            "compromised_terminals_per_day": (0, self.terminals),
+            "compromised_terminal_days": (0, math.inf),
+            "compromised_customers_per_day": (0, self.customers),
+            "compromised_customer_days": (0, math.inf),
+            "compromised_share": (0, 1),
+            "compromised_factor": (1e-9, 1000),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                above = " or more" if high == math.inf else f" to {high:,}"
+                raise ValueError(f"{name} is {value}: give {low}{above}.")
+        if unknown := set(self.without) - set(_FAULTS):
+            raise ValueError(f"without names {', '.join(sorted(unknown))}: the faults are {', '.join(_FAULTS)}.")
 
     def file_name(self, index: int) -> str:
         """Name of file `index` (from 0): the first day that it covers, as `2019-08-22.txt`.
@@ -274,36 +238,36 @@ class Simulation:
         name = self.file_name(index)
         first_day = index * self.days_per_file
         first_id = sum(self._total(day) for day in range(first_day))
+        rules = {rule: 0 for _, counted in _FAULTS.values() for rule in counted}
+        rows = frauds = 0
         out.write(HEADER)
         size_bytes = len(HEADER)
-        faults: Counter[str] = Counter()
-        rows = 0
-        counts = dict.fromkeys(COUNTS, 0)
         for number in range(first_day, first_day + self.days_per_file):
             day = self._day(number, first_id)
-            faulty = self._faulty_lines(day)
-            for block in _format(day, {row: lines for row, _, lines in faulty}):
+            faults = self._faults(day)
+            for block in _format(day, faults):
                 out.write(block)
                 size_bytes += len(block)
-            size = day.customer_id.size
-            first_id += size
-            rows += size
-            counts["fraud_rows"] += int((day.scenario > 0).sum())
-            for row, fault, lines in faulty:
-                faults[fault] += 1
-                rows += len(lines) - 1
-                if _COUNTED_AS.get(fault, ("",))[0] in _REJECTIONS:
-                    counts["fraud_rows"] -= int(day.scenario[row] > 0)
+            first_id += day.second.size
+            rows += day.second.size
+            frauds += int((day.scenario > 0).sum())
+            for fault in faults:
+                counted = _FAULTS[fault.name][1]
+                rows += fault.name in _DOUBLED
+                frauds -= not _REJECTIONS.isdisjoint(counted) and int(day.scenario[fault.row] > 0)
+                for rule in counted:
+                    rules[rule] += 1
             if progress is not None:
                 progress(rows)
-        for fault, number_of_rows in faults.items():
-            for rule in _COUNTED_AS.get(fault, ()):
-                counts[rule] += number_of_rows
-        counts["raw_rows"] = rows
-        counts["duplicate_rows"] = counts["duplicate"]
-        counts["rejected_rows"] = sum(counts[rule] for rule in _REJECTIONS)
-        counts["clean_rows"] = rows - counts["duplicate_rows"] - counts["rejected_rows"]
-        return FileTruth(name, counts, size_bytes)
+        rejected = sum(rules[rule] for rule in _REJECTIONS)
+        counts = {
+            "raw_rows": rows,
+            "clean_rows": rows - rules["duplicate"] - rejected,
+            "duplicate_rows": rules["duplicate"],
+            "rejected_rows": rejected,
+            "fraud_rows": frauds,
+        }
+        return FileTruth(name, counts | rules, size_bytes)
 
     def _date(self, day: int) -> date:
         return self.start + timedelta(days=day)
@@ -412,111 +376,104 @@ class Simulation:
         for first in range(max(0, day - length + 1), day + 1):
             yield self._random(stream, first).choice(population, number, replace=False)
 
-    def _faulty_lines(self, day: _Day) -> list[tuple[int, str, list[bytes]]]:
-        """Rows with a fault, ascending: position in the day, fault, and the lines to write instead."""
+    def _faults(self, day: _Day) -> list[_Fault]:
+        """The day's faults, by row."""
         import numpy as np
 
-        random = self._random(_FAULTS, day.number)
-        shares = [0.0 if name in self.without else share for name, share in _FAULT_SHARES.items()]
+        random = self._random(_FAULTY_ROWS, day.number)
+        names = list(_FAULTS)
+        shares = [0.0 if name in self.without else _FAULTS[name][0] for name in names]
         edges = np.cumsum(shares) * self.fault_rate
-        drawn = random.random(day.customer_id.size)
+        drawn = random.random(day.second.size)
         rows = np.flatnonzero(drawn < edges[-1])
         faults = np.searchsorted(edges, drawn[rows], side="right")
         shifts = random.integers(_WEEK_SECONDS, 8 * _WEEK_SECONDS, rows.size)
         weights = np.array(list(_FOREIGN_TERMINALS.values()), dtype=float)
         foreign = random.choice(list(_FOREIGN_TERMINALS), rows.size, p=weights / weights.sum())
         foreign[foreign < self.terminals] = max(_FOREIGN_TERMINALS)
-        names = list(_FAULT_SHARES)
-        return [
-            (
-                int(row),
-                names[fault],
-                _faulty_line(_fields(day, int(row)), names[fault], day, int(shift), int(terminal)),
-            )
-            for row, fault, shift, terminal in zip(rows, faults, shifts, foreign, strict=True)
-        ]
+        columns = (rows.tolist(), [names[fault] for fault in faults], shifts.tolist(), foreign.tolist())
+        return [_Fault(*values) for values in zip(*columns, strict=True)]
 
 
 def _within_radius(customers: Floats, terminals: Floats, radius: float) -> tuple[Integers, NDArray[np.int32]]:
-    """Terminals nearer than `radius`: their number for each customer, and all their ids in that order.
+    """Terminals within `radius`: their number for each customer, and all their ids, customer by customer.
 
-    `customers` and `terminals` are (2, n) coordinates in the square. A customer is compared with the
-    terminals of the 3 x 3 grid cells around, customers in chunks, so memory follows the result and not the
-    product.
+    `customers` and `terminals` are (2, n) coordinates in the square.
     """
     import numpy as np
+    from scipy.spatial import cKDTree
 
-    # A cell is at least `radius` wide; more cells than terminals would only be empty.
+    # A customer's terminals are in the order of a grid's cells: the bytes of a seed's files depend on it.
     side = max(1, min(int(_SQUARE / radius), math.isqrt(terminals.shape[1])))
     cell = np.minimum((terminals * (side / _SQUARE)).astype(np.int64), side - 1)
-    number_of_cell = cell[0] * side + cell[1]
-    order = np.argsort(number_of_cell, kind="stable")
-    x, y = terminals[0][order], terminals[1][order]
-    ids = order.astype(np.int32)
-    first_in_cell = np.searchsorted(number_of_cell[order], np.arange(side * side + 1))
+    order = np.argsort(cell[0] * side + cell[1], kind="stable").astype(np.int32)
+    tree = cKDTree(terminals.T[order])
 
-    pairs_per_customer = max(1.0, terminals.shape[1] * min(1.0, 9 / side**2))
-    step = max(1, int(_CHUNK_PAIRS / pairs_per_customer))
-    numbers, found = [], []
+    pairs_per_customer = terminals.shape[1] * min(1.0, math.pi * radius**2 / _SQUARE**2)
+    step = math.ceil(_BLOCK_PAIRS / max(1.0, pairs_per_customer))
+    numbers, ids = [], []
     for start in range(0, customers.shape[1], step):
-        at = customers[:, start : start + step]
-        home = np.minimum((at * (side / _SQUARE)).astype(np.int64), side - 1)
-        low, high = np.maximum(home[1] - 1, 0), np.minimum(home[1] + 1, side - 1)
-        # The three cells of one grid row lie side by side in the order of the cells: one range per row.
-        grid_rows = home[0][:, None] + np.array([-1, 0, 1])
-        valid = (grid_rows >= 0) & (grid_rows < side)
-        grid_rows = np.clip(grid_rows, 0, side - 1)
-        begin = first_in_cell[grid_rows * side + low[:, None]]
-        end = first_in_cell[grid_rows * side + high[:, None] + 1]
-        lengths = np.where(valid, end - begin, 0).ravel()
-        ends = np.cumsum(lengths)
-        candidate = np.arange(ends[-1]) + np.repeat(begin.ravel() - ends + lengths, lengths)
-        customer = np.repeat(np.repeat(np.arange(at.shape[1]), 3), lengths)
-        near = (at[0][customer] - x[candidate]) ** 2 + (at[1][customer] - y[candidate]) ** 2 < radius**2
-        numbers.append(np.bincount(customer[near], minlength=at.shape[1]))
-        found.append(ids[candidate[near]])
-    return np.concatenate(numbers), np.concatenate(found)
+        reached = tree.query_ball_point(customers.T[start : start + step], radius, return_sorted=True)
+        numbers += [len(each) for each in reached]
+        ids.append(order[np.fromiter(chain.from_iterable(reached), dtype=np.int64)])
+    return np.array(numbers), np.concatenate(ids)
 
 
-def _fields(day: _Day, row: int) -> list[str]:
-    """The nine fields of a row, as text."""
-    second = int(day.second[row])
-    scenario = int(day.scenario[row])
-    return [
-        str(day.first_id + row),
-        f"{day.date.isoformat()} {second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}",
-        str(day.customer_id[row]),
-        str(day.terminal_id[row]),
-        _amount(int(day.cents[row])),
-        str(day.number * _DAY_SECONDS + second),
-        str(day.number),
-        str(int(scenario > 0)),
-        str(scenario),
-    ]
+def _format(day: _Day, faults: list[_Fault]) -> Iterator[bytes]:
+    """The day's lines in blocks, with the faulty lines in the place of their rows."""
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import csv
+
+    options = csv.WriteOptions(include_header=False, quoting_style="none")
+    midnight = np.datetime64(day.date, "s")
+    faulty_rows = [fault.row for fault in faults]
+    for start in range(0, day.second.size, _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        second, scenario = day.second[part], day.scenario[part]
+        # The same integers, read as hundredths.
+        cents = pa.array(day.cents[part]).cast(pa.decimal128(19))
+        columns = [
+            np.arange(day.first_id + start, day.first_id + start + second.size),
+            midnight + second,
+            day.customer_id[part],
+            day.terminal_id[part],
+            pa.Array.from_buffers(pa.decimal128(19, 2), second.size, cents.buffers()),
+            second + day.number * _DAY_SECONDS,
+            np.full(second.size, day.number),
+            (scenario > 0).astype(np.int8),
+            scenario,
+        ]
+        text = pa.BufferOutputStream()
+        csv.write_csv(pa.table(columns, names=list("123456789")), text, options)
+        block = text.getvalue().to_pybytes()
+        low, high = np.searchsorted(faulty_rows, [start, start + _BLOCK_ROWS])
+        if low < high:
+            lines = block.splitlines(keepends=True)
+            for fault in faults[low:high]:
+                lines[fault.row - start] = _faulty_lines(lines[fault.row - start], fault)
+            block = b"".join(lines)
+        yield block
 
 
-def _amount(cents: int) -> str:
-    return f"{cents // 100}.{cents % 100:02}"
-
-
-def _faulty_line(fields: list[str], fault: str, day: _Day, shift: int, foreign_terminal: int) -> list[bytes]:
-    """The line or, for duplicates, the two lines of a row with the fault. `fields` is changed."""
-    original = list(fields)
-    cents = round(float(fields[4]) * 100)
-    match fault:
+def _faulty_lines(line: bytes, fault: _Fault) -> bytes:
+    """The line with the fault or, for duplicates, the line and its faulty copy."""
+    fields = line.decode().rstrip("\n").split(",")
+    day = int(fields[6])
+    match fault.name:
         case "hour_24":
-            fields[1] = f"{day.date.isoformat()} 24:00:00"
-            fields[5] = str((day.number + 1) * _DAY_SECONDS)
+            fields[1] = f"{fields[1][:10]} 24:00:00"
+            fields[5] = str((day + 1) * _DAY_SECONDS)
         case "wrong_seconds":
             # Weeks earlier; in the first weeks of the data set, where that would be negative, later.
             seconds = int(fields[5])
-            fields[5] = str(seconds - shift if seconds >= shift else seconds + shift)
+            fields[5] = str(seconds - fault.shift if seconds >= fault.shift else seconds + fault.shift)
         case "empty_terminal":
             fields[3] = ""
         case "err_terminal":
             fields[3] = "Err"
         case "foreign_terminal":
-            fields[3] = str(foreign_terminal)
+            fields[3] = str(fault.terminal)
         case "unknown_customer":
             fields[2] = "-999999"
         case "zero_amount":
@@ -532,90 +489,12 @@ def _faulty_line(fields: list[str], fault: str, day: _Day, shift: int, foreign_t
         case "empty_datetime":
             fields[1] = ""
         case "impossible_date":
-            fields[1] = f"{day.date.year:04}-02-30{fields[1][10:]}"
+            fields[1] = f"{fields[1][:4]}-02-30{fields[1][10:]}"
         case "negative_amount":
-            fields[4] = f"-{_amount(max(cents, 1))}"
+            fields[4] = f"-{max(Decimal(fields[4]), Decimal('0.01'))}"
         case "label_2":
             fields[7] = "2"
         case "conflicting_duplicate":
-            fields[4] = _amount(cents + 100)
-    lines = [original, fields] if fault in ("duplicate", "conflicting_duplicate") else [fields]
-    return [",".join(line).encode() + b"\n" for line in lines]
-
-
-def _format(day: _Day, replaced: dict[int, list[bytes]]) -> Iterator[bytes]:
-    """The day's lines in blocks, `replaced` (position to lines, ascending) in the place of their rows.
-
-    Formatting value by value in Python takes most of the time of a file, so a table of bytes is filled column
-    by column, numbers right-aligned after zero bytes, and the zero bytes are deleted from the text.
-    """
-    import numpy as np
-
-    second = np.arange(_DAY_SECONDS)
-    clock = np.empty((_DAY_SECONDS, 8), dtype=np.uint8)
-    clock[:, [2, 5]] = ord(":")
-    for column, unit in ((0, second // 3600), (3, second // 60 % 60), (6, second % 60)):
-        clock[:, column] = unit // 10 + ord("0")
-        clock[:, column + 1] = unit % 10 + ord("0")
-
-    total = day.customer_id.size
-    pending = iter(replaced.items())
-    at, lines = next(pending, (total, []))
-    for start in range(0, total, _CHUNK_ROWS):
-        stop = min(start + _CHUNK_ROWS, total)
-        part = slice(start, stop)
-        columns: list[Any] = [
-            _decimal(np.arange(day.first_id + start, day.first_id + stop)),
-            f",{day.date.isoformat()} ".encode(),
-            clock[day.second[part]],
-            b",",
-            _decimal(day.customer_id[part]),
-            b",",
-            _decimal(day.terminal_id[part]),
-            b",",
-            _decimal(day.cents[part] // 100),
-            b".",
-            _decimal(day.cents[part] % 100 + 100)[:, 1:],
-            b",",
-            _decimal(day.second[part] + day.number * _DAY_SECONDS),
-            f",{day.number},".encode(),
-            _decimal((day.scenario[part] > 0).astype(np.int64)),
-            b",",
-            _decimal(day.scenario[part]),
-            b"\n",
-        ]
-        widths = [len(column) if isinstance(column, bytes) else column.shape[1] for column in columns]
-        table = np.empty((stop - start, sum(widths)), dtype=np.uint8)
-        place = 0
-        for column, width in zip(columns, widths, strict=True):
-            value = np.frombuffer(column, dtype=np.uint8) if isinstance(column, bytes) else column
-            table[:, place : place + width] = value
-            place += width
-        pieces, done = [], start
-        while at < stop:
-            pieces += [_text(table[done - start : at - start]), *lines]
-            done = at + 1
-            at, lines = next(pending, (total, []))
-        pieces.append(_text(table[done - start :]))
-        yield b"".join(pieces)
-
-
-def _text(table: NDArray[np.uint8]) -> bytes:
-    return table.tobytes().translate(None, b"\0")
-
-
-def _decimal(values: Integers) -> NDArray[np.uint8]:
-    """Digits of numbers of 0 or more, as wide as the largest; zero bytes stand before the first digit."""
-    import numpy as np
-
-    width = len(str(int(values.max())))
-    digits = np.empty((values.size, width), dtype=np.uint8)
-    rest = values
-    for column in range(width - 1, -1, -1):
-        quotient = rest // 10
-        digit = (rest - quotient * 10 + ord("0")).astype(np.uint8)
-        if column < width - 1:
-            digit[rest == 0] = 0
-        digits[:, column] = digit
-        rest = quotient
-    return digits
+            fields[4] = str(Decimal(fields[4]) + 1)
+    faulty = ",".join(fields).encode() + b"\n"
+    return line + faulty if fault.name in _DOUBLED else faulty

@@ -1,4 +1,4 @@
-"""A stand-in for the cloud on one machine: the Data Proc API and an S3 server. For trying, and for tests."""
+"""A stand-in for the cloud on one machine, for trials and tests: the Data Proc API and an S3 server."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LAKE_BUCKET = "lake"
 
 
 class DevCloud:
-    """An S3 server with a bucket for raw files and one for the lake, and a Data Proc API that runs jobs right here.
+    """An S3 server with buckets for raw files and the lake, and a Data Proc API that runs jobs on this machine.
 
     A context manager. `directory` holds keys, objects and logs. `settings` are those of `FakeDataproc`.
 
     Attributes:
-        s3: the S3 server. mock_reason: why that is only a mock; "" if it is a real one.
+        s3: the S3 server. mock_reason: why it is only a mock; "" for a real one.
         dataproc: the API.
     """
 
@@ -62,7 +62,7 @@ class DevCloud:
         self._stack.__exit__(error_type, error, traceback)
 
     def environment(self) -> dict[str, str]:
-        """The variables that make the platform work on this cloud."""
+        """The variables that point the platform to this cloud."""
         return {
             "ML_PLATFORM_DEPLOYMENT": "yandex",
             "ML_PLATFORM_RAW_URI": f"s3://{RAW_BUCKET}",
@@ -73,15 +73,15 @@ class DevCloud:
         }
 
     def write_environment(self) -> Path:
-        """Write the variables to a file that a shell can read, readable by its owner alone; returns its path."""
+        """Write the variables to a shell file that only its owner can read; return its path."""
         from ml_platform.dev.cloud.credentials import write_private
 
         path = self.directory / "environment"
-        # Runs and models of this cloud are kept apart from others.
-        own = {
+        # Keeps runs and models of this cloud apart from others.
+        storage = {
             "DAGSTER_HOME": str(self.directory / "dagster_home"),
             "MLFLOW_TRACKING_URI": f"sqlite:///{self.directory}/mlflow.db",
         }
-        lines = [f"{name}={shlex.quote(value)}\n" for name, value in {**self.environment(), **own}.items()]
+        lines = [f"{name}={shlex.quote(value)}\n" for name, value in {**self.environment(), **storage}.items()]
         write_private(path, "".join(lines).encode())
         return path

@@ -1,8 +1,8 @@
-"""What the Data Proc service demands of a new cluster beyond the annotations of its protos.
+"""Rules of the Data Proc service for a new cluster beyond the annotations of its protos.
 
 From the service's documentation (concepts, limits, lightweight clusters) and the errors that its users report.
 """
-# ruff: noqa: TID253 - imported with the stand-in for the API, which its users import where they start it
+# ruff: noqa: TID253 - loaded with the stand-in only, which needs the SDK at once
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
 from yandex.cloud.dataproc.v1 import cluster_pb2, subcluster_pb2
 
 GIGABYTE = 1 << 30
@@ -31,28 +30,28 @@ RESOURCE_PRESETS = frozenset(
 
 
 class ApiError(Exception):
-    """A call that the service refuses, with a gRPC status."""
+    """A call refused with a gRPC status, such as NOT_FOUND."""
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(f"{code.name}: {message}")
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
         self.code, self.message = code, message
 
 
 def invalid(message: str) -> ApiError:
-    """A request that can never be right."""
-    return ApiError(grpc.StatusCode.INVALID_ARGUMENT, message)
+    """The error of a request that can never succeed."""
+    return ApiError("INVALID_ARGUMENT", message)
 
 
 @dataclass
 class Quotas:
-    """What all clusters of the folder may use together; `disk_gb` by type of disk, what is not there is unlimited."""
+    """Limits on all clusters of the folder together; `disk_gb` by type of disk, others are unlimited."""
 
     hosts: int = 64
     disk_gb: Mapping[str, int] = field(default_factory=lambda: {"network-ssd": 2048, "network-hdd": 10240})
 
 
-def check_cluster(request: Any, resource_presets: frozenset[str] = RESOURCE_PRESETS) -> None:
-    """Raise ApiError if a ``CreateClusterRequest``, valid by its annotations, is none that the service can fulfil."""
+def check_cluster(request: Any) -> None:
+    """Raise ApiError if the service cannot fulfil a ``CreateClusterRequest`` that is valid by its annotations."""
     role, service = subcluster_pb2.Role, cluster_pb2.HadoopConfig.Service
     if request.zone_id not in ZONES:
         raise invalid(f"zone_id: zone {request.zone_id!r} is not available")
@@ -75,14 +74,14 @@ def check_cluster(request: Any, resource_presets: frozenset[str] = RESOURCE_PRES
     if len(set(names)) < len(names):
         raise invalid("config_spec.subclusters_spec: names of subclusters must be unique")
     for index, spec in enumerate(specs):
-        _check_subcluster(f"config_spec.subclusters_spec[{index}]", spec, resource_presets)
+        _check_subcluster(f"config_spec.subclusters_spec[{index}]", spec)
 
 
-def _check_subcluster(path: str, spec: Any, resource_presets: frozenset[str]) -> None:
+def _check_subcluster(path: str, spec: Any) -> None:
     if spec.hosts_count > MAX_SUBCLUSTER_HOSTS:
         raise invalid(f"{path}.hosts_count: at most {MAX_SUBCLUSTER_HOSTS} hosts")
     resources = spec.resources
-    if resources.resource_preset_id not in resource_presets:
+    if resources.resource_preset_id not in RESOURCE_PRESETS:
         raise invalid(f"{path}.resources: resource preset {resources.resource_preset_id!r} is not available")
     kind, size = resources.disk_type_id, resources.disk_size
     if kind not in DISK_TYPES:
@@ -102,9 +101,8 @@ def check_quotas(quotas: Quotas, existing: Iterable[Any], wanted: Iterable[Any])
     """Raise ApiError if the `wanted` subclusters beside the `existing` ones exceed the quotas."""
     specs = [*existing, *wanted]
     if sum(spec.hosts_count for spec in specs) > quotas.hosts:
-        raise ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, "The limit on maximum number of hosts has exceeded.")
+        raise ApiError("RESOURCE_EXHAUSTED", "The limit on maximum number of hosts has exceeded.")
     for kind, limit in quotas.disk_gb.items():
         used = sum(spec.hosts_count * spec.resources.disk_size for spec in specs if spec.resources.disk_type_id == kind)
         if used > limit * GIGABYTE:
-            message = f"The limit on maximum total size of {kind} disks has exceeded."
-            raise ApiError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+            raise ApiError("RESOURCE_EXHAUSTED", f"The limit on maximum total size of {kind} disks has exceeded.")

@@ -1,9 +1,8 @@
-"""Certificates, a service account and its tokens for the stand-in of the API. All are made anew by each process."""
+"""Certificates, a service account and its tokens for the stand-in of the API; each process makes new ones."""
 
 from __future__ import annotations
 
 import datetime
-import ipaddress
 import json
 import os
 import secrets
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-#: How far the clock of who signs a JWT may be ahead.
+#: How far the clock of a JWT's signer may be ahead.
 JWT_LEEWAY_SECONDS = 60
 #: The longest life of a JWT that the service accepts.
 JWT_MAX_SECONDS = 3600
@@ -34,66 +33,26 @@ def random_id(prefix: str) -> str:
     return prefix + "".join(secrets.choice("abcdefghijklmnopqrstuv0123456789") for _ in range(20 - len(prefix)))
 
 
-def issue_certificates(directory: Path, days: int = 30) -> tuple[Path, Path, Path]:
-    """Make a CA and a certificate of it for localhost.
+def issue_certificates(directory: Path) -> tuple[Path, Path, Path]:
+    """Make a CA and a certificate signed by it for localhost.
 
     Returns the files of the CA's certificate, the server's certificate and the server's key; the CA's own key is
     not kept.
     """
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+    import trustme
 
-    def name(text: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-    now = datetime.datetime.now(datetime.timezone.utc)
-    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca_name = name(f"ml_platform dev cloud {secrets.token_hex(4)}")
-
-    def builder(subject: x509.Name, public_key: Any) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(ca_name)
-            .public_key(public_key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=days))
-        )
-
-    authority = (
-        builder(ca_name, ca_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(
-            x509.KeyUsage(False, False, False, False, False, True, True, False, False),
-            critical=True,
-        )
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    certificate = (
-        builder(name("localhost"), key.public_key())
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    files = directory / "ca.pem", directory / "server.pem", directory / "server.key"
-    pem = serialization.Encoding.PEM
-    files[0].write_bytes(authority.public_bytes(pem))
-    files[1].write_bytes(certificate.public_bytes(pem))
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    write_private(files[2], private)
-    return files
+    authority = trustme.CA(organization_name="ml_platform dev cloud")
+    server = authority.issue_cert("localhost", "127.0.0.1")
+    ca_file, certificate_file, key_file = (directory / name for name in ("ca.pem", "server.pem", "server.key"))
+    authority.cert_pem.write_to_path(ca_file)
+    certificate_file.write_bytes(b"".join(part.bytes() for part in server.cert_chain_pems))
+    write_private(key_file, server.private_key_pem.bytes())
+    return ca_file, certificate_file, key_file
 
 
 @cache
 def _private_key() -> RSAPrivateKey:
-    """One for all accounts of this process: to find the primes takes longer than a short-lived stand-in works."""
+    """One for all accounts of this process, as making one takes longer than a short-lived stand-in runs."""
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     return rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -124,9 +83,9 @@ class ServiceAccount:
         write_private(self.key_file, json.dumps(key, indent=2).encode())
 
     def verify(self, token: str, audiences: list[str], skew_seconds: float) -> str | None:
-        """What is wrong with a JWT that is to be exchanged for a token, or None.
+        """Why a JWT is not exchanged for a token, or None if it is.
 
-        Its times are judged by this machine's clock plus `skew_seconds`, as the SDK signs by the machine's clock.
+        Its times are compared with this machine's clock plus `skew_seconds`, as the SDK signs by the machine's clock.
         """
         import jwt
 

@@ -1,24 +1,20 @@
-"""What the Data Proc service knows and does: clusters, jobs, operations, and the time they take.
+"""State of the stand-in for Data Proc: clusters, jobs and operations, and the time that they take.
 
-Handlers take the request messages of the API and return its responses, or raise `ApiError`. State is brought up to
-date when somebody asks: it is a function of the clock.
+Handlers take the request messages of the API and return its responses, or raise `ApiError`. State is a function of the
+clock: it is brought up to date with each call.
 """
-# ruff: noqa: TID253 - imported with the stand-in for the API, which its users import where they start it
+# ruff: noqa: TID253 - loaded with the stand-in only, which needs gRPC at once
 
 from __future__ import annotations
 
-import base64
-import binascii
 import codecs
-import contextlib
 import heapq
 import itertools
 import re
-import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,17 +23,10 @@ import grpc
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.status_pb2 import Status
-from yandex.cloud.dataproc.v1 import (
-    cluster_pb2,
-    cluster_service_pb2,
-    common_pb2,
-    job_pb2,
-    job_service_pb2,
-    subcluster_pb2,
-)
+from yandex.cloud.dataproc.v1 import cluster_pb2, cluster_service_pb2, common_pb2, job_pb2, job_service_pb2
 from yandex.cloud.operation import operation_pb2
 
-from ml_platform.dev.cloud.cluster_rules import RESOURCE_PRESETS, ApiError, Quotas, check_cluster, check_quotas, invalid
+from ml_platform.dev.cloud.cluster_rules import ApiError, Quotas, check_cluster, check_quotas, invalid
 from ml_platform.dev.cloud.credentials import random_id
 from ml_platform.dev.cloud.spark_submit import SparkJob, SparkSubmit
 
@@ -50,38 +39,36 @@ NAME_FILTER = re.compile(r'\s*name\s*=\s*(?:"([a-z][-a-z0-9]{1,61}[a-z0-9])"|([a
 
 
 class Clock(Protocol):
-    """Seconds since the epoch, and a way to let them pass."""
+    """Seconds since the epoch."""
 
     def time(self) -> float: ...
-
-    def sleep(self, seconds: float) -> None: ...
 
 
 @dataclass
 class Outcome:
-    """How a cluster's creation or deletion goes on after the call was accepted."""
+    """Result of a cluster's creation or deletion, after the call was accepted."""
 
-    #: How long it takes; None: as long as ever.
+    #: How long it takes; None: the default.
     seconds: float | None = None
-    #: The operation ends in this error, and the cluster in the state ERROR.
-    error: str | grpc.StatusCode | None = None
+    #: gRPC status in which the operation ends, such as INTERNAL; the cluster's state is then ERROR.
+    error: str | None = None
     message: str = ""
-    #: Seconds after the operation's success when the cluster turns ERROR, or is gone as if it had never been.
+    #: Seconds after the operation's success when the cluster turns ERROR, or vanishes.
     error_after: float | None = None
     vanish_after: float | None = None
 
 
 @dataclass
 class JobScript:
-    """A job that does not run: what happens, and when."""
+    """A job that does not run: its events and their times."""
 
     #: DONE or ERROR, in the end.
     status: str = "DONE"
     #: From RUNNING to the end; ``math.inf`` for a job that hangs.
     seconds: float = 0.0
-    #: What the driver prints: at the start, or by seconds after it.
+    #: The driver's output: at the start, or by seconds after it.
     log: str | Sequence[tuple[float, str]] = ""
-    #: What the job leaves behind; called at its end. If it raises, the job ends in ERROR and says so in its log.
+    #: Called at the job's end, to write its results. If it raises, the job ends in ERROR, with the error in its log.
     effect: Callable[[], None] | None = None
 
 
@@ -92,8 +79,7 @@ class ClusterRecord:
     proto: Any
     number: int
     subclusters: list[Any] = field(default_factory=list)
-    hosts: list[Any] = field(default_factory=list)
-    operations: list[str] = field(default_factory=list)
+    operations: list[Any] = field(default_factory=list)
 
     @property
     def state(self) -> str:
@@ -107,7 +93,7 @@ class JobRecord:
 
     proto: Any
     number: int
-    operations: list[str]
+    operations: list[Any] = field(default_factory=list)
     script: JobScript | None = None
     process: SparkJob | None = None
     started: float | None = None
@@ -123,7 +109,7 @@ class JobRecord:
         return self.proto.status in FINISHED
 
     def log(self, now: float) -> bytes:
-        """What the driver has printed so far."""
+        """The driver's output so far."""
         if self.process is not None:
             return self.process.log_file.read_bytes()
         if self.script is None or self.started is None:
@@ -135,13 +121,13 @@ class JobRecord:
 class DataprocService:
     """Clusters, jobs and operations of one folder.
 
-    `directory` is for the files of jobs. `run_job` says how PySpark jobs run: a `SparkSubmit`, or a function from a
+    `directory` is for the files of jobs. `run_job` runs PySpark jobs: a `SparkSubmit`, or a function from a
     ``CreateJobRequest`` to a `JobScript`. All times are in seconds of `clock`, to which `skew_seconds` are added: the
-    service's clock may be wrong, seen from its caller.
+    service's clock may differ from its caller's.
 
     `log_token_at_end`: whether ``ListLog`` returns a page token at the end of the log of a job that still runs (an
-    empty page follows). `delete_while_creating`: whether a cluster may be deleted before it is made; otherwise the
-    operations conflict.
+    empty page follows). `delete_while_creating`: whether a cluster may be deleted while it is being created; otherwise
+    the operations conflict.
     """
 
     def __init__(
@@ -159,7 +145,6 @@ class DataprocService:
         job_start_seconds: float = 0.0,
         cancel_seconds: float = 0.0,
         quotas: Quotas | None = None,
-        resource_presets: Iterable[str] = RESOURCE_PRESETS,
         log_token_at_end: bool = False,
         delete_while_creating: bool = False,
     ) -> None:
@@ -171,7 +156,6 @@ class DataprocService:
         self.create_seconds, self.delete_seconds = create_seconds, delete_seconds
         self.job_start_seconds, self.cancel_seconds = job_start_seconds, cancel_seconds
         self.quotas = quotas or Quotas()
-        self.resource_presets = frozenset(resource_presets)
         self.log_token_at_end, self.delete_while_creating = log_token_at_end, delete_while_creating
         self._clock = clock
         self._lock = threading.RLock()
@@ -182,7 +166,7 @@ class DataprocService:
         self._deletions: deque[Outcome] = deque()
         self._schedule: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count(1)
-        #: While scheduled events happen: their own time, not the later one at which somebody asks.
+        #: While scheduled events happen: their own time, not the later one of the call.
         self._event_time: float | None = None
 
     def now(self) -> float:
@@ -190,7 +174,7 @@ class DataprocService:
         return self._clock.time() + self.skew_seconds
 
     def kill_jobs(self) -> None:
-        """End all processes of jobs at once."""
+        """Kill all processes of jobs."""
         with self._lock:
             for job in self._jobs.values():
                 if job.process is not None:
@@ -207,13 +191,13 @@ class DataprocService:
 
     @property
     def jobs(self) -> dict[str, JobRecord]:
-        """All jobs there ever were, by id."""
+        """All jobs ever submitted, by id."""
         with self._lock:
             self._advance()
             return dict(self._jobs)
 
     def add_cluster(self, name: str, labels: Mapping[str, str] | None = None, **fields: Any) -> str:
-        """Put a cluster there without a call, running as if it had been for a while; return its id.
+        """Add a running cluster without a call; return its id.
 
         `fields` are more fields of the ``Cluster`` message, such as ``status``.
         """
@@ -229,29 +213,28 @@ class DataprocService:
             self._clusters[proto.id] = ClusterRecord(proto, next(self._numbers))
             return proto.id
 
-    def vanish(self, cluster_id: str, after: float = 0.0) -> None:
-        """Let a cluster be gone in `after` seconds, without any operation."""
+    def vanish(self, cluster_id: str) -> None:
+        """Remove a cluster without any operation."""
         with self._lock:
-            self._in(after, lambda: self._remove(cluster_id))
+            self._remove(cluster_id)
 
-    def script_create(self, outcome: Outcome, times: int = 1) -> None:
-        """Say how the next creations of clusters go on once the call was accepted."""
+    def script_create(self, outcome: Outcome) -> None:
+        """Set the outcome of the next creation of a cluster, once the call is accepted."""
         with self._lock:
-            self._creations.extend([outcome] * times)
+            self._creations.append(outcome)
 
     def script_delete(self, outcome: Outcome, times: int = 1) -> None:
-        """Say how the next deletions of clusters go on once the call was accepted."""
+        """Set the outcome of the next deletions of clusters, once the call is accepted."""
         with self._lock:
             self._deletions.extend([outcome] * times)
 
     # --- Time
 
     def _advance(self) -> None:
-        """Let happen what should have happened by now."""
+        """Process the events that are due."""
         now = self.now()
         while self._schedule and self._schedule[0][0] <= now:
-            at, _, event = heapq.heappop(self._schedule)
-            self._event_time = at
+            self._event_time, _, event = heapq.heappop(self._schedule)
             try:
                 event()
             finally:
@@ -259,12 +242,14 @@ class DataprocService:
         for job in self._jobs.values():
             self._follow_process(job)
 
+    def _current_time(self) -> float:
+        return self.now() if self._event_time is None else self._event_time
+
     def _in(self, seconds: float, event: Callable[[], None]) -> None:
-        start = self.now() if self._event_time is None else self._event_time
-        heapq.heappush(self._schedule, (start + seconds, next(self._numbers), event))
+        heapq.heappush(self._schedule, (self._current_time() + seconds, next(self._numbers), event))
 
     def _timestamp(self) -> Any:
-        seconds = self.now() if self._event_time is None else self._event_time
+        seconds = self._current_time()
         return Timestamp(seconds=int(seconds), nanos=int(seconds % 1 * 1e6) * 1000)
 
     # --- Operations
@@ -280,44 +265,34 @@ class DataprocService:
         )
         operation.metadata.Pack(metadata)
         self._operations[operation.id] = operation
-        owner.operations.append(operation.id)
+        owner.operations.append(operation)
         return operation
 
-    def _end_operation(self, operation: Any, response: Any = None, error: tuple[Any, str] | None = None) -> None:
+    def _end_operation(self, operation: Any, response: Any = None, error: tuple[str, str] | None = None) -> None:
         if operation.done:
             return
         operation.done = True
         operation.modified_at.CopyFrom(self._timestamp())
         if error is not None:
-            operation.error.CopyFrom(Status(code=error[0].value[0], message=error[1]))
+            operation.error.CopyFrom(Status(code=grpc.StatusCode[error[0]].value[0], message=error[1]))
         else:
             operation.response.Pack(response)
 
     def _get_operation(self, request: Any) -> Any:
         if request.operation_id not in self._operations:
-            raise ApiError(grpc.StatusCode.NOT_FOUND, f"Operation {request.operation_id} not found")
+            raise ApiError("NOT_FOUND", f"Operation {request.operation_id} not found")
         return self._operations[request.operation_id]
-
-    def _cancel_operation(self, request: Any) -> Any:
-        operation = self._get_operation(request)
-        if operation.done:
-            return operation
-        job = next((job for job in self._jobs.values() if operation.id in job.operations), None)
-        if job is None:
-            raise ApiError(grpc.StatusCode.FAILED_PRECONDITION, f"Operation {operation.id} cannot be cancelled")
-        self._cancel_job(job)
-        return operation
 
     # --- Clusters
 
     def _cluster(self, cluster_id: str) -> ClusterRecord:
         if cluster_id not in self._clusters:
-            raise ApiError(grpc.StatusCode.NOT_FOUND, f"Cluster {cluster_id} not found")
+            raise ApiError("NOT_FOUND", f"Cluster {cluster_id} not found")
         return self._clusters[cluster_id]
 
     def _check_folder(self, folder_id: str) -> None:
         if folder_id != self.folder_id:
-            raise ApiError(grpc.StatusCode.PERMISSION_DENIED, f"Permission denied to folder {folder_id}")
+            raise ApiError("PERMISSION_DENIED", f"Permission denied to folder {folder_id}")
 
     def _list_clusters(self, request: Any) -> Any:
         self._check_folder(request.folder_id)
@@ -326,21 +301,21 @@ class DataprocService:
             for cluster in self._clusters.values()
             if cluster.proto.folder_id == request.folder_id and _passes(request.filter, cluster.proto.name)
         ]
-        page, token = page_of("clusters", found, request)
+        page, token = _page_of("clusters", found, request)
         return cluster_service_pb2.ListClustersResponse(clusters=page, next_page_token=token)
 
     def _create_cluster(self, request: Any) -> Any:
         self._check_folder(request.folder_id)
         if any(cluster.proto.name == request.name for cluster in self._clusters.values()):
-            raise ApiError(grpc.StatusCode.ALREADY_EXISTS, f"Cluster {request.name!r} already exists")
-        check_cluster(request, self.resource_presets)
+            raise ApiError("ALREADY_EXISTS", f"Cluster {request.name!r} already exists")
+        check_cluster(request)
         specs = request.config_spec.subclusters_spec
         for spec in specs:
             if spec.subnet_id != self.subnet_id:
-                raise ApiError(grpc.StatusCode.NOT_FOUND, f"Subnet {spec.subnet_id} not found")
+                raise ApiError("NOT_FOUND", f"Subnet {spec.subnet_id} not found")
         for account in filter(None, (request.service_account_id, request.autoscaling_service_account_id)):
             if account != self.service_account_id:
-                raise ApiError(grpc.StatusCode.NOT_FOUND, f"Service account {account} not found")
+                raise ApiError("NOT_FOUND", f"Service account {account} not found")
         used = [spec for cluster in self._clusters.values() for spec in cluster.subclusters]
         check_quotas(self.quotas, used, specs)
 
@@ -355,7 +330,7 @@ class DataprocService:
         proto.config.version_id = request.config_spec.version_id or "2.0"
         proto.config.hadoop.CopyFrom(request.config_spec.hadoop)
         proto.environment = proto.environment or cluster_pb2.Cluster.PRODUCTION
-        cluster = ClusterRecord(proto, next(self._numbers), list(specs), _hosts(specs))
+        cluster = ClusterRecord(proto, next(self._numbers), list(specs))
         self._clusters[proto.id] = cluster
         metadata = cluster_service_pb2.CreateClusterMetadata(cluster_id=proto.id)
         operation = self._new_operation("Create Data Proc cluster", metadata, cluster)
@@ -370,8 +345,7 @@ class DataprocService:
             return
         if outcome.error is not None:
             self._break(cluster)
-            message = outcome.message or "Cluster could not be created"
-            self._end_operation(operation, error=(status_code(outcome.error), message))
+            self._end_operation(operation, error=(outcome.error, outcome.message or "Cluster could not be created"))
             return
         self._set_state(cluster, ClusterState.RUNNING, common_pb2.ALIVE)
         self._end_operation(operation, cluster.proto)
@@ -382,8 +356,6 @@ class DataprocService:
 
     def _set_state(self, cluster: ClusterRecord, status: Any, health: Any) -> None:
         cluster.proto.status, cluster.proto.health = status, health
-        for host in cluster.hosts:
-            host.health = health
 
     def _break(self, cluster: ClusterRecord) -> None:
         self._set_state(cluster, ClusterState.ERROR, common_pb2.DEAD)
@@ -392,31 +364,22 @@ class DataprocService:
     def _remove(self, cluster_id: str) -> None:
         self._end_jobs(cluster_id, "the cluster is gone")
         cluster = self._clusters.pop(cluster_id, None)
-        for operation_id in cluster.operations if cluster is not None else ():
-            error = (grpc.StatusCode.INTERNAL, f"Cluster {cluster_id} is gone")
-            self._end_operation(self._operations[operation_id], error=error)
-
-    def _check_idle(self, cluster: ClusterRecord, *, may_create: bool = False) -> None:
-        """Only one operation at a time may change a cluster."""
-        for operation in (self._operations[operation_id] for operation_id in cluster.operations):
-            if operation.done:
-                continue
-            if may_create and operation.metadata.Is(cluster_service_pb2.CreateClusterMetadata.DESCRIPTOR):
-                self._end_operation(operation, error=(grpc.StatusCode.CANCELLED, "The cluster is being deleted"))
-                continue
-            raise ApiError(
-                grpc.StatusCode.FAILED_PRECONDITION, f"operation {operation.id} on this cluster is not finished yet"
-            )
+        for operation in cluster.operations if cluster is not None else ():
+            self._end_operation(operation, error=("INTERNAL", f"Cluster {cluster_id} is gone"))
 
     def _delete_cluster(self, request: Any) -> Any:
         cluster = self._cluster(request.cluster_id)
         if cluster.proto.deletion_protection:
-            message = "The operation was rejected because cluster has 'deletion_protection' = ON"
-            raise ApiError(grpc.StatusCode.FAILED_PRECONDITION, message)
+            raise ApiError(
+                "FAILED_PRECONDITION", "The operation was rejected because cluster has 'deletion_protection' = ON"
+            )
         if cluster.proto.status == ClusterState.STOPPING and not cluster.operations:
-            message = f"Cluster {cluster.proto.id} is {cluster.state}"
-            raise ApiError(grpc.StatusCode.FAILED_PRECONDITION, message)
-        self._check_idle(cluster, may_create=self.delete_while_creating)
+            raise ApiError("FAILED_PRECONDITION", f"Cluster {cluster.proto.id} is {cluster.state}")
+        # Only one operation at a time may change a cluster.
+        for running in (operation for operation in cluster.operations if not operation.done):
+            if not (self.delete_while_creating and cluster.proto.status == ClusterState.CREATING):
+                raise ApiError("FAILED_PRECONDITION", f"operation {running.id} on this cluster is not finished yet")
+            self._end_operation(running, error=("CANCELLED", "The cluster is being deleted"))
         outcome = self._deletions.popleft() if self._deletions else Outcome()
         self._set_state(cluster, ClusterState.STOPPING, common_pb2.HEALTH_UNKNOWN)
         self._end_jobs(cluster.proto.id, "the cluster is being deleted")
@@ -426,8 +389,7 @@ class DataprocService:
         def end() -> None:
             if outcome.error is not None:
                 self._break(cluster)
-                message = outcome.message or "Cluster could not be deleted"
-                self._end_operation(operation, error=(status_code(outcome.error), message))
+                self._end_operation(operation, error=(outcome.error, outcome.message or "Cluster could not be deleted"))
                 return
             self._end_operation(operation, Empty())
             self._remove(cluster.proto.id)
@@ -435,65 +397,13 @@ class DataprocService:
         self._in(self.delete_seconds if outcome.seconds is None else outcome.seconds, end)
         return operation
 
-    def _stop_cluster(self, request: Any) -> Any:
-        metadata = cluster_service_pb2.StopClusterMetadata(cluster_id=request.cluster_id)
-        states = ClusterState.RUNNING, ClusterState.STOPPING, ClusterState.STOPPED
-        return self._switch(request.cluster_id, "Stop Data Proc cluster", metadata, *states)
-
-    def _start_cluster(self, request: Any) -> Any:
-        metadata = cluster_service_pb2.StartClusterMetadata(cluster_id=request.cluster_id)
-        states = ClusterState.STOPPED, ClusterState.STARTING, ClusterState.RUNNING
-        return self._switch(request.cluster_id, "Start Data Proc cluster", metadata, *states)
-
-    def _switch(self, cluster_id: str, description: str, metadata: Any, before: Any, during: Any, then: Any) -> Any:
-        cluster = self._cluster(cluster_id)
-        self._check_idle(cluster)
-        if cluster.proto.status != before:
-            message = f"Cluster {cluster_id} is {cluster.state}, and must be {ClusterState.Name(before)}"
-            raise ApiError(grpc.StatusCode.FAILED_PRECONDITION, message)
-        self._set_state(cluster, during, common_pb2.HEALTH_UNKNOWN)
-        if before == ClusterState.RUNNING:
-            self._end_jobs(cluster_id, "the cluster is being stopped")
-        operation = self._new_operation(description, metadata, cluster)
-
-        def end() -> None:
-            if operation.done:
-                return
-            health = common_pb2.ALIVE if then == ClusterState.RUNNING else common_pb2.HEALTH_UNKNOWN
-            self._set_state(cluster, then, health)
-            self._end_operation(operation, cluster.proto)
-
-        self._in(self.delete_seconds, end)
-        return operation
-
-    def _list_operations(self, request: Any) -> Any:
-        cluster = self._cluster(request.cluster_id)
-        operations = [self._operations[operation_id] for operation_id in cluster.operations]
-        page, token = page_of("operations", list(enumerate(operations)), request)
-        return cluster_service_pb2.ListClusterOperationsResponse(operations=page, next_page_token=token)
-
-    def _list_hosts(self, request: Any) -> Any:
-        hosts = self._cluster(request.cluster_id).hosts
-        page, token = page_of("hosts", list(enumerate(hosts)), request)
-        return cluster_service_pb2.ListClusterHostsResponse(hosts=page, next_page_token=token)
-
-    def _list_ui_links(self, request: Any) -> Any:
-        proto = self._cluster(request.cluster_id).proto
-        interfaces = {"YARN Resource Manager Web UI": 8088, "Spark History Server Web UI": 18080}
-        links = [
-            cluster_service_pb2.UILink(name=name, url=f"https://ui-{proto.id}-{port}.dataproc.localhost/")
-            for name, port in interfaces.items()
-            if proto.ui_proxy
-        ]
-        return cluster_service_pb2.ListUILinksResponse(links=links)
-
     # --- Jobs
 
     def _job(self, request: Any) -> JobRecord:
         self._cluster(request.cluster_id)
         job = self._jobs.get(request.job_id)
         if job is None or job.proto.cluster_id != request.cluster_id:
-            raise ApiError(grpc.StatusCode.NOT_FOUND, f"Job {request.job_id} not found")
+            raise ApiError("NOT_FOUND", f"Job {request.job_id} not found")
         return job
 
     def _list_jobs(self, request: Any) -> Any:
@@ -503,7 +413,7 @@ class DataprocService:
             for job in self._jobs.values()
             if job.proto.cluster_id == request.cluster_id and _passes(request.filter, job.proto.name)
         ]
-        page, token = page_of("jobs", found, request)
+        page, token = _page_of("jobs", found, request)
         return job_service_pb2.ListJobsResponse(jobs=page, next_page_token=token)
 
     def _create_job(self, request: Any) -> Any:
@@ -512,12 +422,13 @@ class DataprocService:
         if kind is None:
             raise invalid("Request validation error: job_spec: exactly one kind of job must be set")
         if kind != "pyspark_job":
-            raise ApiError(grpc.StatusCode.UNIMPLEMENTED, "This stand-in of Data Proc runs PySpark jobs only")
+            raise ApiError("UNIMPLEMENTED", "This stand-in of Data Proc runs PySpark jobs only")
         if cluster.proto.status != ClusterState.RUNNING:
-            message = f"Cluster {cluster.proto.id} is {cluster.state}; jobs run on a RUNNING cluster"
-            raise ApiError(grpc.StatusCode.FAILED_PRECONDITION, message)
+            raise ApiError(
+                "FAILED_PRECONDITION", f"Cluster {cluster.proto.id} is {cluster.state}; jobs run on a RUNNING cluster"
+            )
         if cluster_pb2.HadoopConfig.SPARK not in cluster.proto.config.hadoop.services:
-            raise ApiError(grpc.StatusCode.FAILED_PRECONDITION, "The cluster has no service SPARK")
+            raise ApiError("FAILED_PRECONDITION", "The cluster has no service SPARK")
         proto = job_pb2.Job(
             id=random_id("c9q"),
             cluster_id=request.cluster_id,
@@ -527,7 +438,7 @@ class DataprocService:
             status=JobState.PROVISIONING,
             pyspark_job=request.pyspark_job,
         )
-        job = JobRecord(proto, next(self._numbers), [])
+        job = JobRecord(proto, next(self._numbers))
         if isinstance(self.run_job, SparkSubmit):
             job.process = self.run_job.start(proto.pyspark_job, self.directory / "jobs" / proto.id)
         else:
@@ -586,10 +497,10 @@ class DataprocService:
         job.proto.finished_at.CopyFrom(self._timestamp())
         error = None
         if status == JobState.CANCELLED:
-            error = grpc.StatusCode.CANCELLED, "Job was cancelled"
+            error = "CANCELLED", "Job was cancelled"
         elif status == JobState.ERROR:
-            error = grpc.StatusCode.INTERNAL, f"Job failed{': ' if reason else ''}{reason}"
-        create, *cancels = (self._operations[operation_id] for operation_id in job.operations)
+            error = "INTERNAL", f"Job failed{': ' if reason else ''}{reason}"
+        create, *cancels = job.operations
         self._end_operation(create, job.proto, error)
         for operation in cancels:
             self._end_operation(operation, job.proto)
@@ -603,8 +514,7 @@ class DataprocService:
 
     def _cancel_job(self, job: JobRecord) -> Any:
         if job.finished:
-            message = f"Job {job.proto.id} is {job.state} and cannot be cancelled"
-            raise ApiError(grpc.StatusCode.FAILED_PRECONDITION, message)
+            raise ApiError("FAILED_PRECONDITION", f"Job {job.proto.id} is {job.state} and cannot be cancelled")
         if job.proto.status != JobState.CANCELLING:
             job.proto.status = JobState.CANCELLING
             if job.process is not None:
@@ -625,17 +535,12 @@ class DataprocService:
         chunk = log[start : start + size]
         at_end = start + size >= len(log)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # The first bytes of a character whose others are yet to come wait for these.
+        # An incomplete character at the end is left to the next page.
         content = decoder.decode(chunk, final=at_end and job.finished)
         stop = start + len(chunk) - len(decoder.getstate()[0])
         more = not at_end or (self.log_token_at_end and not job.finished)
-        token = _make_token(key, stop) if more else ""
+        token = f"{key}:{stop}" if more else ""
         return job_service_pb2.ListJobLogResponse(content=content, next_page_token=token)
-
-
-def status_code(code: str | grpc.StatusCode) -> grpc.StatusCode:
-    """The status of a name such as UNAVAILABLE."""
-    return grpc.StatusCode[code] if isinstance(code, str) else code
 
 
 def _passes(expression: str, name: str) -> bool:
@@ -647,41 +552,18 @@ def _passes(expression: str, name: str) -> bool:
     return name == (match[1] or match[2])
 
 
-def _make_token(key: str, position: int) -> str:
-    return base64.urlsafe_b64encode(f"{key}:{position}".encode()).decode()
-
-
 def _read_token(key: str, token: str) -> int:
-    with contextlib.suppress(binascii.Error, UnicodeError, ValueError):
-        owner, _, position = base64.urlsafe_b64decode(token.encode()).decode().partition(":")
-        if owner == key:
-            return int(position)
-    raise invalid("page_token: is none of this list")
+    owner, _, position = token.rpartition(":")
+    if owner != key or not position.isdecimal():
+        raise invalid("page_token: does not belong to this list")
+    return int(position)
 
 
-def page_of(key: str, items: list[tuple[int, Any]], request: Any) -> tuple[list[Any], str]:
+def _page_of(key: str, items: list[tuple[int, Any]], request: Any) -> tuple[list[Any], str]:
     """A page of numbered items and the token of the next; a page starts after the last one's number."""
     if request.page_size < 0:
         raise invalid("page_size: must not be negative")
-    size = request.page_size or DEFAULT_PAGE
     last = _read_token(key, request.page_token) if request.page_token else -1
     rest = sorted((item for item in items if item[0] > last), key=lambda item: item[0])
-    page = rest[:size]
-    return [item for _, item in page], _make_token(key, page[-1][0]) if len(rest) > size else ""
-
-
-def _hosts(specs: Iterable[Any]) -> list[Any]:
-    letters = {subcluster_pb2.MASTERNODE: "m", subcluster_pb2.DATANODE: "d", subcluster_pb2.COMPUTENODE: "c"}
-    hosts = []
-    for spec in specs:
-        subcluster_id = random_id("c9q")
-        for _ in range(spec.hosts_count):
-            hosts.append(
-                subcluster_pb2.Host(
-                    name=f"rc1-dataproc-{letters[spec.role]}-{secrets.token_hex(8)}.mdb.localhost",
-                    subcluster_id=subcluster_id,
-                    compute_instance_id=random_id("fhm"),
-                    role=spec.role,
-                )
-            )
-    return hosts
+    page = rest[: request.page_size or DEFAULT_PAGE]
+    return [item for _, item in page], f"{key}:{page[-1][0]}" if len(rest) > len(page) else ""

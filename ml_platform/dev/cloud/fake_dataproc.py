@@ -1,13 +1,11 @@
 """A stand-in for Yandex Data Proc: its gRPC API over TLS on this machine, true to the published protos.
 
-A program that uses the official SDK cannot tell it from the service in what this platform needs: endpoints, IAM
-tokens, operations, clusters, jobs and their logs. Requests are held against the annotations of the protos, clusters
-and jobs go through the states of the API, PySpark jobs run for real (see ``spark_submit.py``) or by a script, and
-any call can be made to fail. Requests are recorded in order.
-
-State lives in memory; see ``dataproc_service.py``.
+It serves what the platform and the official SDK call: endpoints, IAM tokens, operations, clusters, jobs and their logs.
+Requests are checked against the annotations of the protos, clusters and jobs go through the states of the API, and
+PySpark jobs run for real (see ``spark_submit.py``) or by a script. Requests are recorded in order, and tests can make
+any call fail. State lives in memory; see ``dataproc_service.py``.
 """
-# ruff: noqa: TID253 - nothing imports this at module level; who starts the stand-in needs gRPC at once
+# ruff: noqa: TID253 - imported inside functions only, by code that needs gRPC at once
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ import json
 import logging
 import secrets
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from concurrent import futures
+from contextlib import ExitStack
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,46 +26,46 @@ from google.protobuf import json_format, message_factory
 from yandex.cloud.dataproc.v1 import cluster_service_pb2, job_service_pb2
 from yandex.cloud.endpoint import api_endpoint_pb2, api_endpoint_service_pb2
 from yandex.cloud.iam.v1 import iam_token_service_pb2
-from yandex.cloud.operation import operation_pb2, operation_service_pb2
+from yandex.cloud.operation import operation_service_pb2
 
 from ml_platform.dev.cloud.cluster_rules import ApiError, Quotas, invalid
 from ml_platform.dev.cloud.credentials import OFFICIAL_AUDIENCE, ServiceAccount, issue_certificates
-from ml_platform.dev.cloud.dataproc_service import DataprocService, JobScript, Outcome, page_of, status_code
+from ml_platform.dev.cloud.dataproc_service import DataprocService, JobScript, Outcome
 from ml_platform.dev.cloud.proto_validation import violations
 from ml_platform.dev.cloud.spark_submit import SparkSubmit
 
-__all__ = ["ApiError", "FakeDataproc", "JobScript", "Outcome", "Quotas", "SparkSubmit"]
+__all__ = ["FakeDataproc", "JobScript", "Outcome", "Quotas", "SparkSubmit"]
 
 logger = logging.getLogger(__name__)
 
 #: Ids under which the SDK looks for the address of a service.
 ENDPOINT_IDS = ("compute", "dataproc", "dataproc-manager", "endpoint", "iam", "operation", "resource-manager", "vpc")
-#: Services that anyone may call.
+#: Services that need no IAM token.
 OPEN_SERVICES = ("IamTokenService", "ApiEndpointService")
 #: Fields of requests that are credentials by their purpose.
 REDACTED = ("jwt", "yandex_passport_oauth_token", "iam_token")
-#: How soon the metadata service notices that it is to stop.
+#: Interval at which the metadata service checks whether to stop.
 POLL_SECONDS = 0.02
 TOKEN_PATH = "/computeMetadata/v1/instance/service-accounts/default/token"
 
 
 @dataclass
 class _Fault:
+    """A scripted fault of the next `remaining` calls of `method` that `when` accepts."""
+
+    #: delay (`value`: real seconds), before or after the call's effect (an `ApiError`), answer (a function).
     kind: str
     method: str
     remaining: int
     when: Callable[[Any], bool] | None
-    code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
-    message: str = ""
-    seconds: float = 0.0
-    answer: Callable[[Any, Any], Any] | None = None
+    value: Any
 
 
 class FakeDataproc(DataprocService):
-    """The stand-in. A context manager; or call `start` and `stop`.
+    """The stand-in, a context manager. It uses free ports of the loopback interface and kills its jobs at the end.
 
-    `directory` holds certificates, keys, the files of jobs and ``journal.jsonl``. `bucket` is only passed on to
-    `environment`. IAM tokens live for `token_lifetime_seconds`. `settings` are those of `DataprocService`.
+    `directory` holds certificates, keys and the files of jobs. `bucket` is only passed on to `environment`. IAM tokens
+    live for `token_lifetime_seconds`. `settings` are those of `DataprocService`.
     """
 
     def __init__(
@@ -82,59 +80,36 @@ class FakeDataproc(DataprocService):
         self.bucket, self.token_lifetime_seconds = bucket, token_lifetime_seconds
         self.journal: list[dict[str, Any]] = []
         self._stopping = threading.Event()
-        self._idempotent: dict[str, str] = {}
         self._tokens: dict[str, float] = {}
         self._faults: list[_Fault] = []
-        self._server: Any = None
-        self._metadata: ThreadingHTTPServer | None = None
+        self._stack = ExitStack()
 
-    # --- Life
-
-    def start(self) -> FakeDataproc:
-        """Make certificates and keys and answer calls, on free ports of the loopback interface."""
+    def __enter__(self) -> FakeDataproc:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.root_certificates_file, certificate, key = issue_certificates(self.directory)
         self.service_account = ServiceAccount(self.directory, self.service_account_id)
-        self._server = grpc.server(
+        server = grpc.server(
             futures.ThreadPoolExecutor(16, thread_name_prefix="dataproc"), options=[("grpc.so_reuseport", 0)]
         )
-        self._server.add_generic_rpc_handlers(self._handlers())
+        server.add_generic_rpc_handlers(self._handlers())
         credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-        self._port = self._server.add_secure_port("127.0.0.1:0", credentials)
-        self._server.start()
-        self._metadata = _metadata_server(self)
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+        metadata = ThreadingHTTPServer(("127.0.0.1", 0), _metadata_handler(self))
+        #: Address of the API.
+        self.endpoint = f"localhost:{port}"
+        #: Address of the metadata service of a VM; the SDK takes it from YC_METADATA_ADDR.
+        self.metadata_address = f"127.0.0.1:{metadata.server_address[1]}"
+        server.start()
+        threading.Thread(target=metadata.serve_forever, args=[POLL_SECONDS], name="metadata", daemon=True).start()
+        for stop in (self.kill_jobs, metadata.server_close, metadata.shutdown, lambda: server.stop(grace=0).wait()):
+            self._stack.callback(stop)
         return self
 
-    def stop(self) -> None:
-        """Stop answering and kill the jobs that still run. May be called twice."""
-        self._stopping.set()
-        if self._server is not None:
-            self._server.stop(grace=0).wait()
-            self._server = None
-        if self._metadata is not None:
-            self._metadata.shutdown()
-            self._metadata.server_close()
-            self._metadata = None
-        self.kill_jobs()
-
-    def __enter__(self) -> FakeDataproc:
-        return self.start()
-
     def __exit__(self, *exception: object) -> None:
-        self.stop()
+        self._stopping.set()
+        self._stack.close()
 
     # --- What callers need
-
-    @property
-    def endpoint(self) -> str:
-        """Address of the API, ``localhost:port``."""
-        return f"localhost:{self._port}"
-
-    @property
-    def metadata_address(self) -> str:
-        """Address of the metadata service of a VM, ``host:port``; the SDK takes it from YC_METADATA_ADDR."""
-        assert self._metadata is not None
-        return f"127.0.0.1:{self._metadata.server_address[1]}"
 
     @property
     def service_account_key_file(self) -> Path:
@@ -162,39 +137,37 @@ class FakeDataproc(DataprocService):
             return token
 
     def issued_tokens(self) -> list[str]:
-        """All IAM tokens that it ever gave away, for a test that looks for them where they must not be."""
+        """All IAM tokens issued so far, for tests that search for them in places where they must not be."""
         with self._lock:
             return list(self._tokens)
 
     # --- Record and faults, for tests
 
     def calls(self, method: str) -> list[dict[str, Any]]:
-        """The recorded calls of a method: ``ClusterService.Create`` or its full name."""
+        """The recorded calls of a method, such as ``ClusterService.Create``."""
         with self._lock:
-            return [entry for entry in self.journal if _names(method, entry["method"])]
+            return [entry for entry in self.journal if entry["method"] == method]
 
     def fail(
         self,
         method: str,
-        code: str | grpc.StatusCode,
+        code: str,
         message: str = "",
         *,
         times: int = 1,
         when: Callable[[Any], bool] | None = None,
         after: bool = False,
     ) -> None:
-        """Let the next calls of a method fail.
+        """Let the next calls of a method fail, with `after` only once the call has taken effect.
 
-        `method` is ``ClusterService.Create`` or a full name. With `after`, the call takes effect and its answer is
-        lost. `when` chooses among the requests; those that it declines do not count.
+        `when` selects requests; only those count.
         """
-        message = message or f"scripted {status_code(code).name}"
-        fault = _Fault("after" if after else "before", method, times, when, code=status_code(code), message=message)
-        self._add_fault(fault)
+        error = ApiError(code, message or f"scripted {code}")
+        self._add_fault(_Fault("after" if after else "before", method, times, when, error))
 
-    def delay(self, method: str, seconds: float, times: int = 1, when: Callable[[Any], bool] | None = None) -> None:
-        """Let the next calls of a method take so many real seconds, whatever the clock: deadlines are real, too."""
-        self._add_fault(_Fault("delay", method, times, when, seconds=seconds))
+    def delay(self, method: str, seconds: float) -> None:
+        """Let the next call of a method take so many real seconds, whatever the clock: deadlines are real, too."""
+        self._add_fault(_Fault("delay", method, 1, None, seconds))
 
     def answer(
         self,
@@ -203,21 +176,22 @@ class FakeDataproc(DataprocService):
         times: int = 1,
         when: Callable[[Any], bool] | None = None,
     ) -> None:
-        """Give the next calls of a method another answer: what `answer` makes of the request and the true response."""
-        self._add_fault(_Fault("answer", method, times, when, answer=answer))
+        """Replace the responses to the next calls of a method by `answer(request, response)`."""
+        self._add_fault(_Fault("answer", method, times, when, answer))
 
     def _add_fault(self, fault: _Fault) -> None:
-        if not any(_names(fault.method, method.full_name) for method, _ in self._methods()):
+        if fault.method not in {_name(method) for method, _ in self._methods()}:
             raise ValueError(f"no method {fault.method!r} is served")
         with self._lock:
             self._faults.append(fault)
 
-    def _take_fault(self, kind: str, method: str, request: Any) -> _Fault | None:
+    def _take_fault(self, kind: str, method: str, request: Any) -> Any:
+        """The value of the next fault of a kind, or None."""
         for fault in self._faults:
-            fits = fault.kind == kind and fault.remaining and _names(fault.method, method)
+            fits = (fault.kind, fault.method) == (kind, method) and fault.remaining
             if fits and (fault.when is None or fault.when(request)):
                 fault.remaining -= 1
-                return fault
+                return fault.value
         return None
 
     # --- Calls
@@ -230,19 +204,12 @@ class FakeDataproc(DataprocService):
         endpoints = api_endpoint_service_pb2.DESCRIPTOR.services_by_name["ApiEndpointService"].methods_by_name
         return [
             (endpoints["List"], self._list_endpoints),
-            (endpoints["Get"], self._get_endpoint),
             (tokens["Create"], self._create_token),
             (operations["Get"], self._get_operation),
-            (operations["Cancel"], self._cancel_operation),
             (clusters["Get"], lambda request: self._cluster(request.cluster_id).proto),
             (clusters["List"], self._list_clusters),
             (clusters["Create"], self._create_cluster),
             (clusters["Delete"], self._delete_cluster),
-            (clusters["Stop"], self._stop_cluster),
-            (clusters["Start"], self._start_cluster),
-            (clusters["ListOperations"], self._list_operations),
-            (clusters["ListHosts"], self._list_hosts),
-            (clusters["ListUILinks"], self._list_ui_links),
             (jobs["List"], self._list_jobs),
             (jobs["Get"], lambda request: self._job(request).proto),
             (jobs["Create"], self._create_job),
@@ -259,9 +226,9 @@ class FakeDataproc(DataprocService):
     def _handler(self, method: Any, function: Callable[[Any], Any]) -> Any:
         def handle(request: Any, context: Any) -> bytes:
             with self._lock:
-                delay = self._take_fault("delay", method.full_name, request)
-            if delay is not None:
-                self._stopping.wait(delay.seconds)
+                delay = self._take_fault("delay", _name(method), request)
+            if delay:
+                self._stopping.wait(delay)
             with self._lock:
                 refusal = response = None
                 try:
@@ -270,10 +237,10 @@ class FakeDataproc(DataprocService):
                     refusal = error
                 except Exception as error:
                     logger.exception("%s failed", method.full_name)
-                    refusal = ApiError(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
-                self._record(method.full_name, request, refusal)
+                    refusal = ApiError("INTERNAL", f"{type(error).__name__}: {error}")
+                self._record(_name(method), request, refusal)
             if refusal is not None:
-                context.abort(refusal.code, refusal.message)
+                context.abort(grpc.StatusCode[refusal.code], refusal.message)
             assert response is not None
             return response
 
@@ -282,88 +249,67 @@ class FakeDataproc(DataprocService):
         )
 
     def _respond(self, method: Any, function: Callable[[Any], Any], request: Any, context: Any) -> bytes:
-        """Answer a call; serialized here, under the lock, as it may be a part of the state."""
-        name = method.full_name
+        """Answer a call. The response is serialized under the lock, as it may be a part of the state."""
+        name = _name(method)
         self._advance()
-        if fault := self._take_fault("before", name, request):
-            raise ApiError(fault.code, fault.message)
-        headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        if error := self._take_fault("before", name, request):
+            raise error
         if method.containing_service.name not in OPEN_SERVICES:
-            self._authenticate(headers)
+            self._authenticate(dict(context.invocation_metadata()))
         if wrong := violations(request):
             raise invalid(f"Request validation error: {'; '.join(wrong)}")
-        response = self._once(headers.get("idempotency-key"), method, function, request)
-        if fault := self._take_fault("after", name, request):
-            raise ApiError(fault.code, fault.message)
-        if (fault := self._take_fault("answer", name, request)) and fault.answer is not None:
-            response = fault.answer(request, response)
+        response = function(request)
+        if error := self._take_fault("after", name, request):
+            raise error
+        if answer := self._take_fault("answer", name, request):
+            response = answer(request, response)
         return response.SerializeToString()
-
-    def _once(self, key: str | None, method: Any, function: Callable[[Any], Any], request: Any) -> Any:
-        """Do it, unless an operation with this idempotency key is known: then return that operation as it is now."""
-        if key is None or method.output_type.full_name != operation_pb2.Operation.DESCRIPTOR.full_name:
-            return function(request)
-        try:
-            uuid.UUID(key)
-        except ValueError:
-            raise invalid("idempotency-key: must be a UUID") from None
-        if key not in self._idempotent:
-            self._idempotent[key] = function(request).id
-        return self._operations[self._idempotent[key]]
 
     def _authenticate(self, headers: Mapping[str, str]) -> None:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if not token or scheme != "Bearer":
-            raise ApiError(grpc.StatusCode.UNAUTHENTICATED, "Authentication is required: no token in the call")
+            raise ApiError("UNAUTHENTICATED", "Authentication is required: no token in the call")
         if token not in self._tokens:
-            raise ApiError(grpc.StatusCode.UNAUTHENTICATED, "The token is invalid")
+            raise ApiError("UNAUTHENTICATED", "The token is invalid")
         if self._tokens[token] <= self.now():
-            raise ApiError(grpc.StatusCode.UNAUTHENTICATED, "The token has expired")
+            raise ApiError("UNAUTHENTICATED", "The token has expired")
 
     def _record(self, method: str, request: Any, refusal: ApiError | None) -> None:
         body = json_format.MessageToDict(request, preserving_proto_field_name=True)
-        entry = {
-            "time": self.now(),
-            "method": method,
-            "request": {key: "***" if key in REDACTED else value for key, value in body.items()},
-            "code": "OK" if refusal is None else refusal.code.name,
-            "message": "" if refusal is None else refusal.message,
-        }
-        self.journal.append(entry)
-        with (self.directory / "journal.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.journal.append(
+            {
+                "time": self.now(),
+                "method": method,
+                "request": {key: "***" if key in REDACTED else value for key, value in body.items()},
+                "code": "OK" if refusal is None else refusal.code,
+            }
+        )
 
     # --- Endpoints and tokens
 
     def _list_endpoints(self, request: Any) -> Any:
         endpoints = [api_endpoint_pb2.ApiEndpoint(id=name, address=self.endpoint) for name in ENDPOINT_IDS]
-        page, token = page_of("endpoints", list(enumerate(endpoints)), request)
-        return api_endpoint_service_pb2.ListApiEndpointsResponse(endpoints=page, next_page_token=token)
-
-    def _get_endpoint(self, request: Any) -> Any:
-        if request.api_endpoint_id not in ENDPOINT_IDS:
-            raise ApiError(grpc.StatusCode.NOT_FOUND, f"Endpoint {request.api_endpoint_id!r} not found")
-        return api_endpoint_pb2.ApiEndpoint(id=request.api_endpoint_id, address=self.endpoint)
+        return api_endpoint_service_pb2.ListApiEndpointsResponse(endpoints=endpoints)
 
     def _create_token(self, request: Any) -> Any:
         if request.WhichOneof("identity") != "jwt":
-            raise ApiError(grpc.StatusCode.UNAUTHENTICATED, "Only a JWT of a service account is accepted here")
-        hosts = (self.endpoint, f"127.0.0.1:{self._port}")
-        audiences = [OFFICIAL_AUDIENCE, *(f"https://iam.{host}/iam/v1/tokens" for host in hosts)]
+            raise ApiError("UNAUTHENTICATED", "Only a JWT of a service account is accepted here")
+        audiences = [OFFICIAL_AUDIENCE, f"https://iam.{self.endpoint}/iam/v1/tokens"]
         if wrong := self.service_account.verify(request.jwt, audiences, self.skew_seconds):
-            raise ApiError(grpc.StatusCode.UNAUTHENTICATED, wrong)
+            raise ApiError("UNAUTHENTICATED", wrong)
         token = self.iam_token()
         response = iam_token_service_pb2.CreateIamTokenResponse(iam_token=token)
         response.expires_at.FromMilliseconds(int(self._tokens[token] * 1000))
         return response
 
 
-def _names(method: str, full_name: str) -> bool:
-    return full_name == method or full_name.endswith(f".{method}")
+def _name(method: Any) -> str:
+    """Name of a method descriptor, such as ``ClusterService.Create``."""
+    return f"{method.containing_service.name}.{method.name}"
 
 
-def _metadata_server(cloud: FakeDataproc) -> ThreadingHTTPServer:
-    """Start what a VM finds at 169.254.169.254: tokens of its service account."""
+def _metadata_handler(cloud: FakeDataproc) -> type[BaseHTTPRequestHandler]:
+    """Handler of a VM's service at 169.254.169.254: tokens of its service account."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -384,6 +330,4 @@ def _metadata_server(cloud: FakeDataproc) -> ThreadingHTTPServer:
         def log_message(self, format: str, *arguments: object) -> None:
             logger.debug(format, *arguments)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=[POLL_SECONDS], name="metadata", daemon=True).start()
-    return server
+    return Handler

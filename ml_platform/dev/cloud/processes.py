@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that one ends."""
+"""Processes that end with their parent, however the parent ends."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-#: Kills the process group once the pipe from the parent breaks. An interrupted or killed parent closes it, too.
-#: A signal that asks the group to end is not for the tether.
+#: Kills the process group once the pipe from the parent breaks; an interrupted or killed parent closes it, too.
+#: The tether ignores the signals that ask the group to end.
 _TETHER = 'exec 3<&0 </dev/null; { trap "" INT TERM; cat <&3 >/dev/null; kill -KILL 0; } & exec 3<&-; exec "$@"'
 
-#: What the last lines of a log are good for in an error.
+#: Length of a log's end in an error message.
 LOG_TAIL_BYTES = 2000
 
 
 class TetheredProcess:
-    """A process in a group of its own, with its output in a file."""
+    """A process in its own group, with its output in a file."""
 
     def __init__(self, command: Sequence[str | Path], *, log: Path, env: Mapping[str, str] | None = None) -> None:
         """Start `command` with the environment `env` (default: this process's)."""
@@ -57,6 +57,17 @@ class TetheredProcess:
     def log_tail(self) -> str:
         return self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
 
+    def wait(self) -> int:
+        """Wait for the end, kill what is left of the group, and return the exit code."""
+        code = self._process.wait()
+        self.kill()
+        return code
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGTERM)
+
     def stop(self, *, grace_s: float = 5, to_group: bool = False) -> None:
         """End the process and its group: by SIGTERM (`to_group`: to all of them), and by SIGKILL after `grace_s`."""
         with contextlib.suppress(ProcessLookupError):
@@ -70,7 +81,7 @@ class TetheredProcess:
 
     def kill(self) -> None:
         """End the process and its group by SIGKILL."""
-        # Until the pipe is closed the group has a member, so its id is nobody else's.
+        # Until the pipe is closed the group has a member, so its id cannot be reused.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -79,7 +90,7 @@ class TetheredProcess:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """A TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,7 +1,7 @@
-"""An S3 server on this machine, for trying and testing.
+"""An S3 server on this machine, for trials and tests.
 
-`S3Server` is versitygw, a real server over a directory, built once by Go. Where that cannot be built, `MotoServer`
-stands in: a mock, good enough to try things out, but no proof that they work. `start_s3_server` takes what there is.
+`S3Server` is versitygw, a real server over a directory, built once by Go. Where that cannot be built, `MotoServer` is
+the fallback: a mock, good enough for trials, but not proof. `start_s3_server` chooses between them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -51,7 +51,7 @@ def build_versitygw(cache: Path = DEFAULT_CACHE) -> Path:
         return program
     go = shutil.which("go")
     if go is None:
-        raise BuildError(f"Go is missing, which builds the S3 server (install Go, or put the program at {program})")
+        raise BuildError(f"Go is missing; it builds the S3 server (install Go, or put the program at {program})")
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -60,7 +60,7 @@ def build_versitygw(cache: Path = DEFAULT_CACHE) -> Path:
         print(f"building the S3 server versitygw {VERSITYGW_VERSION} once, about a minute …", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=directory) as draft:
             try:
-                # Without what a debugger would read, it takes four fifths of the time.
+                # Without debug information the build takes four fifths of the time.
                 plain = ("-gcflags=all=-dwarf=false", "-ldflags=-s -w")
                 built = subprocess.run(
                     ["env", f"GOBIN={draft}", go, "install", *plain, f"{VERSITYGW}@{VERSITYGW_VERSION}"],
@@ -73,15 +73,15 @@ def build_versitygw(cache: Path = DEFAULT_CACHE) -> Path:
                 raise BuildError(f"go install took more than {BUILD_TIMEOUT_S} s") from None
             if built.returncode:
                 (directory / "build.log").write_text(built.stderr)
-                said = (built.stderr.strip().splitlines() or ["nothing said"])[-1]
-                raise BuildError(f"go install {VERSITYGW}@{VERSITYGW_VERSION} failed: {said}")
+                reason = (built.stderr.strip().splitlines() or ["no output"])[-1]
+                raise BuildError(f"go install {VERSITYGW}@{VERSITYGW_VERSION} failed: {reason}")
             (Path(draft) / "versitygw").replace(program)
     return program
 
 
 @dataclass
 class LocalS3(ABC):
-    """What all S3 servers of this machine have. A context manager; the buckets are there once it is entered."""
+    """An S3 server on this machine: a context manager that starts it and creates the buckets."""
 
     directory: Path
     buckets: Sequence[str] = ()
@@ -89,6 +89,7 @@ class LocalS3(ABC):
     port: int = field(default=0, init=False)
     access_key: str = field(default_factory=lambda: secrets.token_hex(10), repr=False)
     secret_key: str = field(default_factory=lambda: secrets.token_hex(20), repr=False)
+    _process: TetheredProcess | None = field(default=None, init=False, repr=False)
 
     kind: ClassVar[str]
 
@@ -97,7 +98,7 @@ class LocalS3(ABC):
         return f"http://127.0.0.1:{self.port}"
 
     def environment(self) -> dict[str, str]:
-        """The variables that tell boto3, and so the platform, about this server."""
+        """The variables that point boto3, and so the platform, to this server."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -122,12 +123,45 @@ class LocalS3(ABC):
         )
 
     @abstractmethod
+    def _command(self, port: int) -> list[str | Path]:
+        """The server's command line."""
+
+    def _process_environment(self) -> dict[str, str] | None:
+        """The environment of the server's process, None for this process's."""
+        return None
+
+    def _is_ready(self, port: int) -> bool:
+        return listens(port)
+
     def start(self) -> None:
         """Start, or start again after `stop` or `kill`: on the same port, with the same objects."""
+        attempts = 1 if self.port else START_ATTEMPTS
+        for attempt in range(1, attempts + 1):
+            # Another process may take a free port before the server does.
+            port = self.port or free_port()
+            command, environment = self._command(port), self._process_environment()
+            process = TetheredProcess(command, log=self.directory / "log", env=environment)
+            try:
+                process.wait_until(partial(self._is_ready, port), what="the S3 server")
+            except BaseException as error:
+                process.kill()
+                if attempt == attempts or not isinstance(error, RuntimeError):
+                    raise
+            else:
+                self._process, self.port = process, port
+                return
 
-    @abstractmethod
     def stop(self) -> None:
         """End the server; its objects stay."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def kill(self) -> None:
+        """End the server at once, as a crash does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
 
     def __enter__(self) -> LocalS3:
         self.start()
@@ -135,7 +169,7 @@ class LocalS3(ABC):
             client = self.client()
             for bucket in self.buckets:
                 with contextlib.suppress(
-                    # The second, because the owner of before had another access key.
+                    # The second, because the earlier server had another access key.
                     client.exceptions.BucketAlreadyOwnedByYou,
                     client.exceptions.BucketAlreadyExists,
                 ):
@@ -161,78 +195,47 @@ class S3Server(LocalS3):
 
     kind = "versitygw"
     cache: Path = DEFAULT_CACHE
-    _process: TetheredProcess | None = field(default=None, init=False, repr=False)
 
-    def start(self) -> None:
-        program = build_versitygw(self.cache)
+    def _command(self, port: int) -> list[str | Path]:
         objects = self.directory / "buckets"
         objects.mkdir(parents=True, exist_ok=True)
-        posix = ["posix"]
+        posix: list[str | Path] = ["posix"]
         if not _has_extended_attributes(objects):
             metadata = self.directory / "metadata"
             metadata.mkdir(exist_ok=True)
-            posix += ["--sidecar", str(metadata)]
-        attempts = 1 if self.port else START_ATTEMPTS
-        for attempt in range(1, attempts + 1):
-            port = self.port or free_port()
-            listen = ["--port", f"127.0.0.1:{port}", "--region", self.region, "--health", "/health", "--quiet"]
-            process = TetheredProcess(
-                [program, *listen, *posix, objects],
-                log=self.directory / "log",
-                env={"ROOT_ACCESS_KEY_ID": self.access_key, "ROOT_SECRET_ACCESS_KEY": self.secret_key},
-            )
-            try:
-                process.wait_until(lambda port=port: _is_healthy(port), what="the S3 server")  # type: ignore[misc]
-            except BaseException as error:
-                process.kill()
-                if attempt == attempts or not isinstance(error, RuntimeError):
-                    raise
-            else:
-                self._process, self.port = process, port
-                return
+            posix += ["--sidecar", metadata]
+        listen = ["--port", f"127.0.0.1:{port}", "--region", self.region, "--health", "/health", "--quiet"]
+        return [build_versitygw(self.cache), *listen, *posix, objects]
 
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.stop()
-            self._process = None
+    def _process_environment(self) -> dict[str, str]:
+        return {"ROOT_ACCESS_KEY_ID": self.access_key, "ROOT_SECRET_ACCESS_KEY": self.secret_key}
 
-    def kill(self) -> None:
-        """End the server at once, as a crash does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process = None
+    def _is_ready(self, port: int) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
 
 @dataclass
 class MotoServer(LocalS3):
-    """moto's mock of S3, in a process of its own. What it holds is gone when it stops; it checks no credentials."""
+    """moto's mock of S3, in its own process. Its objects are lost when it stops; it checks no credentials."""
 
     kind = "moto"
     region: str = "us-east-1"  # moto wants the region repeated for a bucket anywhere else
-    _process: TetheredProcess | None = field(default=None, init=False, repr=False)
 
-    def start(self) -> None:
-        self.port = self.port or free_port()
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self._process = TetheredProcess(command, log=self.directory / "log")
-        try:
-            self._process.wait_until(lambda: listens(self.port), what="moto's server")
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process = None
-
-    kill = stop
+    def _command(self, port: int) -> list[str | Path]:
+        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
 
 
 def start_s3_server(
     directory: Path, *, buckets: Sequence[str] = (), cache: Path = DEFAULT_CACHE
 ) -> tuple[LocalS3, str]:
-    """A server that is not yet started, and why it is a mock; empty if it is none."""
+    """A server that is not yet started, and the reason why it is a mock; "" for a real one."""
     try:
         build_versitygw(cache)
     except BuildError as error:
@@ -240,19 +243,8 @@ def start_s3_server(
     return S3Server(directory, buckets, cache=cache), ""
 
 
-def _is_healthy(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
 def _has_extended_attributes(directory: Path) -> bool:
-    """Whether the server can keep its metadata with the files of a directory."""
+    """Whether the server can keep metadata with the files of a directory."""
     try:
         os.setxattr(directory, "user.ml_platform", b"")
     except AttributeError:  # not Linux: left to the server

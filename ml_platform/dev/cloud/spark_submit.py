@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -20,10 +18,10 @@ from urllib.parse import urlsplit
 from ml_platform.dev.cloud.processes import TetheredProcess
 from ml_platform.spark.session import default_spark_config
 
-#: Seconds between the request to end and the order to.
+#: Seconds between SIGTERM and SIGKILL.
 GRACE_SECONDS = 10.0
-#: The stand-in has one machine, and so no YARN to deploy to.
-NOT_HERE = ("spark.master", "spark.submit.deployMode")
+#: Properties of a job that do not apply: the stand-in has one machine and no YARN.
+IGNORED_PROPERTIES = ("spark.master", "spark.submit.deployMode")
 FAILED_TO_START = 127
 
 
@@ -32,10 +30,10 @@ class SparkSubmit:
     """How PySpark jobs run.
 
     `spark_properties` are the cluster's own (S3A endpoint, jars); they must not hold credentials, since they become
-    command-line arguments. `environment` is all that the processes see beside PATH, HOME and the like: the cluster's
-    S3 credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION),
-    JAVA_HOME where java is not in PATH. With the same credentials a job's files are fetched before it starts, unless
-    `fetch` does that: given a URI and the path to write.
+    command-line arguments. `environment` is added to PATH, HOME and the like in the processes' environment: the
+    cluster's S3 credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3,
+    AWS_DEFAULT_REGION), JAVA_HOME where java is not in PATH. The same credentials fetch a job's files before it starts,
+    unless `fetch` does that: given a URI and the path to write.
     """
 
     spark_properties: Mapping[str, str] = field(default_factory=dict)
@@ -53,11 +51,11 @@ class SparkSubmit:
             )
 
     def start(self, spec: Any, directory: Path) -> SparkJob:
-        """Start a job as its ``PysparkJob`` message says; `directory` is for its files and its driver's log."""
+        """Start a job by its ``PysparkJob`` message; `directory` is for its files and its driver's log."""
         return SparkJob(self, spec, directory)
 
     def fetch_file(self, uri: str, target: Path) -> None:
-        """Bring the file at `uri` to the path `target`, as the cluster's service account would."""
+        """Copy the file at `uri` to the path `target`, as the cluster's service account would."""
         target.parent.mkdir(parents=True, exist_ok=True)
         if self.fetch is not None:
             self.fetch(uri, target)
@@ -70,25 +68,21 @@ class SparkSubmit:
             bucket, _, key = uri.partition("://")[2].partition("/")
             self._s3().download_file(bucket, key, str(target))
         else:
-            raise ValueError(f"cannot fetch {uri}: only s3a://, s3:// and file:// are known here")
+            raise ValueError(f"cannot fetch {uri}: only s3a://, s3:// and file:// are supported")
 
     def _s3(self) -> Any:
         import boto3
-        from botocore.config import Config
 
         return boto3.session.Session().client(
             "s3",
             aws_access_key_id=self.environment.get("AWS_ACCESS_KEY_ID"),
             aws_secret_access_key=self.environment.get("AWS_SECRET_ACCESS_KEY"),
-            aws_session_token=self.environment.get("AWS_SESSION_TOKEN"),
             endpoint_url=self.environment.get("AWS_ENDPOINT_URL_S3"),
             region_name=self.environment.get("AWS_DEFAULT_REGION", "us-east-1"),
-            verify=self.environment.get("AWS_CA_BUNDLE"),
-            config=Config(s3={"addressing_style": "path"}, connect_timeout=10, retries={"max_attempts": 2}),
         )
 
     def process_environment(self, directory: Path) -> dict[str, str]:
-        """The whole environment of a job's processes: nothing comes from who started the stand-in."""
+        """The whole environment of a job's processes; nothing is inherited from the stand-in's own."""
         home = self.environment.get("JAVA_HOME")
         java = f"{home}/bin/java" if home else shutil.which("java")
         if not java or not Path(java).exists():
@@ -115,7 +109,7 @@ class SparkSubmit:
         properties = {
             **default_spark_config(self.master, self.driver_memory),
             **self.spark_properties,
-            **{name: value for name, value in spec.properties.items() if name not in NOT_HERE},
+            **{name: value for name, value in spec.properties.items() if name not in IGNORED_PROPERTIES},
         }
         # Options of spark-submit would replace the cluster's own jars and packages.
         for name, values in (
@@ -141,7 +135,7 @@ class SparkSubmit:
 
 
 def spark_home() -> str:
-    """Directory of the installed PySpark. Raises RuntimeError if there is none."""
+    """Directory of the installed PySpark. Raises RuntimeError if it is not installed."""
     spec = importlib.util.find_spec("pyspark")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("pyspark is not installed in this Python; install it to run jobs")
@@ -152,29 +146,13 @@ def _plain(uri: str) -> str:
     return uri.partition("#")[0]
 
 
-class JobProcess(TetheredProcess):
-    """spark-submit: it ends with the stand-in, however that one ends."""
-
-    def wait(self) -> int:
-        """Wait for the end and return the exit code."""
-        code = self._process.wait()
-        # Whatever the driver left behind in its group ends with it.
-        self.kill()
-        return code
-
-    def terminate(self) -> None:
-        """Ask the process and its group to end."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGTERM)
-
-
 class SparkJob:
-    """A job that runs, or did, in a process group of its own."""
+    """A job, running or finished, in its own process group."""
 
     def __init__(self, spark: SparkSubmit, spec: Any, directory: Path) -> None:
         self._spark, self._spec, self._directory = spark, spec, directory
         self._lock = threading.Lock()
-        self._process: JobProcess | None = None
+        self._process: TetheredProcess | None = None
         self._ended = False
         self._exit_code: int | None = None
         (directory / "tmp").mkdir(parents=True)
@@ -190,7 +168,7 @@ class SparkJob:
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code of spark-submit, 127 if it could not be started, or None as long as the job runs."""
+        """Exit code of spark-submit, 127 if it could not be started, None while the job runs."""
         return self._exit_code
 
     def _run(self) -> None:
@@ -200,7 +178,7 @@ class SparkJob:
                 if self._ended:
                     raise RuntimeError("the job was ended before it started")
                 in_directory = ["/bin/sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", str(self._directory)]
-                self._process = JobProcess([*in_directory, *command], log=self.log_file, env=environment)
+                self._process = TetheredProcess([*in_directory, *command], log=self.log_file, env=environment)
             self._exit_code = self._process.wait()
         except Exception as error:
             with self.log_file.open("a", encoding="utf-8") as log:
@@ -220,7 +198,7 @@ class SparkJob:
         return self._spark.command(spec, paths), self._spark.process_environment(self._directory)
 
     def terminate(self) -> None:
-        """Ask the job to end: SIGTERM to its group, and SIGKILL if it is still there after a while."""
+        """Send SIGTERM to the job's process group, and SIGKILL after GRACE_SECONDS."""
         process = self._end()
         if process is not None:
             process.terminate()
@@ -229,13 +207,13 @@ class SparkJob:
             timer.start()
 
     def kill(self) -> None:
-        """End the job at once and wait until it has."""
+        """Kill the job and wait for its end."""
         process = self._end()
         if process is not None:
             process.kill()
         self._thread.join(timeout=GRACE_SECONDS)
 
-    def _end(self) -> JobProcess | None:
+    def _end(self) -> TetheredProcess | None:
         """Keep the job from starting; if it has, and runs, return its process."""
         with self._lock:
             self._ended = True
