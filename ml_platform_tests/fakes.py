@@ -313,7 +313,7 @@ def features_report(
         "partition": cleaned["partition"],
         "run_id": run_id,
         "inputs": inputs,
-        "features": list(build_features.FEATURES),
+        "features": list(build_features.MODEL_INPUTS),
         "counts": {
             "rows": cleaned["counts"]["clean_rows"],
             "fraud_rows": cleaned["counts"]["fraud_rows"],

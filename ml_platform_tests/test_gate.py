@@ -14,7 +14,7 @@ from ml_platform.dev.simulator import Simulation
 from ml_platform.lake.resource import CLEANED, FEATURES, LakeResource
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
-from spark_jobs.features.registry import FEATURES as MODEL_INPUTS
+from spark_jobs.features.registry import MODEL_INPUTS
 
 pytestmark = pytest.mark.spark
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import build_features, clean_transactions, train_model
-from spark_jobs.features.registry import FEATURES
+from spark_jobs.features.registry import MODEL_INPUTS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,7 +113,7 @@ def _train(spark: SparkSession, out: Path, keys: list[str], learner: str, grid: 
             "cutoff": keys[-1],
             "feature_uris": uris,
             "cutoff_uri": uris[-1],
-            "features": list(FEATURES),
+            "features": list(MODEL_INPUTS),
             "output_uri": (out / "models" / learner).as_uri(),
             "candidates": [{"learner": learner, "grid": grid}],
             "library_uri": os.environ.get("LIBRARY_ARCHIVE"),

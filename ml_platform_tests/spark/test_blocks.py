@@ -140,7 +140,7 @@ def test_much_text_comes_in_parts(spark: SparkSession) -> None:
 
 @pytest.mark.spark
 def test_what_tasks_tell_is_gathered_once(spark: SparkSession) -> None:
-    gathered = runtime.gathering(spark)
+    gathered = partitions.list_accumulator(spark)
 
     def told(packed: list[bytes]) -> Iterator[dict[str, Any]]:
         gathered.add([len(packed)])

@@ -55,7 +55,7 @@ def test_the_rows_per_second_of_a_stage_that_reads_are_told(spark, said, tmp_pat
 def test_where_blocks_are_read_the_rows_that_tasks_tell_are_told(spark, said):
     block = "array_join(transform(sequence(1, 1000), n -> sha2(string(n * (id + 7)), 256)), '')"
     moved = spark.range(4).selectExpr("CAST(id AS INT) AS partition_key", f"CAST({block} AS BINARY) AS block")
-    tallies = runtime.gathering(spark)
+    tallies = partitions.list_accumulator(spark)
 
     def written(packed):
         time.sleep(0.3)
