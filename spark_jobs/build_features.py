@@ -132,7 +132,7 @@ def _partition_of(columns: Columns, key: str, tasks: int) -> Array:
     """Numbers of partitions, equal for rows with the same key; rows without a key are spread evenly."""
     import numpy as np
 
-    keys = columns[key]
+    keys: Array = columns[key]
     return blocks.hash_ids(np.where(keys == NO_KEY, columns["transaction_id"], keys)) % tasks
 
 
