@@ -159,13 +159,6 @@ def built(spark: SparkSession, rows: list[Transaction], tasks: int = 1) -> dict[
     return found
 
 
-def test_features_are_what_their_definitions_say(spark: SparkSession) -> None:
-    rows = random_transactions(400, days=50, seed=1)
-    found = built(spark, rows)
-    for row in rows:
-        assert found[row["transaction_id"]] == close(expected_features(row, rows))
-
-
 def test_nothing_after_an_instant_and_no_young_label_moves_a_feature_before_it(spark: SparkSession) -> None:
     rows = random_transactions(300, days=50, seed=2)
     instant = 40 * DAY_S
@@ -219,7 +212,7 @@ def partitions(spark: SparkSession, tmp_path: Path) -> Partitions:
     return Partitions(spark, tmp_path)
 
 
-def test_a_partition_sees_its_history_and_nothing_else(partitions: Partitions, tmp_path: Path) -> None:
+def test_features_with_history_are_what_their_definitions_say(partitions: Partitions, tmp_path: Path) -> None:
     import pyarrow.parquet
 
     rows = random_transactions(500, days=90, seed=3)

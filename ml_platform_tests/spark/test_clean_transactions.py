@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from spark_jobs import clean_transactions, runtime
 from spark_jobs.cleaning import duplicates, rejects
 from spark_jobs.cleaning.plain_lines import PADDING, Parser
-from spark_jobs.io import parquet_files
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -232,37 +230,22 @@ def test_a_file_of_nothing_but_rejects_is_not_shuffled() -> None:
     assert {name: rows[name].tolist() for name in ("rejected", "rows")} == {"rejected": [1], "rows": [1000]}
 
 
-def test_parquet_files_and_row_groups_are_for_their_readers(cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ids grow with time, files hold their own days, and row groups their own customers."""
-    import pyarrow.parquet
-
-    monkeypatch.setattr(runtime, "shuffle_partitions", lambda spark, size: 2)
-    monkeypatch.setattr(parquet_files, "ROWS_PER_GROUP", 30_000)
-    per_day = 60_000
-    cleaner.clean_lines(
-        *(
-            good(
-                transaction_id=str(10**9 + n),
-                tx_datetime=f"2019-08-{22 + n // per_day} 06:51:03",
-                customer_id=str(n % per_day),
-            )
-            for n in range(4 * per_day)
-        )
-    )
-    days, customers = [], []
-    for path in sorted((cleaner.directory / "cleaned/raw_file=file").glob("*.parquet")):
-        metadata = pyarrow.parquet.ParquetFile(path).metadata
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        column = {groups[0].column(n).path_in_schema: n for n in range(groups[0].num_columns)}
-        found = [group.column(column["tx_time_days"]).statistics for group in groups]
-        days.append((min(each.min for each in found), max(each.max for each in found)))
-        found = [group.column(column["customer_id"]).statistics for group in groups]
-        customers += [(each.max - each.min) / per_day for each in found]
-    (first, last), (next_first, next_last) = sorted(days)
-    assert (first, next_last) == (0, 3)
-    assert last <= next_first
-    assert len(customers) > 4
-    assert statistics.median(customers) < 0.9
+@pytest.mark.parametrize("largest_customer", [9, 2**62], ids=["one number to sort by", "three"])
+def test_rows_are_sorted_by_day_customer_and_instant(largest_customer: int) -> None:
+    """So that row groups hold their own days and customers."""
+    random = np.random.RandomState(1)
+    columns: dict[str, Any] = {name: random.randint(0, 2, 1000) for name, _ in duplicates.LAYOUT}
+    columns["transaction_id"] = np.arange(1000)
+    columns["customer_id"] = random.choice([-1, 0, 5, largest_customer], 1000)
+    columns["tx_unix_seconds"] = EPOCH_S + random.randint(-3 * 86400, 3 * 86400, 1000) // 900 * 900
+    ordered = duplicates.sorted_rows(columns, EPOCH_S)
+    names = ("tx_time_days", "customer_id", "tx_time_seconds", "transaction_id")
+    keys = list(zip(*(ordered[name].tolist() for name in names)))
+    assert keys == sorted(keys)
+    assert set(ordered["transaction_id"]) == set(range(1000))
+    rows = ordered["transaction_id"]
+    assert (ordered["tx_datetime"] == columns["tx_unix_seconds"][rows]).all()
+    assert (ordered["tx_time_days"] == ordered["tx_time_seconds"] // 86400).all()
 
 
 @pytest.mark.parametrize(
