@@ -16,7 +16,7 @@ from ml_platform.dev.simulator import Simulation
 from ml_platform.model.promotion import Facts, PromotionRule, Scores, decide
 from ml_platform.spark.bare_jobs import clean, features
 from spark_jobs import train_model
-from spark_jobs.features.registry import FEATURES, REGISTRY
+from spark_jobs.features.registry import MODEL_INPUTS, REGISTRY
 from spark_jobs.training.learners import DEFAULT_CANDIDATES
 
 HANDBOOK = ("tx_amount", *[feature.name for feature in REGISTRY if feature.source == "handbook"])
@@ -31,8 +31,8 @@ MODELS = {
     "old pipeline's inputs, logistic_regression": (OLD_PIPELINE, "logistic_regression"),
     "handbook's inputs, logistic_regression": (HANDBOOK, "logistic_regression"),
     "handbook's inputs, xgboost": (HANDBOOK, "xgboost"),
-    "all inputs, logistic_regression": (FEATURES, "logistic_regression"),
-    "all inputs, xgboost": (FEATURES, "xgboost"),
+    "all inputs, logistic_regression": (MODEL_INPUTS, "logistic_regression"),
+    "all inputs, xgboost": (MODEL_INPUTS, "xgboost"),
 }
 
 

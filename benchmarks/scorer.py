@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from benchmarks.common import markdown, options, write_results
-from spark_jobs.features.registry import FEATURES
+from spark_jobs.features.registry import MODEL_INPUTS
 from spark_jobs.training.learners import LEARNERS, Scorer
 
 FIT_ROWS = 200_000
@@ -29,11 +29,11 @@ def measure(rows: int) -> dict[str, float]:
     import numpy as np
 
     draw = np.random.default_rng(0)
-    matrix = draw.gamma(2, 10, size=(max(rows, FIT_ROWS), len(FEATURES))).astype("f4")
+    matrix = draw.gamma(2, 10, size=(max(rows, FIT_ROWS), len(MODEL_INPUTS))).astype("f4")
     label = (matrix[:FIT_ROWS, :3].sum(axis=1) + draw.normal(0, 20, FIT_ROWS) > 110).astype("i4")
     params = {"rounds": 100, "max_depth": 5, "learning_rate": 0.1, "max_bin": 1024}
     model = LEARNERS["xgboost"].fit(matrix[:FIT_ROWS], label, np.ones(FIT_ROWS), params, 0, 2)
-    scorer = Scorer.from_json(Scorer("xgboost", FEATURES, model).to_json())
+    scorer = Scorer.from_json(Scorer("xgboost", MODEL_INPUTS, model).to_json())
 
     def seconds(work: object, repeat: int, number: int) -> float:
         best = []

@@ -18,8 +18,8 @@ from ml_platform.spark.bare_jobs import clean
 from spark_jobs import runtime
 from spark_jobs.build_features import feature_files
 from spark_jobs.features.registry import LABEL_DELAY_DAYS, WINDOW_DAYS
-from spark_jobs.features.windows import DAY_S
 from spark_jobs.io import parquet_files
+from spark_jobs.schema import DAY_S
 
 if TYPE_CHECKING:
     from pathlib import Path

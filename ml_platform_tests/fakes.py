@@ -297,7 +297,7 @@ def features_report(
         "partition": cleaned["partition"],
         "run_id": run_id,
         "inputs": inputs if isinstance(inputs, dict) else inputs.model_dump(),
-        "features": list(build_features.FEATURES),
+        "features": list(build_features.MODEL_INPUTS),
         "counts": {
             "rows": cleaned["counts"]["clean_rows"],
             "fraud_rows": cleaned["counts"]["fraud_rows"],

@@ -567,7 +567,7 @@ class TestModel:
             "cutoff": ready[2],
             "cutoff_uri": f"{uri}/{FEATURES_TABLE}/raw_file={ready[2]}",
             "feature_uris": [f"{uri}/{FEATURES_TABLE}/raw_file={key}" for key in ready[:3]],
-            "features": list(build_features.FEATURES),
+            "features": list(build_features.MODEL_INPUTS),
             "output_uri": output,
             "champion": None,
             "test_days": 7,
@@ -649,7 +649,7 @@ class TestModel:
         assert champion is not None
         assert (str(champion.version), champion.run_id) == ("1", run.info.run_id)
         assert champion.tags["model_uri"] == f"{output}/model.json"
-        assert json.loads(champion.tags["features"]) == list(build_features.FEATURES)
+        assert json.loads(champion.tags["features"]) == list(build_features.MODEL_INPUTS)
 
         artifacts = Path(client.download_artifacts(run.info.run_id, ""))
         assert json.loads((artifacts / "data_set.json").read_text()) == {
@@ -773,7 +773,7 @@ class TestModel:
         assert request["champion"] == {
             "version": request["champion"]["version"],
             "model_uri": first,
-            "features": list(build_features.FEATURES),
+            "features": list(build_features.MODEL_INPUTS),
         }
         assert str(request["champion"]["version"]) == "1"
         trained = recorded(instance, MODEL, later.run_id)["a"]

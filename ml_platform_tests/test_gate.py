@@ -15,7 +15,7 @@ from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedRepor
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, run_assets
-from spark_jobs.features.registry import FEATURES as MODEL_INPUTS
+from spark_jobs.features.registry import MODEL_INPUTS
 
 pytestmark = pytest.mark.spark
 

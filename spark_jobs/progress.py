@@ -1,4 +1,4 @@
-"""How far a long job is, said in its log: what it is doing, tasks, rows per second, time left."""
+"""The progress of a long job in its log: the current work, tasks, rows per second, time left."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spark_jobs")
 
-#: Seconds between two lines. A reader of the log sees one every 30 s even where the log is fetched every 12 s.
+#: Seconds between two lines: at most 30 for a reader even where the log is fetched every 12 s.
 INTERVAL_S = 15.0
 
-#: No time left is told before this share of the work is done: it would mean nothing.
+#: Share of the work below which an estimate of the time left would be meaningless.
 LEAST_SHARE = 0.05
 
-#: What is larger on average is a block of rows (see blocks.py), and their number is not known here.
+#: Larger shuffled records are blocks (see blocks.py) of an unknown number of rows.
 LARGEST_ROW_BYTES = 4096
 
 
 class Progress:
     """Context manager that logs a line every INTERVAL_S while it is open.
 
-    The work is told by `enter`: its name, and which share of the whole it takes. Within that share, the tasks of the
-    Spark jobs that run count.
+    `enter` names the current step and its share of the whole; within it, the tasks of the running Spark jobs count.
     """
 
     def __init__(self, spark: SparkSession, what: str) -> None:
         self._context: Any = spark.sparkContext
         self._what = what
-        self._doing = ""
+        self._step = ""
         self._begin, self._end = 0.0, 0.0
         self._tallies: Any = None
         self._started = time.monotonic()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
 
-    def enter(self, doing: str, begin: float, end: float) -> None:
-        """From here on the job is `doing` something that takes it from the share `begin` to `end`, of 0 to 1."""
-        self._doing, self._begin, self._end = doing, begin, end
+    def enter(self, step: str, begin: float, end: float) -> None:
+        """Start a `step` that takes the job from the share `begin` to `end`, of 0 to 1."""
+        self._step, self._begin, self._end = step, begin, end
 
     def follow(self, tallies: Any) -> None:
-        """From here on tasks that write tell their ``rows`` in this accumulator (see runtime.gathering)."""
+        """Count the ``rows`` of the tallies in this accumulator (see partitions.list_accumulator)."""
         self._tallies = tallies
 
     def __enter__(self) -> Progress:
@@ -52,24 +51,24 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     def _report(self) -> None:
-        while not self._over.wait(INTERVAL_S):
+        while not self._stopped.wait(INTERVAL_S):
             try:
                 log.info("%s", self.line())
             except Exception as error:
-                # The work matters, not its description: Spark may be stopping.
-                log.debug("no progress to tell: %s", error)
+                # Spark may be stopping. A failed log line must not fail the work.
+                log.debug("cannot describe the progress: %s", error)
 
     def line(self) -> str:
-        """How far the job is, now."""
+        """The current progress."""
         tasks_done, tasks = self._tasks()
         rows_per_second = self._rows_per_second()
         share = self._begin + (self._end - self._begin) * (tasks_done / tasks if tasks else 0)
         elapsed = time.monotonic() - self._started
-        parts = [f"{self._what} {self._doing}".strip()]
+        parts = [f"{self._what} {self._step}".strip()]
         if tasks:
             parts.append(f"{tasks_done} of {tasks} tasks")
         if rows_per_second:
@@ -80,18 +79,19 @@ class Progress:
         return ", ".join(parts)
 
     def _tasks(self) -> tuple[int, int]:
-        """Tasks that are done, and all, of the Spark jobs that run."""
+        """(finished tasks, all tasks) of the running Spark jobs."""
         tracker = self._context.statusTracker()
         jobs = [tracker.getJobInfo(job) for job in tracker.getActiveJobsIds()]
         stages = [tracker.getStageInfo(stage) for job in jobs if job is not None for stage in job.stageIds]
-        known = [stage for stage in stages if stage is not None]
-        return sum(stage.numCompletedTasks for stage in known), sum(stage.numTasks for stage in known)
+        stages = [stage for stage in stages if stage is not None]
+        return sum(stage.numCompletedTasks for stage in stages), sum(stage.numTasks for stage in stages)
 
     def _rows_per_second(self) -> float:
-        """Rows of the running stages per second since they started: those that they read, or, where they read blocks of
-        rows, those that their finished tasks told. 0 while there are none, and between blocks and blocks.
+        """Rows per second of the running stages: those that they read or, of blocks, those that finished tasks wrote.
+
+        0 while there are none, and for stages that read blocks and write blocks.
         """
-        # Not in PySpark's own status tracker, and the REST API needs the web UI.
+        # PySpark's status tracker does not have them, and the REST API needs the web UI.
         store = self._context._jsc.sc().statusStore()
         stages = store.activeStages()
         speed = 0.0

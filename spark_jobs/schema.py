@@ -1,4 +1,4 @@
-"""Columns and counts that the jobs share with everything that reads the lake."""
+"""Tables, counts and conventions that the jobs share with all readers of the lake."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: Version of the reports, the tables and the cleaning rules. Data of an older version are made again, or moved by a
+#: Version of the reports, the tables and the cleaning rules. Data of an older version are rebuilt, or converted by a
 #: step of ml_platform/lake/migrations.py; a lake with data of a newer version is refused.
 SCHEMA_VERSION = 1
 
@@ -30,6 +30,12 @@ CLEANED_COLUMNS = (
 #: The columns that may be NULL.
 KEY_COLUMNS = ("customer_id", "terminal_id")
 
+#: NULL in numpy columns of keys, which are never negative.
+NO_KEY = -1
+
+#: Seconds of a day.
+DAY_S = 86400
+
 #: Columns of ``rejected_transactions``.
 REJECTED_COLUMNS = (
     ("raw_line", "string", "The line as it stands in the raw file, without its line end."),
@@ -45,7 +51,7 @@ REJECT_RULES = (
     "conflicting_duplicate",
 )
 
-#: Rules that mend a row that is kept; each is a key of a report's ``counts``.
+#: Rules that correct a row and keep it; each is a key of a report's ``counts``.
 FIX_RULES = ("hour_24", "wrong_seconds", "wrong_days", "unknown_terminal", "unknown_customer")
 
 

@@ -22,10 +22,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import runtime
-from spark_jobs.features.windows import NO_KEY
 from spark_jobs.io import parquet_files
 from spark_jobs.progress import Progress
-from spark_jobs.schema import SCHEMA_VERSION
+from spark_jobs.schema import NO_KEY, SCHEMA_VERSION
 from spark_jobs.training import fits, library
 from spark_jobs.training.learners import (
     DEFAULT_CANDIDATES,

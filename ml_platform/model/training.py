@@ -30,7 +30,7 @@ from ml_platform.model.packaging import partition_datasets, save_model
 from ml_platform.model.plots import draw_figures, markdown_summary
 from ml_platform.model.promotion import Decision, Scores, decide
 from ml_platform.spark.engine import SparkEngine
-from spark_jobs.features.registry import FEATURES as MODEL_INPUTS
+from spark_jobs.features.registry import MODEL_INPUTS
 from spark_jobs.schema import REPORT_NAME
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
 from spark_jobs.training.learners import LEARNERS, installed_version

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import build_features, clean_transactions, train_model
-from spark_jobs.features.registry import FEATURES
+from spark_jobs.features.registry import MODEL_INPUTS
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -75,7 +75,7 @@ def train(spark: SparkSession, keys: Sequence[str], lake: Path, **settings: Any)
         "cutoff": keys[-1],
         "feature_uris": uris,
         "cutoff_uri": uris[-1],
-        "features": list(FEATURES),
+        "features": list(MODEL_INPUTS),
         "output_uri": f"file://{lake}/model",
     }
     return train_model.run(spark, request | settings)

@@ -28,6 +28,7 @@ spark.stop()
 
 
 @pytest.mark.spark
+@pytest.mark.images
 def test_rows_pass_through_arrow_where_executors_have_the_properties_of_the_jobs(tmp_path):
     properties = {
         "spark.driver.bindAddress": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""Blocks: columns through Python and Spark's shuffle and back."""
+"""Blocks: columns through Python, Spark's shuffle and back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Iterator
 import numpy as np
 import pytest
 
-from spark_jobs import runtime
 from spark_jobs.io import blocks
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+pytestmark = pytest.mark.images
 
 LAYOUT = (("id", "i8"), ("amount", "f8"), ("label", "u1"))
 
@@ -25,18 +26,14 @@ def columns(rows: int) -> dict[str, Any]:
 
 
 def test_packed_columns_come_back_in_order() -> None:
-    packed = [blocks.pack(columns(rows), LAYOUT) for rows in (3, 0, 2)]
-    found = blocks.unpack(packed, LAYOUT)
-    assert [values.dtype for values in found.values()] == [np.dtype(kind) for _, kind in LAYOUT]
+    found, none = (
+        blocks.unpack([blocks.pack(columns(rows), LAYOUT) for rows in sizes], LAYOUT) for sizes in ((3, 0, 2), ())
+    )
+    for unpacked in (found, none):
+        assert [values.dtype for values in unpacked.values()] == [np.dtype(kind) for _, kind in LAYOUT]
+    assert [len(values) for values in none.values()] == [0, 0, 0]
     assert found["id"].tolist() == [0, 1, 2, 0, 1]
     assert found["amount"].tolist() == [0, 1 / 7, 2 / 7, 0, 1 / 7]
-
-
-def test_no_blocks_are_no_rows() -> None:
-    found = blocks.unpack([], LAYOUT)
-    assert {name: (len(values), values.dtype) for name, values in found.items()} == {
-        name: (0, np.dtype(kind)) for name, kind in LAYOUT
-    }
 
 
 def test_arrow_arrays_are_what_pyarrow_makes_of_the_same() -> None:
@@ -57,21 +54,21 @@ def test_arrow_arrays_are_what_pyarrow_makes_of_the_same() -> None:
         found.validate()
         assert found.equals(expected)
         assert found.type == expected.type
-    with pytest.raises(TypeError, match="int64 is no int32"):
+    with pytest.raises(TypeError, match="int64 is not as wide as int32"):
         blocks.arrow_array(numbers, pyarrow.int32())
 
 
 def test_no_pandas_is_imported() -> None:
-    """By a process of its own: this one may have it already."""
+    """In a new process, because this one may have imported it."""
     program = """
 import sys
 import numpy, pyarrow
-from spark_jobs import clean_transactions
+from spark_jobs.cleaning import rejects
 from spark_jobs.io import blocks, parquet_files
 
 batch = pyarrow.RecordBatch.from_arrays([blocks.arrow_array(numpy.arange(5))], names=["id"])
 assert blocks._array_of(batch, "id").tolist() == [0, 1, 2, 3, 4]
-assert clean_transactions.rejects_file([(b"garbage", 1)], "snappy")
+assert rejects.parquet_file([(b"garbage", 1)], "snappy")
 options = {"compression": "snappy"}
 assert list(parquet_files.files_of({"id": numpy.arange(5)}, [("id", "bigint")], options))
 assert "pandas" not in sys.modules
@@ -124,7 +121,7 @@ def test_each_row_arrives_once_in_its_partition(spark: SparkSession) -> None:
 
 @pytest.mark.spark
 def test_much_text_comes_in_parts(spark: SparkSession) -> None:
-    """Five lines of nearly half of what is looked at together, and an empty one, in one batch of Arrow's."""
+    """Five lines of 40% of a part, and an empty one, in one Arrow batch."""
 
     def measured(texts: Iterator[tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
         for data, offsets in texts:
@@ -136,17 +133,3 @@ def test_much_text_comes_in_parts(spark: SparkSession) -> None:
     lines = spark.range(6).coalesce(1).selectExpr(f"CAST(repeat('x', IF(id = 2, 0, {size})) AS BINARY) AS line")
     found = blocks.map_text(lines, measured, "lines bigint, bytes bigint", padding=4).collect()
     assert [(row.lines, row.bytes) for row in found] == [(3, 2 * size), (2, 2 * size), (1, size)]
-
-
-@pytest.mark.spark
-def test_what_tasks_tell_is_gathered_once(spark: SparkSession) -> None:
-    gathered = runtime.gathering(spark)
-
-    def told(packed: list[bytes]) -> Iterator[dict[str, Any]]:
-        gathered.add([len(packed)])
-        yield {"blocks": np.array([len(packed)])}
-
-    frame = spark.range(6).selectExpr("CAST(id AS INT) AS partition_key", "CAST('' AS BINARY) AS block").repartition(3)
-    rows = blocks.map_blocks(frame, told, "blocks bigint").collect()
-    assert sum(gathered.value) == sum(row.blocks for row in rows) == 6
-    assert len(gathered.value) == 3

@@ -11,6 +11,8 @@ import pytest
 from spark_jobs.training import learners
 from spark_jobs.training.learners import LEARNERS, ModelError, NewerModelError, Scorer
 
+pytestmark = pytest.mark.images
+
 FEATURES = ["amount", "risk", "noise"]
 SMALL = {"xgboost": {"rounds": 20, "max_depth": 3}, "logistic_regression": {"C": 1.0}}
 

@@ -13,6 +13,8 @@ import pytest
 
 from spark_jobs.training import library
 
+pytestmark = pytest.mark.images
+
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):

@@ -663,6 +663,7 @@ class TestChampion:
         assert scores.where("score IS NOT NULL").count() > 50
 
 
+@pytest.mark.images
 class TestLibrary:
     def test_one_that_is_missing_stops_the_job_before_it_reads_a_row(self, train, tmp_path):
         uri = str(tmp_path / "xgboost-2.1.4-{}.zip".format("0" * 64))

@@ -1,1 +1,1 @@
-"""From raw lines to cleaned rows."""
+"""Raw lines to cleaned rows."""

@@ -1,21 +1,22 @@
-"""Many raw lines at once, in numpy: those that no rule touches, which is nearly all of a real file.
+"""Raw lines, many at once in numpy: plain ones, which are nearly all of a real file.
 
 A plain line has nine fields of digits alone (the amount with a point, the instant as YYYY-MM-DD HH:MM:SS), short enough
 for the arithmetic here: eight characters are loaded as one 64-bit number, and checked and read together. Any other line
-is left to rules.parse_line, which would make the same of a plain one.
+is left to rules.parse_line, which gives the same result for a plain one.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from spark_jobs.cleaning.rules import FIELD_COUNT, FIX_BITS, parse_line
-from spark_jobs.features.windows import DAY_S
+from spark_jobs.schema import DAY_S
 
 if TYPE_CHECKING:
-    from spark_jobs.features.windows import Array, Columns
+    from spark_jobs.io.blocks import Array, Columns
 
-#: What a line is parsed into: name, numpy type. See rules.Line.
+#: Columns of parsed lines (see rules.Line): name, numpy type.
 LINE_COLUMNS = (
     ("rejected", "u1"),
     ("transaction_id", "i8"),
@@ -29,33 +30,49 @@ LINE_COLUMNS = (
     ("content", "u8"),
 )
 
-#: Bytes that there must be before the first line and behind the last.
+#: Bytes required before the first line and behind the last.
 PADDING = 16
 
 #: Characters that are loaded together.
 WORD = 8
 
-#: Days of the months. The last of February in leap years is left to parse_line.
+#: Days of the months. February 29 is left to parse_line.
 _MONTH_DAYS = (0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
-#: The bits of a length by which tables are looked up, those of longer and of broken fields, too.
+#: Mask of a length as an index of tables, so that lengths of fields that are not plain stay within them.
 _LENGTHS = 31
 
-# Words whose bytes are all alike.
+# Words of eight equal bytes.
 _ZEROS, _SIXES, _HIGH_HALVES = 0x3030303030303030, 0x0606060606060606, 0xF0F0F0F0F0F0F0F0
+
+
+class Parser:
+    """Parses the lines of one file, in any process. Only hashes of the same parser can be compared.
+
+    `header` is the file's header line, `epoch` is in Unix seconds.
+    """
+
+    def __init__(self, header: bytes | None, epoch: int) -> None:
+        self.header = header
+        self.epoch = epoch
+        self._seed = int.from_bytes(os.urandom(8), "little")
+
+    def parse(self, data: Array, offsets: Array) -> Columns:
+        """See parse_lines."""
+        return parse_lines(data, offsets, self.header, self.epoch, self._seed)
 
 
 def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, seed: int) -> Columns:
     """LINE_COLUMNS of the lines that are not empty, and `line`, their numbers.
 
-    `data` are the bytes of all lines in a row, with PADDING bytes before and behind; line i is at ``offsets[i]`` up to
-    but without ``offsets[i + 1]``. `header`, `epoch` and `seed` are those of parse_line.
+    `data` are the bytes of all lines in a row, with PADDING bytes before and behind; line i is
+    ``data[offsets[i]:offsets[i + 1]]``. `header`, `epoch` and `seed` are those of parse_line.
     """
     import numpy as np
 
     start, stop = offsets[:-1], offsets[1:]
     commas = np.flatnonzero(data == ord(","))
-    # Of each line, and of the line behind the last.
+    # The first comma of each line, and of the line behind the last.
     first_comma = np.searchsorted(commas, offsets)
     ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
     while ends_in_return.any():
@@ -83,7 +100,7 @@ def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, s
 
 
 def _plain_columns(fields: _Fields, epoch: int) -> Columns:
-    """LINE_COLUMNS of those lines that prove to be plain."""
+    """LINE_COLUMNS of the lines that are plain."""
     import numpy as np
 
     values = {
@@ -108,8 +125,8 @@ class _Fields:
     """The fields of lines that have nine, each read for all lines together.
 
     Attributes:
-        plain: of each line, whether all that was read of it is plain. If not, its values are anything.
-        content: of each line, a hash of all that was read.
+        plain: whether all fields of a line read so far are plain. If not, its values are meaningless.
+        content: hash of all fields of a line read so far.
     """
 
     def __init__(self, data: Array, begins: list[Array], ends: list[Array], seed: int) -> None:
@@ -119,7 +136,7 @@ class _Fields:
         # A view of the eight bytes from each position on. Little-endian: the first character is the lowest byte.
         self._words = np.ndarray((len(data) - WORD + 1,), "<u8", data.data, strides=(1,))
         self._begins, self._ends = begins, ends
-        # A word of which only the last n characters stay, for n & _LENGTHS; from 8 on all do.
+        # Masks that keep the last n characters of a word, for n & _LENGTHS; all from 8 on.
         full = (1 << 64) - 1
         last = [full ^ (full >> 8 * min(n, WORD)) for n in range(_LENGTHS + 1)]
         self._last = np.array(last, dtype="u8")
@@ -127,11 +144,11 @@ class _Fields:
         self.content = np.full(len(begins[0]), seed, dtype="u8")
 
     def require(self, condition: Array) -> None:
-        """Lines for which `condition` does not hold are not plain."""
+        """Mark the lines for which `condition` does not hold as not plain."""
         self.plain &= condition
 
     def integer(self, field: int, longest: int = WORD) -> Array:
-        """A field of digits, `longest` (8 or 16) at most."""
+        """A field of at most `longest` (8 or 16) digits."""
         import numpy as np
 
         length = self._length(field, longest)
@@ -142,7 +159,7 @@ class _Fields:
                 before = self._last[(np.maximum(length, WORD) - WORD) & _LENGTHS]
                 value += self._digits(end - WORD, before) * 10**WORD
             else:
-                # As in batches that have longer ones: copies of a line must have the same hash.
+                # As in batches with longer fields: copies of a line must have equal hashes.
                 self._hash(np.zeros(1, dtype="u8"))
         return value
 
@@ -161,7 +178,7 @@ class _Fields:
         return values[0], values[1]
 
     def amount(self, field: int) -> Array:
-        """A field of eight characters at most, digits and perhaps a point with one to three of them behind it."""
+        """A field of at most eight characters: digits, optionally with a point before the last one to three."""
         import numpy as np
 
         length = self._length(field, WORD)
@@ -176,7 +193,7 @@ class _Fields:
         behind, before = text & self._last[decimals], text & ~self._last[np.minimum(decimals + 1, WORD)]
         text = np.where(has_point, behind | (before << np.uint64(8)), text)
         digits = self._value(text, self._last[(length - has_point) & _LENGTHS])
-        # Both are exact, so that their quotient is the double that is nearest to the decimal number.
+        # Both are exact, so their quotient is the double nearest to the decimal number.
         return digits / np.array([1.0, 10.0, 100.0, 1000.0])[decimals]
 
     def instant(self, field: int) -> Array:
@@ -204,25 +221,25 @@ class _Fields:
         return _days(year, month, day) * DAY_S + hour * 3600 + minute * 60 + second
 
     def _length(self, field: int, longest: int) -> Array:
-        """How many characters a field has: 1 to `longest`, or the line is not plain."""
+        """Characters of a field; the line is not plain unless they are 1 to `longest`."""
         length = self._ends[field] - self._begins[field]
         self.require((length - 1).view("u8") < longest)
         return length
 
     def _digits(self, end: Array, mask: Array) -> Array:
-        """The number of the digits before `end` that `mask` leaves."""
+        """The value of the digits before `end` that `mask` keeps."""
         return self._value(self._text(end, mask), mask)
 
     def _text(self, end: Array, mask: Array) -> Array:
-        """The characters before `end` that `mask` leaves, as the last ones of a word."""
+        """The characters before `end` that `mask` keeps, as the last ones of a word."""
         text: Array = self._words[end - WORD] & mask
         self._hash(text)
         return text
 
     def _value(self, text: Array, mask: Array) -> Array:
-        """The number of the characters of `text` that `mask` leaves, all digits; the other bytes are 0.
+        """The value of the characters of `text` that `mask` keeps, all digits; the other bytes are 0.
 
-        Neighbours are joined: to numbers below 100, then all four of them at once.
+        Neighbours are joined to numbers below 100, then all four of these at once.
         """
         import numpy as np
 
@@ -236,7 +253,7 @@ class _Fields:
         return value
 
     def _hash(self, word: Array) -> None:
-        """Take a word into `content`; the constants are those of MurmurHash3's finalizer."""
+        """Hash a word into `content`, with the constants of MurmurHash3's finalizer."""
         import numpy as np
 
         mixed = (self.content ^ word) * np.uint64(0xFF51AFD7ED558CCD)
@@ -257,7 +274,7 @@ def _byte(word: Array, index: int) -> Array:
 
 
 def _pair(digits: Array, index: int) -> Array:
-    """The number of the two digits from `index` on."""
+    """The value of the two digits from `index` on."""
     import numpy as np
 
     pair: Array = (_byte(digits, index) * np.uint64(10) + _byte(digits, index + 1)).view("i8")
@@ -265,7 +282,7 @@ def _pair(digits: Array, index: int) -> Array:
 
 
 def _are_digits(values: Array) -> Array:
-    """Whether no byte is above 9. A carry out of one comes only from a byte that is."""
+    """Whether all bytes are below 10. Only a byte that is not can carry into its neighbour."""
     import numpy as np
 
     return ((values | (values + np.uint64(_SIXES))) & np.uint64(_HIGH_HALVES)) == 0

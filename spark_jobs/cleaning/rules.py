@@ -1,4 +1,4 @@
-"""What the cleaning rules make of one raw line, in plain Python: the definition that plain_lines.py is held against."""
+"""The cleaning rules for one raw line, in plain Python: the reference for plain_lines.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import date
 from hashlib import blake2b
 from typing import NamedTuple
 
-from spark_jobs.features.windows import DAY_S, NO_KEY
+from spark_jobs.schema import DAY_S, NO_KEY
 
 #: Bits of `Line.rejected`: one per rule that looks at a row alone, and one for the header's text.
 REJECT_BITS = {"malformed_row": 1, "invalid_datetime": 2, "invalid_amount": 4, "invalid_label": 8}
@@ -18,6 +18,13 @@ HEADER_BIT = 16
 FIX_BITS = {"hour_24": 1, "wrong_seconds": 2, "wrong_days": 4}
 
 FIELD_COUNT = 9
+
+#: A longer line is malformed without being parsed: splitting 100 MB of commas would take the memory of an executor.
+MAX_ROW_BYTES = 4096
+
+#: Stands for such a line in Python: malformed as well, and never a header.
+LONG_LINE = "0"
+
 EPOCH_ORDINAL = date(1970, 1, 1).toordinal()
 
 _BLANKS = bytes(range(0x21)) + b"\x7f"
@@ -27,14 +34,14 @@ _DATETIME = re.compile(rb"([0-9]{4})-([0-9]{2})-([0-9]{2}) ([0-9]{2}):([0-9]{2})
 
 
 class Line(NamedTuple):
-    """A parsed line. If a rule rejects it, the values say nothing.
+    """A parsed line. The values of a rejected one are meaningless.
 
     Attributes:
         rejected: 0, or the bits of REJECT_BITS that apply, or HEADER_BIT.
         tx_unix_seconds: the instant, seconds since 1970 in UTC.
-        customer_id, terminal_id: NO_KEY where the raw value is none.
+        customer_id, terminal_id: NO_KEY where the raw value is not a key.
         fixes: bits of FIX_BITS.
-        content: hash of the line, by which copies are known.
+        content: hash of the line, which identifies copies.
     """
 
     rejected: int
@@ -50,7 +57,7 @@ class Line(NamedTuple):
 
 
 def parse_line(line: bytes, header: bytes | None, epoch: int, seed: int) -> Line:
-    """Parse a line, without its line end. `epoch` is in Unix seconds; `seed` (64 bits) makes hashes unforeseeable."""
+    """Parse a line without its end. `epoch` is in Unix seconds; the seed (64 bits) makes hashes unpredictable."""
     if line == header:
         return Line(HEADER_BIT)
     if line.count(b",") != FIELD_COUNT - 1:
@@ -68,7 +75,7 @@ def parse_line(line: bytes, header: bytes | None, epoch: int, seed: int) -> Line
         rejected |= REJECT_BITS["invalid_amount"]
     if fraud not in (None, 0, 1):
         rejected |= REJECT_BITS["invalid_label"]
-    # Each None has a bit, as the type checker cannot know.
+    # Each None has a bit; the comparisons are for the type checker.
     if (
         rejected
         or transaction_id is None
@@ -98,14 +105,24 @@ def parse_line(line: bytes, header: bytes | None, epoch: int, seed: int) -> Line
     )
 
 
-def is_number(field: bytes) -> bool:
-    """Whether a field is written as a number, whatever its size."""
-    return _NUMBER.fullmatch(field.strip(_BLANKS)) is not None
+def header_line(head: bytes) -> bytes | None:
+    """The header of a file that begins with `head`, without its line end; None for a file without a header.
+
+    A header is the first line that is not empty, if it starts with ``#`` or its first field is not a number. A first
+    line longer than MAX_ROW_BYTES is a malformed row.
+    """
+    if head.startswith(b"\xef\xbb\xbf"):  # a byte order mark, which Spark's reader drops as well
+        head = head[3:]
+    first = next((line for line in (line.rstrip(b"\r") for line in head.split(b"\n")) if line), b"")
+    if not first or len(first) > MAX_ROW_BYTES:
+        return None
+    is_row = _NUMBER.fullmatch(first.split(b",")[0].strip(_BLANKS)) and not first.startswith(b"#")
+    return None if is_row else first
 
 
 def _integer(field: bytes, bits: int) -> int | None:
-    """A field as an integer of so many bits, None if it is none."""
-    # int() takes time in the square of the digits.
+    """A field as an integer of so many bits; None if it is not one."""
+    # The time of int() grows with the square of the digits.
     if not _INTEGER.fullmatch(field) or len(field.lstrip(b"+-0")) > 20:
         return None
     value = int(field)
@@ -113,7 +130,7 @@ def _integer(field: bytes, bits: int) -> int | None:
 
 
 def _number(field: bytes) -> float | None:
-    """A field as a finite number, None if it is none."""
+    """A field as a finite number; None if it is not one."""
     value = float(field) if _NUMBER.fullmatch(field) else math.inf
     return value if math.isfinite(value) else None
 
@@ -124,11 +141,11 @@ def _key(field: bytes) -> int:
 
 
 def _instant(field: bytes) -> tuple[int | None, bool]:
-    """(Unix seconds or None if there is no such instant, whether it was written as 24:00:00)."""
-    found = _DATETIME.fullmatch(field)
-    if not found:
+    """(Unix seconds, or None if there is no such instant; whether it was written as 24:00:00)."""
+    match = _DATETIME.fullmatch(field)
+    if not match:
         return None, False
-    year, month, day, hour, minute, second = map(int, found.groups())
+    year, month, day, hour, minute, second = map(int, match.groups())
     is_hour_24 = (hour, minute, second) == (24, 0, 0)
     if not is_hour_24 and (hour > 23 or minute > 59 or second > 59):
         return None, False
@@ -136,7 +153,7 @@ def _instant(field: bytes) -> tuple[int | None, bool]:
         days = date(year, month, day).toordinal()
     except ValueError:
         return None, False
-    # The next day would be in the year 10000, which most readers cannot tell.
+    # The next day would be in the year 10000, which most readers cannot represent.
     if is_hour_24 and days == date.max.toordinal():
         return None, False
     return (days - EPOCH_ORDINAL) * DAY_S + hour * 3600 + minute * 60 + second, is_hour_24

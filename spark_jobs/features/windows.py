@@ -1,37 +1,30 @@
 """Exact trailing windows over the rows of each customer or terminal, in time linear in the rows.
 
-Spark's range windows go over a frame's rows again for every row, which takes hours where single terminals carry
-millions of rows. Here a partition of rows is sorted once by key and time; where a window begins and ends is found by
-binary search, and sums are differences of running sums. Running sums are kept in integers, whose differences are
-exact whatever stands before the window: a row's features do not depend on the rows around it.
+Spark's range windows scan a window again for every row, which takes hours where single terminals have millions of rows.
+Here the rows are sorted once by key and time, the bounds of a window are found by binary search, and its sums are
+differences of running sums. These are integers, so the differences are exact: the features of a row do not depend on
+rows outside its windows.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict
+from typing import TYPE_CHECKING, Callable
+
+from spark_jobs.schema import DAY_S, NO_KEY
 
 if TYPE_CHECKING:
-    import numpy as np
+    from spark_jobs.io.blocks import Array, Columns
 
-    Array = np.ndarray[Any, Any]
-    #: Columns of as many rows: name → numpy array.
-    Columns = Dict[str, Any]
-
-DAY_S = 86400
-
-#: Amounts are summed in these units, and beyond this amount counted as this amount, so that squares fit 64 bits.
+#: Amounts are summed in whole cents and capped at LARGEST_AMOUNT, so that their squares fit 64 bits.
 CENT = 0.01
 LARGEST_AMOUNT = 1e6
 
 #: Resolution of sums of logarithms.
 LOG_UNIT = 1e-9
 
-#: In numpy a NULL key is this; keys are never negative.
-NO_KEY = -1
-
 
 class Window:
-    """A stretch of sorted rows per row: those with positions from `start` up to but without `stop`."""
+    """For each row, a range of the sorted rows: positions `start` to `stop`, exclusive."""
 
     def __init__(self, start: Array, stop: Array) -> None:
         import numpy as np
@@ -45,7 +38,7 @@ class Window:
         return (self.stop - self.start).astype("float64")
 
     def sum(self, values: Array) -> Array:
-        """Exact sum of integers over the window; right as long as the sum itself fits 64 bits."""
+        """Exact sum of integers over the window, as long as that fits 64 bits."""
         import numpy as np
 
         running = np.zeros(len(values) + 1, dtype="int64")
@@ -68,7 +61,7 @@ class Window:
         best, width = np.asarray(values, dtype="float64"), 1
         longest = int(length.max()) if len(length) else 0
         while width <= longest:
-            # `best` holds the maxima of `width` rows from each position on; two of them cover the window.
+            # `best` has the maximum of `width` rows from each position on; two of these cover the window.
             rows = np.flatnonzero((length >= width) & (length < 2 * width))
             result[rows] = np.maximum(best[self.start[rows]], best[self.stop[rows] - width])
             best = np.maximum(best[:-width], best[width:]) if len(best) > width else best[:0]
@@ -80,8 +73,8 @@ class History:
     """Rows of one partition, sorted by key, time and transaction_id.
 
     Attributes:
-        time: seconds, bigint. amount: double. cents: amounts in whole cents. fraud: 0 or 1.
-        known: whether the row has a key. Rows without one have empty windows.
+        order: indices of the sorted rows among those given.
+        time: seconds. cents: amounts in whole cents, at most LARGEST_AMOUNT. fraud: 0 or 1.
     """
 
     def __init__(self, key: Array, time: Array, transaction_id: Array, amount: Array, fraud: Array) -> None:
@@ -90,7 +83,7 @@ class History:
         self._first = int(time.min()) if len(key) else 0
         self._span = (int(time.max()) - self._first if len(key) else 0) + 1
         if len(key) and int(key.max()) >= 2**62 // self._span:
-            # One number for key and time would not fit: number the keys.
+            # One number for key and time would not fit 64 bits: number the keys.
             ranks = np.unique(key[key != NO_KEY], return_inverse=True)[1]
             numbered = np.full(len(key), NO_KEY)
             numbered[key != NO_KEY] = ranks
@@ -101,15 +94,14 @@ class History:
         self._place = place[self.order]
         self._sort_ties(transaction_id)
         self.time = time[self.order]
-        self.amount = amount[self.order]
         self.fraud = fraud[self.order].astype("int64")
-        self.known = key[self.order] != NO_KEY
-        self.cents = np.rint(np.minimum(self.amount, LARGEST_AMOUNT) / CENT).astype("int64")
+        self.cents = np.rint(np.minimum(amount[self.order], LARGEST_AMOUNT) / CENT).astype("int64")
+        self._has_key = key[self.order] != NO_KEY
         self._base = self._place - (self.time - self._first)
-        self._found: dict[int, Array] = {}
+        self._positions: dict[int, Array] = {}
 
     def _sort_ties(self, transaction_id: Array) -> None:
-        """Bring the few rows of the same key and second into the order of their ids."""
+        """Sort the few rows of the same key and second by id."""
         import numpy as np
 
         same = self._place[1:] == self._place[:-1]
@@ -118,32 +110,29 @@ class History:
         self.order[tied] = rows[np.lexsort((transaction_id[rows], self._place[tied]))]
 
     def _position(self, seconds: int) -> Array:
-        """For each row, the first position of its key whose time is at least the row's own plus `seconds`."""
+        """For each row, the first position of its key with a time of at least the row's plus `seconds`."""
         import numpy as np
 
-        if seconds not in self._found:
+        if seconds not in self._positions:
             target = np.clip(self.time - self._first + seconds, 0, self._span)
-            self._found[seconds] = np.searchsorted(self._place, self._base + target)
-        return self._found[seconds]
+            self._positions[seconds] = np.searchsorted(self._place, self._base + target)
+        return self._positions[seconds]
 
-    def window(self, days: int, delay_days: int = 0, *, with_now: bool) -> Window:
-        """Rows of the same key in (t - delay - days, t - delay]; without those of that last second if not `with_now`.
+    def window(self, days: int, delay_days: int = 0, *, include_current: bool) -> Window:
+        """Rows of the same key in (t - delay - days, t - delay]; without `include_current`, less their last second.
 
         Empty for rows without a key.
         """
         import numpy as np
 
         end = -delay_days * DAY_S
-        stop = self._position(end + 1 if with_now else end)
+        stop = self._position(end + 1 if include_current else end)
         start = self._position(end - days * DAY_S + 1)
-        return Window(np.where(self.known, start, 0), np.where(self.known, stop, 0))
+        return Window(np.where(self._has_key, start, 0), np.where(self._has_key, stop, 0))
 
 
 def over_history(rows: Columns, key: str, compute: Callable[[History], Columns]) -> Columns:
-    """What `compute` makes of the history of `rows` by `key`, as columns of `rows`.
-
-    `compute` gives columns of doubles for the rows in the history's order.
-    """
+    """Columns of doubles that `compute` derives from the history of `rows` by `key`, in the order of `rows`."""
     import numpy as np
 
     history = History(rows[key], rows["tx_time_seconds"], rows["transaction_id"], rows["tx_amount"], rows["tx_fraud"])

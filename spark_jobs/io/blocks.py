@@ -1,25 +1,28 @@
-"""Rows through Python as numpy columns, and through Spark's shuffle as blocks: a few large rows for many small ones.
+"""Rows as numpy columns in Python, and as blocks in Spark's shuffle: a few large rows in place of many small ones.
 
-Spark moves, converts and sorts row by row. What is done here to whole columns at a time takes a fraction of that, from
-the first row on, for nothing has to be compiled first.
+Spark moves, converts and sorts row by row. Whole columns at a time take a fraction of that, from the first row on,
+because no code has to be compiled first.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, Sequence, Tuple
 
 if TYPE_CHECKING:
+    import numpy as np
     from pyspark.sql import DataFrame
 
-    from spark_jobs.features.windows import Array, Columns
+    Array = np.ndarray[Any, Any]
+    #: Columns of equal length: name → numpy array.
+    Columns = Dict[str, Any]
 
-#: Name and numpy type of columns.
+#: Name and numpy type of each column.
 Layout = Sequence[Tuple[str, str]]
 
-#: What `exchange` shuffles: where to, and packed columns.
+#: The rows that `exchange` shuffles: their destination, and packed columns.
 BLOCK_SCHEMA = "partition_key int NOT NULL, block binary NOT NULL"
 
-#: Bytes of text that are looked at together, unless one line has more.
+#: Bytes of text that are passed together, unless one line has more.
 TEXT_PER_BATCH = 8 << 20
 
 
@@ -28,8 +31,8 @@ def map_text(
 ) -> DataFrame:
     """Apply `function` to the lines of a binary column.
 
-    It is given (data, offsets) for many lines at a time: the bytes of all of them in a row, with `padding` zeros before
-    and behind, and where each begins and the last ends. It returns columns as `map_blocks` takes them.
+    It receives (data, offsets) of many lines at a time: their bytes in a row, with `padding` zeros before and behind,
+    and where each begins and the last ends. It yields columns as in `schema`.
     """
     import numpy as np
 
@@ -62,21 +65,21 @@ def map_columns(frame: DataFrame, function: Callable[[Columns], Columns], schema
 
 
 def map_blocks(blocks: DataFrame, function: Callable[[list[bytes]], Iterator[Columns]], schema: str) -> DataFrame:
-    """Apply `function` to all blocks of each partition of `exchange`; it returns columns as in `schema`."""
+    """Apply `function` to all blocks of each partition of `exchange`; it yields columns as in `schema`."""
 
-    def gathered(batches: Iterable[Any]) -> Iterator[Columns]:
+    def collected(batches: Iterable[Any]) -> Iterator[Columns]:
         return function([block for batch in batches for block in _values_of(batch, 1)])
 
-    return _map_batches(blocks, gathered, schema)
+    return _map_batches(blocks, collected, schema)
 
 
 def exchange(blocks: DataFrame, partitions: int) -> DataFrame:
-    """Shuffle rows of BLOCK_SCHEMA by ``partition_key``, which `split` has made for as many partitions."""
+    """Shuffle rows of BLOCK_SCHEMA by ``partition_key``, which `split` made for as many partitions."""
     return blocks.repartition(partitions, "partition_key")
 
 
 def split(columns: Columns, layout: Layout, partition: Array, keys: Array) -> Columns:
-    """Rows of BLOCK_SCHEMA that carry each row of `columns` to the partition with its number in `partition`.
+    """Rows of BLOCK_SCHEMA that carry each row of `columns` to the partition numbered in `partition`.
 
     `keys` are `partition_keys` of the number of partitions.
     """
@@ -96,12 +99,12 @@ def pack(columns: Columns, layout: Layout) -> bytes:
 
 
 def unpack(blocks: list[bytes], layout: Layout) -> Columns:
-    """The columns of all `blocks`, those of the first one first."""
+    """The columns of all `blocks`, in their order."""
     return {name: column(blocks, layout, name) for name, _ in layout}
 
 
 def column(blocks: list[bytes], layout: Layout, name: str) -> Array:
-    """One column of all `blocks`, those of the first one first."""
+    """One column of all `blocks`, in their order."""
     import numpy as np
 
     types = {each: np.dtype(kind) for each, kind in layout}
@@ -116,7 +119,7 @@ def column(blocks: list[bytes], layout: Layout, name: str) -> Array:
 
 
 def task_number() -> int:
-    """In a task: which partition it is at work on."""
+    """The partition of the task that calls this."""
     from pyspark import TaskContext
 
     context = TaskContext.get()
@@ -127,8 +130,8 @@ def task_number() -> int:
 def partition_keys(partitions: int) -> Array:
     """For each partition number, an integer that Spark's hash partitioning sends there.
 
-    Spark hashes a 32-bit integer by MurmurHash3 (x86, 32 bits) with seed 42 and takes the remainder that is not
-    negative. Were it to do otherwise, partitions would be uneven, and nothing else.
+    Spark hashes a 32-bit integer by MurmurHash3 (x86, 32 bits) with seed 42 and takes the non-negative remainder. With
+    another hash, partitions would be uneven, but no row would be wrong.
     """
     import numpy as np
 
@@ -137,18 +140,18 @@ def partition_keys(partitions: int) -> Array:
     while (keys < 0).any():
         candidates = np.arange(first, first + 16 * partitions)
         numbers = _murmur3(candidates) % partitions
-        # In reverse, so that of several the smallest stays.
+        # In reverse, so that the smallest of several stays.
         free = keys[numbers] < 0
         keys[numbers[free][::-1]] = candidates[free][::-1]
         first += 16 * partitions
     return keys
 
 
-def mixed(numbers: Array) -> Array:
-    """Integers from 0 to 2**31 - 1, as good as random, that are the same for the same numbers."""
+def hash_ids(numbers: Array) -> Array:
+    """Hashes of integers, from 0 to 2**31 - 1."""
     import numpy as np
 
-    # Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, 6.4. The upper bits are the good ones.
+    # Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, 6.4. The upper bits are well mixed.
     result: Array = ((numbers.astype("u8") * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)).astype("i8")
     return result
 
@@ -159,12 +162,12 @@ def _murmur3(values: Array) -> Array:
 
     u = np.uint32
 
-    def rotated(bits_of: Array, bits: int) -> Array:
-        return (bits_of << u(bits)) | (bits_of >> u(32 - bits))
+    def rotated(word: Array, bits: int) -> Array:
+        return (word << u(bits)) | (word >> u(32 - bits))
 
     word = rotated(values.astype("u4") * u(0xCC9E2D51), 15) * u(0x1B873593)
     word = rotated(u(42) ^ word, 13) * u(5) + u(0xE6546B64)
-    word ^= u(4)  # bytes of a value
+    word ^= u(4)  # the length in bytes
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         word = (word ^ (word >> u(shift))) * u(factor)
     signed: Array = (word ^ (word >> u(16))).view("i4").astype("i8")
@@ -172,14 +175,14 @@ def _murmur3(values: Array) -> Array:
 
 
 def _map_batches(frame: DataFrame, function: Callable[[Iterator[Any]], Iterator[Columns]], schema: str) -> DataFrame:
-    """`frame.mapInArrow`, or mapInPandas where Spark has none (before 3.3)."""
+    """`frame.mapInArrow`, or mapInPandas before Spark 3.3."""
     if hasattr(frame, "mapInArrow"):
 
         def in_arrow(batches: Iterator[Any]) -> Iterator[Any]:
             import pyarrow
 
             for columns in function(batches):
-                # All batches must have the same types, which those of no values need not have.
+                # All batches must have the same types, which empty columns may not have.
                 if not len(next(iter(columns.values()))):
                     continue
                 arrays = [arrow_array(values) for values in columns.values()]
@@ -197,13 +200,11 @@ def _map_batches(frame: DataFrame, function: Callable[[Iterator[Any]], Iterator[
 
 
 def arrow_array(values: Array | list[bytes], kind: Any = None, valid: Array | None = None) -> Any:
-    """An Arrow array of numbers, or of bytes. `kind` is its type, if another than theirs; NULL where not `valid`.
+    """An Arrow array of numbers or of bytes. `kind` is its type, if not that of the values; NULL where not `valid`.
 
-    pyarrow.array would import pandas, to ask whether it has got a column of that: a third of a second for each process.
+    pyarrow.array would import pandas to check for its types, a third of a second in each process.
 
-    Raises:
-        OverflowError: the values have 2 GB or more together.
-        TypeError: the numbers are not as wide as `kind`.
+    Raises OverflowError for values of 2 GB or more together, TypeError for numbers of another width than `kind`.
     """
     import numpy as np
     import pyarrow
@@ -211,12 +212,12 @@ def arrow_array(values: Array | list[bytes], kind: Any = None, valid: Array | No
     if isinstance(values, list):
         offsets = np.cumsum([0, *map(len, values)])
         if offsets[-1] >= 1 << 31:
-            raise OverflowError(f"{offsets[-1]:,} bytes are too many for one batch of Arrow")
+            raise OverflowError(f"{offsets[-1]:,} bytes do not fit into one Arrow batch")
         kind, buffers = kind or pyarrow.binary(), [offsets.astype("i4"), b"".join(values)]
     else:
         kind, buffers = kind or pyarrow.from_numpy_dtype(values.dtype), [np.ascontiguousarray(values)]
         if kind.bit_width != 8 * values.dtype.itemsize:
-            raise TypeError(f"{values.dtype} is no {kind}")
+            raise TypeError(f"{values.dtype} is not as wide as {kind}")
     bits = None if valid is None else np.packbits(valid, bitorder="little")
     pointers = [None if buffer is None else pyarrow.py_buffer(buffer) for buffer in (bits, *buffers)]
     return pyarrow.Array.from_buffers(kind, len(values), pointers)
@@ -230,18 +231,17 @@ def _array_of(batch: Any, name: str) -> Array:
         values: Array = batch[name].to_numpy()
         return values
     column = batch.column(batch.schema.get_field_index(name))
-    # Arrow's names of types are numpy's, too, but for one. Its own to_numpy would import pandas (see arrow_array).
+    # Arrow's names of types are numpy's, except for one. Its own to_numpy would import pandas (see arrow_array).
     content = column.buffers()[1] if len(column) else b""
-    name_of_type = str(column.type)
-    values = np.frombuffer(content, dtype="f4" if name_of_type == "float" else name_of_type)
+    kind = str(column.type)
+    values = np.frombuffer(content, dtype="f4" if kind == "float" else kind)
     return values[column.offset : column.offset + len(column)]
 
 
 def _values_of(batch: Any, column: int) -> list[Any]:
-    """The values of a column of a batch as Python has them."""
-    values = batch.iloc[:, column] if hasattr(batch, "iloc") else batch.column(column)
-    found: list[Any] = values.tolist() if hasattr(batch, "iloc") else values.to_pylist()
-    return found
+    """The values of a column of a batch as Python objects."""
+    values: list[Any] = batch.iloc[:, column].tolist() if hasattr(batch, "iloc") else batch.column(column).to_pylist()
+    return values
 
 
 def _text_of(batch: Any) -> tuple[Array, Array]:

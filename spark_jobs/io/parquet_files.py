@@ -1,9 +1,9 @@
-"""Parquet files that Python makes, whole, and Spark puts into their places.
+"""Parquet files that pyarrow makes in the tasks and Spark writes and commits.
 
-Spark writes Parquet row by row; pyarrow writes whole columns, in a third of the time and without code that has to be
-compiled first. But it is Spark that knows every file system, and which of a task's attempts counts. So a task returns
-each file as one value, and Spark's text writer, which writes values as they are, byte by byte, makes a file of each.
-It ends a value with a line separator, and a Parquet file always ends in the same four bytes: these are the separator.
+Spark writes Parquet row by row; pyarrow writes whole columns, in a third of the time and with nothing to compile first.
+But Spark knows every file system, and which attempt of a task counts. So a task returns each file as one value, and
+Spark's text writer, which writes values byte by byte, makes a file of each. The writer ends a value with a line
+separator: it is set to the four bytes that end every Parquet file.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ import io
 from typing import TYPE_CHECKING, Any, Iterable, Iterator
 
 from spark_jobs import runtime
-from spark_jobs.features.windows import NO_KEY
 from spark_jobs.io import blocks
-from spark_jobs.schema import KEY_COLUMNS
+from spark_jobs.schema import KEY_COLUMNS, NO_KEY
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-    from spark_jobs.features.windows import Array, Columns
+    from spark_jobs.io.blocks import Array, Columns
 
-#: What a task returns: files, without their last bytes.
+#: The rows that a task returns: files without their last bytes.
 FILE_SCHEMA = "file binary NOT NULL"
 
 #: The last bytes of every Parquet file.
 MAGIC = "PAR1"
 
-#: More rows are several files: Java holds one as a whole. Of features these are 100 MB.
+#: Rows of a file at most, because Java holds a whole one: 100 MB of features.
 ROWS_PER_FILE = 1_250_000
 
-#: Readers skip the row groups whose days or customers they do not look for.
+#: Small enough for readers to skip the groups without the days or customers that they look for.
 ROWS_PER_GROUP = 500_000
 
 
 def options(spark: SparkSession, repeating: Iterable[str]) -> dict[str, Any]:
-    """How `files_of` is to write: as the session is set up, and the columns `repeating` as dictionaries."""
+    """Options of pyarrow.parquet.write_table: the session's compression, dictionaries for the columns `repeating`."""
     return {
         "compression": spark.conf.get("spark.sql.parquet.compression.codec"),
         "use_dictionary": list(repeating),
@@ -44,11 +43,10 @@ def options(spark: SparkSession, repeating: Iterable[str]) -> dict[str, Any]:
 
 
 def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: dict[str, Any]) -> Iterator[Columns]:
-    """Rows of FILE_SCHEMA that hold all rows of `columns`, in their order.
+    """Rows of FILE_SCHEMA with all rows of `columns`, in their order.
 
-    `table` are the files' columns (name, Spark type, ...), all in `columns`: an instant is there in Unix seconds, and
-    NO_KEY where one of KEY_COLUMNS is NULL. `options` are those of pyarrow.parquet.write_table. A table without rows is
-    one file, from its first task.
+    `table` are the columns of the files (name, Spark type, ...). In `columns`, instants are Unix seconds, and NO_KEY
+    stands for a NULL of KEY_COLUMNS. A table without rows is one file, from the first task.
     """
     import numpy as np
     import pyarrow
@@ -63,7 +61,7 @@ def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: d
     rows = len(columns[fields[0].name])
     if not rows and blocks.task_number() > 0:
         return
-    # Parts as even as can be.
+    # Files of even size.
     bounds = np.linspace(0, rows, max(1, -(-rows // ROWS_PER_FILE)) + 1).astype("i8")
     for begin, end in zip(bounds[:-1], bounds[1:]):
         arrays = [_array(field, columns[field.name][begin:end]) for field in fields]
@@ -92,7 +90,7 @@ def _array(field: Any, values: Array) -> Any:
 def write(files: DataFrame, uri: str) -> None:
     """Replace the directory `uri` by `files`, rows of FILE_SCHEMA."""
     texts = files.selectExpr("CAST(file AS STRING)").write.mode("overwrite")
-    # Whatever the cluster's Hadoop does with text by default, this is to be left as it is.
+    # Explicit, because a cluster's Hadoop may compress text by default.
     texts = texts.option("lineSep", MAGIC).option("maxRecordsPerFile", 1).option("compression", "none")
     texts.text(uri)
     runtime.Files(runtime.session(files)).change_suffix(uri, ".txt", ".parquet")

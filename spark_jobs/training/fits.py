@@ -18,7 +18,7 @@ from spark_jobs.training.learners import LEARNERS, Scorer, matrix_of
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
-    from spark_jobs.features.windows import Array, Columns
+    from spark_jobs.io.blocks import Array, Columns
 
 log = logging.getLogger("spark_jobs")
 
