@@ -107,7 +107,7 @@ def kill_one_after_another(stack: Stack) -> Healed:
         kill("daemon")
         kill("postgres")
 
-        wait_until(lambda: lake.changed(report_name(KEYS[0])), "the first file is cleaned")
+        wait(lambda: lake.changed(report_name(KEYS[0])), "the first file is cleaned")
         kill("code")
         assert status(killed) == dg.DagsterRunStatus.STARTED, "the run was over too early"
         partitions = [lake.changed(f"{CLEANED}/raw_file={key}/") for key in KEYS if lake.changed(report_name(key))]
