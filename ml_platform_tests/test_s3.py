@@ -233,21 +233,6 @@ class TestStore:
         lake.raw.write(name, b"new")
         assert [(file.name, file.size) for file in lake.raw.list_directory()] == [(name, 3)]
 
-    def test_a_directory_there_and_back(self, s3: LocalS3, bucket: str, tmp_path: Path):
-        source = tmp_path / "source"
-        for name in ("metadata/part-00000", "stages/0_a b/data/x", "empty"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes(name.encode() if name != "empty" else b"")
-        store = open_store(f"s3://{bucket}/lake")
-        store.upload(source, "models/k/run")
-        # Hadoop leaves such placeholders of directories.
-        s3.client().put_object(Bucket=bucket, Key="lake/models/k/run/", Body=b"")
-        s3.client().put_object(Bucket=bucket, Key="lake/models/k/run/stages/", Body=b"")
-        store.download("models/k/run", tmp_path / "target")
-        found = {p.relative_to(tmp_path / "target") for p in (tmp_path / "target").rglob("*") if p.is_file()}
-        assert found == {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
-        assert (tmp_path / "target/stages/0_a b/data/x").read_bytes() == b"stages/0_a b/data/x"
-
 
 def tls_endpoint(directory: Path) -> Iterator[str]:
     """An HTTPS endpoint with a certificate of ca.pem, which no system trusts; yields its URL."""
@@ -334,8 +319,6 @@ class TestErrors:
             lambda: list(store.list_reports("t")),
             lambda: store.read("a"),
             lambda: store.write("a", b"x"),
-            lambda: store.download("a", tmp_path / "target"),
-            lambda: store.upload(tmp_path / "source", "b"),
             open_new,
         ]
         for operation in operations:
