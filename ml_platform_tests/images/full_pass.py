@@ -167,13 +167,13 @@ def compare(raw: Path, everyone: list[Path]) -> list[str]:
         say(f"{table}: {expected.num_rows:,} rows, {expected.num_columns} columns, of {len(everyone)} Sparks compared")
     for learner in GRIDS:
         wrong += _compare_training(learner, everyone)
-    # Figures of equal scores are equal; those of the other learner may rank near ties otherwise.
+    # The platform computes the metrics from the test scores, which _compare_training compares.
     expected = reports[first.name]["models"]["xgboost"]
     for other in others:
         found = reports[other.name]["models"]["xgboost"]
         wrong += [
             f"the report on xgboost of {first.name} and {other.name} differs in {name}"
-            for name in ("windows", "best", "feature_importances", "metrics", "tables", "profile")
+            for name in ("windows", "best", "feature_importances", "profile")
             if not _close(expected[name], found[name])
         ]
     return wrong
