@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks.common import markdown, options, say, simulate, spark_session, work_directory, write_results
 from ml_platform.dev.simulator import Simulation
+from ml_platform.lake.storage import LocalStore
+from ml_platform.model.evaluation import evaluate, read_test_scores
 from ml_platform.model.promotion import Facts, PromotionRule, Scores, decide
 from ml_platform.spark.bare_jobs import clean, features
 from spark_jobs import train_model
@@ -96,6 +98,7 @@ def measure(
             "overwrite"
         ).parquet(fold)
         for name, (inputs, learner) in models.items():
+            output = work / "models" / f"{train_end}" / name.replace(" ", "_")
             report = train_model.run(
                 spark,
                 {
@@ -104,27 +107,27 @@ def measure(
                     "feature_uris": [fold],
                     "cutoff_uri": fold,
                     "features": list(inputs),
-                    "output_uri": f"file://{work}/models/{train_end}/{name.replace(' ', '_')}",
+                    "output_uri": f"file://{output}",
                     "candidates": CANDIDATES[learner],
                     **limit,
                 },
             )
             if report["outcome"] != "trained":
                 raise SystemExit(f"{name}, training until {train_end}: {report['reason']}")
-            scores = spark.read.parquet(report["scores_uri"]).toPandas()
-            columns = (scores[name].to_numpy() for name in ("tx_fraud", "score", "customer_id"))
+            scores = read_test_scores(LocalStore(str(output)), "test_scores")
+            columns = (scores[column].to_numpy() for column in ("tx_fraud", "score", "customer_id"))
             decision = decide(PromotionRule(), Scores(*columns), Facts())
-            metrics = report["metrics"]
+            metrics = evaluate(scores)
             figures = {
                 "model": name,
                 "train_end": train_end.isoformat(),
                 "train_rows": report["windows"]["train"]["rows"],
-                "test_rows": metrics["test_rows"],
-                "test_frauds": metrics["test_frauds"],
-                "average_precision": metrics["test_average_precision"],
+                "test_rows": metrics["rows"],
+                "test_frauds": metrics["frauds"],
+                "average_precision": metrics["average_precision"],
                 "interval": [decision.figures[f"average_precision_{bound}"] for bound in ("lower", "upper")],
-                "roc_auc": metrics["test_roc_auc"],
-                "card_precision_at_100": metrics["test_card_precision_at_100"],
+                "roc_auc": metrics["roc_auc"],
+                "card_precision_at_100": metrics["card_precision_at_100"],
                 "best": {"learner": report["best"]["learner"], **report["best"]["params"]},
                 "seconds": report["seconds"]["total"],
             }
