@@ -10,7 +10,7 @@ import pytest
 from mlflow.entities.model_registry import ModelVersion
 
 from ml_platform.assets.features import expected_inputs
-from ml_platform.assets.outcomes import some_of
+from ml_platform.assets.outcomes import shorten_list
 from ml_platform.lake import quality
 from ml_platform.lake.partitions import keys_of_run, range_tags
 from ml_platform.lake.quality import QualityLimits
@@ -351,7 +351,7 @@ def test_the_champions_health(found: dict[str, Any], days: int, problem: str | N
     assert champion_health(PromotionConfig(), champion, **found) == problem
 
 
-def test_some_of():
-    assert some_of(["a", "b"]) == "a, b"
-    assert some_of([]) == ""
-    assert some_of(list("abcdefg")) == "a, b, c, d, e and 2 more"
+def test_shorten_list():
+    assert shorten_list(["a", "b"]) == "a, b"
+    assert shorten_list([]) == ""
+    assert shorten_list(list("abcdefg")) == "a, b, c, d, e and 2 more"
