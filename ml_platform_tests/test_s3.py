@@ -277,7 +277,7 @@ WRONG: dict[str, tuple[dict[str, str | None], str]] = {
     "no URL": ({"AWS_ENDPOINT_URL_S3": "127.0.0.1:9"}, "AWS_ENDPOINT_URL_S3"),
     "no such bucket": (
         {"ML_PLATFORM_LAKE_URI": "s3://no-such-bucket", "ML_PLATFORM_RAW_URI": "s3://no-such-bucket"},
-        "there is no bucket no-such-bucket",
+        "bucket no-such-bucket does not exist",
     ),
 }
 #: moto takes any credentials.
@@ -376,7 +376,7 @@ class TestErrors:
             with pytest.raises(StorageError, match="AWS_CA_BUNDLE"):
                 open_store("s3://some-bucket").read("a")
             monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
-            with pytest.raises(StorageError, match="there is no bucket some-bucket"):
+            with pytest.raises(StorageError, match="bucket some-bucket does not exist"):
                 open_store("s3://some-bucket").read("a")
 
 

@@ -13,7 +13,7 @@ from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.outcomes import OWNERS, record_outcomes, shorten_list, split_verdicts, table_schema
 from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.quality import QualityLimits, problem_of_file
+from ml_platform.lake.quality import QualityLimits, file_problem
 from ml_platform.lake.reports import (
     CLEANED_TABLE,
     FEATURES_TABLE,
@@ -98,9 +98,7 @@ def blocked_files(
     that have not changed since are not checked again: their run may have had other limits.
     """
     problems = {
-        key: problem_of_file(key, cleaned, limits)
-        for key in keys
-        if built_from.get(key) != cleaned[key].raw.fingerprint
+        key: file_problem(key, cleaned, limits) for key in keys if built_from.get(key) != cleaned[key].raw.fingerprint
     }
     return {key: problem for key, problem in problems.items() if problem}
 
