@@ -17,10 +17,10 @@ from ml_platform.lake.quality import (
     fraud_rate_of,
     high_reject_rate,
     implausible_fraud_rate,
-    misplaced_time_range,
+    implausible_time_range,
+    overlapping_ids,
     reject_rate_of,
-    rows_that_do_not_add_up,
-    shared_ids,
+    row_count_mismatch,
 )
 from ml_platform.lake.reports import CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
@@ -46,7 +46,7 @@ def _check(
 def rows_add_up(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
     """Every raw row is a clean, a duplicate or a rejected row."""
     cleaned = lake.reports(CleanedReport)
-    return _check(context, cleaned, lambda key: rows_that_do_not_add_up(cleaned[key]))
+    return _check(context, cleaned, lambda key: row_count_mismatch(cleaned[key]))
 
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
@@ -79,7 +79,7 @@ def fraud_rate(
 def unique_ids(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
     """No transaction_id range overlaps that of another file."""
     cleaned = lake.reports(CleanedReport)
-    return _check(context, cleaned, lambda key: shared_ids(key, cleaned))
+    return _check(context, cleaned, lambda key: overlapping_ids(key, cleaned))
 
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
@@ -88,7 +88,7 @@ def time_range(
 ) -> dg.AssetCheckResult:
     """The times of a file fit its place among the others."""
     cleaned = lake.reports(CleanedReport)
-    return _check(context, cleaned, lambda key: misplaced_time_range(key, cleaned, limits))
+    return _check(context, cleaned, lambda key: implausible_time_range(key, cleaned, limits))
 
 
 @dg.asset_check(asset=transaction_features, partitions_def=raw_files, blocking=True)

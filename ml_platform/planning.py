@@ -12,7 +12,7 @@ from logging import Logger
 import dagster as dg
 
 from ml_platform.assets.cleaned import is_cleaned
-from ml_platform.assets.outcomes import some_of
+from ml_platform.assets.outcomes import shorten_list
 from ml_platform.assets.raw import raw_file_observation
 from ml_platform.jobs import process_new_files, run_config
 from ml_platform.lake.partitions import contiguous_ranges, keys_of_run, range_tags, raw_files
@@ -80,10 +80,10 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     if stranded := sorted(outdated.keys() - files.keys()):
         parts.append(
             f"{len(stranded)} of an older version are left out, for their raw files are gone "
-            f"(see ml-platform migrate): {some_of(stranded)}"
+            f"(see ml-platform migrate): {shorten_list(stranded)}"
         )
     if ignored:
-        parts.append(f"{len(ignored)} ignored for their names: {some_of(sorted(ignored))}")
+        parts.append(f"{len(ignored)} ignored for their names: {shorten_list(sorted(ignored))}")
     return Plan(new, ranges, [files[key] for key in wanted], ignored, ", ".join(parts))
 
 

@@ -17,12 +17,12 @@ from dagster._core.definitions.observe import observe
 from sklearn.metrics import average_precision_score
 
 from ml_platform.assets.features import (
+    blocked_files,
+    chronological_keys,
     expected_inputs,
     history_of,
-    in_order_of_time,
-    raw_files_of,
+    source_fingerprints,
     stale_features,
-    stopped_files,
 )
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
@@ -183,9 +183,9 @@ class TestCleaned:
             keys[3]: "cleaned",
         }
         message = failure_of(result, CLEANED_KEY)
-        assert "2 of 4 partitions of cleaned_transactions failed (2 are done): " in message
+        assert "2 of 4 partitions of cleaned_transactions failed (2 succeeded): " in message
         assert f"{keys[1]}: RuntimeError: not a text file" in message
-        assert f"{keys[2]}: there is no such file in {lake.raw_uri}" in message
+        assert f"{keys[2]}: file not found in {lake.raw_uri}" in message
 
     def test_dagster_shows_exactly_which_partitions_exist(
         self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
@@ -261,7 +261,7 @@ class TestTime:
         }
 
     def test_order_is_that_of_the_first_transactions(self):
-        assert in_order_of_time(self.cleaned(a=3, b=1, empty=None, c=2, d=0)) == ["d", "b", "c", "a"]
+        assert chronological_keys(self.cleaned(a=3, b=1, empty=None, c=2, d=0)) == ["d", "b", "c", "a"]
 
     def test_history_is_what_reaches_into_the_window(self):
         assert build_features.HISTORY_DAYS == 44
@@ -323,11 +323,11 @@ class TestTime:
         features = self.features(cleaned)
         cleaned = self.changed(cleaned, "b", name, value)
         assert sorted(stale_features(features, expected_inputs(cleaned))) == ["b", "c"]
-        built_from = raw_files_of(features, {})
-        assert list(stopped_files("abc", built_from, cleaned, QualityLimits())) == ["b"] * judged
+        built_from = source_fingerprints(features, {})
+        assert list(blocked_files("abc", built_from, cleaned, QualityLimits())) == ["b"] * judged
         for outdated in ({}, {"b": {"schema_version": 0}}, {"b": {"inputs": {}}}):
-            unknown = raw_files_of({key: features[key] for key in "ac"}, outdated)
-            (problem,) = stopped_files("abc", unknown, cleaned, QualityLimits()).values()
+            unknown = source_fingerprints({key: features[key] for key in "ac"}, outdated)
+            (problem,) = blocked_files("abc", unknown, cleaned, QualityLimits()).values()
             assert "100.000% of the rows are frauds" in problem
 
     def test_training_partitions(self):
@@ -510,7 +510,7 @@ class TestFeatures:
         result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1]))
         message = failure_of(result, FEATURES_KEY)
         for key in (keys[1], keys[3]):
-            assert f"{key}: it has no cleaned data; materialize cleaned_transactions first" in message
+            assert f"{key}: no cleaned data; materialize cleaned_transactions first" in message
         assert instance.get_materialized_partitions(dg.AssetKey(FEATURES_KEY)) == {keys[0], keys[2]}
 
     def test_partial_failure(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):

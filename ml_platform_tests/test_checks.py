@@ -10,7 +10,7 @@ import pytest
 from mlflow.entities.model_registry import ModelVersion
 
 from ml_platform.assets.features import expected_inputs
-from ml_platform.assets.outcomes import some_of
+from ml_platform.assets.outcomes import shorten_list
 from ml_platform.lake import quality
 from ml_platform.lake.partitions import keys_of_run, range_tags
 from ml_platform.lake.quality import QualityLimits
@@ -55,11 +55,11 @@ class TestRowsAddUp:
             "duplicate_rows": duplicate,
             "rejected_rows": rejected,
         }
-        problem = quality.rows_that_do_not_add_up(typed(**counts))
+        problem = quality.row_count_mismatch(typed(**counts))
         assert (problem is None) == fine
 
     def test_problem_says_how_many(self):
-        problem = quality.rows_that_do_not_add_up(typed(raw_rows=20_005, rejected_rows=3))
+        problem = quality.row_count_mismatch(typed(raw_rows=20_005, rejected_rows=3))
         assert problem == "20005 raw rows, but 20003 clean, duplicate and rejected rows"
 
 
@@ -123,7 +123,7 @@ class TestUniqueIds:
             return CleanedReport.model_validate({**report(), "transaction_id": {"min": first, "max": last}})
 
         cleaned = {"it": ids_only(*ids)} | {f"other-{number}": ids_only(*ends) for number, ends in enumerate(others)}
-        problem = quality.shared_ids("it", cleaned)
+        problem = quality.overlapping_ids("it", cleaned)
         assert (problem is None) == (culprit is None)
         assert culprit is None or culprit in str(problem)
 
@@ -139,8 +139,8 @@ class TestTimeRange:
             ("any-name", "1970-01-01T00:00:00Z", "2020-01-01T00:00:00Z", "spans 18262 days"),
             ("2020-01-01", "2020-01-01T00:00:00Z", "2020-01-31T00:00:00Z", None),
             ("2020-01-01", "2020-01-05T00:00:00Z", "2020-01-31T00:00:00Z", None),
-            ("2020-01-01", "2019-12-31T23:59:59Z", "2020-01-31T00:00:00Z", "does not fit its name"),
-            ("2020-01-01", "2020-06-01T00:00:00Z", "2020-06-30T00:00:00Z", "does not fit its name"),
+            ("2020-01-01", "2019-12-31T23:59:59Z", "2020-01-31T00:00:00Z", "does not match the date in its name"),
+            ("2020-01-01", "2020-06-01T00:00:00Z", "2020-06-30T00:00:00Z", "does not match the date in its name"),
             ("2020-13-01", "2019-01-01T00:00:00Z", "2019-01-31T00:00:00Z", None),
             ("9999-12-30", "9999-12-30T00:00:00Z", "9999-12-31T00:00:00Z", None),
             ("any-name", "0001-01-01T00:00:00Z", "0999-12-31T00:00:00Z", "spans 364876 days"),
@@ -148,7 +148,7 @@ class TestTimeRange:
     )
     def test_one_file(self, key: str, first: str | None, last: str | None, expected: str | None):
         cleaned = {key: between(first, last)}
-        problem = quality.misplaced_time_range(key, cleaned, LIMITS)
+        problem = quality.implausible_time_range(key, cleaned, LIMITS)
         assert problem is None if expected is None else expected in str(problem)
 
     def test_an_hour_24_at_the_end_shares_nothing(self):
@@ -156,8 +156,8 @@ class TestTimeRange:
             "a": between("2020-01-01T00:00:05Z", "2020-01-31T00:00:00Z"),
             "b": between("2020-01-31T00:00:00Z", "2020-03-01T00:00:00Z"),
         }
-        assert quality.misplaced_time_range("a", cleaned, LIMITS) is None
-        assert quality.misplaced_time_range("b", cleaned, LIMITS) is None
+        assert quality.implausible_time_range("a", cleaned, LIMITS) is None
+        assert quality.implausible_time_range("b", cleaned, LIMITS) is None
 
     @pytest.mark.parametrize(
         ("first", "last", "shared"),
@@ -176,14 +176,14 @@ class TestTimeRange:
             "it": between("2020-01-01T00:00:00Z", "2020-01-31T00:00:00Z"),
             "other": between(first, last),
         }
-        problem = quality.misplaced_time_range("it", cleaned, LIMITS)
+        problem = quality.implausible_time_range("it", cleaned, LIMITS)
         assert problem == (None if shared is None else f"it shares {shared} days with other")
 
     @pytest.mark.parametrize("key", ["20200101", "2020-W01-1", "2020W011"])
     def test_a_date_in_another_form_means_nothing(self, key: str):
         """Python 3.11 reads more forms than 3.10: the verdict must not depend on the interpreter."""
         cleaned = {key: between("2018-01-01T00:00:00Z", "2018-01-31T00:00:00Z")}
-        assert quality.misplaced_time_range(key, cleaned, LIMITS) is None
+        assert quality.implausible_time_range(key, cleaned, LIMITS) is None
 
 
 def evaluate(
@@ -237,7 +237,7 @@ BAD_CLEANED = {
 class TestThroughDagster:
     def problem_beyond_a_run(self, lake: LakeResource) -> str | None:
         """What is said of the second file where its checks do not run; see assets/features.py."""
-        return quality.problem_of_file("file-1", lake.reports(CleanedReport), LIMITS)
+        return quality.file_problem("file-1", lake.reports(CleanedReport), LIMITS)
 
     @pytest.mark.parametrize("check", [*BAD_CLEANED, "unique_ids", "time_range", "usable_features"])
     def test_passes(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str], check: str):
@@ -351,7 +351,7 @@ def test_the_champions_health(found: dict[str, Any], days: int, problem: str | N
     assert champion_health(PromotionConfig(), champion, **found) == problem
 
 
-def test_some_of():
-    assert some_of(["a", "b"]) == "a, b"
-    assert some_of([]) == ""
-    assert some_of(list("abcdefg")) == "a, b, c, d, e and 2 more"
+def test_shorten_list():
+    assert shorten_list(["a", "b"]) == "a, b"
+    assert shorten_list([]) == ""
+    assert shorten_list(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -398,7 +398,7 @@ class TestDoctor:
         assert "0 cleaned partitions" in text
         assert "1 of an older version (ml-platform migrate)" in text
         monkeypatch.setattr(lake_module, "SCHEMA_VERSION", 0)
-        monkeypatch.setattr(lake_module, "_reports_read", {})
+        monkeypatch.setattr(lake_module, "_report_cache", {})
         assert "newer version of ml_platform" in faults()["lake"]
 
     def test_dagsters_storage_is_away(self, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

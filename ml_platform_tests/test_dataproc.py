@@ -617,7 +617,7 @@ def s3_lake(s3_server: LocalS3, lake: LakeResource, monkeypatch: pytest.MonkeyPa
 def test_a_bucket_that_is_not_there(platform: Platform, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch):
     result = platform.run(lake=s3_lake(s3_server, platform.lake, monkeypatch, "nobodys-bucket"))
     assert not result.success
-    assert "there is no bucket nobodys-bucket: create it" in result.errors
+    assert "bucket nobodys-bucket does not exist: create it" in result.errors
     assert platform.cloud.journal == []
 
 
@@ -635,7 +635,7 @@ def test_a_bucket_that_is_gone_when_the_job_is_done(
     platform.jobs.changes.append({"effect": effect})
     result = platform.run(lake=s3_lake(s3_server, platform.lake, monkeypatch, bucket))
     assert not result.success
-    assert f"there is no bucket {bucket}" in result.errors
+    assert f"bucket {bucket} does not exist" in result.errors
     assert platform.cloud.clusters == {}
     (job,) = platform.accepted("JobService.Create")
     main_file = f"s3a://{bucket}/lake/_code/{content_hash(build_archive())}/clean_transactions.py"

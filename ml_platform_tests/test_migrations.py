@@ -47,7 +47,7 @@ def upgraded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         for module in (lake_module, migrations, fakes):
             monkeypatch.setattr(module, "SCHEMA_VERSION", NEWER)
         # A newer version is another process.
-        monkeypatch.setattr(lake_module, "_reports_read", {})
+        monkeypatch.setattr(lake_module, "_report_cache", {})
 
     return upgrade
 
@@ -204,7 +204,7 @@ class TestMigrate:
     def test_two_steps(self, lake: LakeResource, monkeypatch: pytest.MonkeyPatch):
         for module in (lake_module, migrations):
             monkeypatch.setattr(module, "SCHEMA_VERSION", 3)
-        monkeypatch.setattr(lake_module, "_reports_read", {})
+        monkeypatch.setattr(lake_module, "_report_cache", {})
         assert not any(item.can_move for item in migrate_lake(lake, steps={1: add_currency}))
         assert not any(item.can_move for item in migrate_lake(lake, steps={2: add_currency}))
         list(migrate_lake(lake, steps={1: add_currency, 2: add_currency}))

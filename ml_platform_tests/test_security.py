@@ -86,7 +86,7 @@ def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str, kind: str):
         lambda: store.open_new(name).__enter__(),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="leads out of it"):
+        with pytest.raises(ValueError, match="points outside the lake"):
             call()
     assert list(tmp_path.iterdir()) == []
     assert not {"get_object", "put_object", "upload_file", "download_file"} & {call[0] for call in client.method_calls}

@@ -4,6 +4,6 @@ import warnings
 
 import dagster as dg
 
-# We use these on purpose and pin Dagster's version; each command would print them.
+# Dagster's version is pinned, so its beta and preview APIs are safe to use; silence the warning on each command.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)

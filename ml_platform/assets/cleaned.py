@@ -1,11 +1,11 @@
-"""Asset ``cleaned_transactions``: typed, mended, deduplicated transactions; the rest is quarantined with reasons."""
+"""Asset ``cleaned_transactions``: typed, repaired and deduplicated transactions; rejects are quarantined."""
 
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.assets.outcomes import OWNERS, conclude, split_verdicts, table_schema
+from ml_platform.assets.outcomes import OWNERS, record_outcomes, split_verdicts, table_schema
 from ml_platform.dataproc.sizing import BYTES_PER_ROW
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.reports import CLEANED_TABLE, REJECTED_TABLE, CleanedReport, CleanedReports, instant_text
@@ -14,7 +14,7 @@ from ml_platform.model.config import check_run_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
-#: Counts of a report, in the order in which people read them.
+#: Counts of a report, in display order.
 COUNTS_SHOWN = (
     *("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows"),
     *REJECT_RULES,
@@ -26,11 +26,11 @@ COUNTS_SHOWN = (
 class CleaningConfig(dg.Config):
     """Options of one materialization."""
 
-    rebuild: bool = Field(False, description="Clean again even what is up to date.")
+    rebuild: bool = Field(False, description="Clean files again even if they are up to date.")
 
 
 def is_cleaned(report: CleanedReport | None, raw: RawFile, epoch: str) -> bool:
-    """Whether a report of today's version is that of the raw file as it is now."""
+    """Return True if the report matches the raw file's current content and the epoch."""
     return report is not None and report.epoch == epoch and report.raw.fingerprint == raw.fingerprint
 
 
@@ -48,22 +48,22 @@ def is_cleaned(report: CleanedReport | None, raw: RawFile, epoch: str) -> bool:
             never_null=[name for name, *_ in CLEANED_COLUMNS if name not in ("customer_id", "terminal_id")],
         )
     },
-    description="""Transactions of one raw file: typed, times in UTC, duplicates dropped, known faults mended.
+    description="""Transactions of one raw file: typed, times in UTC, duplicates dropped, known faults repaired.
 
-Rows that a rule rejects are in `rejected_transactions` with their reasons; nothing is lost:
+Rejected rows go to `rejected_transactions` with their reasons; no row is lost:
 raw rows = clean rows + duplicate rows + rejected rows. A file that is already clean is neither read nor rewritten.""",
 )
 def cleaned_transactions(
     context: dg.AssetExecutionContext, config: CleaningConfig, lake: LakeResource, spark: SparkEngine
 ) -> dg.MaterializeResult:
-    """Clean the new or changed files among the run's partitions in one Spark job."""
+    """Clean the run's new or changed files in one Spark job."""
     check_run_config(context.run.run_config)
     files, ignored = lake.list_raw_files()
     for name, reason in ignored.items():
         context.log.warning(f"ignored raw file {name!r}: {reason}")
     epoch = lake.epoch
     reports = lake.reports(CleanedReport)
-    failed = {key: f"there is no such file in {lake.raw_uri}" for key in context.partition_keys if key not in files}
+    failed = {key: f"file not found in {lake.raw_uri}" for key in context.partition_keys if key not in files}
     current = {
         key: reports[key]
         for key in context.partition_keys
@@ -94,7 +94,7 @@ def cleaned_transactions(
         cleaned, errors = split_verdicts(report["partitions"], CleanedReport)
         failed |= errors
     metadata = {key: _metadata(lake, report, key in cleaned) for key, report in (current | cleaned).items()}
-    return conclude(context, succeeded=metadata, failed=failed)
+    return record_outcomes(context, succeeded=metadata, failed=failed)
 
 
 def _metadata(lake: LakeResource, report: CleanedReport, was_cleaned: bool) -> dict[str, Any]:

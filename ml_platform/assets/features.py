@@ -1,4 +1,4 @@
-"""Asset ``transaction_features``: the inputs of the model, with history from earlier partitions."""
+"""Asset ``transaction_features``: the model inputs, with history from earlier partitions."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
-from ml_platform.assets.outcomes import OWNERS, conclude, some_of, split_verdicts, table_schema
+from ml_platform.assets.outcomes import OWNERS, record_outcomes, shorten_list, split_verdicts, table_schema
 from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.quality import QualityLimits, problem_of_file
+from ml_platform.lake.quality import QualityLimits, file_problem
 from ml_platform.lake.reports import (
     CLEANED_TABLE,
     FEATURES_TABLE,
@@ -35,34 +35,34 @@ from spark_jobs.schema import CLEANED_COLUMNS
 class FeaturesConfig(dg.Config):
     """Options of one materialization."""
 
-    rebuild: bool = Field(False, description="Build again even what is up to date.")
+    rebuild: bool = Field(False, description="Build features again even if they are up to date.")
 
 
-def in_order_of_time(cleaned: CleanedReports) -> list[str]:
-    """Keys of the partitions that have rows, by their first transaction, then by key."""
-    times = times_of(cleaned)
+def chronological_keys(cleaned: CleanedReports) -> list[str]:
+    """Keys of the non-empty partitions, sorted by first transaction, then by key."""
+    times = time_ranges(cleaned)
     return sorted(times, key=lambda key: (times[key].min, key))
 
 
-def times_of(cleaned: CleanedReports) -> dict[str, Instants]:
-    """First and last transaction of the partitions that have rows."""
+def time_ranges(cleaned: CleanedReports) -> dict[str, Instants]:
+    """First and last transaction time of each non-empty partition."""
     return {key: report.tx_datetime for key, report in cleaned.items() if report.tx_datetime is not None}
 
 
 def history_of(cleaned: CleanedReports) -> dict[str, list[str]]:
-    """For each partition, the earlier ones that reach into its history, in order of time.
+    """For each partition, the earlier partitions that overlap its history window, in chronological order.
 
     Earlier means an earlier first transaction; names do not matter. An empty partition has no history.
     """
-    times, ordered = times_of(cleaned), in_order_of_time(cleaned)
+    times, ordered = time_ranges(cleaned), chronological_keys(cleaned)
     ends = [times[key].max for key in ordered]
     latest_ends = list(accumulate(ends, max))
     reach = timedelta(days=HISTORY_DAYS)
     history: dict[str, list[str]] = {key: [] for key in cleaned}
     for index, key in enumerate(ordered):
-        # Differences, because a date before the year 1 cannot be computed.
+        # Compare differences: subtracting the window could give a date before year 1, which datetime cannot represent.
         first = times[key].min
-        # Backwards, until none before reaches so far: a partition costs its history, not all that came before.
+        # Scan backwards and stop at the window, so that the cost depends on the history, not on all earlier partitions.
         earlier = index
         while earlier and first - latest_ends[earlier - 1] < reach:
             earlier -= 1
@@ -71,7 +71,7 @@ def history_of(cleaned: CleanedReports) -> dict[str, list[str]]:
 
 
 def expected_inputs(cleaned: CleanedReports) -> dict[str, FeatureInputs]:
-    """What the features of each partition are to be built from; features with other inputs are stale."""
+    """Input versions that each partition's features should be built from; features with other inputs are stale."""
     return {
         key: FeatureInputs(
             cleaned=cleaned[key].version, history={earlier: cleaned[earlier].version for earlier in history}
@@ -81,7 +81,7 @@ def expected_inputs(cleaned: CleanedReports) -> dict[str, FeatureInputs]:
 
 
 def stale_features(features: FeaturesReports, inputs: Mapping[str, FeatureInputs]) -> list[str]:
-    """Keys of feature partitions that would be built from something else now."""
+    """Keys of feature partitions whose inputs or feature list have changed since they were built."""
     return [
         key
         for key, report in features.items()
@@ -89,45 +89,43 @@ def stale_features(features: FeaturesReports, inputs: Mapping[str, FeatureInputs
     ]
 
 
-def stopped_files(
+def blocked_files(
     keys: Iterable[str], built_from: Mapping[str, str], cleaned: CleanedReports, limits: QualityLimits
 ) -> dict[str, str]:
-    """Of partitions beyond a run's own, whose checks it does not run: those that the checks would stop, and why.
+    """Partitions outside the run that the blocking checks would reject, with the reason; the run does not check them.
 
-    `built_from`: fingerprints of the raw files that features were built from (see `raw_files_of`). These files are not
-    judged again: their run may have had other limits.
+    `built_from` has the fingerprints of the raw files that features were built from (see `source_fingerprints`). Files
+    that have not changed since are not checked again: their run may have had other limits.
     """
     problems = {
-        key: problem_of_file(key, cleaned, limits)
-        for key in keys
-        if built_from.get(key) != cleaned[key].raw.fingerprint
+        key: file_problem(key, cleaned, limits) for key in keys if built_from.get(key) != cleaned[key].raw.fingerprint
     }
     return {key: problem for key, problem in problems.items() if problem}
 
 
-def raw_files_of(features: FeaturesReports, outdated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Fingerprints of the raw files that features were built from, as far as (outdated) reports name them."""
+def source_fingerprints(features: FeaturesReports, outdated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Fingerprints of the raw files that features were built from, as far as the (outdated) reports record them."""
     inputs = {key: report.get("inputs") for key, report in outdated.items()}
-    named = {key: value.get("cleaned", "") for key, value in inputs.items() if isinstance(value, dict)}
-    named |= {key: report.inputs.cleaned for key, report in features.items()}
-    return {key: str(version).split("/", 2)[-1] for key, version in named.items()}
+    versions = {key: value.get("cleaned", "") for key, value in inputs.items() if isinstance(value, dict)}
+    versions |= {key: report.inputs.cleaned for key, report in features.items()}
+    return {key: str(version).split("/", 2)[-1] for key, version in versions.items()}
 
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """What a run has to do about features.
+    """Feature partitions that a run builds, keeps or skips.
 
     Attributes:
-        wanted: partitions to build, oldest first.
+        to_build: partitions to build, oldest first.
         current: partitions of the run that are up to date.
-        beyond: those of `wanted` that are not the run's own: their inputs changed, or they are gone.
-        stopped: partitions that are stale, but that the checks would stop, and why.
+        extra: those of `to_build` outside the run: their inputs changed, or their features are missing.
+        blocked: stale partitions outside the run that the blocking checks would reject, with the reason.
     """
 
-    wanted: list[str]
+    to_build: list[str]
     current: list[str]
-    beyond: list[str]
-    stopped: dict[str, str]
+    extra: list[str]
+    blocked: dict[str, str]
 
 
 def plan_features(
@@ -140,21 +138,21 @@ def plan_features(
     *,
     rebuild: bool = False,
 ) -> FeaturePlan:
-    """Decide which features to build: missing or stale ones of the run's `keys`, and stale or lost ones beyond them.
+    """Decide which features to build: missing or stale ones of the run's `keys`, and stale or lost ones outside it.
 
-    `materialized` are the partitions that Dagster knows: a run that failed has deleted the reports of stale features,
-    and nothing in the lake tells that they are wanted.
+    `materialized` are the partitions that Dagster has recorded. A failed run may have deleted the reports of stale
+    features, and then only Dagster still knows that they existed.
     """
     stale = {*stale_features(features, expected_inputs(cleaned)), *outdated, *(set(materialized) - set(features))}
-    beyond = sorted((stale & set(cleaned)) - set(keys))
-    stopped = stopped_files(beyond, raw_files_of(features, outdated), cleaned, limits)
-    beyond = [key for key in beyond if key not in stopped]
-    own = [key for key in keys if key in cleaned]
-    current = [key for key in own if key in features and key not in stale and not rebuild]
-    wanted = [key for key in own if key not in current] + beyond
-    ordered = {key: place for place, key in enumerate(in_order_of_time(cleaned))}
-    wanted.sort(key=lambda key: (ordered.get(key, -1), key))  # empty partitions first
-    return FeaturePlan(wanted, current, beyond, stopped)
+    extra = sorted((stale & set(cleaned)) - set(keys))
+    blocked = blocked_files(extra, source_fingerprints(features, outdated), cleaned, limits)
+    extra = [key for key in extra if key not in blocked]
+    requested = [key for key in keys if key in cleaned]
+    current = [key for key in requested if key in features and key not in stale and not rebuild]
+    to_build = [key for key in requested if key not in current] + extra
+    position = {key: index for index, key in enumerate(chronological_keys(cleaned))}
+    to_build.sort(key=lambda key: (position.get(key, -1), key))  # empty partitions first
+    return FeaturePlan(to_build, current, extra, blocked)
 
 
 @dg.asset(
@@ -165,11 +163,11 @@ def plan_features(
     kinds={"pyspark", "parquet"},
     owners=OWNERS,
     metadata={"dagster/column_schema": table_schema([*CLEANED_COLUMNS, *FEATURE_COLUMNS], never_null=MODEL_INPUTS)},
-    description=f"""Cleaned transactions with the {len(MODEL_INPUTS)} inputs of the model.
+    description=f"""Cleaned transactions with the {len(MODEL_INPUTS)} model inputs.
 
-History comes from earlier partitions alone, and no label younger than {LABEL_DELAY_DAYS} days is
-used. Features whose history changed (a late file, a file cleaned again) are built again in the next run, unless
-their own file was replaced by one that the checks on `cleaned_transactions` stop.""",
+History comes only from earlier partitions, and labels younger than {LABEL_DELAY_DAYS} days are not
+used. Features whose history changed (a late file, a file cleaned again) are rebuilt in the next run, unless
+their own file was replaced by one that fails the checks on `cleaned_transactions`.""",
 )
 def transaction_features(
     context: dg.AssetExecutionContext,
@@ -178,7 +176,7 @@ def transaction_features(
     spark: SparkEngine,
     limits: QualityLimits,
 ) -> dg.MaterializeResult:
-    """Build the planned features in one job."""
+    """Build the planned features in one Spark job."""
     check_run_config(context.run.run_config)
     cleaned, (features, outdated) = lake.reports(CleanedReport), lake.split_reports(FeaturesReport)
     plan = plan_features(
@@ -190,42 +188,42 @@ def transaction_features(
         limits,
         rebuild=config.rebuild,
     )
-    for key, problem in plan.stopped.items():
+    for key, problem in plan.blocked.items():
         context.log.warning(
-            f"{printable(key)} gets no new features, and is not trained on: {printable(problem)}. Mend the file, or "
-            "materialize transaction_features for it to take it as it is"
+            f"{printable(key)}: features are not rebuilt and not used for training: {printable(problem)}. Fix the "
+            "file, or materialize transaction_features for this partition to accept it as it is"
         )
-    if plan.beyond:
+    if plan.extra:
         context.log.info(
-            f"{some_of(plan.beyond)}: the history changed, or the version of the platform, or the features are gone; "
-            "they are built again"
+            f"also rebuilding {shorten_list(plan.extra)}: the history or the platform version changed, or the features "
+            "are missing"
         )
     failed = {
-        key: "it has no cleaned data; materialize cleaned_transactions first"
+        key: "no cleaned data; materialize cleaned_transactions first"
         for key in context.partition_keys
         if key not in cleaned
     }
     built: FeaturesReports = {}
-    if plan.wanted:
+    if plan.to_build:
         history, inputs = history_of(cleaned), expected_inputs(cleaned)
         report = spark.run_job(
             context,
             lake,
             "build_features",
-            {"partitions": [_request(lake, cleaned, key, history[key], inputs[key]) for key in plan.wanted]},
-            rows=sum(cleaned[part].counts.clean_rows for key in plan.wanted for part in [key, *history[key]]),
+            {"partitions": [_request(lake, cleaned, key, history[key], inputs[key]) for key in plan.to_build]},
+            rows=sum(cleaned[part].counts.clean_rows for key in plan.to_build for part in [key, *history[key]]),
         )
         built, errors = split_verdicts(report["partitions"], FeaturesReport)
         failed |= errors
-    done = {key: features[key] for key in plan.current} | built
-    metadata = {key: _metadata(lake, report, key in built) for key, report in done.items()}
-    return conclude(context, succeeded=metadata, failed=failed)
+    reports = {key: features[key] for key in plan.current} | built
+    metadata = {key: _metadata(lake, report, key in built) for key, report in reports.items()}
+    return record_outcomes(context, succeeded=metadata, failed=failed)
 
 
 def _request(
     lake: LakeResource, cleaned: CleanedReports, key: str, history: list[str], inputs: FeatureInputs
 ) -> dict[str, Any]:
-    """A partition as the job build_features takes it."""
+    """Request item of the job build_features for one partition."""
     times = cleaned[key].tx_datetime
     return {
         "partition": key,

@@ -1,4 +1,4 @@
-"""Asset ``fraud_model``: a trained, evaluated and registered model per run."""
+"""Asset ``fraud_model``: trains, evaluates and registers one model per run."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -7,15 +7,15 @@ from typing import Any
 import dagster as dg
 
 from ml_platform.assets.features import (
+    blocked_files,
+    chronological_keys,
     expected_inputs,
-    in_order_of_time,
-    raw_files_of,
+    source_fingerprints,
     stale_features,
-    stopped_files,
-    times_of,
+    time_ranges,
     transaction_features,
 )
-from ml_platform.assets.outcomes import OWNERS, check_partitions, some_of
+from ml_platform.assets.outcomes import OWNERS, check_partitions, shorten_list
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.quality import QualityLimits
 from ml_platform.lake.reports import FEATURES_TABLE, CleanedReport, CleanedReports, FeaturesReport, FeaturesReports
@@ -26,11 +26,11 @@ from ml_platform.model.promotion import DECIDED_BY_FIGURES
 from ml_platform.model.training import Training, TrainingPartition, TrainingResult
 from ml_platform.spark.engine import SparkEngine
 
-#: Checks of the asset, which its own step makes.
+#: Asset checks whose results come from the asset's own step.
 CHECKS = {
-    "enough_data": "The models that this run was to train could be trained.",
-    "promotion": "The decision about the champion, with its reasons; passed if figures could decide it.",
-    "champion_health": "The champion still serves: it is good enough, readable, and was compared lately.",
+    "enough_data": "There was enough data to train the run's models.",
+    "promotion": "The promotion decision with its reasons; passes if the metrics could decide it.",
+    "champion_health": "The champion is still fit for use: accurate enough, readable, and compared recently.",
 }
 
 Results = Mapping[str, TrainingResult]
@@ -47,12 +47,12 @@ Results = Mapping[str, TrainingResult]
         dg.AssetCheckSpec(name, asset="fraud_model", description=text, partitions_def=raw_files)
         for name, text in CHECKS.items()
     ],
-    description="""A classifier of frauds, trained up to the cut-off that the partition names.
+    description="""A fraud classifier, trained on data up to its partition, the cut-off.
 
-A run over several partitions trains one model, at the last of them in time; with `train_each` one per partition.
-Parameters are chosen on later days than were fitted on, and the model is judged on the last week of the data, after
-a week of delay. It is logged and registered in MLflow, and becomes the `champion` if it is provably better than the
-champion on the same rows.""",
+A run over several partitions trains one model, at the latest of them; with `train_each` one per partition.
+Parameters are chosen on days after those used for fitting, and the model is evaluated on the last week of the data,
+after a week of label delay. It is logged and registered in MLflow, and becomes the `champion` if it is significantly
+better than the current champion on the same rows.""",
 )
 def fraud_model(
     context: dg.AssetExecutionContext,
@@ -62,10 +62,10 @@ def fraud_model(
     mlflow: MlflowResource,
     limits: QualityLimits,
 ) -> dg.MaterializeResult:
-    """Train at the run's cut-offs; then name the outcome in each partition's metadata."""
+    """Train at the run's cut-offs and record the outcome in each partition's metadata."""
     cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
     features = usable_features(context.partition_keys, cleaned, features, limits)
-    cutoffs = [key for key in in_order_of_time(cleaned) if key in context.partition_keys]
+    cutoffs = [key for key in chronological_keys(cleaned) if key in context.partition_keys]
     if not config.train_each:
         cutoffs = cutoffs[-1:]
     results: dict[str, TrainingResult] = {}
@@ -74,9 +74,9 @@ def fraud_model(
     if cutoffs:
         with mlflow.run(tags) as run:
             for cutoff in cutoffs:
-                used, without = training_partitions(cleaned, features, cutoff, config.window_days)
-                if without:
-                    context.log.warning(f"no features of their present data, so not trained on: {some_of(without)}")
+                used, missing = training_partitions(cleaned, features, cutoff, config.window_days)
+                if missing:
+                    context.log.warning(f"left out of training (features missing or stale): {shorten_list(missing)}")
                 partitions = {
                     key: TrainingPartition(
                         cleaned[key].raw.fingerprint,
@@ -92,35 +92,35 @@ def fraud_model(
                         results[cutoff] = training.execute()
                 else:
                     results[cutoff] = training.execute()
-                metadata[cutoff] = _metadata(training, results[cutoff]) | {"left_out": dg.MetadataValue.json(without)}
+                metadata[cutoff] = _metadata(training, results[cutoff]) | {"left_out": dg.MetadataValue.json(missing)}
     for key in context.partition_keys:
-        context.add_asset_metadata(metadata=_metadata_of(key, metadata), partition_key=key)
+        context.add_asset_metadata(metadata=_partition_metadata(key, metadata), partition_key=key)
     return dg.MaterializeResult(check_results=_check_results(context, results))
 
 
 def usable_features(
     keys: list[str], cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits
 ) -> FeaturesReports:
-    """The features that may be trained on: all but those of files beyond `keys` that the checks would stop.
+    """Features that may be trained on: all except those of files outside `keys` that the checks would block.
 
-    Raises dagster.Failure: features of `keys` are missing, or others are stale.
+    Raises dagster.Failure if features of `keys` are missing, or others are stale.
     """
     missing = [key for key in keys if key not in features or key not in cleaned]
     stale = stale_features(features, expected_inputs(cleaned))
-    stopped = stopped_files(set(stale) - set(keys), raw_files_of(features, {}), cleaned, limits)
-    if unusable := sorted({*missing, *stale} - set(stopped)):
+    blocked = blocked_files(set(stale) - set(keys), source_fingerprints(features, {}), cleaned, limits)
+    if unusable := sorted({*missing, *stale} - set(blocked)):
         raise dg.Failure(
-            f"features are missing or stale for {some_of(unusable)}; materialize transaction_features first",
+            f"features are missing or stale for {shorten_list(unusable)}; materialize transaction_features first",
             allow_retries=False,
         )
-    return {key: report for key, report in features.items() if key not in stopped}
+    return {key: report for key, report in features.items() if key not in blocked}
 
 
 def training_partitions(
     cleaned: CleanedReports, features: FeaturesReports, cutoff: str, days: int
 ) -> tuple[list[str], list[str]]:
-    """Partitions within `days` before the end of `cutoff`: those with features, and those without."""
-    times, ordered = times_of(cleaned), in_order_of_time(cleaned)
+    """Partitions in the `days` before the end of `cutoff`: those with features, and those without."""
+    times, ordered = time_ranges(cleaned), chronological_keys(cleaned)
     reach = timedelta(days=days + 1)
     window = [key for key in ordered[: ordered.index(cutoff) + 1] if times[cutoff].max - times[key].max <= reach]
     return [key for key in window if key in features], [key for key in window if key not in features]
@@ -147,7 +147,7 @@ def _metadata(training: Training, result: TrainingResult) -> dict[str, Any]:
         "champion_version": int(result.champion_version or 0),
         "learner": report.best.learner,
         **{name: value for name, value in report.metrics.items() if value is not None},
-        "report": dg.MetadataValue.md(result.summary),  # noqa: TID251 - its texts are escaped
+        "report": dg.MetadataValue.md(result.summary),  # noqa: TID251 - its text is escaped
         "path": dg.MetadataValue.path(training.lake.store.spark_uri(training.directory)),
         "spark_version": report.spark_version,
         "seconds": report.seconds["total"],
@@ -157,8 +157,8 @@ def _metadata(training: Training, result: TrainingResult) -> dict[str, Any]:
     }
 
 
-def _metadata_of(key: str, metadata: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every partition of the run shows the run's last model: any of them may be the one that the UI shows."""
+def _partition_metadata(key: str, metadata: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Metadata of a partition. Those without a model of their own show the run's last one, so the UI always has it."""
     if not metadata:
         return {"outcome": "no model", "reason": "no partition of this run has any rows"}
     cutoff = list(metadata)[-1]
@@ -167,17 +167,17 @@ def _metadata_of(key: str, metadata: Mapping[str, dict[str, Any]]) -> dict[str, 
 
 
 def _check_results(context: dg.AssetExecutionContext, results: Results) -> list[dg.AssetCheckResult]:
-    """The results of CHECKS; a partition whose model is that of another one passes them."""
+    """Results of CHECKS; a partition without a model of its own passes them."""
     decisions = {key: result.decision for key, result in results.items() if result.decision is not None}
 
-    def lacks_data(key: str) -> str | None:
+    def data_problem(key: str) -> str | None:
         return results[key].report.reason or None if key in results else None
 
-    def undecided(key: str) -> str | None:
+    def promotion_problem(key: str) -> str | None:
         decided = key not in decisions or decisions[key].outcome in DECIDED_BY_FIGURES
         return None if decided else " ".join(decisions[key].reasons)
 
-    def decision_of(key: str) -> Mapping[str, Any]:
+    def promotion_metadata(key: str) -> Mapping[str, Any]:
         if key not in decisions:
             return {}
         decision = decisions[key]
@@ -188,23 +188,23 @@ def _check_results(context: dg.AssetExecutionContext, results: Results) -> list[
             "figures": dg.JsonMetadataValue(decision.figures),
         }
 
-    def ails(key: str) -> str | None:
+    def champion_problem(key: str) -> str | None:
         return results[key].champion_problem if key in results else None
 
-    problems = {
-        "enough_data": (lacks_data, lambda key: {}),
-        "promotion": (undecided, decision_of),
-        "champion_health": (ails, lambda key: {}),
+    checks = {
+        "enough_data": (data_problem, lambda key: {}),
+        "promotion": (promotion_problem, promotion_metadata),
+        "champion_health": (champion_problem, lambda key: {}),
     }
     return [
         check_partitions(
             context, dg.AssetCheckKey(context.asset_key, name), problem_of, measure, dg.AssetCheckSeverity.WARN
         )
-        for name, (problem_of, measure) in problems.items()
+        for name, (problem_of, measure) in checks.items()
     ]
 
 
 def _partitions_tag(keys: list[str]) -> str:
-    """The run's partitions as a tag, which MLflow limits to 5,000 characters."""
+    """The run's partitions as an MLflow tag, whose length is limited to 5,000 characters."""
     text = ",".join(keys)
     return text if len(text) <= 4000 else f"{keys[0]}...{keys[-1]} ({len(keys)} partitions)"

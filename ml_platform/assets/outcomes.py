@@ -1,4 +1,4 @@
-"""What assets and checks share: verdicts and check results by partition, Dagster's table schemas."""
+"""Helpers shared by assets and checks: outcomes and check results per partition, table schemas."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ OWNERS = ["team:ml-platform"]
 
 
 def table_schema(columns: Iterable[tuple[str, str, str]], *, never_null: Iterable[str] = ()) -> dg.TableSchema:
-    """Dagster's schema of a table of (name, Spark type, description) tuples."""
+    """Dagster table schema from (name, Spark type, description) tuples."""
     required = set(never_null)
     return dg.TableSchema(
         columns=[
@@ -27,22 +27,22 @@ def table_schema(columns: Iterable[tuple[str, str, str]], *, never_null: Iterabl
     )
 
 
-def conclude(
+def record_outcomes(
     context: dg.AssetExecutionContext,
     *,
     succeeded: Mapping[str, Mapping[str, Any]],
     failed: Mapping[str, str],
 ) -> dg.MaterializeResult:
-    """End an asset's step with one verdict per partition.
+    """Record one outcome per partition at the end of an asset's step.
 
     Args:
-        succeeded: metadata of each partition that exists now. Those beyond the run's own partitions (rebuilt
-            because their inputs changed) get a materialization of their own.
-        failed: reason of each partition that does not.
+        succeeded: metadata of each partition that now exists. Partitions outside the run (rebuilt because
+            their inputs changed) get a separate materialization.
+        failed: reason for each partition that failed.
 
     Raises:
         dagster.Failure: some partitions failed. The others are recorded as materialized first, so that Dagster
-            shows exactly which exist.
+            shows exactly which partitions exist.
     """
     requested = set(context.partition_keys)
     for key, metadata in succeeded.items():
@@ -51,10 +51,10 @@ def conclude(
         else:
             context.log_event(dg.AssetMaterialization(context.asset_key, metadata=metadata, partition=key))
     if failed:
-        listed = printable("; ".join(f"{key}: {reason}" for key, reason in failed.items()))
+        reasons = printable("; ".join(f"{key}: {reason}" for key, reason in failed.items()))
         raise dg.Failure(
             f"{len(failed)} of {len(succeeded) + len(failed)} partitions of {context.asset_key.to_user_string()} "
-            f"failed ({len(succeeded)} are done): {listed}",
+            f"failed ({len(succeeded)} succeeded): {reasons}",
             metadata={"failed_partitions": dg.JsonMetadataValue(dict(failed))},
             allow_retries=False,
         )
@@ -64,7 +64,7 @@ def conclude(
 def split_verdicts(
     verdicts: Mapping[str, Mapping[str, Any]], kind: type[ReportT]
 ) -> tuple[dict[str, ReportT], dict[str, str]]:
-    """A job's verdicts as reports of the partitions that succeeded and errors of those that failed."""
+    """Split a job's verdicts into reports of succeeded partitions and errors of failed ones."""
     reports = {
         key: kind.model_validate(verdict["report"])
         for key, verdict in verdicts.items()
@@ -82,8 +82,8 @@ def check_partitions(
 ) -> dg.AssetCheckResult:
     """Check every partition of the run.
 
-    Dagster takes one result from a check that runs over a range. So that its UI shows each partition's own, with the
-    figures of `measure`, they are logged one by one; the result, which may block the run, names those with a problem.
+    Dagster takes a single result from a check over a partition range. To show each partition's result in the UI, with
+    the figures from `measure`, they are logged one by one; the single result, which may block the run, lists problems.
     """
     problems: dict[str, str] = {}
     for key in context.partition_keys:
@@ -99,7 +99,7 @@ def check_partitions(
             metadata=dict(measure(key)),
             partition=key,
         )
-        # The method takes it, its annotation does not say so.
+        # log_event accepts evaluations, although its annotation omits them.
         context.op_execution_context.log_event(evaluation)  # type: ignore[arg-type]
     return dg.AssetCheckResult(
         check_name=check.name,
@@ -110,7 +110,7 @@ def check_partitions(
     )
 
 
-def some_of(keys: Sequence[str], limit: int = 5) -> str:
-    """A list of partitions, cut where it gets long."""
+def shorten_list(keys: Sequence[str], limit: int = 5) -> str:
+    """Join partition keys with commas, naming at most `limit` of them."""
     rest = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return printable(", ".join(keys[:limit])) + rest

@@ -1,4 +1,4 @@
-"""Asset ``raw_transactions``: the raw files, which somebody else writes."""
+"""Asset ``raw_transactions``: raw files written by an external system."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ DATA_VERSION_TAG = "dagster/data_version"
 
 
 def raw_file_observation(file: RawFile) -> dg.AssetObservation:
-    """What is known of a raw file, its fingerprint being the data version."""
+    """Observation of a raw file, with its fingerprint as the data version."""
     return dg.AssetObservation(
         asset_key="raw_transactions",
         partition=file.key,
@@ -30,17 +30,17 @@ def raw_file_observation(file: RawFile) -> dg.AssetObservation:
     specs=[
         dg.AssetSpec(
             "raw_transactions",
-            # Its observations are of partitions; as a result it would be observed as a whole, without a version.
+            # Observations are logged per partition; a yielded result would cover the whole asset, without a version.
             skippable=True,
             partitions_def=raw_files,
             group_name="fraud_detection",
             kinds={"file"},
             owners=OWNERS,
             metadata={
-                "format": "text, 9 comma-separated fields a line, perhaps with a header line",
+                "format": "text, 9 comma-separated fields per line, optional header line",
                 "dagster/column_schema": table_schema((name, "string", text) for name, _, text in CLEANED_COLUMNS),
             },
-            description="Raw transaction files as they land in the raw store; one partition per file. They are "
+            description="Raw transaction files as they arrive in the raw store; one partition per file. They are "
             "observed, never materialized: see the events for size and fingerprint.",
         )
     ]
@@ -51,9 +51,9 @@ def raw_transactions(context: dg.AssetExecutionContext, lake: LakeResource) -> I
     for name, reason in ignored.items():
         context.log.warning(f"ignored raw file {name!r}: {reason}")
     registered = set(context.instance.get_dynamic_partitions(str(raw_files.name)))
-    known = [file for key, file in files.items() if key in registered]
-    if len(known) < len(files):
-        context.log.info(f"{len(files) - len(known)} raw files are not registered yet: run ml-platform sync")
-    for file in known:
+    registered_files = [file for key, file in files.items() if key in registered]
+    if len(registered_files) < len(files):
+        context.log.info(f"{len(files) - len(registered_files)} raw files are not registered yet: run ml-platform sync")
+    for file in registered_files:
         context.log_event(raw_file_observation(file))
     yield from ()

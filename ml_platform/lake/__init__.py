@@ -1,1 +1,1 @@
-"""Where the platform's data are, and what must hold of them."""
+"""Storage of the platform's data: files and objects, partitions, reports, quality limits, migrations."""

@@ -1,7 +1,7 @@
-"""Moves a lake of an older version of the platform to this one: ``ml-platform migrate``.
+"""Migration of a lake from an older version of the platform: ``ml-platform migrate``.
 
-Data of an older version count as missing, and the next run makes them again from the raw files. A step spares that
-where only the report changes, and keeps partitions whose raw file is gone.
+Data of an older version count as missing, and the next run rebuilds them from the raw files. A migration step avoids
+the rebuild where only the report changes, and keeps partitions whose raw file is gone.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from ml_platform.lake.reports import FEATURES_TABLE, CleanedReport, FeaturesRepo
 from ml_platform.lake.resource import LakeResource
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
-#: Turns a report of a table into the one that the next version would have written; None if the data have to be made
-#: again. A step changes neither the report that it is given nor anything else.
+#: Converts a report of a table to the next schema version; returns None if the data must be rebuilt. A step has no side
+#: effects and does not modify its argument.
 Step = Callable[[str, Mapping[str, Any]], "dict[str, Any] | None"]
 
-#: Steps by the version that they start from. Add one when you raise SCHEMA_VERSION, or all data are made again. The
-#: ``inputs`` of a features report name the version of the cleaned data, so a step that moves both changes them, too.
+#: Steps by the schema version they start from. Add one when you raise SCHEMA_VERSION; otherwise all data are rebuilt.
+#: The ``inputs`` of a features report contain the version of the cleaned data, so a step that moves both updates them.
 STEPS: dict[int, Step] = {}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The effect on one partition of an older version; in a dry run, the effect it would have."""
+    """Result of migrating one partition of an older version; in a dry run, the expected result."""
 
     table: str
     key: str
@@ -35,12 +35,12 @@ class Outcome:
 
 
 def migrate_lake(lake: LakeResource, *, dry_run: bool = False, steps: Mapping[int, Step] = STEPS) -> Iterator[Outcome]:
-    """Move the partitions of older versions one by one, each by replacing its report.
+    """Migrate the partitions of older versions one by one, each by replacing its report.
 
-    It may be interrupted and run again: partitions that were moved are no longer of an older version.
+    Safe to interrupt and run again: migrated partitions are skipped.
 
     Raises:
-        SchemaVersionError: something in the lake is of a newer version; nothing was done.
+        SchemaVersionError: the lake contains data of a newer version; nothing was changed.
     """
     outdated = {
         CleanedReport.table: lake.outdated_reports(CleanedReport),
@@ -62,14 +62,14 @@ def migrate_lake(lake: LakeResource, *, dry_run: bool = False, steps: Mapping[in
 
 
 def _move(table: str, report: Mapping[str, Any], steps: Mapping[int, Step]) -> dict[str, Any] | None:
-    """The report as this version would have written it; None if a step is missing or returns None."""
+    """Report converted to the current schema; None if a step is missing or returns None."""
     moved = dict(report)
     for version in range(report["schema_version"], SCHEMA_VERSION):
         step = steps.get(version)
-        after = step(table, moved) if step else None
-        if after is None:
+        converted = step(table, moved) if step else None
+        if converted is None:
             return None
-        if after.get("schema_version") != version + 1:
-            raise RuntimeError(f"the step from schema {version} left a report of {table} at another version")
-        moved = after
+        if converted.get("schema_version") != version + 1:
+            raise RuntimeError(f"the step from schema {version} did not set the next version in a report of {table}")
+        moved = converted
     return moved

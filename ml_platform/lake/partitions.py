@@ -1,4 +1,4 @@
-"""The partitions ``raw_files``: one per raw file, its key the file name without ``.txt``."""
+"""Dynamic partitions ``raw_files``: one per raw file, keyed by the file name without ``.txt``."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _SAFE = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def partition_key(object_name: str) -> str:
-    """Key of a raw file's partition.
+    """Partition key of a raw file.
 
     Raises:
-        ValueError: the name is no safe key; the message says why.
+        ValueError: the name is not a safe key; the message says why.
     """
     key = object_name.removesuffix(RAW_SUFFIX)
     if not _SAFE.fullmatch(key):
         raise ValueError("only letters, digits, '.', '_' and '-' are allowed")
     if key[0] in "._":
-        raise ValueError("it starts with a dot or underscore, which Spark takes for a hidden file")
+        raise ValueError("it starts with a dot or underscore, which Spark treats as a hidden file")
     if len(key) > MAX_KEY_LENGTH:
         raise ValueError(f"it is longer than {MAX_KEY_LENGTH} characters")
     if "..." in key:
-        raise ValueError("'...' is Dagster's sign for a range of partitions")
+        raise ValueError("Dagster uses '...' for ranges of partitions")
     return key
 
 
 def is_partition_key(text: str) -> bool:
-    """Whether `text` is the key of some raw file's partition."""
+    """Return True if `text` is a valid partition key."""
     try:
         return partition_key(text + RAW_SUFFIX) == text
     except ValueError:
@@ -46,12 +46,12 @@ def is_partition_key(text: str) -> bool:
 
 
 def range_tags(start: str, end: str) -> dict[str, str]:
-    """Run tags of a run over the partitions from `start` to `end`, both included, in order of registration."""
+    """Tags of a run over the partitions from `start` to `end` inclusive, in registration order."""
     return {RANGE_START_TAG: start, RANGE_END_TAG: end}
 
 
 def keys_of_run(tags: Mapping[str, str], registered: Sequence[str]) -> list[str]:
-    """Partitions that a run with these tags covers, given all registered partitions in their order."""
+    """Partitions covered by a run with these tags, given all registered partitions in order."""
     if PARTITION_TAG in tags:
         return [tags[PARTITION_TAG]]
     start, end = tags.get(RANGE_START_TAG), tags.get(RANGE_END_TAG)
@@ -61,7 +61,7 @@ def keys_of_run(tags: Mapping[str, str], registered: Sequence[str]) -> list[str]
 
 
 def contiguous_ranges(keys: Iterable[str], registered: Sequence[str]) -> list[tuple[str, str]]:
-    """`keys` as (first, last) of the longest runs of neighbours among all registered partitions."""
+    """Group `keys` into maximal (first, last) ranges of adjacent registered partitions."""
     wanted = set(keys)
     ranges: list[tuple[str, str]] = []
     previous_wanted = False

@@ -1,4 +1,4 @@
-"""What a file must fulfil before features and models are made of it, by the report of its cleaning."""
+"""Quality rules that a file's cleaning report must satisfy before features and models are built from it."""
 
 from datetime import datetime, timedelta
 
@@ -9,7 +9,7 @@ from ml_platform.lake.reports import CleanedReport, CleanedReports
 
 
 class QualityLimits(dg.ConfigurableResource):
-    """Where the checks draw their lines."""
+    """Thresholds of the data quality checks."""
 
     max_reject_rate: float = Field(
         default=0.02, ge=0, le=1, description="Largest share of raw rows that may be rejected."
@@ -19,19 +19,19 @@ class QualityLimits(dg.ConfigurableResource):
     min_rows_to_judge: int = Field(
         default=10_000,
         ge=1,
-        description="Clean rows below which a file's fraud rate is not judged: chance decides it.",
+        description="A file with fewer clean rows gets no fraud rate check: the rate would be mostly noise.",
     )
-    max_days_per_file: int = Field(default=100, ge=1, description="Longest span of time that one file may cover.")
+    max_days_per_file: int = Field(default=100, ge=1, description="Longest time span that one file may cover.")
     max_overlap_days: int = Field(default=1, ge=0, description="Days that the time ranges of two files may share.")
 
 
-def rows_that_do_not_add_up(report: CleanedReport) -> str | None:
-    """Raw rows must be clean, duplicate or rejected rows."""
+def row_count_mismatch(report: CleanedReport) -> str | None:
+    """Every raw row must be a clean, duplicate or rejected row."""
     counts = report.counts
-    parts = counts.clean_rows + counts.duplicate_rows + counts.rejected_rows
-    if counts.raw_rows == parts:
+    total = counts.clean_rows + counts.duplicate_rows + counts.rejected_rows
+    if counts.raw_rows == total:
         return None
-    return f"{counts.raw_rows} raw rows, but {parts} clean, duplicate and rejected rows"
+    return f"{counts.raw_rows} raw rows, but {total} clean, duplicate and rejected rows"
 
 
 def reject_rate_of(report: CleanedReport) -> float:
@@ -53,7 +53,7 @@ def high_reject_rate(report: CleanedReport, limits: QualityLimits) -> str | None
 
 
 def implausible_fraud_rate(report: CleanedReport, limits: QualityLimits) -> str | None:
-    """The share of frauds must be plausible, where there are enough rows to tell."""
+    """The fraud rate must be plausible, if there are enough rows to estimate it."""
     if report.counts.clean_rows < limits.min_rows_to_judge:
         return None
     rate = fraud_rate_of(report)
@@ -62,34 +62,34 @@ def implausible_fraud_rate(report: CleanedReport, limits: QualityLimits) -> str 
     return f"{rate:.3%} of the rows are frauds, not between {limits.min_fraud_rate:.3%} and {limits.max_fraud_rate:.3%}"
 
 
-def shared_ids(key: str, cleaned: CleanedReports) -> str | None:
-    """Ids are unique within a file by construction; ranges of two files must not overlap, or rows could count twice."""
-    own = cleaned[key].transaction_id
-    if own is None:
+def overlapping_ids(key: str, cleaned: CleanedReports) -> str | None:
+    """Id ranges of files must not overlap, or rows could count twice; within a file ids are unique by construction."""
+    ids = cleaned[key].transaction_id
+    if ids is None:
         return None
     for other, report in cleaned.items():
-        ids = report.transaction_id
-        if other != key and ids is not None and ids.min <= own.max and own.min <= ids.max:
-            return f"ids {own.min} to {own.max} overlap those of {other}, {ids.min} to {ids.max}"
+        other_ids = report.transaction_id
+        if other != key and other_ids is not None and other_ids.min <= ids.max and ids.min <= other_ids.max:
+            return f"ids {ids.min} to {ids.max} overlap those of {other}, {other_ids.min} to {other_ids.max}"
     return None
 
 
-def misplaced_time_range(key: str, cleaned: CleanedReports, limits: QualityLimits) -> str | None:
-    """A file's times must fit its place: one stretch of time, its own, from the date that its name may give."""
-    own = cleaned[key].tx_datetime
-    if own is None:
+def implausible_time_range(key: str, cleaned: CleanedReports, limits: QualityLimits) -> str | None:
+    """A file must span a plausible period that matches the date in its name, if any, and overlaps no other file."""
+    times = cleaned[key].tx_datetime
+    if times is None:
         return None
-    first, last = own.min, own.max
+    first, last = times.min, times.max
     if last - first > timedelta(days=limits.max_days_per_file):
         return f"it spans {(last - first).days} days, from {first} to {last}, more than {limits.max_days_per_file}"
-    named = _date_of(key)
-    if named and not timedelta(0) <= first - named <= timedelta(days=limits.max_days_per_file):
-        return f"its first transaction is of {first}, which does not fit its name"
+    named_date = _date_of(key)
+    if named_date and not timedelta(0) <= first - named_date <= timedelta(days=limits.max_days_per_file):
+        return f"its first transaction, at {first}, does not match the date in its name"
     for other, report in cleaned.items():
-        times = report.tx_datetime
-        if other == key or times is None:
+        other_times = report.tx_datetime
+        if other == key or other_times is None:
             continue
-        overlap = min(last, times.max) - max(first, times.min)
+        overlap = min(last, other_times.max) - max(first, other_times.min)
         if overlap > timedelta(days=limits.max_overlap_days):
             return f"it shares {overlap.days} days with {other}"
     return None
@@ -102,13 +102,13 @@ def _date_of(key: str) -> datetime | None:
         return None
 
 
-def problem_of_file(key: str, cleaned: CleanedReports, limits: QualityLimits) -> str | None:
-    """What the blocking checks on `cleaned_transactions` would say of a file among the others; None if nothing."""
+def file_problem(key: str, cleaned: CleanedReports, limits: QualityLimits) -> str | None:
+    """First problem that the blocking checks on `cleaned_transactions` would find in a file; None if they pass."""
     report = cleaned[key]
     return (
-        rows_that_do_not_add_up(report)
+        row_count_mismatch(report)
         or high_reject_rate(report, limits)
         or implausible_fraud_rate(report, limits)
-        or shared_ids(key, cleaned)
-        or misplaced_time_range(key, cleaned, limits)
+        or overlapping_ids(key, cleaned)
+        or implausible_time_range(key, cleaned, limits)
     )

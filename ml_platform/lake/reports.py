@@ -1,7 +1,7 @@
-"""What the jobs report, as types: the border between Spark and Dagster.
+"""Typed reports of the Spark jobs: the interface between Spark and Dagster.
 
-A report in the lake may have been edited by hand, so it is validated when it is read. Fields that a report has beyond
-these are kept, and written again.
+A report in the lake may have been edited by hand, so it is validated when it is read. Unknown fields are kept and
+written back.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def _instant(value: Any) -> Any:
 
 
 def instant_text(instant: datetime) -> str:
-    """An instant as reports have it; `strftime` would not pad years before 1000."""
+    """Format an instant as in reports; `strftime` would not pad years before 1000."""
     return f"{instant.isoformat(timespec='seconds')}Z"
 
 
-#: UTC, without a time zone.
+#: A naive datetime in UTC.
 Instant = Annotated[datetime, BeforeValidator(_instant)]
 
 
@@ -34,33 +34,33 @@ class _Report(BaseModel):
 
 
 class Instants(_Report):
-    """The first and the last instant of a partition."""
+    """First and last instant of a partition."""
 
     min: Instant
     max: Instant
 
 
 class Ids(_Report):
-    """The lowest and the highest id of a partition."""
+    """Lowest and highest id of a partition."""
 
     min: int
     max: int
 
 
-def _none_if_empty(ends: Any) -> Any:
-    """Jobs report null for both ends of a partition without rows."""
-    return None if ends == {"min": None, "max": None} else ends
+def _none_if_empty(bounds: Any) -> Any:
+    """Map the bounds of an empty partition, which jobs report as null, to None."""
+    return None if bounds == {"min": None, "max": None} else bounds
 
 
 class RawVersion(_Report):
-    """The raw file that was cleaned, as it was."""
+    """Size and fingerprint of the raw file when it was cleaned."""
 
     size: int
     fingerprint: str
 
 
 class CleanedCounts(_Report):
-    """Rows by what became of them; a field for each cleaning rule follows these."""
+    """Row counts by outcome; the report also has one field per cleaning rule."""
 
     raw_rows: int
     clean_rows: int
@@ -70,7 +70,7 @@ class CleanedCounts(_Report):
 
 
 class PartitionReport(_Report):
-    """What every report of a partition has."""
+    """Fields common to all partition reports."""
 
     schema_version: int
     partition: str
@@ -87,18 +87,18 @@ class CleanedReport(PartitionReport):
     epoch: str
     raw: RawVersion
     counts: CleanedCounts
-    #: None of an empty partition, as the next one.
+    #: None if the partition is empty, as is `transaction_id`.
     tx_datetime: Annotated[Instants | None, BeforeValidator(_none_if_empty)]
     transaction_id: Annotated[Ids | None, BeforeValidator(_none_if_empty)]
 
     @property
     def version(self) -> str:
-        """What the rows depend on: version of the rules, epoch, raw file."""
+        """Version of the rows: schema version, epoch and fingerprint of the raw file."""
         return f"{self.schema_version}/{self.epoch}/{self.raw.fingerprint}"
 
 
 class FeatureInputs(_Report):
-    """Versions of the cleaned partitions that features were built from: their own, and those of its history."""
+    """Versions of the cleaned partitions that features were built from: the partition itself and its history."""
 
     cleaned: str
     history: dict[str, str]
@@ -121,7 +121,7 @@ class FeaturesReport(PartitionReport):
 
 
 class Window(_Report):
-    """Days of the data that a training uses in one way."""
+    """A training, validation or test window: its days, rows and frauds."""
 
     first_date: str
     last_date: str
@@ -130,7 +130,7 @@ class Window(_Report):
 
 
 class Candidate(_Report):
-    """A learner with parameters, and its average precision on the validation window."""
+    """A learner with parameters and its average precision on the validation window."""
 
     learner: str
     params: dict[str, Any]
@@ -138,7 +138,7 @@ class Candidate(_Report):
 
 
 class Sampling(_Report):
-    """How many rows a model was fitted on, where not on all."""
+    """Row counts of the sample that a model was fitted on, if not on all rows."""
 
     rows: int
     kept_rows: int
@@ -146,7 +146,7 @@ class Sampling(_Report):
 
 
 class ChampionScoring(_Report):
-    """Whether the champion scored the held-out rows, and if not, why."""
+    """Result of scoring the held-out rows with the champion; `error` says why it could not."""
 
     version: str
     status: Literal["scored", "unreadable", "newer_library"]
@@ -154,7 +154,7 @@ class ChampionScoring(_Report):
 
 
 class TrainingReport(_Report):
-    """Report of a training. What only a trained model has is empty otherwise."""
+    """Report of a training job. Fields that describe the model are empty if none was trained."""
 
     schema_version: int
     run_id: str
@@ -172,7 +172,7 @@ class TrainingReport(_Report):
     feature_importances: dict[str, float] = Field(default_factory=dict)
     champion: ChampionScoring | None = None
     model_uri: str = ""
-    #: Of the held-out rows; the platform adds them to the job's report (see `ml_platform.model.evaluation`).
+    #: Computed on the held-out rows by the platform, not by the job (see `ml_platform.model.evaluation`).
     metrics: dict[str, float | int | None] = Field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""The lake as Dagster's assets use it: raw files, partitions, reports."""
+"""Dagster resource for the lake: raw files, partitions, reports."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pydantic import Field, ValidationError
 
 from ml_platform.lake.partitions import RAW_SUFFIX, is_partition_key, partition_key
 from ml_platform.lake.reports import PartitionReport, ReportT
-from ml_platform.lake.storage import READERS, Store, open_store
+from ml_platform.lake.storage import READ_THREADS, Store, open_store
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 
 class SchemaVersionError(Exception):
-    """The lake was written by a newer version of the platform, which this one must neither read nor replace."""
+    """The lake was written by a newer version of the platform; this version must not read or overwrite it."""
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A raw file: partition key, URI for Spark, size in bytes, fingerprint of its present content."""
+    """A raw file: partition key, URI for Spark, size in bytes, fingerprint of its current content."""
 
     key: str
     uri: str
@@ -31,14 +31,14 @@ class RawFile:
     fingerprint: str
 
     def as_request(self) -> dict[str, Any]:
-        """The file as the cleaning job and its report know it."""
+        """The file in the format of the cleaning job's request."""
         return {"uri": self.uri, "size": self.size, "fingerprint": self.fingerprint}
 
 
-#: Reports that this process has read, by lake and table: key → fingerprint and report (as an object, or, of an older
-#: version, as it stands; None if it is unreadable). A run looks at all of them in every step, and Dagster makes a
-#: resource anew for each.
-_reports_read: dict[tuple[str, str], dict[str, tuple[str, PartitionReport | dict[str, Any] | None]]] = {}
+#: Cache of reports by lake and table: key → fingerprint and report (typed; a dict if of an older version; None if
+#: unreadable). Every step of a run reads all reports, and Dagster creates a new resource for each step, so the cache is
+#: global.
+_report_cache: dict[tuple[str, str], dict[str, tuple[str, PartitionReport | dict[str, Any] | None]]] = {}
 
 
 class LakeResource(dg.ConfigurableResource):
@@ -59,7 +59,7 @@ class LakeResource(dg.ConfigurableResource):
         return open_store(self.lake_uri)
 
     def list_raw_files(self) -> tuple[dict[str, RawFile], dict[str, str]]:
-        """Raw files by key, in order of their keys; and names that cannot be a key, each with the reason."""
+        """Raw files by key, sorted, and names that are not valid keys, each with the reason."""
         files, ignored = {}, {}
         for stored in self.raw.list_directory():
             if not stored.name.endswith(RAW_SUFFIX):
@@ -77,23 +77,23 @@ class LakeResource(dg.ConfigurableResource):
         return f"{table}/raw_file={key}"
 
     def partition_uri(self, table: str, key: str) -> str:
-        """URI of a partition's directory as Spark takes it."""
+        """URI of a partition's directory for Spark."""
         return self.store.spark_uri(self.partition_path(table, key))
 
     def reports(self, kind: type[ReportT]) -> dict[str, ReportT]:
         """Reports of all complete partitions of a table, by key.
 
-        A report that is unreadable or lacks a field does not mark its partition as complete, and neither does one of
-        an older version: see `outdated_reports`. Raises SchemaVersionError: there is one of a newer version.
+        A partition whose report is unreadable, lacks a field or is of an older version (see `outdated_reports`) is not
+        complete. Raises SchemaVersionError if a report is of a newer version.
         """
         return self.split_reports(kind)[0]
 
     def outdated_reports(self, kind: type[ReportT]) -> dict[str, dict[str, Any]]:
-        """Reports of a table that an older version of the platform wrote, as they stand. Raises as `reports` does."""
+        """Reports of a table written by an older version of the platform, unparsed. Raises as `reports` does."""
         return self.split_reports(kind)[1]
 
     def split_reports(self, kind: type[ReportT]) -> tuple[dict[str, ReportT], dict[str, dict[str, Any]]]:
-        """What `reports` and `outdated_reports` return, by one listing."""
+        """Results of `reports` and `outdated_reports` from a single listing."""
         reports = self._all_reports(kind)
         return (
             {key: report for key, report in reports.items() if isinstance(report, kind)},
@@ -101,32 +101,34 @@ class LakeResource(dg.ConfigurableResource):
         )
 
     def _all_reports(self, kind: type[ReportT]) -> dict[str, PartitionReport | dict[str, Any] | None]:
-        """By one listing; read are those that are new since the last one."""
+        """All reports from a single listing; reads only those that changed since the last one."""
         prefix = f"{kind.table}/raw_file="
         listed = {}
         for stored in self.store.list_reports(kind.table):
             key = stored.name.removeprefix(prefix).removesuffix(f"/{REPORT_NAME}")
-            # Other writers may name a directory as they like; the platform only makes keys.
+            # Ignore directories that other programs created: the platform only writes valid keys.
             if stored.name.startswith(prefix) and is_partition_key(key):
                 listed[key] = stored
-        known = _reports_read.get((self.lake_uri, kind.table), {})
-        current = {key: known[key] for key, stored in listed.items() if known.get(key, ("",))[0] == stored.fingerprint}
+        cached = _report_cache.get((self.lake_uri, kind.table), {})
+        current = {
+            key: cached[key] for key, stored in listed.items() if cached.get(key, ("",))[0] == stored.fingerprint
+        }
         new = [key for key in listed if key not in current]
-        with ThreadPoolExecutor(READERS) as pool:
-            contents = list(pool.map(self._read_if_there, [listed[key].name for key in new]))
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            contents = list(pool.map(self._read_or_none, [listed[key].name for key in new]))
         for key, content in zip(new, contents, strict=True):
             if content is not None:
-                current[key] = listed[key].fingerprint, self._parsed(kind, key, content)
-        _reports_read[self.lake_uri, kind.table] = current
+                current[key] = listed[key].fingerprint, self._parse(kind, key, content)
+        _report_cache[self.lake_uri, kind.table] = current
         return {key: current[key][1] for key in listed if key in current}
 
-    def _read_if_there(self, name: str) -> bytes | None:
+    def _read_or_none(self, name: str) -> bytes | None:
         try:
             return self.store.read(name)
         except FileNotFoundError:
             return None
 
-    def _parsed(self, kind: type[ReportT], key: str, content: bytes) -> ReportT | dict[str, Any] | None:
+    def _parse(self, kind: type[ReportT], key: str, content: bytes) -> ReportT | dict[str, Any] | None:
         try:
             report = json.loads(content)
         except (ValueError, RecursionError):
@@ -137,8 +139,8 @@ class LakeResource(dg.ConfigurableResource):
         if version > SCHEMA_VERSION:
             raise SchemaVersionError(
                 f"{self.partition_path(kind.table, key)} in {self.lake_uri} was written by a newer version of "
-                f"ml_platform (schema {version}; this one knows up to {SCHEMA_VERSION}): run that version "
-                "here, or set ML_PLATFORM_LAKE_URI to another lake"
+                f"ml_platform (schema {version}; this version supports up to {SCHEMA_VERSION}): run the "
+                "newer version, or set ML_PLATFORM_LAKE_URI to another lake"
             )
         if version < SCHEMA_VERSION:
             return dict(report)
@@ -148,9 +150,9 @@ class LakeResource(dg.ConfigurableResource):
             return None
 
     def read_json(self, name: str) -> Any:
-        """A small JSON file of the lake. Raises FileNotFoundError, or ValueError if it is not JSON."""
+        """Read a small JSON file of the lake. Raises FileNotFoundError, or ValueError if it is not JSON."""
         return json.loads(self.store.read(name))
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a small JSON file to the lake, whole or not at all."""
+        """Atomically write a small JSON file to the lake."""
         self.store.write(name, json.dumps(value, indent=1, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Where files are: a directory or a prefix of an S3 bucket, behind one interface."""
+"""File storage: a local directory or an S3 prefix behind one interface."""
 
 from __future__ import annotations
 
@@ -13,68 +13,68 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from spark_jobs.schema import REPORT_NAME
 
-#: Small files that are read at a time.
-READERS = 32
+#: Threads that read small files.
+READ_THREADS = 32
 
-#: An S3 that is away is an error within a minute, which is what Dagster gives a sensor.
+#: An unreachable S3 must fail within a minute: Dagster's limit for a sensor tick.
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 18
 S3_ATTEMPTS = 3
 
 
 class StorageError(OSError):
-    """S3 cannot be used as the settings say; the message names the variable to look at."""
+    """S3 cannot be used with these settings; the message names the variable to check."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file or object: name below the root, size in bytes, and what tells this content from another."""
+    """A file or object: name relative to the root, size in bytes, and fingerprint of its content."""
 
     name: str
     size: int
     fingerprint: str
 
 
-def checked(name: str) -> str:
-    """`name`, if it stays below the root of a store. Raises ValueError: it leads out of it."""
+def checked_name(name: str) -> str:
+    """Return `name` if it stays below the root of a store; otherwise raise ValueError."""
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise ValueError(f"{name!r} is no name in the lake: it leads out of it")
+        raise ValueError(f"{name!r} is an invalid name: it points outside the lake")
     return name
 
 
 class Store(Protocol):
-    """A tree of files. Names are relative to its root and separated by ``/``; others are a ValueError."""
+    """A tree of files. Names are relative to its root and separated by ``/``; other names raise ValueError."""
 
     def spark_uri(self, name: str = "") -> str:
-        """URI of `name` as Spark takes it."""
+        """URI of `name` for Spark."""
 
     def list_directory(self, name: str = "") -> Iterator[StoredFile]:
-        """Files right below a directory, in no order; none if it does not exist."""
+        """Files directly in a directory, unordered; empty if it does not exist."""
 
     def list_reports(self, name: str) -> Iterator[StoredFile]:
-        """The reports that stand one directory below `name`, by one listing."""
+        """Reports one directory below `name`, from a single listing."""
 
     def read(self, name: str) -> bytes:
-        """Content of a small file. Raises FileNotFoundError."""
+        """Read a small file. Raises FileNotFoundError."""
 
     def read_start(self, name: str) -> bytes:
-        """The first byte of a file that is not empty. Raises FileNotFoundError."""
+        """Read the first byte of a non-empty file. Raises FileNotFoundError."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, whole or not at all."""
+        """Atomically write a small file."""
 
     def open_new(self, name: str) -> BinaryIO:
-        """A context manager for writing a large file, which appears when it is closed without an error."""
+        """Context manager for writing a large file, which becomes visible once it is closed without an error."""
 
 
 class LocalStore:
-    """A directory."""
+    """A local directory."""
 
     def __init__(self, root: str) -> None:
         self._root = Path(root)
 
     def _path(self, name: str) -> Path:
-        return self._root / checked(name)
+        return self._root / checked_name(name)
 
     def spark_uri(self, name: str = "") -> str:
         return f"file://{self._path(name)}".rstrip("/")
@@ -88,9 +88,9 @@ class LocalStore:
             for entry in entries:
                 try:
                     if entry.is_file():
-                        found = entry.stat()
-                        yield StoredFile(entry.name, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
-                except FileNotFoundError:  # it vanished while we listed
+                        status = entry.stat()
+                        yield StoredFile(entry.name, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+                except FileNotFoundError:  # deleted during the listing
                     continue
 
     def list_reports(self, name: str) -> Iterator[StoredFile]:
@@ -104,11 +104,11 @@ class LocalStore:
                 path = self._path(report)
                 if not path.is_file():
                     continue
-                with suppress(FileNotFoundError):  # it vanished while we listed
-                    found = path.stat()
-                    # A report is replaced by another file, perhaps of the same size within one tick of the clock.
-                    fingerprint = f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
-                    yield StoredFile(report, found.st_size, fingerprint)
+                with suppress(FileNotFoundError):  # deleted during the listing
+                    status = path.stat()
+                    # The inode tells apart two reports of the same size written within one clock tick.
+                    fingerprint = f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+                    yield StoredFile(report, status.st_size, fingerprint)
 
     def read(self, name: str) -> bytes:
         return self._path(name).read_bytes()
@@ -122,34 +122,34 @@ class LocalStore:
             file.write(content)
 
     def open_new(self, name: str) -> BinaryIO:
-        return _Draft(self._path(name))  # type: ignore[return-value]
+        return _AtomicFile(self._path(name))  # type: ignore[return-value]
 
 
-class _Draft:
-    """A file that takes its name only once it is written without an error."""
+class _AtomicFile:
+    """A temporary file that is renamed to its final name once it is written without an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
     def __enter__(self) -> BinaryIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._draft.open("wb")
+        self._file = self._temporary.open("wb")
         return self._file
 
     def __exit__(self, error_type: object, *_: object) -> None:
         try:
             self._file.close()
             if error_type is None:
-                self._draft.replace(self._path)
+                self._temporary.replace(self._path)
         finally:
-            self._draft.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
 
 
 class S3Store:
-    """A prefix of an S3 bucket. Credentials, region and endpoint are those of boto3.
+    """A prefix of an S3 bucket. Credentials, region and endpoint come from boto3.
 
-    What S3 refuses is a StorageError.
+    S3 errors are raised as StorageError.
     """
 
     def __init__(self, uri: str) -> None:
@@ -158,20 +158,20 @@ class S3Store:
 
     @cached_property
     def _client(self) -> Any:
-        with _named_variables(self._bucket):
+        with _translated_errors(self._bucket):
             return _s3_resource().get_client()
 
     def spark_uri(self, name: str = "") -> str:
         return f"s3a://{self._bucket}/{self._key(name)}".rstrip("/")
 
     def _key(self, name: str) -> str:
-        return self._prefix + checked(name)
+        return self._prefix + checked_name(name)
 
     def _objects(self, prefix: str, delimiter: str = "") -> Iterator[Mapping[str, Any]]:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._key(prefix), Delimiter=delimiter
         )
-        with _named_variables(self._bucket):
+        with _translated_errors(self._bucket):
             for page in pages:
                 yield from page.get("Contents", [])
 
@@ -179,7 +179,7 @@ class S3Store:
         prefix = f"{name}/" if name else ""
         for item in self._objects(prefix, "/"):
             base_name = item["Key"][len(self._prefix + prefix) :]
-            if base_name:  # an object named like the directory is a console's placeholder
+            if base_name:  # consoles create a placeholder object named like the directory
                 yield self._stored(base_name, item)
 
     def list_reports(self, name: str) -> Iterator[StoredFile]:
@@ -194,16 +194,16 @@ class S3Store:
         return StoredFile(name, item["Size"], f"{item['Size']}-{etag}")
 
     def read(self, name: str) -> bytes:
-        with _named_variables(self._bucket, self._key(name)):
+        with _translated_errors(self._bucket, self._key(name)):
             return self._client.get_object(Bucket=self._bucket, Key=self._key(name))["Body"].read()
 
     def read_start(self, name: str) -> bytes:
-        with _named_variables(self._bucket, self._key(name)):
+        with _translated_errors(self._bucket, self._key(name)):
             item = self._client.get_object(Bucket=self._bucket, Key=self._key(name), Range="bytes=0-0")
             return item["Body"].read()
 
     def write(self, name: str, content: bytes) -> None:
-        with _named_variables(self._bucket, self._key(name)):
+        with _translated_errors(self._bucket, self._key(name)):
             self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=content)
 
     def open_new(self, name: str) -> BinaryIO:
@@ -211,15 +211,15 @@ class S3Store:
 
 
 @cache
-def _boto_models(data_path: str | None) -> Any:
-    """boto3's descriptions of services, which each session would read anew: a tenth of a second for each store."""
+def _service_models(data_path: str | None) -> Any:
+    """boto3's service models, cached because loading them takes each session 0.1 s."""
     from botocore.loaders import create_loader
 
     return create_loader(data_path)
 
 
 def _s3_resource() -> Any:
-    """dagster-aws's S3Resource, with timeouts, which it lacks, and heeding AWS_CA_BUNDLE."""
+    """dagster-aws's S3Resource extended with timeouts and support for AWS_CA_BUNDLE."""
     import boto3
     from botocore.config import Config
     from botocore.session import Session
@@ -227,15 +227,15 @@ def _s3_resource() -> Any:
 
     class TimedS3Resource(S3Resource):
         def get_client(self) -> Any:
-            core = Session(profile=self.profile_name)
-            core.register_component("data_loader", _boto_models(core.get_config_variable("data_path")))
-            return boto3.Session(botocore_session=core).client(
+            session = Session(profile=self.profile_name)
+            session.register_component("data_loader", _service_models(session.get_config_variable("data_path")))
+            return boto3.Session(botocore_session=session).client(
                 "s3",
                 config=Config(
                     connect_timeout=CONNECT_TIMEOUT_S,
                     read_timeout=READ_TIMEOUT_S,
                     retries={"mode": "standard", "total_max_attempts": self.max_attempts},
-                    max_pool_connections=READERS,
+                    max_pool_connections=READ_THREADS,
                 ),
             )
 
@@ -243,8 +243,8 @@ def _s3_resource() -> Any:
 
 
 @contextmanager
-def _named_variables(bucket: str, key: str = "") -> Generator[None]:
-    """Turn boto3's errors into a StorageError that names the variable at fault; no such object: FileNotFoundError."""
+def _translated_errors(bucket: str, key: str = "") -> Generator[None]:
+    """Convert boto3's errors to a StorageError that names the variable to check, or to FileNotFoundError."""
     import boto3.exceptions
     import botocore.exceptions as boto
 
@@ -257,18 +257,18 @@ def _named_variables(bucket: str, key: str = "") -> Generator[None]:
         raise _storage_error(error, bucket, key) from error
     except ValueError as error:
         if "endpoint" in str(error):
-            raise StorageError(f"{error}: AWS_ENDPOINT_URL_S3 takes https://host") from error
+            raise StorageError(f"{error}: AWS_ENDPOINT_URL_S3 must be like https://host") from error
         raise
 
 
-_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-_S3_REFUSALS = {
-    "InvalidAccessKeyId": f"S3 does not know the access key: check {_KEYS}",
-    "XAdminUserNotFound": f"S3 does not know the access key: check {_KEYS}",  # the same, of versitygw
-    "SignatureDoesNotMatch": f"the secret does not belong to the access key: check {_KEYS}",
-    "ExpiredToken": "the credentials have expired: renew AWS_SESSION_TOKEN and the keys that go with it",
+_KEY_VARIABLES = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_S3_ERROR_HINTS = {
+    "InvalidAccessKeyId": f"S3 does not know the access key: check {_KEY_VARIABLES}",
+    "XAdminUserNotFound": f"S3 does not know the access key: check {_KEY_VARIABLES}",  # versitygw's code for the same
+    "SignatureDoesNotMatch": f"the secret key does not match the access key: check {_KEY_VARIABLES}",
+    "ExpiredToken": "the credentials have expired: renew AWS_SESSION_TOKEN and its keys",
     "InvalidToken": "the session token is not valid: check AWS_SESSION_TOKEN",
-    "RequestTimeTooSkewed": "the clock of this machine differs too much from that of S3",
+    "RequestTimeTooSkewed": "this machine's clock differs too much from S3's",
     "AuthorizationHeaderMalformed": "S3 expects another region: check AWS_DEFAULT_REGION",
     "PermanentRedirect": "the bucket is in another region: check AWS_DEFAULT_REGION",
     "IllegalLocationConstraintException": "the bucket is in another region: check AWS_DEFAULT_REGION",
@@ -278,34 +278,34 @@ _S3_REFUSALS = {
 def _storage_error(error: Exception, bucket: str, key: str) -> OSError:
     import botocore.exceptions as boto
 
-    where = f"s3://{bucket}/{key}"
+    uri = f"s3://{bucket}/{key}"
     if isinstance(error, boto.ClientError):
         code = str(error.response.get("Error", {}).get("Code"))
         if code == "NoSuchBucket":
             return StorageError(
-                f"there is no bucket {bucket}: create it, or check ML_PLATFORM_RAW_URI, ML_PLATFORM_LAKE_URI and "
+                f"bucket {bucket} does not exist: create it, or check ML_PLATFORM_RAW_URI, ML_PLATFORM_LAKE_URI and "
                 "AWS_ENDPOINT_URL_S3"
             )
         if code in ("NoSuchKey", "404"):
-            return FileNotFoundError(where)
+            return FileNotFoundError(uri)
         if code in ("AccessDenied", "403"):
-            doing = f"{error.operation_name} on {where}"
-            return StorageError(f"S3 denies {doing}: check {_KEYS}, and what this key may do")
-        refusal = _S3_REFUSALS.get(code, str(error))
-        return StorageError(f"{refusal} ({code}, {where})")
+            action = f"{error.operation_name} on {uri}"
+            return StorageError(f"S3 denies {action}: check {_KEY_VARIABLES}, and this key's permissions")
+        hint = _S3_ERROR_HINTS.get(code, str(error))
+        return StorageError(f"{hint} ({code}, {uri})")
     if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
-        return StorageError(f"there are no credentials for S3: set {_KEYS}, or AWS_PROFILE")
+        return StorageError(f"no credentials for S3: set {_KEY_VARIABLES}, or AWS_PROFILE")
     if isinstance(error, boto.ProfileNotFound):
         return StorageError(f"{error}: check AWS_PROFILE")
     if isinstance(error, boto.SSLError):
-        return StorageError(f"{error}: for a private authority, set AWS_CA_BUNDLE to its certificate (docs/s3.md)")
+        return StorageError(f"{error}: for a private CA, set AWS_CA_BUNDLE to its certificate (docs/s3.md)")
     if isinstance(error, (boto.ConnectionError, boto.HTTPClientError)):
         return StorageError(f"S3 does not answer: {error}: check AWS_ENDPOINT_URL_S3 and the network")
-    return StorageError(f"{type(error).__name__}: {error} ({where})")
+    return StorageError(f"{type(error).__name__}: {error} ({uri})")
 
 
 class _Upload:
-    """A temporary file that is uploaded once it is written without an error."""
+    """A temporary file that is uploaded to S3 once it is written without an error."""
 
     def __init__(self, client: Any, bucket: str, key: str) -> None:
         self._client, self._bucket, self._key = client, bucket, key
@@ -320,10 +320,10 @@ class _Upload:
         with self._file:
             if error_type is None:
                 self._file.flush()
-                with _named_variables(self._bucket, self._key):
+                with _translated_errors(self._bucket, self._key):
                     self._client.upload_file(self._file.name, self._bucket, self._key)
 
 
 def open_store(uri: str) -> Store:
-    """The store behind a directory or ``s3://bucket/prefix``."""
+    """Open the store at a directory or ``s3://bucket/prefix``."""
     return S3Store(uri) if uri.startswith("s3://") else LocalStore(uri)
