@@ -51,19 +51,66 @@ from spark_jobs import build_features
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 CLEANED_KEY, FEATURES_KEY, MODEL = "cleaned_transactions", "transaction_features", "fraud_model"
+CANDIDATE = {"learner": "logistic_regression", "grid": {"C": [0.5], "max_iter": [10, 20]}}
+
+
+class Bench:
+    """A lake and Dagster's storage, and the assets over them with a fake engine."""
+
+    def __init__(self, lake: LakeResource, instance: dg.DagsterInstance) -> None:
+        self.lake, self.instance = lake, instance
+        self.mlflow = MlflowResource(tracking_uri="sqlite:////nowhere/mlflow.db")
+
+    def run(
+        self, *assets: str, engine: FakeEngine | None = None, lake: LakeResource | None = None, **options: Any
+    ) -> dg.ExecuteInProcessResult:
+        """Run assets; `options` are those of `run_assets`."""
+        return run_assets(definitions(lake or self.lake, engine, self.mlflow), self.instance, *assets, **options)
+
+    def requests(self, result: dg.ExecuteInProcessResult, job: str) -> list[dict[str, Any]]:
+        return requests_of(self.lake, result.run_id, job)
+
+    def sent(self, result: dg.ExecuteInProcessResult, job: str) -> list[str]:
+        return partitions_sent(self.lake, result.run_id, job)
+
+    def recorded(self, asset: str, run_id: str | None = None) -> dict[str, dict[str, Any]]:
+        return recorded(self.instance, asset, run_id)
+
+    def put(self, files: dict[str, int | None]) -> None:
+        """Put and register raw files: that of the n-th 30 days, or an empty one."""
+        for key, number in files.items():
+            put_raw(self.lake, key, None if number is None else raw_spec(number))
+        self.instance.add_dynamic_partitions("raw_files", list(files))
+
+    def modified(self, kind: type[Any]) -> dict[str, int]:
+        """When each report of this kind was written."""
+        return {
+            key: (self.partition(kind.table, key) / REPORT_NAME).stat().st_mtime_ns for key in self.lake.reports(kind)
+        }
+
+    def partition(self, table: str, key: str) -> Path:
+        return local_path(self.lake.store.spark_uri(self.lake.partition_path(table, key)))
 
 
 @pytest.fixture
-def keys(lake: LakeResource, instance: dg.DagsterInstance) -> list[str]:
+def bench(lake: LakeResource, instance: dg.DagsterInstance) -> Bench:
+    return Bench(lake, instance)
+
+
+@pytest.fixture
+def keys(bench: Bench) -> list[str]:
     """Four raw files of 30 days each, registered in order of time."""
-    keys = [f"file-{number}" for number in range(4)]
-    for number, key in enumerate(keys):
-        put_raw(lake, key, raw_spec(number))
-    instance.add_dynamic_partitions("raw_files", keys)
+    files: dict[str, int | None] = {f"file-{number}": number for number in range(4)}
+    bench.put(files)
+    return list(files)
+
+
+@pytest.fixture
+def built(bench: Bench, keys: list[str]) -> list[str]:
+    """The same files with cleaned data and features."""
+    put_cleaned(bench.lake, *keys)
+    assert bench.run(FEATURES_KEY, keys=(keys[0], keys[-1])).success
     return keys
-
-
-CANDIDATE = {"learner": "logistic_regression", "grid": {"C": [0.5], "max_iter": [10, 20]}}
 
 
 def failure_of(result: dg.ExecuteInProcessResult, asset: str) -> str:
@@ -75,21 +122,12 @@ def failure_of(result: dg.ExecuteInProcessResult, asset: str) -> str:
     return (error.cause or error).message
 
 
-def modified(lake: LakeResource, kind: type[Any]) -> dict[str, int]:
-    return {
-        key: (local_path(lake.store.spark_uri(lake.partition_path(kind.table, key))) / REPORT_NAME).stat().st_mtime_ns
-        for key in lake.reports(kind)
-    }
-
-
 class TestCleaned:
-    def test_one_job_for_all_partitions_of_the_run(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[2]))
+    def test_one_job_for_all_partitions_of_the_run(self, bench: Bench, keys: list[str]):
+        result = bench.run(CLEANED_KEY, keys=(keys[0], keys[2]))
         assert result.success
-        (request,) = requests_of(lake, result.run_id, "clean_transactions")
-        files, _ = lake.list_raw_files()
+        (request,) = bench.requests(result, "clean_transactions")
+        files, _ = bench.lake.list_raw_files()
         assert request == {
             "run_id": result.run_id,
             "epoch": "2020-01-01",
@@ -97,26 +135,23 @@ class TestCleaned:
                 {
                     "partition": key,
                     "raw": files[key].as_request(),
-                    "output_uri": f"file://{lake.lake_uri}/{CLEANED_TABLE}/raw_file={key}",
-                    "rejected_uri": f"file://{lake.lake_uri}/{REJECTED_TABLE}/raw_file={key}",
+                    "output_uri": f"file://{bench.lake.lake_uri}/{CLEANED_TABLE}/raw_file={key}",
+                    "rejected_uri": f"file://{bench.lake.lake_uri}/{REJECTED_TABLE}/raw_file={key}",
                 }
                 for key in keys[:3]
             ],
         }
-        assert sorted(recorded(instance, CLEANED_KEY)) == keys[:3]
-        assert set(lake.reports(CleanedReport)) == set(keys[:3])
+        assert sorted(bench.recorded(CLEANED_KEY)) == keys[:3]
+        assert set(bench.lake.reports(CleanedReport)) == set(keys[:3])
 
-    def test_metadata(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
-        put_raw(
-            lake,
-            keys[0],
-            raw_spec(0, counts={"raw_rows": 20_006, "rejected_rows": 5, "duplicate_rows": 1}),
-        )
-        put_raw(lake, keys[1], None)
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[1]))
+    def test_metadata_of_a_cleaned_and_of_an_empty_file(self, bench: Bench, keys: list[str]):
+        counts = {"raw_rows": 20_006, "rejected_rows": 5, "duplicate_rows": 1}
+        put_raw(bench.lake, keys[0], raw_spec(0, counts=counts))
+        put_raw(bench.lake, keys[1], None)
+        result = bench.run(CLEANED_KEY, keys=(keys[0], keys[1]))
         assert result.success
-        full, empty = (recorded(instance, CLEANED_KEY)[key] for key in keys[:2])
-        raw = lake.list_raw_files()[0][keys[0]]
+        full, empty = (bench.recorded(CLEANED_KEY)[key] for key in keys[:2])
+        raw = bench.lake.list_raw_files()[0][keys[0]]
         assert {
             "outcome": "cleaned",
             "dagster/row_count": 20_000,
@@ -127,120 +162,105 @@ class TestCleaned:
             "raw_size_bytes": raw.size,
             "fingerprint": raw.fingerprint,
             "cleaned_by_run": result.run_id,
-            "path": f"file://{lake.lake_uri}/{CLEANED_TABLE}/raw_file={keys[0]}",
-            "rejected_path": f"file://{lake.lake_uri}/{REJECTED_TABLE}/raw_file={keys[0]}",
+            "path": f"file://{bench.lake.lake_uri}/{CLEANED_TABLE}/raw_file={keys[0]}",
+            "rejected_path": f"file://{bench.lake.lake_uri}/{REJECTED_TABLE}/raw_file={keys[0]}",
             "first_transaction": "2020-01-01T00:00:00Z",
             "last_transaction": "2020-01-30T23:59:59Z",
         }.items() <= full.items()
         assert {"outcome": "empty file", "dagster/row_count": 0}.items() <= empty.items()
         assert not {"rejected_path", "first_transaction"} & set(empty)
 
-    def test_what_is_cleaned_is_not_sent_again(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
-        put_cleaned(lake, *keys)
-        before = modified(lake, CleanedReport)
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
-        assert result.success
-        assert requests_of(lake, result.run_id, "clean_transactions") == []
-        assert modified(lake, CleanedReport) == before
-        assert {value["outcome"] for value in recorded(instance, CLEANED_KEY).values()} == {"already clean"}
-
-    def test_only_what_changed_is_sent(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
-        put_cleaned(lake, *keys[:3])
-        before = modified(lake, CleanedReport)
-        put_raw(lake, keys[1], raw_spec(1, rows=17))
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
-        assert partitions_sent(lake, result.run_id, "clean_transactions") == [keys[1], keys[3]]
-        after = modified(lake, CleanedReport)
+    def test_only_new_and_changed_files_are_sent(self, bench: Bench, keys: list[str]):
+        put_cleaned(bench.lake, *keys[:3])
+        before = bench.modified(CleanedReport)
+        put_raw(bench.lake, keys[1], raw_spec(1, rows=17))
+        result = bench.run(CLEANED_KEY, keys=(keys[0], keys[-1]))
+        assert bench.sent(result, "clean_transactions") == [keys[1], keys[3]]
+        after = bench.modified(CleanedReport)
         assert (after[keys[0]], after[keys[2]]) == (before[keys[0]], before[keys[2]])
-        assert recorded(instance, CLEANED_KEY)[keys[1]]["dagster/row_count"] == 17
+        assert bench.recorded(CLEANED_KEY)[keys[1]]["dagster/row_count"] == 17
 
-    def test_rebuild(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
-        put_cleaned(lake, *keys)
-        result = run_assets(
-            definitions(lake),
-            instance,
-            CLEANED_KEY,
-            keys=(keys[1], keys[2]),
-            config={CLEANED_KEY: {"rebuild": True}},
-        )
-        assert partitions_sent(lake, result.run_id, "clean_transactions") == keys[1:3]
+    def test_another_epoch_cleans_every_file_again(self, bench: Bench, keys: list[str]):
+        put_cleaned(bench.lake, *keys)
+        other = LakeResource(raw_uri=bench.lake.raw_uri, lake_uri=bench.lake.lake_uri, epoch="2019-08-22")
+        result = bench.run(CLEANED_KEY, keys=(keys[0], keys[-1]), lake=other)
+        assert bench.sent(result, "clean_transactions") == keys
 
-    def test_other_epoch(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
-        put_cleaned(lake, *keys)
-        other = LakeResource(raw_uri=lake.raw_uri, lake_uri=lake.lake_uri, epoch="2019-08-22")
-        result = run_assets(definitions(other), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
-        assert partitions_sent(lake, result.run_id, "clean_transactions") == keys
-
-    def test_partial_failure(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
-        put_cleaned(lake, keys[0])
-        put_raw(lake, keys[1], {"error": "not a text file"})
-        (lake.raw._root / f"{keys[2]}.txt").unlink()  # type: ignore[attr-defined]
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+    def test_a_file_that_fails_is_named_and_the_others_are_done(self, bench: Bench, keys: list[str]):
+        put_cleaned(bench.lake, keys[0])
+        put_raw(bench.lake, keys[1], {"error": "not a text file"})
+        (bench.lake.raw._root / f"{keys[2]}.txt").unlink()  # type: ignore[attr-defined]
+        result = bench.run(CLEANED_KEY, keys=(keys[0], keys[-1]))
         assert not result.success
-        done = recorded(instance, CLEANED_KEY)
-        assert {key: value["outcome"] for key, value in done.items()} == {
-            keys[0]: "already clean",
-            keys[3]: "cleaned",
-        }
+        done = bench.recorded(CLEANED_KEY)
+        outcomes = {key: value["outcome"] for key, value in done.items()}
+        assert outcomes == {keys[0]: "already clean", keys[3]: "cleaned"}
+        assert bench.instance.get_materialized_partitions(dg.AssetKey(CLEANED_KEY)) == set(outcomes)
         message = failure_of(result, CLEANED_KEY)
         assert "2 of 4 partitions of cleaned_transactions failed (2 succeeded): " in message
         assert f"{keys[1]}: RuntimeError: not a text file" in message
-        assert f"{keys[2]}: file not found in {lake.raw_uri}" in message
+        assert f"{keys[2]}: file not found in {bench.lake.raw_uri}" in message
 
-    def test_dagster_shows_exactly_which_partitions_exist(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
-        put_raw(lake, keys[1], {"error": "not a text file"})
-        run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
-        assert instance.get_materialized_partitions(dg.AssetKey(CLEANED_KEY)) == {keys[0], *keys[2:]}
-
-    def test_downstream_does_not_run_after_a_failure(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
-        put_raw(lake, keys[1], {"error": "not a text file"})
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=(keys[0], keys[-1]))
-        assert not result.success
-        assert requests_of(lake, result.run_id, "build_features") == []
-        assert recorded(instance, FEATURES_KEY) == {}
-
-    def test_a_failed_partition_that_is_complete_no_more_is_not_reported_as_done(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
-        put_cleaned(lake, *keys)
-        put_raw(lake, keys[1], {"error": "not a text file"})
-        run_assets(definitions(lake), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
-        assert set(lake.reports(CleanedReport)) == {keys[0], *keys[2:]}
-
-    def test_the_engine_breaks_down(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
+    def test_an_engine_that_breaks_down_fails_the_step(self, bench: Bench, keys: list[str]):
         engine = FakeEngine(breaks_down="clean_transactions")
-        result = run_assets(definitions(lake, engine), instance, CLEANED_KEY, keys=(keys[0], keys[-1]))
+        result = bench.run(CLEANED_KEY, keys=(keys[0], keys[-1]), engine=engine)
         assert "clean_transactions broke down" in failure_of(result, CLEANED_KEY)
-        assert recorded(instance, CLEANED_KEY) == {}
+        assert bench.recorded(CLEANED_KEY) == {}
 
-    def test_wrong_data_stop_the_run_before_the_features(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
-        put_raw(lake, keys[1], raw_spec(1, counts={"raw_rows": 1}))
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(keys[0], keys[-1]))
+    @pytest.mark.parametrize(
+        "spec",
+        [{"error": "not a text file"}, raw_spec(1, counts={"raw_rows": 1})],
+        ids=["a file fails", "a check fails"],
+    )
+    def test_features_are_not_built_after_a_failure(self, bench: Bench, keys: list[str], spec: dict[str, Any]):
+        put_raw(bench.lake, keys[1], spec)
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, MODEL, keys=(keys[0], keys[-1]))
         assert not result.success
-        assert requests_of(lake, result.run_id, "build_features") == []
+        assert bench.requests(result, "build_features") == []
+        assert bench.recorded(FEATURES_KEY) == {}
 
 
-def test_raw_transactions_are_observed(lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
-    put_raw(lake, "not-registered", raw_spec(9))
-    lake.raw.write("two words.txt", b"x")
-    assert observe([raw_transactions], instance=instance, resources={"lake": lake}).success
-    files, _ = lake.list_raw_files()
+@pytest.mark.parametrize(
+    ("asset", "job", "kind", "outcome"),
+    [
+        (CLEANED_KEY, "clean_transactions", CleanedReport, "already clean"),
+        (FEATURES_KEY, "build_features", FeaturesReport, "already up to date"),
+    ],
+    ids=[CLEANED_KEY, FEATURES_KEY],
+)
+class TestUpToDate:
+    def test_complete_partitions_are_not_sent_again(
+        self, bench: Bench, built: list[str], asset: str, job: str, kind: type[Any], outcome: str
+    ):
+        before = bench.modified(kind)
+        result = bench.run(asset, keys=(built[0], built[-1]))
+        assert result.success
+        assert bench.requests(result, job) == []
+        assert bench.modified(kind) == before
+        assert {value["outcome"] for value in bench.recorded(asset).values()} == {outcome}
+
+    def test_a_rebuild_sends_complete_partitions_again(
+        self, bench: Bench, built: list[str], asset: str, job: str, kind: type[Any], outcome: str
+    ):
+        result = bench.run(asset, keys=(built[1], built[2]), config={asset: {"rebuild": True}})
+        assert bench.sent(result, job) == built[1:3]
+
+
+def test_raw_transactions_are_observed(bench: Bench, keys: list[str]):
+    put_raw(bench.lake, "not-registered", raw_spec(9))
+    bench.lake.raw.write("two words.txt", b"x")
+    assert observe([raw_transactions], instance=bench.instance, resources={"lake": bench.lake}).success
+    files, _ = bench.lake.list_raw_files()
     found = {
         observation.partition: (observation.tags["dagster/data_version"], observation.metadata["size_bytes"].value)
-        for record in instance.fetch_observations(dg.AssetKey("raw_transactions"), limit=100).records
+        for record in bench.instance.fetch_observations(dg.AssetKey("raw_transactions"), limit=100).records
         if (observation := record.asset_observation)
     }
     assert found == {key: (files[key].fingerprint, files[key].size) for key in keys}
 
 
 class TestTime:
-    """Rules about time ranges, which names say nothing about."""
+    """Order, history and training windows follow the times of transactions, not the names of files."""
 
     @staticmethod
     def cleaned(**numbers: int | None) -> dict[str, CleanedReport]:
@@ -260,10 +280,10 @@ class TestTime:
             for key in cleaned
         }
 
-    def test_order_is_that_of_the_first_transactions(self):
+    def test_files_are_ordered_by_their_first_transactions(self):
         assert chronological_keys(self.cleaned(a=3, b=1, empty=None, c=2, d=0)) == ["d", "b", "c", "a"]
 
-    def test_history_is_what_reaches_into_the_window(self):
+    def test_history_is_the_files_that_reach_into_the_window(self):
         assert build_features.HISTORY_DAYS == 44
         assert history_of(self.cleaned(a=3, b=1, empty=None, c=2, d=0)) == {
             "d": [],
@@ -292,7 +312,7 @@ class TestTime:
             value = cleaned[key].raw.model_copy(update={"fingerprint": value})
         return {**cleaned, key: cleaned[key].model_copy(update={name: value})}
 
-    def test_inputs_name_what_the_features_depend_on(self):
+    def test_inputs_change_with_what_the_features_depend_on(self):
         cleaned = self.cleaned(a=0, b=1)
         inputs = expected_inputs(cleaned)
         assert list(inputs["b"].history) == ["a"]
@@ -303,7 +323,7 @@ class TestTime:
             assert changed["b"] != inputs["b"]
         assert expected_inputs(self.cleaned(a=0, b=1, far=9))["b"] == inputs["b"]
 
-    def test_stale(self):
+    def test_features_of_changed_inputs_are_stale(self):
         cleaned = self.cleaned(a=0, b=1, c=2)
         inputs, features = expected_inputs(cleaned), self.features(cleaned)
         assert stale_features(features, inputs) == []
@@ -318,7 +338,7 @@ class TestTime:
         [("schema_version", 99, False), ("epoch", "2018-04-01", False), ("raw", "a/b-2", True)],
     )
     def test_only_another_file_is_judged_again(self, name: str, value: Any, judged: bool):
-        """A file of nothing but frauds, which it was when its features were built, too."""
+        """The file holds nothing but frauds, as it did when its features were built."""
         cleaned = self.cleaned(a=0, c=2) | cleaned_reports(cleaned_report("b", raw_spec(1, frauds=20_000)))
         features = self.features(cleaned)
         cleaned = self.changed(cleaned, "b", name, value)
@@ -330,7 +350,7 @@ class TestTime:
             (problem,) = blocked_files("abc", unknown, cleaned, QualityLimits()).values()
             assert "100.000% of the rows are frauds" in problem
 
-    def test_training_partitions(self):
+    def test_training_partitions_cover_the_window(self):
         cleaned = self.cleaned(d=0, b=1, c=2, a=3, empty=None)
         features = self.features(cleaned)
         # 74 days back from the end of day 119, and one more: from day 44 on.
@@ -351,18 +371,16 @@ class TestTime:
 
 
 class TestFeatures:
-    def test_one_job_oldest_first(self, lake: LakeResource, instance: dg.DagsterInstance):
-        """Names and registration run against time: history and order follow the reports' times."""
-        order = {"w": 3, "x": 1, "y": 2, "z": 0, "empty": None}
-        for key, number in order.items():
-            put_raw(lake, key, None if number is None else raw_spec(number))
-        instance.add_dynamic_partitions("raw_files", list(order))
-        put_cleaned(lake, *order)
-        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=("w", "empty"))
+    def test_one_job_builds_the_oldest_first(self, bench: Bench):
+        """Names and registration are in another order than the transactions."""
+        order: dict[str, int | None] = {"w": 3, "x": 1, "y": 2, "z": 0, "empty": None}
+        bench.put(order)
+        put_cleaned(bench.lake, *order)
+        result = bench.run(FEATURES_KEY, keys=("w", "empty"))
         assert result.success
-        (request,) = requests_of(lake, result.run_id, "build_features")
+        (request,) = bench.requests(result, "build_features")
         assert [item["partition"] for item in request["partitions"]] == ["empty", "z", "x", "y", "w"]
-        uri = f"file://{lake.lake_uri}/{CLEANED_TABLE}/raw_file="
+        uri = f"file://{bench.lake.lake_uri}/{CLEANED_TABLE}/raw_file="
         items = {item["partition"]: item for item in request["partitions"]}
         assert {key: item["history"] for key, item in items.items()} == {
             "empty": [],
@@ -378,17 +396,17 @@ class TestFeatures:
             "y": "2020-03-01T00:00:00Z",
             "w": "2020-03-31T00:00:00Z",
         }
-        files, _ = lake.list_raw_files()
+        files, _ = bench.lake.list_raw_files()
         assert items["w"] == {
             "partition": "w",
             "cleaned_uri": f"{uri}w",
             "tx_datetime_min": "2020-03-31T00:00:00Z",
             "history": [f"{uri}x", f"{uri}y"],
             "cleaned_bytes": sum(files[key].size for key in "wxy"),
-            "inputs": expected_inputs(lake.reports(CleanedReport))["w"].model_dump(),
-            "output_uri": f"file://{lake.lake_uri}/{FEATURES_TABLE}/raw_file=w",
+            "inputs": expected_inputs(bench.lake.reports(CleanedReport))["w"].model_dump(),
+            "output_uri": f"file://{bench.lake.lake_uri}/{FEATURES_TABLE}/raw_file=w",
         }
-        metadata = recorded(instance, FEATURES_KEY)
+        metadata = bench.recorded(FEATURES_KEY)
         assert {
             "outcome": "built",
             "dagster/row_count": 20_000,
@@ -398,129 +416,94 @@ class TestFeatures:
         }.items() <= metadata["w"].items()
         assert metadata["empty"]["dagster/row_count"] == 0
 
-    @pytest.fixture
-    def built(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]) -> list[str]:
-        put_cleaned(lake, *keys)
-        assert run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1])).success
-        return keys
-
-    def test_what_is_up_to_date_is_not_sent_again(
-        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
-    ):
-        before = modified(lake, FeaturesReport)
-        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[0], built[-1]))
-        assert result.success
-        assert requests_of(lake, result.run_id, "build_features") == []
-        assert modified(lake, FeaturesReport) == before
-        assert {value["outcome"] for value in recorded(instance, FEATURES_KEY).values()} == {"already up to date"}
-
     @pytest.mark.parametrize("changes", [{"counts": {}}, {"inputs": None}, {"features": "tx_amount"}], ids=str)
-    def test_an_edited_report_marks_nothing_as_built(
-        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str], changes: dict[str, Any]
+    def test_features_with_an_edited_report_are_built_again(
+        self, bench: Bench, built: list[str], changes: dict[str, Any]
     ):
-        put_report(lake, FEATURES_TABLE, built[2], {**lake.reports(FeaturesReport)[built[2]].model_dump(), **changes})
-        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[0], built[-1]))
-        assert partitions_sent(lake, result.run_id, "build_features") == [built[2]]
+        report = bench.lake.reports(FeaturesReport)[built[2]].model_dump()
+        put_report(bench.lake, FEATURES_TABLE, built[2], {**report, **changes})
+        result = bench.run(FEATURES_KEY, keys=(built[0], built[-1]))
+        assert bench.sent(result, "build_features") == [built[2]]
 
-    def test_rebuild(self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]):
-        result = run_assets(
-            definitions(lake),
-            instance,
-            FEATURES_KEY,
-            keys=(built[1], built[2]),
-            config={FEATURES_KEY: {"rebuild": True}},
-        )
-        assert partitions_sent(lake, result.run_id, "build_features") == built[1:3]
-
-    def test_a_late_file_makes_later_features_beyond_the_range_stale(
-        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
-    ):
-        put_raw(lake, "late", raw_spec(1, start="2020-02-05T00:00:00Z", days=1, first_id=90_000_000, rows=500))
-        instance.add_dynamic_partitions("raw_files", ["late"])
-        before = modified(lake, FeaturesReport)
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=("late", "late"))
+    def test_a_late_file_makes_later_features_beyond_the_range_stale(self, bench: Bench, built: list[str]):
+        put_raw(bench.lake, "late", raw_spec(1, start="2020-02-05T00:00:00Z", days=1, first_id=90_000_000, rows=500))
+        bench.instance.add_dynamic_partitions("raw_files", ["late"])
+        before = bench.modified(FeaturesReport)
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, keys=("late", "late"))
         assert result.success
-        assert partitions_sent(lake, result.run_id, "clean_transactions") == ["late"]
+        assert bench.sent(result, "clean_transactions") == ["late"]
         # Later files within its 37 days; the earlier ones and its own month's file, which began before it, are not.
-        assert partitions_sent(lake, result.run_id, "build_features") == ["late", built[2]]
-        assert sorted(recorded(instance, FEATURES_KEY, result.run_id)) == sorted(["late", built[2]])
-        after = modified(lake, FeaturesReport)
+        assert bench.sent(result, "build_features") == ["late", built[2]]
+        assert sorted(bench.recorded(FEATURES_KEY, result.run_id)) == sorted(["late", built[2]])
+        after = bench.modified(FeaturesReport)
         assert {key for key in built if after[key] != before[key]} == {built[2]}
 
-    def test_a_replaced_file_makes_its_own_and_later_features_stale(
-        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
-    ):
-        put_raw(lake, built[0], raw_spec(0, rows=15_000))
-        result = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0]))
+    def test_a_replaced_file_makes_its_own_and_later_features_stale(self, bench: Bench, built: list[str]):
+        put_raw(bench.lake, built[0], raw_spec(0, rows=15_000))
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0]))
         assert result.success
-        assert partitions_sent(lake, result.run_id, "clean_transactions") == [built[0]]
-        assert partitions_sent(lake, result.run_id, "build_features") == built[:3]
+        assert bench.sent(result, "clean_transactions") == [built[0]]
+        assert bench.sent(result, "build_features") == built[:3]
 
     def test_a_replaced_file_that_was_only_cleaned_gets_features_from_the_next_run(
-        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
+        self, bench: Bench, built: list[str]
     ):
-        put_raw(lake, built[1], raw_spec(1, rows=15_000))
-        assert run_assets(definitions(lake), instance, CLEANED_KEY, keys=(built[1], built[1])).success
-        other = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[3], built[3]))
-        assert partitions_sent(lake, other.run_id, "build_features") == built[1:4]
+        put_raw(bench.lake, built[1], raw_spec(1, rows=15_000))
+        assert bench.run(CLEANED_KEY, keys=(built[1], built[1])).success
+        other = bench.run(FEATURES_KEY, keys=(built[3], built[3]))
+        assert bench.sent(other, "build_features") == built[1:4]
 
     @pytest.mark.parametrize("lost", [False, True])
     def test_a_replaced_file_that_its_checks_stopped_gets_features_from_no_other_run(
-        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str], lost: bool
+        self, bench: Bench, built: list[str], lost: bool
     ):
-        put_raw(lake, built[1], raw_spec(1, frauds=15_000))
-        bad = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
+        put_raw(bench.lake, built[1], raw_spec(1, frauds=15_000))
+        bad = bench.run(CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
         assert {item.check_name for item in bad.get_asset_check_evaluations() if not item.passed} == {"fraud_rate"}
         if lost:
-            shutil.rmtree(local_path(lake.store.spark_uri(lake.partition_path(FEATURES_TABLE, built[1]))))
-        before = modified(lake, FeaturesReport)
-        other = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(built[3], built[3]))
+            shutil.rmtree(bench.partition(FEATURES_TABLE, built[1]))
+        before = bench.modified(FeaturesReport)
+        other = bench.run(FEATURES_KEY, keys=(built[3], built[3]))
         assert other.success
-        # Of the bad file's data, as all complete data, the others' history is made.
-        assert partitions_sent(lake, other.run_id, "build_features") == built[2:4]
-        assert modified(lake, FeaturesReport).get(built[1]) == before.get(built[1])
-        put_raw(lake, built[1], raw_spec(1, rows=15_000))
-        mended = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
+        # The others' history uses the bad file's cleaned data, because it is complete.
+        assert bench.sent(other, "build_features") == built[2:4]
+        assert bench.modified(FeaturesReport).get(built[1]) == before.get(built[1])
+        put_raw(bench.lake, built[1], raw_spec(1, rows=15_000))
+        mended = bench.run(CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
         assert mended.success
-        assert partitions_sent(lake, mended.run_id, "build_features") == built[1:4]
+        assert bench.sent(mended, "build_features") == built[1:4]
 
-    def test_a_failure_beyond_the_range_is_named_and_healed_by_the_next_run(
-        self, lake: LakeResource, instance: dg.DagsterInstance, built: list[str]
-    ):
-        put_raw(lake, built[0], raw_spec(0, rows=15_000))
+    def test_a_failure_beyond_the_range_is_named_and_healed_by_the_next_run(self, bench: Bench, built: list[str]):
+        put_raw(bench.lake, built[0], raw_spec(0, rows=15_000))
         engine = FakeEngine(no_features={built[1]: "disk full"})
-        result = run_assets(definitions(lake, engine), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0]))
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0]), engine=engine)
         assert f"{built[1]}: RuntimeError: disk full" in failure_of(result, FEATURES_KEY)
-        assert sorted(recorded(instance, FEATURES_KEY, result.run_id)) == [built[0], built[2]]
-        healed = run_assets(definitions(lake), instance, CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0]))
+        assert sorted(bench.recorded(FEATURES_KEY, result.run_id)) == [built[0], built[2]]
+        healed = bench.run(CLEANED_KEY, FEATURES_KEY, keys=(built[0], built[0]))
         assert healed.success
-        assert partitions_sent(lake, healed.run_id, "build_features") == [built[1]]
+        assert bench.sent(healed, "build_features") == [built[1]]
 
-    def test_what_nobody_asked_for_is_not_built(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
-        put_cleaned(lake, *keys)
-        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[1], keys[1]))
-        assert partitions_sent(lake, result.run_id, "build_features") == [keys[1]]
+    def test_only_the_runs_partitions_are_built(self, bench: Bench, keys: list[str]):
+        put_cleaned(bench.lake, *keys)
+        result = bench.run(FEATURES_KEY, keys=(keys[1], keys[1]))
+        assert bench.sent(result, "build_features") == [keys[1]]
 
-    def test_partitions_without_cleaned_data_are_named(
-        self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]
-    ):
-        put_cleaned(lake, keys[0], keys[2])
-        result = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1]))
+    def test_partitions_without_cleaned_data_are_named(self, bench: Bench, keys: list[str]):
+        put_cleaned(bench.lake, keys[0], keys[2])
+        result = bench.run(FEATURES_KEY, keys=(keys[0], keys[-1]))
         message = failure_of(result, FEATURES_KEY)
         for key in (keys[1], keys[3]):
             assert f"{key}: no cleaned data; materialize cleaned_transactions first" in message
-        assert instance.get_materialized_partitions(dg.AssetKey(FEATURES_KEY)) == {keys[0], keys[2]}
+        assert bench.instance.get_materialized_partitions(dg.AssetKey(FEATURES_KEY)) == {keys[0], keys[2]}
 
-    def test_partial_failure(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]):
-        put_cleaned(lake, *keys)
+    def test_a_failed_partition_is_built_by_the_next_run(self, bench: Bench, keys: list[str]):
+        put_cleaned(bench.lake, *keys)
         engine = FakeEngine(no_features={keys[1]: "disk full"})
-        result = run_assets(definitions(lake, engine), instance, FEATURES_KEY, keys=(keys[0], keys[-1]))
+        result = bench.run(FEATURES_KEY, keys=(keys[0], keys[-1]), engine=engine)
         assert f"{keys[1]}: RuntimeError: disk full" in failure_of(result, FEATURES_KEY)
-        assert instance.get_materialized_partitions(dg.AssetKey(FEATURES_KEY)) == {keys[0], *keys[2:]}
-        healed = run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1]))
-        assert partitions_sent(lake, healed.run_id, "build_features") == [keys[1]]
+        assert bench.instance.get_materialized_partitions(dg.AssetKey(FEATURES_KEY)) == {keys[0], *keys[2:]}
+        healed = bench.run(FEATURES_KEY, keys=(keys[0], keys[-1]))
+        assert bench.sent(healed, "build_features") == [keys[1]]
 
 
 @pytest.fixture
@@ -541,31 +524,25 @@ def mlflow(empty_mlflow_store: Path, tmp_path: Path) -> Iterator[MlflowResource]
 @pytest.mark.usefixtures("no_pictures")
 class TestModel:
     @pytest.fixture
-    def ready(self, lake: LakeResource, instance: dg.DagsterInstance, keys: list[str]) -> list[str]:
-        """Cleaned data and features of all partitions."""
-        put_cleaned(lake, *keys)
-        assert run_assets(definitions(lake), instance, FEATURES_KEY, keys=(keys[0], keys[-1])).success
-        return keys
+    def bench(self, bench: Bench, mlflow: MlflowResource) -> Bench:
+        bench.mlflow = mlflow
+        return bench
 
-    def test_one_model_per_run(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
-    ):
-        result = run_assets(
-            definitions(lake, mlflow=mlflow),
-            instance,
+    def test_one_model_per_run(self, bench: Bench, built: list[str]):
+        result = bench.run(
             MODEL,
-            keys=(ready[0], ready[2]),
+            keys=(built[0], built[2]),
             config={MODEL: {"candidates": [CANDIDATE], "seed": 7}},
         )
         assert result.success
-        (request,) = requests_of(lake, result.run_id, "train_model")
-        uri = f"file://{lake.lake_uri}"
-        output = f"{uri}/models/{ready[2]}/{result.run_id}"
+        (request,) = bench.requests(result, "train_model")
+        uri = f"file://{bench.lake.lake_uri}"
+        output = f"{uri}/models/{built[2]}/{result.run_id}"
         assert request == {
             "run_id": result.run_id,
-            "cutoff": ready[2],
-            "cutoff_uri": f"{uri}/{FEATURES_TABLE}/raw_file={ready[2]}",
-            "feature_uris": [f"{uri}/{FEATURES_TABLE}/raw_file={key}" for key in ready[:3]],
+            "cutoff": built[2],
+            "cutoff_uri": f"{uri}/{FEATURES_TABLE}/raw_file={built[2]}",
+            "feature_uris": [f"{uri}/{FEATURES_TABLE}/raw_file={key}" for key in built[:3]],
             "features": list(build_features.MODEL_INPUTS),
             "output_uri": output,
             "champion": None,
@@ -586,12 +563,12 @@ class TestModel:
 
         scores = pd.read_parquet(local_path(f"{output}/test_scores"))
         average_precision = average_precision_score(scores["tx_fraud"], scores["score"])
-        metadata = recorded(instance, MODEL)
-        assert sorted(metadata) == ready[:3]
-        trained = metadata[ready[2]]
+        metadata = bench.recorded(MODEL)
+        assert sorted(metadata) == built[:3]
+        trained = metadata[built[2]]
         assert {
             "outcome": "trained",
-            "cutoff": ready[2],
+            "cutoff": built[2],
             "model_version": 1,
             "is_champion": True,
             "champion_version": 1,
@@ -600,32 +577,32 @@ class TestModel:
             "test_rows": 500,
             "path": output,
         }.items() <= trained.items()
-        files, _ = lake.list_raw_files()
+        files, _ = bench.lake.list_raw_files()
         data_set = {
             key: {
                 "fingerprint": files[key].fingerprint,
                 "rows": 20_000,
                 "uri": f"{uri}/{FEATURES_TABLE}/raw_file={key}",
             }
-            for key in ready[:3]
+            for key in built[:3]
         }
         assert trained["trained_on"] == data_set
         assert "mlflow_run" not in trained  # a file has no address to open
-        for key in ready[:2]:
+        for key in built[:2]:
             assert {
                 **trained,
-                "outcome": f"the model of this run is that of partition {ready[2]}",
+                "outcome": f"the model of this run is that of partition {built[2]}",
             } == metadata[key]
 
-        client = mlflow.client()
+        client = bench.mlflow.client()
         (run,) = client.search_runs([client.get_experiment_by_name("fraud_model").experiment_id])
         assert run.info.run_id == trained["mlflow_run_id"]
         assert run.info.status == "FINISHED"
         assert run.data.tags["dagster.run_id"] == result.run_id
-        assert run.data.tags["partitions"] == ",".join(ready[:3])
+        assert run.data.tags["partitions"] == ",".join(built[:3])
         assert run.data.tags["outcome"] == "trained"
         assert {
-            "cutoff": ready[2],
+            "cutoff": built[2],
             "seed": "7",
             "best.max_iter": "20",
             "data_set_partitions": "3",
@@ -646,7 +623,7 @@ class TestModel:
         }.items() <= metrics.items()
         assert {"test_roc_auc", "test_card_precision_at_100", "test_recall_at_budget"} <= metrics.keys()
 
-        champion = mlflow.champion()
+        champion = bench.mlflow.champion()
         assert champion is not None
         assert (str(champion.version), champion.run_id) == ("1", run.info.run_id)
         assert champion.tags["model_uri"] == f"{output}/model.json"
@@ -654,7 +631,7 @@ class TestModel:
 
         artifacts = Path(client.download_artifacts(run.info.run_id, ""))
         assert json.loads((artifacts / "data_set.json").read_text()) == {
-            "cutoff": ready[2],
+            "cutoff": built[2],
             "partitions": data_set,
         }
         assert json.loads((artifacts / "report.json").read_text())["outcome"] == "trained"
@@ -672,12 +649,12 @@ class TestModel:
             "requirements.txt",
             "serving_input_example.json",
         }
-        assert (artifacts / "model/data/model.json").read_bytes() == lake.store.read(
-            f"models/{ready[2]}/{result.run_id}/model.json"
+        assert (artifacts / "model/data/model.json").read_bytes() == bench.lake.store.read(
+            f"models/{built[2]}/{result.run_id}/model.json"
         )
         version = client.get_model_version("fraud_model", "1")
         for part in (
-            f"{ready[0]} to {ready[2]}",
+            f"{built[0]} to {built[2]}",
             "60,000 transactions",
             f"average precision | {average_precision:.3f}",
             "first_model",
@@ -686,75 +663,50 @@ class TestModel:
         inputs = client.get_run(run.info.run_id).inputs.dataset_inputs
         assert {item.dataset.name: {tag.key: tag.value for tag in item.tags} for item in inputs} == {
             key: {"mlflow.data.context": "training", "fingerprint": files[key].fingerprint, "rows": "20000"}
-            for key in ready[:3]
+            for key in built[:3]
         }
         for item in inputs:
             assert json.loads(item.dataset.source)["uri"] == data_set[item.dataset.name]["uri"]
             fingerprint = data_set[item.dataset.name]["fingerprint"]
             assert item.dataset.digest == hashlib.sha256(fingerprint.encode()).hexdigest()[:32]
         assert (artifacts / "figures" / "overview.png").read_bytes() == b"a picture"
-        report = lake.read_json(f"models/{ready[2]}/{result.run_id}/{REPORT_NAME}")
+        report = bench.lake.read_json(f"models/{built[2]}/{result.run_id}/{REPORT_NAME}")
         assert (report["outcome"], report["schema_version"]) == ("trained", SCHEMA_VERSION)
         assert report["metrics"]["test_average_precision"] == average_precision
         assert len(report["tables"]["per_day"]) == 7
         assert json.loads((artifacts / "promotion.json").read_text())["outcome"] == "first_model"
         checks = {item.check_name: item for item in result.get_asset_check_evaluations() if item.partition is None}
-        assert {name: check.passed for name, check in checks.items()} == {
-            **dict.fromkeys(["enough_data", "promotion", "champion_health"], True)
-        }
+        passed = {name: check.passed for name, check in checks.items()}
+        assert passed == dict.fromkeys(["enough_data", "promotion", "champion_health"], True)
 
-    def test_the_cut_off_is_the_last_in_time_not_by_name(
-        self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource
-    ):
-        order = {"a": 2, "b": 0, "empty": None, "c": 1}
-        for key, number in order.items():
-            put_raw(lake, key, None if number is None else raw_spec(number))
-        instance.add_dynamic_partitions("raw_files", list(order))
-        result = run_assets(
-            definitions(lake, mlflow=mlflow), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=("a", "c")
-        )
+    def test_the_cut_off_is_the_last_in_time_not_by_name(self, bench: Bench):
+        bench.put({"a": 2, "b": 0, "empty": None, "c": 1})
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, MODEL, keys=("a", "c"))
         assert result.success
-        (request,) = requests_of(lake, result.run_id, "train_model")
+        (request,) = bench.requests(result, "train_model")
         assert request["cutoff"] == "a"
         assert [uri.rpartition("=")[2] for uri in request["feature_uris"]] == ["b", "c", "a"]
-        assert {key: value["outcome"] for key, value in recorded(instance, MODEL).items()} == {
+        assert {key: value["outcome"] for key, value in bench.recorded(MODEL).items()} == {
             "a": "trained",
             **dict.fromkeys(["b", "c", "empty"], "the model of this run is that of partition a"),
         }
 
-    def test_data_of_the_future_are_not_trained_on(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
-    ):
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[1], ready[1]))
-        (request,) = requests_of(lake, result.run_id, "train_model")
-        assert [uri.rpartition("=")[2] for uri in request["feature_uris"]] == ready[:2]
-
-    def test_train_each_oldest_first_then_a_challenger(
-        self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource
-    ):
-        order = {"c": 1, "b": 0, "a": 2}
-        for key, number in order.items():
-            put_raw(lake, key, raw_spec(number))
-        instance.add_dynamic_partitions("raw_files", list(order))
-        platform = definitions(lake, mlflow=mlflow)
-        assets = (CLEANED_KEY, FEATURES_KEY, MODEL)
-        result = run_assets(platform, instance, *assets, keys=("c", "a"), config={MODEL: {"train_each": True}})
+    def test_train_each_starts_with_the_oldest_which_later_models_challenge(self, bench: Bench):
+        bench.put({"c": 1, "b": 0, "a": 2})
+        config = {MODEL: {"train_each": True}}
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, MODEL, keys=("c", "a"), config=config)
         assert result.success
-        metadata = recorded(instance, MODEL)
+        metadata = bench.recorded(MODEL)
         assert {key: value["model_version"] for key, value in metadata.items()} == {"b": 1, "c": 2, "a": 3}
-        assert {key: value["is_champion"] for key, value in metadata.items()} == {
-            "b": True,
-            "c": False,
-            "a": False,
-        }
+        assert [key for key, value in metadata.items() if value["is_champion"]] == ["b"]
         champions = {
             request["cutoff"]: request["champion"] and request["champion"]["model_uri"]
-            for request in requests_of(lake, result.run_id, "train_model")
+            for request in bench.requests(result, "train_model")
         }
-        first = f"file://{lake.lake_uri}/models/b/{result.run_id}/model.json"
+        first = f"file://{bench.lake.lake_uri}/models/b/{result.run_id}/model.json"
         assert champions == {"b": None, "c": first, "a": first}
 
-        client = mlflow.client()
+        client = bench.mlflow.client()
         runs = client.search_runs([client.get_experiment_by_name("fraud_model").experiment_id])
         parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
         assert len(runs) == 4
@@ -768,136 +720,109 @@ class TestModel:
             assert metadata[cutoff]["mlflow_run_id"] == run.info.run_id
         assert parents[0].info.status == "FINISHED"
 
-        later = run_assets(platform, instance, MODEL, keys=("a", "a"))
+        later = bench.run(MODEL, keys=("a", "a"))
         assert later.success
-        (request,) = requests_of(lake, later.run_id, "train_model")
+        (request,) = bench.requests(later, "train_model")
         assert request["champion"] == {
             "version": request["champion"]["version"],
             "model_uri": first,
             "features": list(build_features.MODEL_INPUTS),
         }
         assert str(request["champion"]["version"]) == "1"
-        trained = recorded(instance, MODEL, later.run_id)["a"]
+        trained = bench.recorded(MODEL, later.run_id)["a"]
         assert (trained["model_version"], trained["is_champion"], trained["champion_version"]) == (4, False, 1)
 
-    def test_too_little_data_is_an_outcome(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
-    ):
-        engine = FakeEngine(too_little={ready[0]: "The test window has 4 frauds, fewer than 10."})
-        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[0], ready[0]))
+    def test_too_little_data_is_an_outcome(self, bench: Bench, built: list[str]):
+        engine = FakeEngine(too_little={built[0]: "The test window has 4 frauds, fewer than 10."})
+        result = bench.run(MODEL, keys=(built[0], built[0]), engine=engine)
         assert result.success
-        metadata = recorded(instance, MODEL)[ready[0]]
+        metadata = bench.recorded(MODEL)[built[0]]
         assert metadata["outcome"] == "too_little_data"
         assert metadata["reason"] == "The test window has 4 frauds, fewer than 10."
         assert "model_version" not in metadata
-        assert mlflow.champion() is None
-        run = mlflow.client().get_run(metadata["mlflow_run_id"])
+        assert bench.mlflow.champion() is None
+        run = bench.mlflow.client().get_run(metadata["mlflow_run_id"])
         assert run.info.status == "FINISHED"
-        assert (run.data.tags["outcome"], run.data.tags["reason"]) == (
-            "too_little_data",
-            metadata["reason"],
-        )
+        assert (run.data.tags["outcome"], run.data.tags["reason"]) == ("too_little_data", metadata["reason"])
         evaluations = {item.check_name: item for item in result.get_asset_check_evaluations()}
         assert not evaluations["enough_data"].passed
         assert metadata["reason"] in (evaluations["enough_data"].description or "")
 
-    def test_missing_features_are_named(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
-    ):
-        shutil.rmtree(local_path(lake.store.spark_uri(lake.partition_path(FEATURES_TABLE, ready[1]))))
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[0], ready[3]))
+    def test_missing_features_are_named(self, bench: Bench, built: list[str]):
+        shutil.rmtree(bench.partition(FEATURES_TABLE, built[1]))
+        result = bench.run(MODEL, keys=(built[0], built[3]))
         message = failure_of(result, MODEL)
-        assert f"features are missing or stale for {ready[1]}; materialize transaction_features first" in message
-        assert requests_of(lake, result.run_id, "train_model") == []
+        assert f"features are missing or stale for {built[1]}; materialize transaction_features first" in message
+        assert bench.requests(result, "train_model") == []
 
-    def test_stale_features_are_named(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
-    ):
-        changed = cleaned_report(ready[2], raw_spec(2), raw={"fingerprint": "other", "size": 1, "uri": ""})
-        put_report(lake, CLEANED_TABLE, ready[2], changed)
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(ready[1], ready[3]))
+    def test_stale_features_are_named(self, bench: Bench, built: list[str]):
+        changed = cleaned_report(built[2], raw_spec(2), raw={"fingerprint": "other", "size": 1, "uri": ""})
+        put_report(bench.lake, CLEANED_TABLE, built[2], changed)
+        result = bench.run(MODEL, keys=(built[1], built[3]))
         message = failure_of(result, MODEL)
         assert "features are missing or stale for " in message
-        assert all((key in message) == (key in ready[2:]) for key in ready)
+        assert all((key in message) == (key in built[2:]) for key in built)
 
     @pytest.fixture
-    def replaced(self, lake: LakeResource, ready: list[str]) -> Callable[..., list[str]]:
-        """Replace the second file, clean it, and build the features again that have it as history."""
+    def replaced(self, bench: Bench, built: list[str]) -> Callable[..., list[str]]:
+        """Replace the second file, clean it, and rebuild the later features but not its own."""
 
         def replaced(**spec: int) -> list[str]:
-            changed = cleaned_report(ready[1], raw_spec(1, **spec), raw={"fingerprint": "o", "size": 1, "uri": ""})
-            put_report(lake, CLEANED_TABLE, ready[1], changed)
-            inputs = expected_inputs(lake.reports(CleanedReport))
-            for number, key in enumerate(ready[2:], start=2):
+            changed = cleaned_report(built[1], raw_spec(1, **spec), raw={"fingerprint": "o", "size": 1, "uri": ""})
+            put_report(bench.lake, CLEANED_TABLE, built[1], changed)
+            inputs = expected_inputs(bench.lake.reports(CleanedReport))
+            for number, key in enumerate(built[2:], start=2):
                 report = features_report(cleaned_report(key, raw_spec(number)), inputs[key])
-                put_report(lake, FEATURES_TABLE, key, report)
-            return ready
+                put_report(bench.lake, FEATURES_TABLE, key, report)
+            return built
 
         return replaced
 
-    def test_stale_features_before_the_range_are_not_trained_on_unseen(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        replaced: Callable[..., list[str]],
-        mlflow: MlflowResource,
-    ):
+    def test_stale_features_before_the_range_are_named_too(self, bench: Bench, replaced: Callable[..., list[str]]):
         """The training window reaches back beyond the run's own partitions."""
         keys = replaced()
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(keys[3], keys[3]))
+        result = bench.run(MODEL, keys=(keys[3], keys[3]))
         assert f"features are missing or stale for {keys[1]};" in failure_of(result, MODEL)
 
     def test_a_replaced_file_that_its_checks_would_stop_is_left_out(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        replaced: Callable[..., list[str]],
-        mlflow: MlflowResource,
+        self, bench: Bench, replaced: Callable[..., list[str]]
     ):
         keys = replaced(frauds=15_000)
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(keys[3], keys[3]))
+        result = bench.run(MODEL, keys=(keys[3], keys[3]))
         assert result.success
-        metadata = recorded(instance, MODEL)[keys[3]]
+        metadata = bench.recorded(MODEL)[keys[3]]
         assert metadata["left_out"] == [keys[1]]
         assert list(metadata["trained_on"]) == keys[2:4]
-        result = run_assets(definitions(lake, mlflow=mlflow), instance, MODEL, keys=(keys[1], keys[3]))
+        result = bench.run(MODEL, keys=(keys[1], keys[3]))
         assert f"features are missing or stale for {keys[1]};" in failure_of(result, MODEL)
 
-    def test_nothing_but_empty_files(self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource):
-        for key in ("a", "b"):
-            put_raw(lake, key, None)
-        instance.add_dynamic_partitions("raw_files", ["a", "b"])
-        result = run_assets(
-            definitions(lake, mlflow=mlflow), instance, CLEANED_KEY, FEATURES_KEY, MODEL, keys=("a", "b")
-        )
+    def test_empty_files_alone_make_no_model(self, bench: Bench):
+        bench.put({"a": None, "b": None})
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, MODEL, keys=("a", "b"))
         assert result.success
-        assert {(value["outcome"], value["reason"]) for value in recorded(instance, MODEL).values()} == {
+        assert {(value["outcome"], value["reason"]) for value in bench.recorded(MODEL).values()} == {
             ("no model", "no partition of this run has any rows")
         }
-        assert requests_of(lake, result.run_id, "train_model") == []
+        assert bench.requests(result, "train_model") == []
 
-    def trained(
-        self, lake: LakeResource, instance: dg.DagsterInstance, mlflow: MlflowResource, key: str, **engine: Any
-    ) -> dict[str, Any]:
-        """Train at `key` with an engine of these skills; the partition's metadata."""
+    def trained(self, bench: Bench, key: str, **engine: Any) -> dict[str, Any]:
+        """Train with the cut-off `key` on a fake engine with these fields; return the partition's metadata."""
         promotion = engine.pop("promotion", {})
-        platform = definitions(lake, FakeEngine(**engine), mlflow)
-        result = run_assets(platform, instance, MODEL, keys=(key, key), config={MODEL: {"promotion": promotion}})
+        config = {MODEL: {"promotion": promotion}}
+        result = bench.run(MODEL, keys=(key, key), engine=FakeEngine(**engine), config=config)
         assert result.success
-        return recorded(instance, MODEL)[key]
+        return bench.recorded(MODEL)[key]
 
-    def test_a_better_challenger_is_promoted_with_its_reasons(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
-    ):
-        assert self.trained(lake, instance, mlflow, ready[1])["promotion"] == "first_model"
-        metadata = self.trained(lake, instance, mlflow, ready[2], challenger_skill=3.0, champion_skill=0.5)
+    def test_a_better_challenger_is_promoted_with_its_reasons(self, bench: Bench, built: list[str]):
+        assert self.trained(bench, built[1])["promotion"] == "first_model"
+        metadata = self.trained(bench, built[2], challenger_skill=3.0, champion_skill=0.5)
         assert (metadata["promotion"], metadata["is_champion"], metadata["champion_version"]) == ("better", True, 2)
-        champion = mlflow.champion()
+        champion = bench.mlflow.champion()
         assert champion is not None
         assert champion.version == 2
         assert champion.tags["champion_before"] == "1"
         assert champion.tags["champion_why"] in metadata["promotion_reasons"]
-        run = mlflow.client().get_run(champion.run_id)
+        run = bench.mlflow.client().get_run(champion.run_id)
         assert run.data.tags["promotion"] == "better"
         assert run.data.metrics["promotion.average_precision_difference_lower"] > 0
 
@@ -913,22 +838,15 @@ class TestModel:
             ("train_last_date", "yesterday", True),
         ],
     )
-    def test_an_edited_tag_of_the_champion_stops_no_training(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        ready: list[str],
-        mlflow: MlflowResource,
-        tag: str,
-        value: str | None,
-        asked: bool,
+    def test_training_survives_an_edited_tag_of_the_champion(
+        self, bench: Bench, built: list[str], tag: str, value: str | None, asked: bool
     ):
-        self.trained(lake, instance, mlflow, ready[1])
-        client = mlflow.client()
+        self.trained(bench, built[1])
+        client = bench.mlflow.client()
         client.delete_model_version_tag("fraud_model", "1", tag)
         if value is not None:
             client.set_model_version_tag("fraud_model", "1", tag, value)
-        metadata = self.trained(lake, instance, mlflow, ready[2], champion_skill=0.5)
+        metadata = self.trained(bench, built[2], champion_skill=0.5)
         assert (metadata["promotion"], metadata["is_champion"]) == ("better" if asked else "champion_unreadable", True)
 
     @pytest.mark.parametrize(
@@ -943,46 +861,35 @@ class TestModel:
             ({"challenger_skill": 3.0, "champion_error": "written by xgboost 9.0"}, "champion_newer_library"),
         ],
     )
-    def test_the_champion_stays(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        ready: list[str],
-        mlflow: MlflowResource,
-        engine: dict[str, Any],
-        outcome: str,
+    def test_the_champion_stays_unless_the_challenger_is_clearly_better(
+        self, bench: Bench, built: list[str], engine: dict[str, Any], outcome: str
     ):
-        self.trained(lake, instance, mlflow, ready[1])
-        metadata = self.trained(lake, instance, mlflow, ready[2], **engine)
+        self.trained(bench, built[1])
+        metadata = self.trained(bench, built[2], **engine)
         assert (metadata["promotion"], metadata["is_champion"], metadata["champion_version"]) == (outcome, False, 1)
-        champion = mlflow.champion()
+        champion = bench.mlflow.champion()
         assert champion is not None
         assert champion.version == 1
-        # Compared with a challenger or not, that is what its age counts from.
+        # Its age counts from the last comparison with a challenger.
         assert ("champion_compared" in champion.tags) == (outcome in DECIDED_BY_FIGURES)
-        # The challenger could be made the champion by hand.
-        challenger = mlflow.client().get_model_version("fraud_model", "2")
+        # Both have what a promotion by hand needs.
+        challenger = bench.mlflow.client().get_model_version("fraud_model", "2")
         proof = "100 rows scored again, largest difference 0.0"
         assert (challenger.tags["reload_proof"], champion.tags["reload_proof"]) == (proof, proof)
-        assert mlflow.client().get_model_version_by_alias("fraud_model", "challenger").version == 2
+        assert bench.mlflow.client().get_model_version_by_alias("fraud_model", "challenger").version == 2
 
     @pytest.mark.parametrize("challenger", [False, True])
     def test_a_model_that_does_not_reload_to_the_same_scores_fails_the_run(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        ready: list[str],
-        mlflow: MlflowResource,
-        challenger: bool,
+        self, bench: Bench, built: list[str], challenger: bool
     ):
         if challenger:
-            self.trained(lake, instance, mlflow, ready[1])
+            self.trained(bench, built[1])
         engine = FakeEngine(reload_difference=0.01, challenger_skill=0.5, champion_skill=3.0)
-        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[2], ready[2]))
+        result = bench.run(MODEL, keys=(built[2], built[2]), engine=engine)
         assert "loaded back from MLflow" in failure_of(result, MODEL)
-        champion = mlflow.champion()
+        champion = bench.mlflow.champion()
         assert (champion and champion.version) == (1 if challenger else None)
-        last = mlflow.client().get_model_version("fraud_model", "2" if challenger else "1")
+        last = bench.mlflow.client().get_model_version("fraud_model", "2" if challenger else "1")
         assert "reload_proof" not in last.tags
 
     @pytest.mark.parametrize(
@@ -996,49 +903,40 @@ class TestModel:
         ],
         ids=["made champion in MLflow", "champion since", "compared since", "compared before", "edited by hand"],
     )
-    def test_a_champion_that_no_challenger_was_compared_with_for_long(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        ready: list[str],
-        mlflow: MlflowResource,
-        monkeypatch: pytest.MonkeyPatch,
-        tags: dict[str, str],
-        days: int,
+    def test_a_champion_without_a_recent_comparison_fails_its_health_check(
+        self, bench: Bench, built: list[str], monkeypatch: pytest.MonkeyPatch, tags: dict[str, str], days: int
     ):
-        """Also where there was no challenger at all. Its version was registered 200 days ago."""
-        self.trained(lake, instance, mlflow, ready[1])
+        """The version was registered 200 days ago; this run trains no challenger."""
+        self.trained(bench, built[1])
         now = datetime.now(timezone.utc)
-        client = mlflow.client()
+        client = bench.mlflow.client()
         client.delete_model_version_tag("fraud_model", "1", "champion_since")
         for name, value in tags.items():
             instant = now - timedelta(days=int(value)) if value.isdigit() else None
             tag = instant.strftime("%Y-%m-%dT%H:%M:%SZ") if instant else value
             client.set_model_version_tag("fraud_model", "1", name, tag)
-        champion = mlflow.champion()
+        champion = bench.mlflow.champion()
         assert champion is not None
         champion._creation_time = int((now - timedelta(days=200)).timestamp() * 1000)
         monkeypatch.setattr(MlflowResource, "champion", lambda self: champion)
-        engine = FakeEngine(too_little={ready[2]: "The test window has 4 frauds, fewer than 10."})
-        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[2], ready[2]))
+        engine = FakeEngine(too_little={built[2]: "The test window has 4 frauds, fewer than 10."})
+        result = bench.run(MODEL, keys=(built[2], built[2]), engine=engine)
         health = {item.check_name: item for item in result.get_asset_check_evaluations()}["champion_health"]
         assert health.passed == (days <= 120)
         if not health.passed:
             assert f"version 1, for {days} days; this time: too_little_data" in (health.description or "")
 
-    def test_an_error_fails_the_mlflow_run(
-        self, lake: LakeResource, instance: dg.DagsterInstance, ready: list[str], mlflow: MlflowResource
-    ):
+    def test_an_error_fails_the_mlflow_run(self, bench: Bench, built: list[str]):
         import mlflow as module
 
         engine = FakeEngine(breaks_down="train_model")
-        result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[0], ready[0]))
+        result = bench.run(MODEL, keys=(built[0], built[0]), engine=engine)
         assert "train_model broke down" in failure_of(result, MODEL)
-        client = mlflow.client()
+        client = bench.mlflow.client()
         (run,) = client.search_runs([client.get_experiment_by_name("fraud_model").experiment_id])
         assert run.info.status == "FAILED"
         assert module.active_run() is None
-        assert mlflow.champion() is None
+        assert bench.mlflow.champion() is None
 
     @pytest.mark.parametrize(
         "config",
@@ -1047,12 +945,12 @@ class TestModel:
             {"promotion": {"confidence": 0.999}},
         ],
     )
-    def test_what_is_impossible_is_refused(self, config: dict[str, Any]):
+    def test_impossible_values_are_refused(self, config: dict[str, Any]):
         with pytest.raises(ValueError, match=next(iter(config))):
             FraudModelConfig(**config)
 
 
-def test_addresses_of_mlflow_runs():
+def test_the_address_of_an_mlflow_run_is_that_of_its_web_page():
     class Run:
         class info:
             experiment_id, run_id = "7", "abc"

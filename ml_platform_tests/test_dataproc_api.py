@@ -38,7 +38,7 @@ from ml_platform.dataproc.api import (
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.dev.cloud.proto_validation import violations
-from ml_platform.settings import ClusterSpec
+from ml_platform.settings import ClusterSettings, ClusterSpec, load_cluster_settings
 from ml_platform_tests.fakes_cloud import FakeClock, api_of, cluster_fields
 
 JOB = {"main_python_file_uri": "s3a://bucket/main.py", "python_file_uris": ["s3a://bucket/code.zip"], "args": ["x"]}
@@ -130,7 +130,7 @@ print(interrupts)
 
 
 def test_a_call_may_be_interrupted_at_any_instant(cloud: FakeDataproc):
-    """What a signal's handler raises within gRPC's own callback corrupts the heap."""
+    """An exception that a signal handler raises inside a callback of gRPC corrupts the heap."""
     files = [str(file) for file in (cloud.root_certificates_file, cloud.service_account_key_file)]
     command = [sys.executable, "-c", INTERRUPTED, cloud.endpoint, *files]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
@@ -142,7 +142,7 @@ class Interrupt(BaseException):
 
 
 def test_a_create_that_was_interrupted_ends_before_the_next_call_begins(cloud: FakeDataproc, api: DataprocApi):
-    """Otherwise a cluster could be created after clean-up has looked for it by its name."""
+    """Otherwise the cluster could appear after the clean-up has looked for it."""
 
     def handler(number: int, frame: Any) -> None:
         raise Interrupt
@@ -266,55 +266,51 @@ def test_the_default_cluster_is_the_old_pipelines():
     }
 
 
-#: Each option: a value that is not its default, where it is in the request, and as what.
+#: Each variable of the cluster: its text, where the option is in the request, and as what.
 SCALING = "config_spec.subclusters_spec.2.autoscaling_config"
-OPTIONS: dict[str, tuple[Any, str, Any]] = {
-    "folder_id": ("f", "folder_id", "f"),
-    "zone": ("ru-central1-d", "zone_id", "ru-central1-d"),
-    "subnet_id": ("s", "config_spec.subclusters_spec.1.subnet_id", "s"),
-    "security_group_ids": (["g1", "g2"], "security_group_ids", ["g1", "g2"]),
-    "service_account_id": ("a", "service_account_id", "a"),
-    "autoscaling_service_account_id": ("b", "autoscaling_service_account_id", "b"),
-    "ssh_public_key": ("ssh-ed25519 AAAA", "config_spec.hadoop.ssh_public_keys", ["ssh-ed25519 AAAA"]),
-    "bucket": ("logs", "bucket", "logs"),
-    "description": ("mine", "description", "mine"),
-    "labels": ({"team": "fraud"}, "labels.team", "fraud"),
-    "image_version": ("2.1", "config_spec.version_id", "2.1"),
-    "services": (["YARN", "SPARK", "HDFS"], "config_spec.hadoop.services", ["YARN", "SPARK", "HDFS"]),
-    "properties": (
-        {"spark:spark.sql.shuffle.partitions": "8"},
-        "config_spec.hadoop.properties",
-        {"spark:spark.sql.shuffle.partitions": "8"},
-    ),
-    "initialization_actions": (
-        [{"uri": "s3a://bucket/init.sh", "args": ["x"], "timeout": 60}],
+VARIABLES: dict[str, tuple[str, str, Any]] = {
+    "YC_FOLDER_ID": ("f", "folder_id", "f"),
+    "YC_ZONE": ("ru-central1-d", "zone_id", "ru-central1-d"),
+    "YC_SUBNET_ID": ("s", "config_spec.subclusters_spec.1.subnet_id", "s"),
+    "YC_SECURITY_GROUP_IDS": ("g1, g2,", "security_group_ids", ["g1", "g2"]),
+    "YC_SERVICE_ACCOUNT_ID": ("a", "service_account_id", "a"),
+    "YC_SSH_PUBLIC_KEY": ("ssh-ed25519 AAAA me", "config_spec.hadoop.ssh_public_keys", ["ssh-ed25519 AAAA me"]),
+    "DATAPROC_AUTOSCALING_SERVICE_ACCOUNT_ID": ("b", "autoscaling_service_account_id", "b"),
+    "DATAPROC_BUCKET": ("logs", "bucket", "logs"),
+    "DATAPROC_DESCRIPTION": ("mine", "description", "mine"),
+    "DATAPROC_LABELS": ('{"team": "fraud"}', "labels.team", "fraud"),
+    "DATAPROC_IMAGE_VERSION": ("2.1", "config_spec.version_id", "2.1"),
+    "DATAPROC_SERVICES": ("YARN,SPARK,HDFS", "config_spec.hadoop.services", ["YARN", "SPARK", "HDFS"]),
+    "DATAPROC_PROPERTIES": ('{"spark:a.b": "c"}', "config_spec.hadoop.properties", {"spark:a.b": "c"}),
+    "DATAPROC_INITIALIZATION_ACTIONS": (
+        '[{"uri": "s3a://bucket/init.sh", "args": ["x"]}]',
         "config_spec.hadoop.initialization_actions",
-        [{"uri": "s3a://bucket/init.sh", "args": ["x"], "timeout": "60"}],
+        [{"uri": "s3a://bucket/init.sh", "args": ["x"], "timeout": "600"}],
     ),
-    "oslogin": (True, "config_spec.hadoop.oslogin_enabled", True),
-    "ui_proxy": (False, "ui_proxy", None),
-    "log_group_id": ("group", "log_group_id", "group"),
-    "host_group_ids": (["h"], "host_group_ids", ["h"]),
-    "public_ip": (True, "config_spec.subclusters_spec.0.assign_public_ip", True),
-    "environment": ("PRESTABLE", "environment", "PRESTABLE"),
+    "DATAPROC_OSLOGIN": ("true", "config_spec.hadoop.oslogin_enabled", True),
+    "DATAPROC_UI_PROXY": ("false", "ui_proxy", None),
+    "DATAPROC_LOG_GROUP_ID": ("group", "log_group_id", "group"),
+    "DATAPROC_HOST_GROUP_IDS": ("h", "host_group_ids", ["h"]),
+    "DATAPROC_PUBLIC_IP": ("1", "config_spec.subclusters_spec.0.assign_public_ip", True),
+    "DATAPROC_ENVIRONMENT": ("PRESTABLE", "environment", "PRESTABLE"),
     **{
-        f"{role}_{field}": (value, f"config_spec.subclusters_spec.{index}.{path}", expected)
-        for index, role in enumerate(("master", "data", "compute"))
-        for field, value, path, expected in (
-            ("preset", "m3-c8-m64", "resources.resource_preset_id", "m3-c8-m64"),
-            ("disk_type", "network-ssd-io-m3", "resources.disk_type_id", "network-ssd-io-m3"),
-            ("disk_size_gb", 93, "resources.disk_size", str(93 << 30)),
+        f"DATAPROC_{role}_{option}": (text, f"config_spec.subclusters_spec.{index}.resources.{path}", expected)
+        for index, role in enumerate(("MASTER", "DATA", "COMPUTE"))
+        for option, text, path, expected in (
+            ("PRESET", "m3-c8-m64", "resource_preset_id", "m3-c8-m64"),
+            ("DISK_TYPE", "network-ssd-io-m3", "disk_type_id", "network-ssd-io-m3"),
+            ("DISK_SIZE_GB", "93", "disk_size", str(93 << 30)),
         )
     },
-    "data_count": (5, "config_spec.subclusters_spec.1.hosts_count", "5"),
-    "compute_count": (2, "config_spec.subclusters_spec.2.hosts_count", "2"),
-    "compute_max_count": (9, f"{SCALING}.max_hosts_count", "9"),
-    "compute_preemptible": (True, f"{SCALING}.preemptible", True),
-    "compute_measurement_s": (90, f"{SCALING}.measurement_duration", "90s"),
-    "compute_warmup_s": (91, f"{SCALING}.warmup_duration", "91s"),
-    "compute_stabilization_s": (92, f"{SCALING}.stabilization_duration", "92s"),
-    "compute_cpu_target": (70.0, f"{SCALING}.cpu_utilization_target", 70.0),
-    "compute_decommission_s": (93, f"{SCALING}.decommission_timeout", "93"),
+    "DATAPROC_DATA_COUNT": ("5", "config_spec.subclusters_spec.1.hosts_count", "5"),
+    "DATAPROC_COMPUTE_COUNT": ("2", "config_spec.subclusters_spec.2.hosts_count", "2"),
+    "DATAPROC_COMPUTE_MAX_COUNT": ("9", f"{SCALING}.max_hosts_count", "9"),
+    "DATAPROC_COMPUTE_PREEMPTIBLE": ("yes", f"{SCALING}.preemptible", True),
+    "DATAPROC_COMPUTE_MEASUREMENT_S": ("90", f"{SCALING}.measurement_duration", "90s"),
+    "DATAPROC_COMPUTE_WARMUP_S": ("91", f"{SCALING}.warmup_duration", "91s"),
+    "DATAPROC_COMPUTE_STABILIZATION_S": ("92", f"{SCALING}.stabilization_duration", "92s"),
+    "DATAPROC_COMPUTE_CPU_TARGET": ("70", f"{SCALING}.cpu_utilization_target", 70.0),
+    "DATAPROC_COMPUTE_DECOMMISSION_S": ("93", f"{SCALING}.decommission_timeout", "93"),
 }
 
 
@@ -324,16 +320,21 @@ def at(value: Any, path: str) -> Any:
     return value
 
 
-def test_every_option_is_tested():
-    assert set(OPTIONS) == set(ClusterSpec.model_fields)
+def test_every_variable_is_tested():
+    assert set(VARIABLES) == {ClusterSettings.model_fields[name].alias for name in ClusterSpec.model_fields}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_reaches_the_request(option: str):
-    value, path, expected = OPTIONS[option]
-    others = {"compute_count": 1, "compute_max_count": 4} if option.startswith("compute_") else {}
-    assert value != getattr(spec, option)
-    assert at(request_of(ClusterSpec(**spec.model_dump() | others | {option: value})), path) == expected
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_every_variable_reaches_the_request(monkeypatch: pytest.MonkeyPatch, variable: str):
+    text, path, expected = VARIABLES[variable]
+    others = {"YC_FOLDER_ID": "folder", "YC_SUBNET_ID": "subnet", "YC_SERVICE_ACCOUNT_ID": "account"}
+    if variable.startswith("DATAPROC_COMPUTE_"):
+        others |= {"DATAPROC_COMPUTE_COUNT": "1", "DATAPROC_COMPUTE_MAX_COUNT": "4"}
+    for name, value in others.items():
+        monkeypatch.setenv(name, value)
+    assert at(request_of(load_cluster_settings()), path) != expected
+    monkeypatch.setenv(variable, text)
+    assert at(request_of(load_cluster_settings()), path) == expected
 
 
 def test_node_groups_of_a_request():
@@ -354,7 +355,7 @@ def test_the_platforms_labels_win():
     }
 
 
-def test_a_service_that_the_api_does_not_have_is_named(cloud: FakeDataproc, api: DataprocApi):
+def test_an_unknown_service_is_named(cloud: FakeDataproc, api: DataprocApi):
     with pytest.raises(DataprocError, match=r"the settings of the cluster do not fit the API: .*SPARKLE"):
         api.create_cluster(spec.model_copy(update={"services": ["YARN", "SPARKLE"]}), "name", {})
 
@@ -362,7 +363,7 @@ def test_a_service_that_the_api_does_not_have_is_named(cloud: FakeDataproc, api:
 # --- States
 
 
-def test_every_state_that_the_api_publishes_has_a_meaning():
+def test_every_published_state_is_known():
     unusable = {"ERROR", "STOPPING", "STOPPED"}
     assert set(cluster_pb2.Cluster.Status.keys()) - {"STATUS_UNKNOWN"} == STARTING_STATES | {"RUNNING"} | unusable
     assert set(job_pb2.Job.Status.keys()) - {"STATUS_UNSPECIFIED"} == UNFINISHED_JOB | FINISHED_JOB
@@ -370,7 +371,7 @@ def test_every_state_that_the_api_publishes_has_a_meaning():
 
 
 @pytest.mark.parametrize(("status", "name"), [(0, "STATUS_UNKNOWN"), (77, "77")])
-def test_a_cluster_in_an_unknown_state_cannot_be_used_but_deleted(
+def test_a_cluster_in_an_unknown_state_can_be_deleted_but_not_used(
     cloud: FakeDataproc, api: DataprocApi, clock: FakeClock, status: int, name: str
 ):
     cluster_id = cloud.add_cluster("cluster-1", status=status)
@@ -385,7 +386,7 @@ def test_a_cluster_in_an_unknown_state_cannot_be_used_but_deleted(
 # --- Pages
 
 
-def test_a_list_of_many_pages(cloud: FakeDataproc, api: DataprocApi):
+def test_all_pages_of_a_list_are_read(cloud: FakeDataproc, api: DataprocApi):
     ids = [cloud.add_cluster(f"cluster-{number}", LABELS) for number in range(250)]
     found = list(api.list_clusters(cloud.folder_id))
     assert [cluster.id for cluster in found] == ids
@@ -395,7 +396,7 @@ def test_a_list_of_many_pages(cloud: FakeDataproc, api: DataprocApi):
     assert [cluster.id for cluster in api.list_clusters(cloud.folder_id, name="cluster-7")] == ids[7:8]
 
 
-def test_a_page_that_leads_to_itself(cloud: FakeDataproc, api: DataprocApi):
+def test_a_page_that_links_to_itself_is_an_error(cloud: FakeDataproc, api: DataprocApi):
     for number in range(101):
         cloud.add_cluster(f"cluster-{number}")
 
@@ -415,7 +416,9 @@ REPEATED = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "INTERNAL"}
 
 @pytest.mark.parametrize("code", [code.name for code in grpc.StatusCode if code.name not in ("OK", "UNAUTHENTICATED")])
 @pytest.mark.parametrize("method", ["Get", "Create", "Delete"])
-def test_which_calls_are_repeated(cloud: FakeDataproc, api: DataprocApi, clock: FakeClock, method: str, code: str):
+def test_calls_are_repeated_after_transient_errors_only(
+    cloud: FakeDataproc, api: DataprocApi, clock: FakeClock, method: str, code: str
+):
     cluster_id = cloud.add_cluster("cluster-1")
     cloud.fail(f"ClusterService.{method}", code, "because", times=2)
     calls: dict[str, Callable[[], Any]] = {
@@ -457,7 +460,7 @@ def test_a_call_is_repeated_for_three_minutes_with_growing_jittered_pauses(
     assert len({tuple(slept) for slept in runs}) == len(runs), "no jitter"
 
 
-def test_an_answer_that_does_not_come_in_time(cloud: FakeDataproc, api: DataprocApi, monkeypatch: pytest.MonkeyPatch):
+def test_a_call_that_times_out_is_repeated(cloud: FakeDataproc, api: DataprocApi, monkeypatch: pytest.MonkeyPatch):
     cluster_id = cloud.add_cluster("cluster-1")
     api.get_cluster(cluster_id)
     monkeypatch.setattr(dataproc_api, "CALL_TIMEOUT_S", 0.2)
@@ -468,10 +471,10 @@ def test_an_answer_that_does_not_come_in_time(cloud: FakeDataproc, api: Dataproc
 
 
 @pytest.mark.parametrize("method", ["ApiEndpointService.List", "IamTokenService.Create"])
-def test_a_call_of_the_sdk_itself_that_is_not_answered_in_time(
+def test_the_sdks_own_calls_time_out_too(
     cloud: FakeDataproc, api: DataprocApi, monkeypatch: pytest.MonkeyPatch, method: str
 ):
-    """All calls of a process are made in one thread, which it would hold up."""
+    """All calls share one thread, which a call that hangs would block."""
     # Limits by configuration end up to a second too soon, by gRPC's own clock.
     monkeypatch.setattr(dataproc_api, "CALL_TIMEOUT_S", 2.5)
     cloud.delay(method, 30.0)
@@ -483,13 +486,13 @@ def test_a_call_of_the_sdk_itself_that_is_not_answered_in_time(
 # --- Clusters
 
 
-def test_a_create_finds_its_own_cluster(cloud: FakeDataproc, api: DataprocApi):
+def test_a_repeated_create_finds_its_own_cluster(cloud: FakeDataproc, api: DataprocApi):
     first, _ = create(cloud, api)
     # It expires later, as it is asked for later.
     assert create(cloud, api, **{"expires-at": "2"}) == (first, "")
 
 
-def test_a_cluster_comes_and_goes(cloud: FakeDataproc, api: DataprocApi):
+def test_a_cluster_is_created_and_deleted(cloud: FakeDataproc, api: DataprocApi):
     said: list[str] = []
     cluster_id, operation_id = create(cloud, api)
     api.wait_until_running(cluster_id, operation_id, **WAIT, say=said.append)
@@ -503,7 +506,7 @@ def test_a_cluster_comes_and_goes(cloud: FakeDataproc, api: DataprocApi):
     ]
 
 
-def test_deletions_that_have_nothing_to_do(cloud: FakeDataproc, api: DataprocApi, cluster_id: str):
+def test_deleting_a_cluster_again_is_no_error(cloud: FakeDataproc, api: DataprocApi, cluster_id: str):
     api.request_deletion("gone")
     api.request_deletion(cluster_id)
     api.request_deletion(cluster_id)
@@ -546,7 +549,9 @@ def test_a_job_is_submitted_once(cloud: FakeDataproc, api: DataprocApi, cluster_
     assert caught.value.code == "NOT_FOUND"
 
 
-def test_cancelling(cloud: FakeDataproc, api: DataprocApi, cluster_id: str, clock: FakeClock):
+def test_a_job_that_ended_or_is_gone_may_be_cancelled(
+    cloud: FakeDataproc, api: DataprocApi, cluster_id: str, clock: FakeClock
+):
     job_id = api.submit_job(cluster_id, "job-1", JOB)
     api.cancel_job(cluster_id, job_id)
     clock.sleep(1)
@@ -604,12 +609,12 @@ def test_pauses_grow_to_the_longest(api: DataprocApi, clock: FakeClock, poll_s: 
     assert slept[-1] <= 1.2 * poll_s
 
 
-def test_what_is_there_already_is_not_waited_for(api: DataprocApi, clock: FakeClock):
+def test_a_condition_that_holds_already_is_not_waited_for(api: DataprocApi, clock: FakeClock):
     assert api.wait(lambda: 0, timeout_s=0, poll_s=10, what="it") == 0
     assert clock.slept == []
 
 
-def test_the_last_look_is_after_the_deadline(api: DataprocApi, clock: FakeClock):
+def test_the_condition_is_checked_once_more_after_the_deadline(api: DataprocApi, clock: FakeClock):
     deadline = clock.time() + 100
     found = api.wait(lambda: clock.time() >= deadline or None, timeout_s=100, poll_s=30, what="it")
     assert found is True
@@ -629,7 +634,7 @@ def test_ways_to_sign_in(
     assert api.get_cluster(cluster_id) is not None
     clock.sleep(cloud.token_lifetime_seconds + 1)
     if way == "token":
-        # Nobody can renew it; asking again would not help.
+        # It cannot be renewed.
         with pytest.raises(DataprocError, match=r"UNAUTHENTICATED: The token has expired .*YC_IAM_TOKEN"):
             api.get_cluster(cluster_id)
         assert codes(cloud, "ClusterService.Get") == ["OK", "UNAUTHENTICATED"]
@@ -639,7 +644,7 @@ def test_ways_to_sign_in(
 
 
 @pytest.mark.parametrize(("has_worked", "attempts"), [(False, 1), (True, 2)])
-def test_a_key_that_is_not_accepted_is_no_endless_renewal(
+def test_a_rejected_key_is_not_renewed_endlessly(
     cloud: FakeDataproc, api: DataprocApi, cluster_id: str, has_worked: bool, attempts: int
 ):
     if has_worked:
@@ -673,17 +678,19 @@ def test_clients_of_a_process_share_connections(cloud: FakeDataproc, clock: Fake
         ),
     ],
 )
-def test_an_unusable_key(cloud: FakeDataproc, clock: FakeClock, tmp_path: Path, content: str | None, error: str):
+def test_an_unusable_key_file_is_named(
+    cloud: FakeDataproc, clock: FakeClock, tmp_path: Path, content: str | None, error: str
+):
     file = tmp_path / "key.json"
     if content is not None:
         file.write_text(content)
     with pytest.raises(DataprocError, match=error) as caught:
         api_of(cloud, clock, service_account_key_file=str(file)).get_cluster("some-id")
     assert "top secret" not in str(caught.value)
-    assert clock.slept == [], "a key that cannot be used does not become better"
+    assert clock.slept == []
 
 
-def test_a_key_of_another_account(cloud: FakeDataproc, clock: FakeClock, tmp_path: Path):
+def test_an_unknown_key_is_refused(cloud: FakeDataproc, clock: FakeClock, tmp_path: Path):
     key = json.loads(cloud.service_account_key_file.read_text())
     file = tmp_path / "key.json"
     file.write_text(json.dumps(key | {"id": "ajeunknown0000000000"}))
@@ -692,7 +699,7 @@ def test_a_key_of_another_account(cloud: FakeDataproc, clock: FakeClock, tmp_pat
     assert "PRIVATE" not in str(caught.value)
 
 
-def test_no_credentials_at_all(cloud: FakeDataproc, clock: FakeClock, monkeypatch: pytest.MonkeyPatch):
+def test_missing_credentials_are_named(cloud: FakeDataproc, clock: FakeClock, monkeypatch: pytest.MonkeyPatch):
     # Not on a VM of the cloud either.
     monkeypatch.setenv("YC_METADATA_ADDR", "127.0.0.1:9")
     with pytest.raises(
@@ -726,11 +733,13 @@ def test_a_metadata_service_that_has_answered_before_is_waited_for(
     ],
     ids=["no such file", "unknown authority", "nobody there"],
 )
-def test_a_wrong_address(cloud: FakeDataproc, clock: FakeClock, settings: dict[str, Any], error: str):
+def test_an_unreachable_or_untrusted_api_is_named(
+    cloud: FakeDataproc, clock: FakeClock, settings: dict[str, Any], error: str
+):
     with pytest.raises(DataprocError, match=error):
         api_of(cloud, clock, **settings).get_cluster("some-id")
 
 
-def test_a_folder_of_somebody_else(cloud: FakeDataproc, api: DataprocApi):
+def test_a_denied_folder_is_named(cloud: FakeDataproc, api: DataprocApi):
     with pytest.raises(DataprocError, match=r"list clusters: PERMISSION_DENIED: .*YC_FOLDER_ID"):
         list(api.list_clusters("other-folder"))

@@ -36,16 +36,52 @@ from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 Status = dg.DagsterRunStatus
 
 
-def tick(instance: dg.DagsterInstance, lake: LakeResource) -> dg.SensorResult:
-    """One tick of the sensor, with what the daemon does about its partitions."""
-    context = dg.build_sensor_context(
-        instance=instance, resources={"lake": lake}, repository_def=defs.get_repository_def()
-    )
-    result = new_raw_files(context)
-    assert isinstance(result, dg.SensorResult)
-    for request in result.dynamic_partitions_requests or []:
-        instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
-    return result
+class Planner:
+    """A lake, Dagster's storage, and what the sensor asks for."""
+
+    def __init__(self, instance: dg.DagsterInstance, lake: LakeResource) -> None:
+        self.instance, self.lake = instance, lake
+
+    def tick(self, lake: LakeResource | None = None) -> dg.SensorResult:
+        """One tick of the sensor, with what the daemon does about its partitions."""
+        context = dg.build_sensor_context(
+            instance=self.instance, resources={"lake": lake or self.lake}, repository_def=defs.get_repository_def()
+        )
+        result = new_raw_files(context)
+        assert isinstance(result, dg.SensorResult)
+        for request in result.dynamic_partitions_requests or []:
+            self.instance.add_dynamic_partitions(request.partitions_def_name, list(request.partition_keys))
+        return result
+
+    def ranges(self, lake: LakeResource | None = None) -> list[tuple[str, str]]:
+        """The ranges of partitions that one tick asks for."""
+        return ranges_of(self.tick(lake).run_requests or [])
+
+    @property
+    def partitions(self) -> list[str]:
+        return list(self.instance.get_dynamic_partitions("raw_files"))
+
+    def add_run(
+        self,
+        status: dg.DagsterRunStatus,
+        start: str,
+        end: str | None = None,
+        job: str = "process_new_files",
+        **more_tags: str,
+    ) -> None:
+        """A run of the past, over a range of partitions or a single one."""
+        tags = (range_tags(start, end) if end else {PARTITION_TAG: start}) | more_tags
+        location = GrpcServerCodeLocationOrigin(host="localhost", port=1, location_name="ml_platform")
+        origin = RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), job)
+        self.instance.add_run(dg.DagsterRun(job, str(uuid.uuid4()), status=status, tags=tags, remote_job_origin=origin))
+
+    def replace(self, key: str, number: int, **changes: int) -> None:
+        """Put a raw file, or another one of the same name."""
+        put_raw(self.lake, key, raw_spec(number, **changes))
+
+    def remove(self, key: str) -> None:
+        """Remove a raw file."""
+        (self.lake.raw._root / f"{key}.txt").unlink()  # type: ignore[attr-defined]
 
 
 def ranges_of(requests: Any) -> list[tuple[str, str]]:
@@ -55,69 +91,67 @@ def ranges_of(requests: Any) -> list[tuple[str, str]]:
     return [tuple(request.tags[tag] for tag in range_tags("", "")) for request in requests]
 
 
-def ticked(instance: dg.DagsterInstance, lake: LakeResource) -> list[tuple[str, str]]:
-    return ranges_of(tick(instance, lake).run_requests or [])
-
-
 def reason_of(result: dg.SensorResult) -> str:
     skip = result.skip_reason
     return (skip.skip_message if isinstance(skip, dg.SkipReason) else skip) or ""
 
 
-def add_run(
-    instance: dg.DagsterInstance,
-    status: dg.DagsterRunStatus,
-    start: str,
-    end: str | None = None,
-    job: str = "process_new_files",
-    **more_tags: str,
-) -> str:
-    """A run of the past, over a range of partitions or a single one."""
-    run_id = str(uuid.uuid4())
-    tags = (range_tags(start, end) if end else {PARTITION_TAG: start}) | more_tags
-    location = GrpcServerCodeLocationOrigin(host="localhost", port=1, location_name="ml_platform")
-    origin = RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), job)
-    instance.add_run(dg.DagsterRun(job_name=job, run_id=run_id, status=status, tags=tags, remote_job_origin=origin))
-    return run_id
-
-
 def log_of(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> str:
-    """What a tick logged: Dagster's own loggers do not hand on to the root logger."""
+    """What a tick logged; Dagster's own loggers do not propagate to the root logger."""
     return caplog.text + capfd.readouterr().err
 
 
-@pytest.fixture
-def four(lake: LakeResource) -> list[str]:
-    """Four raw files, nothing registered or cleaned."""
-    keys = ["a", "b", "c", "d"]
-    for number, key in enumerate(keys):
-        put_raw(lake, key, raw_spec(number))
-    return keys
+def let_pass(monkeypatch: pytest.MonkeyPatch, **time: float) -> None:
+    """Let some time pass for the plan."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(**time)
+
+    monkeypatch.setattr(planning, "datetime", Later)
 
 
 @pytest.fixture
-def done(instance: dg.DagsterInstance, lake: LakeResource, four: list[str]) -> list[str]:
+def planner(instance: dg.DagsterInstance, lake: LakeResource) -> Planner:
+    return Planner(instance, lake)
+
+
+@pytest.fixture
+def new(planner: Planner) -> list[str]:
+    """Four raw files, neither registered nor cleaned."""
+    for number, key in enumerate("abcd"):
+        planner.replace(key, number)
+    return list("abcd")
+
+
+@pytest.fixture
+def registered(planner: Planner, new: list[str]) -> list[str]:
+    """Four raw files, registered and not cleaned."""
+    planner.instance.add_dynamic_partitions("raw_files", new)
+    return new
+
+
+@pytest.fixture
+def done(planner: Planner, registered: list[str]) -> list[str]:
     """Four raw files, registered and cleaned."""
-    instance.add_dynamic_partitions("raw_files", four)
-    put_cleaned(lake, *four)
-    return four
+    put_cleaned(planner.lake, *registered)
+    return registered
 
 
 class TestFirstTick:
-    def test_registers_all_and_asks_for_one_run(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
-    ):
-        result = tick(instance, lake)
+    def test_registers_all_and_asks_for_one_run(self, planner: Planner, new: list[str]):
+        result = planner.tick()
         assert ranges_of(result.run_requests) == [("a", "d")]
         assert reason_of(result) == ""
-        assert list(instance.get_dynamic_partitions("raw_files")) == four
+        assert planner.partitions == new
 
-    def test_observes_what_it_asks_for(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
-        """Before the run: Dagster calls an asset stale whose input was observed while it was made."""
-        put_cleaned(lake, "b")
-        events = tick(instance, lake).asset_events
+    def test_observes_what_it_asks_for(self, planner: Planner, new: list[str]):
+        """An observation during the run would make Dagster call the new asset stale."""
+        put_cleaned(planner.lake, "b")
+        events = planner.tick().asset_events
         assert [event.partition for event in events] == ["a", "c", "d"]
-        files, _ = lake.list_raw_files()
+        files, _ = planner.lake.list_raw_files()
         for event in events:
             assert isinstance(event, dg.AssetObservation)
             file = files[event.partition or ""]
@@ -125,73 +159,58 @@ class TestFirstTick:
             assert event.metadata["size_bytes"].value == file.size
             assert event.tags["dagster/data_version"] == file.fingerprint
 
-    def test_one_run_per_contiguous_range(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
-        put_cleaned(lake, "b")
-        assert ticked(instance, lake) == [("a", "a"), ("c", "d")]
-
-    def test_no_raw_files(self, instance: dg.DagsterInstance, lake: LakeResource):
-        result = tick(instance, lake)
+    def test_no_raw_files(self, planner: Planner):
+        result = planner.tick()
         assert ranges_of(result.run_requests) == []
         assert reason_of(result).startswith("0 raw files")
         assert not result.dynamic_partitions_requests
 
-    def test_the_range_means_these_partitions_to_dagster(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
-    ):
-        (start, end) = ticked(instance, lake)[0]
-        with dg.partition_loading_context(dynamic_partitions_store=instance):
+    def test_the_range_means_these_partitions_to_dagster(self, planner: Planner, new: list[str]):
+        (start, end) = planner.ranges()[0]
+        with dg.partition_loading_context(dynamic_partitions_store=planner.instance):
             keys = dg.DynamicPartitionsDefinition(name="raw_files").get_partition_keys_in_range(
                 dg.PartitionKeyRange(start, end)
             )
-        assert list(keys) == four
+        assert list(keys) == new
 
 
 class TestNothingNew:
-    def test_skips_with_the_reason(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        result = tick(instance, lake)
+    def test_skips_with_the_reason(self, planner: Planner, done: list[str]):
+        result = planner.tick()
         assert ranges_of(result.run_requests or []) == []
         assert reason_of(result) == "4 raw files, every one has a cleaned counterpart"
 
-    def test_storage_decides_not_dagsters_memory(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
-        """Dagster remembers nothing of these partitions: the lake says that they are done, or not."""
-        assert ticked(instance, lake) == []
-        instance.report_runless_asset_event(dg.AssetMaterialization("cleaned_transactions", partition="b"))
-        (lake.store._root / lake.partition_path(CLEANED_TABLE, "b") / REPORT_NAME).unlink()  # type: ignore[attr-defined]
-        assert ticked(instance, lake) == [("b", "b")]
+    def test_the_lake_decides_what_is_done_not_dagster(self, planner: Planner, done: list[str]):
+        assert planner.ranges() == []
+        planner.instance.report_runless_asset_event(dg.AssetMaterialization("cleaned_transactions", partition="b"))
+        report = f"{planner.lake.partition_path(CLEANED_TABLE, 'b')}/{REPORT_NAME}"
+        (planner.lake.store._root / report).unlink()  # type: ignore[attr-defined]
+        assert planner.ranges() == [("b", "b")]
 
-    def test_a_vanished_raw_file_leaves_its_partition_alone(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
-        (lake.raw._root / "b.txt").unlink()  # type: ignore[attr-defined]
-        assert ticked(instance, lake) == []
-        assert "b" in instance.get_dynamic_partitions("raw_files")
+    def test_a_vanished_raw_file_leaves_its_partition_alone(self, planner: Planner, done: list[str]):
+        planner.remove("b")
+        assert planner.ranges() == []
+        assert "b" in planner.partitions
 
 
 class TestOnePartitionAlone:
-    def test_new_file(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        put_raw(lake, "e", raw_spec(4))
-        assert ticked(instance, lake) == [("e", "e")]
-        assert list(instance.get_dynamic_partitions("raw_files")) == [*done, "e"]
+    def test_new_file_is_registered(self, planner: Planner, done: list[str]):
+        planner.replace("e", 4)
+        assert planner.ranges() == [("e", "e")]
+        assert planner.partitions == [*done, "e"]
 
-    def test_replaced_raw_file(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        put_raw(lake, "c", raw_spec(2, rows=17))
-        assert ticked(instance, lake) == [("c", "c")]
+    @pytest.mark.parametrize("changes", [{"rows": 17}, {"frauds": 300}], ids=["of another size", "of the same size"])
+    def test_replaced_file(self, planner: Planner, done: list[str], changes: dict[str, int]):
+        planner.replace("c", 2, **changes)
+        assert planner.ranges() == [("c", "c")]
 
-    def test_replaced_by_a_file_of_the_same_size(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
-        put_raw(lake, "c", raw_spec(2, frauds=300))
-        assert ticked(instance, lake) == [("c", "c")]
+    def test_file_cleaned_with_another_epoch(self, planner: Planner, done: list[str]):
+        put_cleaned(planner.lake, "b", epoch="2019-08-22")
+        assert planner.ranges() == [("b", "b")]
 
-    def test_other_epoch(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        put_cleaned(lake, "b", epoch="2019-08-22")
-        assert ticked(instance, lake) == [("b", "b")]
-
-    def test_changed_epoch_changes_all(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        other = LakeResource(raw_uri=lake.raw_uri, lake_uri=lake.lake_uri, epoch="2018-04-01")
-        assert ticked(instance, other) == [("a", "d")]
+    def test_changed_epoch_changes_all(self, planner: Planner, done: list[str]):
+        other = LakeResource(raw_uri=planner.lake.raw_uri, lake_uri=planner.lake.lake_uri, epoch="2018-04-01")
+        assert planner.ranges(other) == [("a", "d")]
 
     @pytest.mark.parametrize(
         "changes",
@@ -213,35 +232,27 @@ class TestOnePartitionAlone:
         ],
         ids=str,
     )
-    def test_report_that_does_not_fit(
-        self,
-        instance: dg.DagsterInstance,
-        lake: LakeResource,
-        done: list[str],
-        changes: dict[str, Any],
-    ):
-        put_cleaned(lake, "d", **changes)
-        assert ticked(instance, lake) == [("d", "d")]
+    def test_invalid_report(self, planner: Planner, done: list[str], changes: dict[str, Any]):
+        put_cleaned(planner.lake, "d", **changes)
+        assert planner.ranges() == [("d", "d")]
 
-    def test_half_a_report(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        name = f"{lake.partition_path(CLEANED_TABLE, 'a')}/{REPORT_NAME}"
-        lake.store.write(name, lake.store.read(name)[:100])
-        assert ticked(instance, lake) == [("a", "a")]
+    def test_truncated_report(self, planner: Planner, done: list[str]):
+        name = f"{planner.lake.partition_path(CLEANED_TABLE, 'a')}/{REPORT_NAME}"
+        planner.lake.store.write(name, planner.lake.store.read(name)[:100])
+        assert planner.ranges() == [("a", "a")]
 
 
-def test_late_file_is_registered_after_its_neighbours(
-    instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-):
+def test_late_file_is_registered_after_its_neighbours(planner: Planner, done: list[str]):
     """Dagster's ranges follow the order of registration, not that of names."""
-    put_raw(lake, "bb", raw_spec(10))
-    assert ticked(instance, lake) == [("bb", "bb")]
-    assert list(instance.get_dynamic_partitions("raw_files")) == [*done, "bb"]
+    planner.replace("bb", 10)
+    assert planner.ranges() == [("bb", "bb")]
+    assert planner.partitions == [*done, "bb"]
     for key in ("b", "d"):
-        put_raw(lake, key, raw_spec(5, rows=1))
-    assert ticked(instance, lake) == [("b", "b"), ("d", "bb")]
-    put_cleaned(lake, "b", "bb")
-    put_raw(lake, "c", raw_spec(6, rows=2))
-    assert ticked(instance, lake) == [("c", "d")]
+        planner.replace(key, 5, rows=1)
+    assert planner.ranges() == [("b", "b"), ("d", "bb")]
+    put_cleaned(planner.lake, "b", "bb")
+    planner.replace("c", 6, rows=2)
+    assert planner.ranges() == [("c", "d")]
 
 
 class TestUnusableNames:
@@ -252,173 +263,148 @@ class TestUnusableNames:
 
     def test_are_named_in_the_log_and_the_reason(
         self,
-        instance: dg.DagsterInstance,
-        lake: LakeResource,
+        planner: Planner,
         done: list[str],
         odd: None,
         caplog: pytest.LogCaptureFixture,
         capfd: pytest.CaptureFixture[str],
     ):
-        result = tick(instance, lake)
+        result = planner.tick()
         assert ranges_of(result.run_requests or []) == []
         assert "3 ignored for their names: _draft.txt, a...b.txt, two words.txt" in reason_of(result)
         log = log_of(caplog, capfd)
         for name in ("'two words.txt': only letters", "'a...b.txt': '...'", "'_draft.txt': it starts"):
             assert f"ignored raw file {name}" in log
 
-    def test_do_not_stop_the_others(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str], odd: None):
-        assert ticked(instance, lake) == [("a", "d")]
-        assert list(instance.get_dynamic_partitions("raw_files")) == four
+    def test_do_not_stop_the_others(self, planner: Planner, new: list[str], odd: None):
+        assert planner.ranges() == [("a", "d")]
+        assert planner.partitions == new
 
 
-class TestActiveRuns:
+def past(status: dg.DagsterRunStatus, start: str, end: str, **more: str) -> tuple[Any, ...]:
+    """The arguments of a run of the past."""
+    return status, start, end, more
+
+
+ASSET_JOB = {"job": "__ASSET_JOB"}  # that of `dagster asset materialize` and of the UI
+WILL_RETRY = {WILL_RETRY_TAG: "true"}
+
+
+class TestRunsOverUncleanedFiles:
     @pytest.mark.parametrize(
-        "status",
-        [Status.QUEUED, Status.NOT_STARTED, Status.STARTING, Status.STARTED, Status.CANCELING],
+        ("run", "expected"),
+        [
+            *[
+                pytest.param(past(status, "b", "c"), [("a", "a"), ("d", "d")], id=status.value)
+                for status in (Status.QUEUED, Status.NOT_STARTED, Status.STARTING, Status.STARTED, Status.CANCELING)
+            ],
+            pytest.param(past(Status.STARTED, "a", "c", **ASSET_JOB), [("d", "d")], id="of another job"),
+            pytest.param(past(Status.STARTED, "gone", "b"), [("a", "d")], id="partitions that are gone"),
+            pytest.param(past(Status.FAILURE, "a", "d"), [("a", "d")], id="failed"),
+            pytest.param(past(Status.CANCELED, "a", "d"), [("a", "d")], id="canceled"),
+            # Dagster's daemon starts a killed run again; until it has, the run counts as queued.
+            pytest.param(past(Status.FAILURE, "a", "b", **WILL_RETRY), [("c", "d")], id="will be retried"),
+            pytest.param(past(Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "false"}), [("a", "d")], id="no retry"),
+            pytest.param(
+                past(Status.FAILURE, "a", "b", **WILL_RETRY, **{AUTO_RETRY_RUN_ID_TAG: "its retry"}),
+                [("a", "d")],
+                id="was retried",
+            ),
+        ],
     )
-    def test_their_partitions_are_left_to_them(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str], status: dg.DagsterRunStatus
+    def test_partitions_of_active_runs_are_left_to_them(
+        self, planner: Planner, registered: list[str], run: tuple[Any, ...], expected: list[tuple[str, str]]
     ):
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, status, "b", "c")
-        assert ticked(instance, lake) == [("a", "a"), ("d", "d")]
+        *arguments, more = run
+        planner.add_run(*arguments, **more)
+        assert planner.ranges() == expected
 
-    def test_all_are_active(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, Status.STARTED, "a", "b")
-        add_run(instance, Status.QUEUED, "c")
-        add_run(instance, Status.QUEUED, "d")
-        result = tick(instance, lake)
+    def test_a_run_without_partitions_holds_none(self, planner: Planner, registered: list[str]):
+        planner.instance.add_run(dg.DagsterRun(job_name="other", run_id=str(uuid.uuid4()), status=Status.STARTED))
+        assert planner.ranges() == [("a", "d")]
+
+    def test_a_failed_run_of_the_command_line_is_not_retried(self, planner: Planner, registered: list[str]):
+        """The daemon retries only runs with an origin."""
+        tags = range_tags("a", "b") | WILL_RETRY
+        planner.instance.add_run(
+            dg.DagsterRun("process_new_files", str(uuid.uuid4()), status=Status.FAILURE, tags=tags)
+        )
+        assert planner.ranges() == [("a", "d")]
+
+    def test_all_are_active(self, planner: Planner, registered: list[str]):
+        planner.add_run(Status.STARTED, "a", "b")
+        planner.add_run(Status.QUEUED, "c")
+        planner.add_run(Status.QUEUED, "d")
+        result = planner.tick()
         assert ranges_of(result.run_requests or []) == []
         assert reason_of(result) == "4 raw files, 4 are in a queued or running run"
 
-    def test_runs_of_other_jobs_count_too(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
-        """`dagster asset materialize` and the UI run a job of Dagster's own."""
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, Status.STARTED, "a", "c", job="__ASSET_JOB")
-        assert ticked(instance, lake) == [("d", "d")]
+    def test_a_second_tick_before_the_first_ones_run_ends(self, planner: Planner, new: list[str]):
+        (first,) = planner.ranges()
+        planner.add_run(Status.QUEUED, *first)
+        assert planner.ranges() == []
+        planner.replace("e", 4)
+        assert planner.ranges() == [("e", "e")]
 
-    def test_a_second_tick_before_the_first_ones_run_ends(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
+    def test_a_run_that_was_queued_days_ago_still_counts(
+        self, planner: Planner, registered: list[str], monkeypatch: pytest.MonkeyPatch
     ):
-        (first,) = ticked(instance, lake)
-        add_run(instance, Status.QUEUED, *first)
-        assert ticked(instance, lake) == []
-        put_raw(lake, "e", raw_spec(4))
-        assert ticked(instance, lake) == [("e", "e")]
+        planner.add_run(Status.QUEUED, "a", "d")
+        let_pass(monkeypatch, days=2)
+        assert planner.ranges() == []
 
-    def test_a_run_that_waits_in_the_queue_for_long_still_counts(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str], monkeypatch: pytest.MonkeyPatch
+    def test_a_retry_that_does_not_come_is_not_waited_for(
+        self, planner: Planner, registered: list[str], monkeypatch: pytest.MonkeyPatch
     ):
-        """One run at a time, hours each: a backlog waits for more than a day."""
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, Status.QUEUED, "a", "d")
+        planner.add_run(Status.FAILURE, "a", "b", **WILL_RETRY)
+        let_pass(monkeypatch, minutes=6)
+        assert planner.ranges() == [("a", "d")]
 
-        class Later(datetime):
-            @classmethod
-            def now(cls, tz: Any = None) -> datetime:
-                return datetime.now(tz) + timedelta(days=2)
 
-        monkeypatch.setattr(planning, "datetime", Later)
-        assert ticked(instance, lake) == []
-
-    def test_a_run_over_partitions_that_are_gone(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
+class TestFailedRunsOverCleanedFiles:
+    @pytest.mark.parametrize(
+        ("runs", "expected"),
+        [
+            pytest.param([past(Status.FAILURE, "b", "c")], [("b", "c")], id="failed"),
+            pytest.param(
+                [past(Status.FAILURE, "a", "d"), past(Status.SUCCESS, "a", "b"), past(Status.SUCCESS, "d", "d")],
+                [("c", "c")],
+                id="a later success settles its own partitions",
+            ),
+            pytest.param(
+                [past(Status.FAILURE, "a", "d"), past(Status.SUCCESS, "a", "d")], [], id="a later success settles all"
+            ),
+            pytest.param(
+                [past(Status.SUCCESS, "a", "d"), past(Status.FAILURE, "c", "c")], [("c", "c")], id="a later failure"
+            ),
+            pytest.param(
+                [past(Status.FAILURE, "a", "d"), past(Status.STARTED, "a", "c")],
+                [("d", "d")],
+                id="another run is active",
+            ),
+            pytest.param([past(Status.FAILURE, "a", "d", **ASSET_JOB)], [], id="of another job"),
+        ],
+    )
+    def test_unfinished_partitions_are_asked_for_again(
+        self, planner: Planner, done: list[str], runs: list[tuple[Any, ...]], expected: list[tuple[str, str]]
     ):
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, Status.STARTED, "gone", "b")
-        instance.add_run(dg.DagsterRun(job_name="other", run_id=str(uuid.uuid4()), status=Status.STARTED))
-        assert ticked(instance, lake) == [("a", "d")]
+        for *arguments, more in runs:
+            planner.add_run(*arguments, **more)
+        assert planner.ranges() == expected
 
+    def test_unfinished_partitions_are_counted_in_the_reason(self, planner: Planner, done: list[str]):
+        planner.add_run(Status.FAILURE, "b", "c")
+        assert "2 left unfinished by a failed run" in plan_runs(planner.instance, planner.lake).reason
 
-class TestRetriedRuns:
-    """Dagster's daemon starts a killed run again; until it has, the run counts as one that waits."""
+    def test_uncleaned_and_unfinished_partitions_are_in_separate_ranges(self, planner: Planner, registered: list[str]):
+        put_cleaned(planner.lake, "a", "b", "d")
+        planner.add_run(Status.FAILURE, "a", "d")
+        assert planner.ranges() == [("c", "c"), ("a", "b"), ("d", "d")]
 
-    def test_their_partitions_are_left_to_the_retry(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
-    ):
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "true"})
-        assert ticked(instance, lake) == [("c", "d")]
-
-    def test_there_will_be_no_retry(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "false"})
-        add_run(instance, Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "true", AUTO_RETRY_RUN_ID_TAG: "its retry"})
-        # The daemon starts no run of a command line again.
-        by_hand = range_tags("a", "b") | {WILL_RETRY_TAG: "true"}
-        instance.add_run(dg.DagsterRun("process_new_files", str(uuid.uuid4()), status=Status.FAILURE, tags=by_hand))
-        assert ticked(instance, lake) == [("a", "d")]
-
-    def test_nobody_has_retried_it(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str], monkeypatch: pytest.MonkeyPatch
-    ):
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, Status.FAILURE, "a", "b", **{WILL_RETRY_TAG: "true"})
-
-        class Later(datetime):
-            @classmethod
-            def now(cls, tz: Any = None) -> datetime:
-                return datetime.now(tz) + timedelta(minutes=6)
-
-        monkeypatch.setattr(planning, "datetime", Later)
-        assert ticked(instance, lake) == [("a", "d")]
-
-
-class TestFailedRuns:
-    @pytest.mark.parametrize("status", [Status.FAILURE, Status.CANCELED])
-    def test_uncleaned_files_are_asked_for_again(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str], status: dg.DagsterRunStatus
-    ):
-        instance.add_dynamic_partitions("raw_files", four)
-        add_run(instance, status, "a", "d")
-        assert ticked(instance, lake) == [("a", "d")]
-
-    def test_cleaned_but_unfinished_ones_in_a_range_of_their_own(
-        self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]
-    ):
-        instance.add_dynamic_partitions("raw_files", four)
-        put_cleaned(lake, "a", "b", "d")
-        add_run(instance, Status.FAILURE, "a", "d")
-        result = tick(instance, lake)
-        assert ranges_of(result.run_requests) == [("c", "c"), ("a", "b"), ("d", "d")]
-
-    def test_all_cleaned_but_unfinished(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        add_run(instance, Status.FAILURE, "b", "c")
-        plan = plan_runs(instance, lake)
-        assert plan.ranges == [("b", "c")]
-        assert "2 left unfinished by a failed run" in plan.reason
-
-    def test_a_later_success_settles_it(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        add_run(instance, Status.FAILURE, "a", "d")
-        add_run(instance, Status.SUCCESS, "a", "b")
-        add_run(instance, Status.SUCCESS, "d")
-        assert ticked(instance, lake) == [("c", "c")]
-        add_run(instance, Status.SUCCESS, "c")
-        assert ticked(instance, lake) == []
-
-    def test_a_later_failure_unsettles_it(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        add_run(instance, Status.SUCCESS, "a", "d")
-        add_run(instance, Status.FAILURE, "c")
-        assert ticked(instance, lake) == [("c", "c")]
-
-    def test_not_while_another_run_is_at_it(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        add_run(instance, Status.FAILURE, "a", "d")
-        add_run(instance, Status.STARTED, "a", "c")
-        assert ticked(instance, lake) == [("d", "d")]
-
-    def test_other_jobs_leave_nothing_unfinished(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
-        add_run(instance, Status.FAILURE, "a", "d", job="__ASSET_JOB")
-        assert ticked(instance, lake) == []
-
-    def test_a_vanished_raw_file_is_not_tried_again(
-        self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
-    ):
-        add_run(instance, Status.FAILURE, "a", "b")
-        (lake.raw._root / "a.txt").unlink()  # type: ignore[attr-defined]
-        assert ticked(instance, lake) == [("b", "b")]
+    def test_a_vanished_raw_file_is_not_tried_again(self, planner: Planner, done: list[str]):
+        planner.add_run(Status.FAILURE, "a", "b")
+        planner.remove("a")
+        assert planner.ranges() == [("b", "b")]
 
 
 class TestSchedule:
@@ -432,35 +418,31 @@ class TestSchedule:
             yield instance
 
     @staticmethod
-    def evaluate(instance: dg.DagsterInstance, lake: LakeResource) -> Any:
+    def evaluate(planner: Planner) -> Any:
         context = dg.build_schedule_context(
-            instance=instance,
-            resources={"lake": lake},
+            instance=planner.instance,
+            resources={"lake": planner.lake},
             repository_def=defs.get_repository_def(),
             scheduled_execution_time=datetime(2020, 1, 1, 6, tzinfo=timezone.utc),
         )
         return process_new_files_daily(context)
 
-    def test_does_what_the_sensor_does(self, instance: dg.DagsterInstance, lake: LakeResource, four: list[str]):
-        put_cleaned(lake, "b")
-        requests = self.evaluate(instance, lake)
+    def test_does_what_the_sensor_does(self, planner: Planner, new: list[str]):
+        put_cleaned(planner.lake, "b")
+        requests = self.evaluate(planner)
         assert ranges_of(requests) == [("a", "a"), ("c", "d")]
-        assert list(instance.get_dynamic_partitions("raw_files")) == four
+        assert planner.partitions == new
 
-    def test_skips_with_the_reason(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
-        skip = self.evaluate(instance, lake)
+    def test_skips_with_the_reason(self, planner: Planner, done: list[str]):
+        skip = self.evaluate(planner)
         assert isinstance(skip, dg.SkipReason)
         assert skip.skip_message == "4 raw files, every one has a cleaned counterpart"
 
     def test_names_what_it_ignores(
-        self,
-        instance: dg.DagsterInstance,
-        lake: LakeResource,
-        caplog: pytest.LogCaptureFixture,
-        capfd: pytest.CaptureFixture[str],
+        self, planner: Planner, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
     ):
-        lake.raw.write("two words.txt", b"x")
-        assert isinstance(self.evaluate(instance, lake), dg.SkipReason)
+        planner.lake.raw.write("two words.txt", b"x")
+        assert isinstance(self.evaluate(planner), dg.SkipReason)
         assert "ignored raw file 'two words.txt'" in log_of(caplog, capfd)
 
 
@@ -505,14 +487,12 @@ class TestManyPartitions:
         lake.__dict__.update(raw=raw, store=reports)
         return keys, raw, reports
 
-    def test_ten_thousand_are_listed_once_and_each_report_read_once(
-        self, instance: dg.DagsterInstance, lake: LakeResource
-    ):
-        keys, raw, reports = self.fabricate(lake, 10_000)
-        instance.add_dynamic_partitions("raw_files", keys[:-1])
+    def test_ten_thousand_are_listed_once_and_each_report_read_once(self, planner: Planner):
+        keys, raw, reports = self.fabricate(planner.lake, 10_000)
+        planner.instance.add_dynamic_partitions("raw_files", keys[:-1])
         for _ in range(20):
-            add_run(instance, Status.FAILURE, keys[0], keys[-2])
-        plan = plan_runs(instance, lake)
+            planner.add_run(Status.FAILURE, keys[0], keys[-2])
+        plan = plan_runs(planner.instance, planner.lake)
         assert plan.new_partitions == keys[-1:]
         assert plan.ranges[:2] == [(keys[1], keys[1]), (keys[3], keys[3])]
         assert raw.calls == {"list_directory": 1}
@@ -520,12 +500,12 @@ class TestManyPartitions:
         assert reports.calls == dict.fromkeys(reports.files, 1)
 
     def test_work_grows_with_the_number_of_partitions_not_with_its_square(
-        self, instance: dg.DagsterInstance, lake: LakeResource, monkeypatch: pytest.MonkeyPatch
+        self, planner: Planner, monkeypatch: pytest.MonkeyPatch
     ):
         hashed = Counter[str]()
 
         class Key(str):
-            """A key that counts how often it is put into, or looked up in, a set or dict."""
+            """A key that counts how often it is hashed."""
 
             __slots__ = ()
 
@@ -533,25 +513,27 @@ class TestManyPartitions:
                 hashed["times"] += 1
                 return str.__hash__(self)
 
-        keys, _, _ = self.fabricate(lake, 1_000)
-        monkeypatch.setattr(instance, "get_dynamic_partitions", lambda _: [Key(key) for key in keys])
-        add_run(instance, Status.FAILURE, keys[0], keys[-1])
-        plan_runs(instance, lake)
+        keys, _, _ = self.fabricate(planner.lake, 1_000)
+        monkeypatch.setattr(planner.instance, "get_dynamic_partitions", lambda _: [Key(key) for key in keys])
+        planner.add_run(Status.FAILURE, keys[0], keys[-1])
+        plan_runs(planner.instance, planner.lake)
         assert hashed["times"] <= 20 * len(keys)
 
 
 class TestRunConfig:
-    def test_a_file_of_run_config_reaches_the_runs(self, lake, instance, tmp_path, monkeypatch):
+    def test_a_file_of_run_config_reaches_the_runs(self, planner, tmp_path, monkeypatch):
         path = tmp_path / "run config.yaml"
         path.write_text("ops: {fraud_model: {config: {max_train_rows: 7000}}}")
         monkeypatch.setenv("ML_PLATFORM_RUN_CONFIG", str(path))
-        put_raw(lake, "a", raw_spec(0))
-        (request,) = run_requests(plan_runs(instance, lake))
+        planner.replace("a", 0)
+        (request,) = run_requests(plan_runs(planner.instance, planner.lake))
         assert request.run_config["ops"] == {"fraud_model": {"config": {"max_train_rows": 7000}}}
         assert "loggers" in request.run_config
 
-    @pytest.mark.parametrize("content", [None, "a: [", "- only\n- a list"], ids=["missing", "no YAML", "no mapping"])
-    def test_a_file_that_is_none_is_named(self, tmp_path, monkeypatch, content):
+    @pytest.mark.parametrize(
+        "content", [None, "a: [", "- only\n- a list"], ids=["missing", "not YAML", "not a mapping"]
+    )
+    def test_an_unusable_file_is_named(self, tmp_path, monkeypatch, content):
         path = tmp_path / "run.yaml"
         if content is not None:
             path.write_text(content)

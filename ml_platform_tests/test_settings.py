@@ -15,7 +15,6 @@ from ml_platform.settings import (
     ClusterOptions,
     ClusterSettings,
     ClusterSpec,
-    InitializationAction,
     Settings,
     SettingsError,
     load_cluster_settings,
@@ -64,7 +63,7 @@ def test_every_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert settings.dagster_home == tmp_path
 
 
-def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     names = [field.alias for field in Settings.model_fields.values() if field.alias]
     for name in names:
@@ -73,7 +72,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, t
     assert load(monkeypatch, **dict.fromkeys(names, "")) == unset
 
 
-def test_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_directories_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     settings = load(monkeypatch, ML_PLATFORM_RAW_URI="~/my data", ML_PLATFORM_LAKE_URI="../lake")
@@ -134,13 +133,13 @@ def test_the_default_store_of_mlflow_is_beside_the_lake(monkeypatch: pytest.Monk
     assert unquote(root.path) == str(tmp_path / name / "mlflow-artifacts")
 
 
-def test_mlflow_is_on_this_machine_where_the_lake_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_mlflow_stays_on_this_machine_when_the_lake_is_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     settings = load(monkeypatch, ML_PLATFORM_LAKE_URI="s3://bucket")
     assert settings.tracking_uri == f"sqlite:///{tmp_path}/data/mlflow.db"
 
 
-def test_resources(monkeypatch: pytest.MonkeyPatch):
+def test_settings_reach_the_resources(monkeypatch: pytest.MonkeyPatch):
     settings = load(
         monkeypatch,
         ML_PLATFORM_RAW_URI="s3://bucket/raw",
@@ -170,57 +169,15 @@ YANDEX = {
     "YC_SERVICE_ACCOUNT_ID": "account",
 }
 
-#: Each variable of the cluster: its text, the field, the value.
-CLUSTER_VARIABLES = {
-    "YC_FOLDER_ID": ("f", "folder_id", "f"),
-    "YC_ZONE": ("ru-central1-d", "zone", "ru-central1-d"),
-    "YC_SUBNET_ID": ("s", "subnet_id", "s"),
-    "YC_SECURITY_GROUP_IDS": ("g1, g2,", "security_group_ids", ["g1", "g2"]),
-    "YC_SERVICE_ACCOUNT_ID": ("a", "service_account_id", "a"),
-    "YC_SSH_PUBLIC_KEY": ("ssh-ed25519 AAAA me", "ssh_public_key", "ssh-ed25519 AAAA me"),
+#: Each variable of the engine: its text, the field, the value. Those of the cluster: test_dataproc_api.py.
+ENGINE_VARIABLES = {
     "YC_SERVICE_ACCOUNT_KEY_FILE": ("/key.json", "service_account_key_file", "/key.json"),
     "YC_IAM_TOKEN": ("t1.x", "iam_token", "t1.x"),
     "YC_API_ENDPOINT": ("localhost:1", "api_endpoint", "localhost:1"),
     "YC_ROOT_CERTIFICATES_FILE": ("/ca.pem", "root_certificates_file", "/ca.pem"),
     "YC_CONSOLE_URL": ("https://console.example", "console_url", "https://console.example"),
-    "DATAPROC_AUTOSCALING_SERVICE_ACCOUNT_ID": ("b", "autoscaling_service_account_id", "b"),
-    "DATAPROC_BUCKET": ("logs", "bucket", "logs"),
-    "DATAPROC_DESCRIPTION": ("mine", "description", "mine"),
-    "DATAPROC_LABELS": ('{"team": "fraud"}', "labels", {"team": "fraud"}),
-    "DATAPROC_IMAGE_VERSION": ("2.1", "image_version", "2.1"),
-    "DATAPROC_SERVICES": ("YARN,SPARK", "services", ["YARN", "SPARK"]),
-    "DATAPROC_PROPERTIES": ('{"spark:a.b": "c"}', "properties", {"spark:a.b": "c"}),
-    "DATAPROC_INITIALIZATION_ACTIONS": (
-        '[{"uri": "s3a://bucket/init.sh", "args": ["x"]}]',
-        "initialization_actions",
-        [InitializationAction(uri="s3a://bucket/init.sh", args=["x"], timeout=600)],
-    ),
-    "DATAPROC_OSLOGIN": ("true", "oslogin", True),
-    "DATAPROC_UI_PROXY": ("false", "ui_proxy", False),
-    "DATAPROC_LOG_GROUP_ID": ("group", "log_group_id", "group"),
-    "DATAPROC_HOST_GROUP_IDS": ("h", "host_group_ids", ["h"]),
-    "DATAPROC_PUBLIC_IP": ("1", "public_ip", True),
-    "DATAPROC_ENVIRONMENT": ("PRESTABLE", "environment", "PRESTABLE"),
-    **{
-        f"DATAPROC_{role}_{name}": (text, f"{role.lower()}_{name.lower()}", value)
-        for role in ("MASTER", "DATA", "COMPUTE")
-        for name, text, value in (
-            ("PRESET", "m3-c8-m64", "m3-c8-m64"),
-            ("DISK_TYPE", "network-ssd-io-m3", "network-ssd-io-m3"),
-            ("DISK_SIZE_GB", "93", 93),
-        )
-    },
-    "DATAPROC_DATA_COUNT": ("2", "data_count", 2),
     "DATAPROC_DATA_MAX_COUNT": ("7", "data_max_count", 7),
     "DATAPROC_TARGET_S": ("600", "target_s", 600.0),
-    "DATAPROC_COMPUTE_COUNT": ("2", "compute_count", 2),
-    "DATAPROC_COMPUTE_MAX_COUNT": ("9", "compute_max_count", 9),
-    "DATAPROC_COMPUTE_PREEMPTIBLE": ("yes", "compute_preemptible", True),
-    "DATAPROC_COMPUTE_MEASUREMENT_S": ("90", "compute_measurement_s", 90),
-    "DATAPROC_COMPUTE_WARMUP_S": ("91", "compute_warmup_s", 91),
-    "DATAPROC_COMPUTE_STABILIZATION_S": ("92", "compute_stabilization_s", 92),
-    "DATAPROC_COMPUTE_CPU_TARGET": ("70", "compute_cpu_target", 70.0),
-    "DATAPROC_COMPUTE_DECOMMISSION_S": ("93", "compute_decommission_s", 93),
     "DATAPROC_CREATE_TIMEOUT_S": ("100", "create_timeout_s", 100.0),
     "DATAPROC_JOB_TIMEOUT_S": ("101", "job_timeout_s", 101.0),
     "DATAPROC_MAX_LIFETIME_S": ("5000", "max_lifetime_s", 5000.0),
@@ -239,24 +196,24 @@ def yandex(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_every_variable_of_the_cluster_is_tested():
-    fields = {field for _, field, _ in CLUSTER_VARIABLES.values()}
-    assert fields == set(ClusterSettings.model_fields)
+def test_every_variable_of_the_engine_is_tested():
+    fields = {field for _, field, _ in ENGINE_VARIABLES.values()}
+    assert fields == ClusterSettings.model_fields.keys() - ClusterSpec.model_fields.keys()
 
 
-@pytest.mark.parametrize("variable", CLUSTER_VARIABLES)
-def test_a_variable_of_the_cluster(yandex: pytest.MonkeyPatch, variable: str):
-    text, field, value = CLUSTER_VARIABLES[variable]
+@pytest.mark.parametrize("variable", ENGINE_VARIABLES)
+def test_a_variable_of_the_engine(yandex: pytest.MonkeyPatch, variable: str):
+    text, field, value = ENGINE_VARIABLES[variable]
     assert getattr(load_cluster_settings(), field) != value
-    if variable in ("DATAPROC_COMPUTE_MAX_COUNT", "DATAPROC_COMPUTE_PREEMPTIBLE"):
-        yandex.setenv("DATAPROC_COMPUTE_COUNT", "1")
     yandex.setenv(variable, text)
     assert getattr(load_cluster_settings(), field) == value
 
 
 def test_everything_reaches_the_engine(yandex: pytest.MonkeyPatch):
-    for name, (text, _, _) in CLUSTER_VARIABLES.items():
+    for name, (text, _, _) in ENGINE_VARIABLES.items():
         yandex.setenv(name, text)
+    yandex.setenv("DATAPROC_DATA_COUNT", "2")
+    yandex.setenv("DATAPROC_LABELS", '{"team": "fraud"}')
     settings = load_cluster_settings()
     engine = build_resources(load_settings())["spark"]
     assert isinstance(engine, DataprocEngine)
@@ -281,7 +238,7 @@ def test_a_deployment_may_have_a_name(yandex: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("variable", ["ML_PLATFORM_RAW_URI", "ML_PLATFORM_LAKE_URI"])
-def test_a_cluster_reaches_no_directory(yandex: pytest.MonkeyPatch, variable: str):
+def test_a_cluster_needs_buckets(yandex: pytest.MonkeyPatch, variable: str):
     yandex.setenv(variable, "data/x")
     with pytest.raises(SettingsError, match=rf"^{variable}: .*s3://bucket/prefix"):
         load_settings()
@@ -345,6 +302,6 @@ def test_cluster_settings_that_are_missing_or_contradict_each_other(
         load_cluster_settings()
 
 
-def test_the_local_deployment_asks_for_nothing_of_the_cloud():
+def test_the_local_deployment_needs_no_setting_of_the_cloud():
     assert load_settings().deployment == "local"
     assert not isinstance(build_resources(load_settings())["spark"], DataprocEngine)
