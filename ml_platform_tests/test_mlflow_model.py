@@ -127,9 +127,9 @@ def test_what_is_missing_is_said(model: Path):
     loaded = mlflow.pyfunc.load_model(str(model))
     with pytest.raises(MlflowException, match="risk"):
         loaded.predict(rows().drop(columns="risk"))
-    with pytest.raises(ValueError, match="no number in risk"):
+    with pytest.raises(ValueError, match="missing values in risk"):
         loaded.predict(rows().assign(risk=float("nan")))
-    with pytest.raises(ValueError, match="no column risk"):
+    with pytest.raises(ValueError, match="missing columns: risk"):
         pyfunc.FraudModel(Scorer.from_json(read_model_file(model))).predict(rows().drop(columns="risk"))
 
 

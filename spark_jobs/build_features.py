@@ -1,8 +1,8 @@
-"""Build the features of cleaned transactions: Parquet and a report out, one partition per raw file.
+"""Build the features of cleaned transactions: Parquet and a report, one partition per raw file.
 
 A partition is built from its own rows and those of earlier partitions within `HISTORY_DAYS` before its first row. The
-features are those of features/registry.py. The rows pass through numpy three times: they are shuffled by terminal, then
-by customer, then sorted and written.
+features are those of features/registry.py. Rows pass through numpy three times: they are shuffled by terminal, then by
+customer, then sorted and written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from spark_jobs import partitions, runtime
-from spark_jobs.features.registry import FEATURE_COLUMNS, HISTORY_DAYS, MODEL_INPUTS, REGISTRY, REPEATING
+from spark_jobs.features.registry import DICTIONARY_COLUMNS, FEATURE_COLUMNS, HISTORY_DAYS, MODEL_INPUTS, REGISTRY
 from spark_jobs.features.windows import over_history
 from spark_jobs.io import blocks, parquet_files
 from spark_jobs.schema import CLEANED_COLUMNS, DAY_S, NO_KEY, ddl
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spark_jobs.io.blocks import Array, Columns
     from spark_jobs.progress import Progress
 
-#: Raw text behind the rows that a Python process holds at a time: a quarter of a million rows, 400 MB.
+#: Raw text per task: 250,000 rows, which take 400 MB in a Python process.
 BYTES_PER_TASK = 16 << 20
 
 #: The shuffled columns of a row: name, numpy type. `tx_unix_seconds` is the instant.
@@ -40,10 +40,10 @@ ROW_LAYOUT = (
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
-    """Build the features of the partitions of `request`, one verdict per partition (see partitions.run_partitions).
+    """Build the features of the partitions of `request`, one result per partition (see partitions.run_partitions).
 
     Request: ``run_id``; ``partitions``, a list of ``partition`` (key), ``cleaned_uri``, ``tx_datetime_min`` (ISO
-    8601, of the partition's first row; None if it has none), ``history`` (list of the cleaned directories of
+    8601, of the partition's first row; None if it has no rows), ``history`` (list of the cleaned directories of
     earlier partitions), ``cleaned_bytes`` (size of the raw text behind all of these), ``inputs`` (the versions of the
     cleaned partitions; copied into the report), ``output_uri``.
     """
@@ -57,7 +57,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_partition(spark: SparkSession, item: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Write the features of one partition; returns what its report says."""
+    """Write the features of one partition; return the fields of its report."""
     from pyspark.sql import functions as F
 
     rows = read_cleaned(spark, [item["cleaned_uri"]]).withColumn("is_current", F.lit(True))
@@ -67,7 +67,7 @@ def build_partition(spark: SparkSession, item: dict[str, Any], progress: Progres
         rows = rows.union(history.where(F.col("tx_datetime") > since))
     accumulator = partitions.list_accumulator(spark)
     progress.follow(accumulator)
-    tasks = runtime.whole_rounds(spark, -(-item["cleaned_bytes"] // BYTES_PER_TASK))
+    tasks = runtime.round_up_to_cores(spark, -(-item["cleaned_bytes"] // BYTES_PER_TASK))
     parquet_files.write(feature_files(rows, tasks, accumulator.add), item["output_uri"])
     tallies = partitions.tallies_of(accumulator, tasks)
     return {
@@ -78,37 +78,37 @@ def build_partition(spark: SparkSession, item: dict[str, Any], progress: Progres
 
 
 def read_cleaned(spark: SparkSession, uris: list[str]) -> DataFrame:
-    """The rows of cleaned partitions, with the columns of CLEANED_COLUMNS."""
+    """Read cleaned partitions, with the columns of CLEANED_COLUMNS."""
     names = [name for name, _, _ in CLEANED_COLUMNS]
     paths = [runtime.literal_path(uri) for uri in uris]
     return spark.read.schema(ddl(CLEANED_COLUMNS)).parquet(*paths).select(*names)
 
 
 def feature_files(rows: DataFrame, tasks: int, report_tally: Callable[[list[dict[str, int]]], None]) -> DataFrame:
-    """Parquet files (see parquet_files) of the rows that are `is_current` and their features, sorted by instant and id.
+    """Parquet files (see parquet_files) of the `is_current` rows with their features, sorted by instant and id.
 
-    `rows` has the columns of CLEANED_COLUMNS and the boolean `is_current`; the other rows are history. They are
-    shuffled into `tasks` parts, rounded up to whole rounds of the cores. Each task that writes files reports a tally:
+    `rows` has the columns of CLEANED_COLUMNS and the boolean `is_current`; the other rows are history. All are
+    shuffled into `tasks` partitions, rounded up to a multiple of the cores. Each task that writes files has a tally:
     ``rows``, ``fraud_rows``, and ``unusable_rows`` (with a model input that is not finite).
     """
     from pyspark.sql import functions as F
 
     spark = runtime.session(rows)
-    options = parquet_files.options(spark, REPEATING)
-    tasks = runtime.whole_rounds(spark, tasks)
+    options = parquet_files.options(spark, DICTIONARY_COLUMNS)
+    tasks = runtime.round_up_to_cores(spark, tasks)
     keys = blocks.partition_keys(tasks)
     terminal_features = [feature.name for feature in REGISTRY if feature.entity == "terminal"]
     with_terminal_features = (*ROW_LAYOUT, *[(name, "f8") for name in terminal_features])
 
-    def by_terminal(columns: Columns) -> Columns:
+    def split_by_terminal(columns: Columns) -> Columns:
         return blocks.split(columns, ROW_LAYOUT, _partition_of(columns, "terminal_id", tasks), keys)
 
-    def by_customer(packed: list[bytes]) -> Iterator[Columns]:
+    def split_by_customer(packed: list[bytes]) -> Iterator[Columns]:
         columns = blocks.unpack(packed, ROW_LAYOUT)
         columns.update(_entity_features(columns, "terminal"))
         yield blocks.split(columns, with_terminal_features, _partition_of(columns, "customer_id", tasks), keys)
 
-    def finished(packed: list[bytes]) -> Iterator[Columns]:
+    def finish(packed: list[bytes]) -> Iterator[Columns]:
         columns = blocks.unpack(packed, with_terminal_features)
         columns.update(_entity_features(columns, "customer"))
         columns = _with_derived_columns(_sorted_current(columns))
@@ -123,13 +123,13 @@ def feature_files(rows: DataFrame, tasks: int, report_tally: Callable[[list[dict
         "is_current": "CAST(is_current AS TINYINT)",
     }
     frame = rows.select(*[F.expr(plain.get(name, name)).alias(name) for name, _ in ROW_LAYOUT])
-    frame = blocks.exchange(blocks.map_columns(frame, by_terminal, blocks.BLOCK_SCHEMA), tasks)
-    frame = blocks.exchange(blocks.map_blocks(frame, by_customer, blocks.BLOCK_SCHEMA), tasks)
-    return blocks.map_blocks(frame, finished, parquet_files.FILE_SCHEMA)
+    frame = blocks.exchange(blocks.map_columns(frame, split_by_terminal, blocks.BLOCK_SCHEMA), tasks)
+    frame = blocks.exchange(blocks.map_blocks(frame, split_by_customer, blocks.BLOCK_SCHEMA), tasks)
+    return blocks.map_blocks(frame, finish, parquet_files.FILE_SCHEMA)
 
 
 def _partition_of(columns: Columns, key: str, tasks: int) -> Array:
-    """Numbers of partitions, equal for rows with the same key; rows without a key are spread evenly."""
+    """Partition numbers, equal for rows with the same key; rows without a key are spread evenly."""
     import numpy as np
 
     keys: Array = columns[key]
@@ -144,7 +144,7 @@ def _entity_features(columns: Columns, entity: str) -> Columns:
 
 
 def _sorted_current(columns: Columns) -> Columns:
-    """The rows that are `is_current`, sorted by instant and id, without that column."""
+    """The `is_current` rows, sorted by instant and id, without that column."""
     import numpy as np
 
     current = np.flatnonzero(columns.pop("is_current"))
@@ -153,7 +153,7 @@ def _sorted_current(columns: Columns) -> Columns:
 
 
 def _with_derived_columns(columns: Columns) -> Columns:
-    """`columns` with those that follow from a row alone."""
+    """Add the columns that depend on a single row only."""
     seconds = columns["tx_unix_seconds"]
     return {
         **columns,

@@ -1,9 +1,9 @@
-"""Clean raw transaction files: text in; Parquet, rejects with their reasons and a report out.
+"""Clean raw transaction files into Parquet, with rejected rows, their reasons and a report.
 
-A file is read once. Its lines are parsed in numpy, a hundred thousand at a time, and shuffled in blocks by
-``transaction_id``, so that copies meet; there duplicates are counted, and the rest is sorted and written. Rejected
-lines are few in real files: the tasks send them to the driver, which writes them. The file is read again only where
-they are many or long, or where good rows contradict each other.
+Each file is read once. Lines are parsed in numpy, 100,000 at a time, and shuffled in blocks by ``transaction_id``,
+which brings duplicates together; after deduplication, rows are sorted and written. Real files have few rejected lines,
+so the tasks send them to the driver, which writes them. The file is read a second time only if rejected lines are many
+or long, or if valid rows with the same id differ.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from spark_jobs.io.blocks import Array, Columns
     from spark_jobs.progress import Progress
 
-#: Bytes at either end of a file that show its header and its range of ids.
+#: Bytes read from each end of a file to find its header and its range of ids.
 END_BYTES = 64 << 10
 
-#: Columns with few values, which Parquet keeps as dictionaries; for the others these cost time and space.
-REPEATING = ("terminal_id", "tx_amount", "tx_time_days", "tx_fraud", "tx_fraud_scenario")
+#: Columns with few distinct values, dictionary-encoded in Parquet; for others, dictionaries cost time and space.
+DICTIONARY_COLUMNS = ("terminal_id", "tx_amount", "tx_time_days", "tx_fraud", "tx_fraud_scenario")
 
 
 def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
-    """Clean the files of `request`, one verdict per partition (see partitions.run_partitions).
+    """Clean the files of `request`, one result per partition (see partitions.run_partitions).
 
-    Request: ``run_id``; ``epoch`` (YYYY-MM-DD, where tx_time_seconds counts from); ``partitions``, a list of
+    Request: ``run_id``; ``epoch`` (YYYY-MM-DD, the origin of tx_time_seconds); ``partitions``, a list of
     ``partition`` (key), ``raw`` (``uri``, ``size`` in bytes, ``fingerprint``), ``output_uri``, ``rejected_uri``.
     """
     return partitions.run_partitions(
@@ -47,9 +47,9 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def clean_file(spark: SparkSession, item: dict[str, Any], epoch: str, progress: Progress) -> dict[str, Any]:
-    """Write the cleaned and the rejected rows of one file; returns what its report says.
+    """Write the cleaned and rejected rows of one file; return the fields of its report.
 
-    Raises RuntimeError if the file changes meanwhile.
+    Raises RuntimeError if the file changes in the meantime.
     """
     raw, files = item["raw"], runtime.Files(spark)
     _require_unchanged(files, raw)
@@ -76,8 +76,8 @@ def clean_file(spark: SparkSession, item: dict[str, Any], epoch: str, progress: 
 
 
 def read_lines(spark: SparkSession, raw: dict[str, Any], tasks: int) -> DataFrame:
-    """The lines of a raw file, column `value`, in parts of the size that they have after a shuffle into `tasks`."""
-    # In this way whole rounds of the cores read it. Opening a file costs as much as reading 4 MB.
+    """Read the lines of a raw file (column `value`) in partitions as large as a shuffle into `tasks` makes them."""
+    # So that no core idles in the last wave of the scan. Opening a file costs as much as reading 4 MB.
     spark.conf.set("spark.sql.files.maxPartitionBytes", str(max(4 << 20, raw["size"] // tasks + 1)))
     return spark.read.option("lineSep", "\n").text(runtime.literal_path(raw["uri"]))
 
@@ -90,15 +90,15 @@ def write_cleaned(
     uri: str,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[int, list[rejects.Reject]]]:
-    """Replace a partition of `cleaned_transactions`; returns its tally and the rejects that each task collected."""
+    """Replace a partition of `cleaned_transactions`; return its tally and the rejects collected by each task."""
     tallies, task_rejects = partitions.list_accumulator(spark), partitions.list_accumulator(spark)
     progress.follow(tallies)
-    options = parquet_files.options(spark, REPEATING)
+    options = parquet_files.options(spark, DICTIONARY_COLUMNS)
     parquet_files.write(cleaned_files(lines, parser, ranges, options, tallies.add, task_rejects.add), uri)
-    # By task, because one that is retried reports its rejects twice.
+    # Keyed by task, because a retried task reports its rejects twice.
     collected = dict(task_rejects.value)
     task_rejects.value.clear()
-    return duplicates.total_tally(partitions.tallies_of(tallies, ranges.partitions)), collected
+    return duplicates.merge_tallies(partitions.tallies_of(tallies, ranges.partitions)), collected
 
 
 def cleaned_files(
@@ -109,35 +109,35 @@ def cleaned_files(
     report_tally: Callable[[list[dict[str, Any]]], None],
     report_rejects: Callable[[list[tuple[int, list[rejects.Reject]]]], None],
 ) -> DataFrame:
-    """Parquet files (see parquet_files) of `cleaned_transactions`, each sorted, from the column `value` of `lines`.
+    """Sorted Parquet files (see parquet_files) of `cleaned_transactions`, from the column `value` of `lines`.
 
-    `options` are those of the files. Each task that writes files reports its tally (see `duplicates.deduplicated`),
-    each that parses lines its number and the rejects that it collected.
+    `options` are those of the Parquet writer. Each task that writes files reports its tally (see
+    `duplicates.deduplicate`); each task that parses lines reports its number and its collected rejects.
     """
     from pyspark.sql import functions as F
 
     keys = blocks.partition_keys(ranges.partitions)
 
-    def parsed(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
+    def parse(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
         collector = rejects.Collector()
         for data, offsets in texts:
             rows = parser.parse(data, offsets)
             collector.add(data, offsets, rows)
-            rows = duplicates.without_reject_rows(rows)
+            rows = duplicates.collapse_rejects(rows)
             yield blocks.split(rows, duplicates.LAYOUT, ranges.partition(rows["transaction_id"]), keys)
         report_rejects([(blocks.task_number(), collector.lines)])
 
-    def deduplicated(packed: list[bytes]) -> Iterator[Columns]:
-        kept, tally = duplicates.deduplicated(blocks.unpack(packed, duplicates.LAYOUT))
+    def deduplicate(packed: list[bytes]) -> Iterator[Columns]:
+        kept, tally = duplicates.deduplicate(blocks.unpack(packed, duplicates.LAYOUT))
         report_tally([tally])
-        return parquet_files.files_of(duplicates.sorted_rows(kept, parser.epoch), CLEANED_COLUMNS, options)
+        return parquet_files.files_of(duplicates.sort_rows(kept, parser.epoch), CLEANED_COLUMNS, options)
 
-    # Long lines do not go to Python, which would have to hold a hundred thousand of them.
+    # Long lines are replaced before they reach Python, which would hold 100,000 of them at a time.
     short = F.when(F.expr("octet_length(value)") <= MAX_ROW_BYTES, F.col("value")).otherwise(LONG_LINE)
     shuffled = blocks.exchange(
-        blocks.map_text(lines.select(short.cast("binary")), parsed, blocks.BLOCK_SCHEMA, PADDING), ranges.partitions
+        blocks.map_text(lines.select(short.cast("binary")), parse, blocks.BLOCK_SCHEMA, PADDING), ranges.partitions
     )
-    return blocks.map_blocks(shuffled, deduplicated, parquet_files.FILE_SCHEMA)
+    return blocks.map_blocks(shuffled, deduplicate, parquet_files.FILE_SCHEMA)
 
 
 def write_rejected(
@@ -148,19 +148,19 @@ def write_rejected(
     collected: dict[int, list[rejects.Reject]],
     uri: str,
 ) -> None:
-    """Write a partition of `rejected_transactions`: the collected lines, or all that a second reading of `lines` finds.
+    """Write a partition of `rejected_transactions` from the collected lines or from a second read of `lines`.
 
-    Raises RuntimeError if the second reading finds other lines than the first.
+    Raises RuntimeError if the second read finds a different number of rejects.
     """
-    few = rejects.collected_rejects(collected, tally, parser.header)
-    if few is not None:
-        content = rejects.parquet_file(few, spark.conf.get("spark.sql.parquet.compression.codec"))
+    complete = rejects.collected_rejects(collected, tally, parser.header)
+    if complete is not None:
+        content = rejects.parquet_file(complete, spark.conf.get("spark.sql.parquet.compression.codec"))
         runtime.Files(spark).write(f"{uri}/part-00000.parquet", content)
         return
-    rejected = rejects.read_again(lines, parser, tally).repartition(1 + tally["rejected"] // 1000000)
+    rejected = rejects.reread(lines, parser, tally).repartition(1 + tally["rejected"] // 1000000)
     rejected.write.mode("overwrite").parquet(uri)
     if spark.read.schema(ddl(REJECTED_COLUMNS)).parquet(runtime.literal_path(uri)).count() != tally["rejected"]:
-        raise RuntimeError("the raw file changed while it was read")
+        raise RuntimeError("the raw file changed while it was being read")
 
 
 def _counts(tally: dict[str, Any]) -> dict[str, int]:
@@ -182,14 +182,14 @@ def _require_unchanged(files: runtime.Files, raw: dict[str, Any]) -> None:
     size = files.size(raw["uri"])
     if size != raw["size"]:
         raise RuntimeError(
-            f"the raw file is changing: {raw['size']} bytes when it was listed, {size} now; it is cleaned once it stays"
+            f"the raw file is changing: {raw['size']} bytes when listed, {size} now; it is cleaned once it is stable"
         )
 
 
 def _iso(unix_seconds: int | None) -> str | None:
     if unix_seconds is None:
         return None
-    # Unlike strftime's %Y, isoformat has four digits for every year on every platform.
+    # isoformat gives four-digit years on every platform, unlike strftime's %Y.
     return datetime.fromtimestamp(unix_seconds, timezone.utc).replace(tzinfo=None).isoformat() + "Z"
 
 

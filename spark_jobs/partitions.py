@@ -1,4 +1,4 @@
-"""Jobs that build one partition after another: a report and a verdict for each, tallies from the tasks."""
+"""Driver of the jobs that build one partition after another: reports, results and task tallies."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("spark_jobs")
 
 
-#: Builds one item of a request and returns what its report says beyond the fields that all reports have.
+#: Builds one item of a request and returns the fields of its report beyond those of all reports.
 Build = Callable[[Dict[str, Any], Progress], Dict[str, Any]]
 
 
 def run_partitions(
     spark: SparkSession, request: dict[str, Any], build: Build, *, what: str, size: Callable[[dict[str, Any]], int]
 ) -> dict[str, Any]:
-    """Build each of the ``partitions`` of `request`, whose failures do not affect each other.
+    """Build each of the ``partitions`` of `request`; the failure of one does not affect the others.
 
-    In the log, `what` names the work, and `size(item)` says how much it is, for the time left.
+    `what` names the work in the log, and `size(item)` is its amount, from which the time left is estimated.
 
     Returns ``run_id``, ``spark_version``, ``seconds`` and ``partitions``: key → ``status`` ``succeeded`` with the
     ``report`` that was also written to the item's ``output_uri``, or ``failed`` with an ``error``.
@@ -34,9 +34,9 @@ def run_partitions(
     started = time.monotonic()
     runtime.configure(spark)
     items = request["partitions"]
-    # At least 1 each: empty files are some work, too.
+    # At least 1 each, because empty files take time, too.
     bounds = [0, *accumulate(size(item) + 1 for item in items)]
-    verdicts: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with Progress(spark, what) as progress:
         for number, item in enumerate(items, start=1):
             name, item_started = f"{number}/{len(items)}: {item['partition']}", time.monotonic()
@@ -45,17 +45,17 @@ def run_partitions(
                 report = _build_partition(spark, item, request["run_id"], build, progress)
             except Exception as error:
                 log.exception("%s %s failed", what, name)
-                verdicts[item["partition"]] = {"status": "failed", "error": runtime.describe(error)}
+                results[item["partition"]] = {"status": "failed", "error": runtime.describe(error)}
             else:
                 log.info("%s %s done in %.1f s", what, name, time.monotonic() - item_started)
-                verdicts[item["partition"]] = {"status": "succeeded", "report": report}
-    return {"run_id": request["run_id"], "partitions": verdicts, **_provenance(spark, started)}
+                results[item["partition"]] = {"status": "succeeded", "report": report}
+    return {"run_id": request["run_id"], "partitions": results, **_provenance(spark, started)}
 
 
 def _build_partition(
     spark: SparkSession, item: dict[str, Any], run_id: str, build: Build, progress: Progress
 ) -> dict[str, Any]:
-    """Build one partition and return its report, which marks it as complete: deleted first, written last."""
+    """Build one partition and return its report, which marks it as complete: it is deleted first and written last."""
     started = time.monotonic()
     files, report_uri = runtime.Files(spark), f"{item['output_uri']}/{REPORT_NAME}"
     files.delete(report_uri)
@@ -75,16 +75,16 @@ def _provenance(spark: SparkSession, started: float) -> dict[str, Any]:
 
 
 def list_accumulator(spark: SparkSession) -> Any:
-    """An accumulator of lists: its `value` holds everything that the tasks of a finished action have added.
+    """Accumulator of lists: its `value` holds everything added by the tasks of a finished action.
 
-    Spark counts the additions of a retried task once, provided that the task computes the action's result; those of
-    tasks before a shuffle may arrive twice. PySpark keeps the value as long as the driver lives: clear a large one.
+    Spark counts the additions of a retried task once if the task computes the action's result; those of tasks before a
+    shuffle may be counted twice. PySpark keeps the value as long as the driver lives: clear large ones.
     """
     return spark.sparkContext.accumulator([], _ListParam())  # type: ignore[arg-type]
 
 
 class _ListParam:
-    """How Spark adds up lists."""
+    """AccumulatorParam that concatenates lists."""
 
     def zero(self, value: list[Any]) -> list[Any]:
         return []
@@ -95,7 +95,7 @@ class _ListParam:
 
 
 def tallies_of(accumulator: Any, tasks: int) -> list[dict[str, Any]]:
-    """The values of `accumulator`, one per task. Raises RuntimeError if Spark ran other than `tasks` tasks."""
+    """Values of `accumulator`, one per task. Raises RuntimeError unless there are exactly `tasks` of them."""
     tallies: list[dict[str, Any]] = accumulator.value
     if len(tallies) != tasks:
         raise RuntimeError(f"{len(tallies)} of {tasks} tasks reported what they wrote")

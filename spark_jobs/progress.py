@@ -1,4 +1,4 @@
-"""The progress of a long job in its log: the current work, tasks, rows per second, time left."""
+"""Progress of a long job in its log: current step, tasks, rows per second, time left."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spark_jobs")
 
-#: Seconds between two lines: at most 30 for a reader even where the log is fetched every 12 s.
+#: Seconds between log lines: readers see one at least every 30 s, even if the log is fetched every 12 s.
 INTERVAL_S = 15.0
 
-#: Share of the work below which an estimate of the time left would be meaningless.
-LEAST_SHARE = 0.05
+#: Minimum share of finished work for a meaningful estimate of the time left.
+MIN_SHARE = 0.05
 
-#: Larger shuffled records are blocks (see blocks.py) of an unknown number of rows.
-LARGEST_ROW_BYTES = 4096
+#: Larger shuffle records are blocks (see blocks.py) with an unknown number of rows.
+MAX_ROW_BYTES = 4096
 
 
 class Progress:
-    """Context manager that logs a line every INTERVAL_S while it is open.
+    """Context manager that logs a line of progress every INTERVAL_S.
 
-    `enter` names the current step and its share of the whole; within it, the tasks of the running Spark jobs count.
+    `enter` names the current step and its share of the job; within a step, progress is that of the running Spark tasks.
     """
 
     def __init__(self, spark: SparkSession, what: str) -> None:
@@ -39,7 +39,7 @@ class Progress:
         self._thread = threading.Thread(target=self._report, name="progress", daemon=True)
 
     def enter(self, step: str, begin: float, end: float) -> None:
-        """Start a `step` that takes the job from the share `begin` to `end`, of 0 to 1."""
+        """Start a `step` that takes the job from the share `begin` to the share `end`, both from 0 to 1."""
         self._step, self._begin, self._end = step, begin, end
 
     def follow(self, tallies: Any) -> None:
@@ -60,10 +60,10 @@ class Progress:
                 log.info("%s", self.line())
             except Exception as error:
                 # Spark may be stopping. A failed log line must not fail the work.
-                log.debug("cannot describe the progress: %s", error)
+                log.debug("cannot determine progress: %s", error)
 
     def line(self) -> str:
-        """The current progress."""
+        """The current progress, as a log line."""
         tasks_done, tasks = self._tasks()
         rows_per_second = self._rows_per_second()
         share = self._begin + (self._end - self._begin) * (tasks_done / tasks if tasks else 0)
@@ -74,7 +74,7 @@ class Progress:
         if rows_per_second:
             parts.append(f"{rows_per_second:,.0f} rows/s")
         parts.append(f"{_duration(elapsed)} so far")
-        if LEAST_SHARE <= share < 1:
+        if MIN_SHARE <= share < 1:
             parts.append(f"about {_duration(elapsed * (1 - share) / share)} left")
         return ", ".join(parts)
 
@@ -87,11 +87,11 @@ class Progress:
         return sum(stage.numCompletedTasks for stage in stages), sum(stage.numTasks for stage in stages)
 
     def _rows_per_second(self) -> float:
-        """Rows per second of the running stages: those that they read or, of blocks, those that finished tasks wrote.
+        """Rows per second of the running stages: rows read or, if a stage reads blocks, rows written by finished tasks.
 
-        0 while there are none, and for stages that read blocks and write blocks.
+        0 if no stage is running, and for stages that both read and write blocks.
         """
-        # PySpark's status tracker does not have them, and the REST API needs the web UI.
+        # PySpark's status tracker lacks these figures, and the REST API needs the web UI.
         store = self._context._jsc.sc().statusStore()
         stages = store.activeStages()
         speed = 0.0
@@ -100,7 +100,7 @@ class Progress:
             if stage.submissionTime().isDefined():
                 seconds = time.time() - stage.submissionTime().get().getTime() / 1000
                 records = stage.inputRecords()
-                if stage.shuffleReadBytes() < LARGEST_ROW_BYTES * stage.shuffleReadRecords():
+                if stage.shuffleReadBytes() < MAX_ROW_BYTES * stage.shuffleReadRecords():
                     records += stage.shuffleReadRecords()
                 elif not records and self._tallies is not None:
                     records = sum(tally["rows"] for tally in list(self._tallies.value))
@@ -109,7 +109,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-    """`seconds` for people: 40 s, 12 min, 3 h 5 min."""
+    """Human-readable duration: 40 s, 12 min, 3 h 5 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""The base of every job: session settings, small files, errors in one line, the command line."""
+"""Common base of the jobs: session settings, small files, one-line errors, the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-#: The jobs rely on these, whatever the cluster's defaults are.
+#: Settings that the jobs rely on, set whatever the cluster's defaults are.
 SESSION_SETTINGS = {
     # Spark 4 raises where a value does not fit its type; earlier versions return NULL.
     "spark.sql.ansi.enabled": "false",
@@ -31,30 +31,30 @@ SESSION_SETTINGS = {
     "spark.sql.legacy.parquet.datetimeRebaseModeInRead": "CORRECTED",
     "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
     "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
-    # Spark 4 raises on bytes that are not UTF-8; rejected lines may have some.
+    # Spark 4 raises on bytes that are not UTF-8; rejected lines may contain some.
     "spark.sql.legacy.codingErrorAction": "true",
-    # The jobs set their numbers of partitions, and every task reports what it wrote: adaptive execution costs time and
-    # leaves out tasks without rows (Spark 3.3).
+    # The jobs set the numbers of partitions, and every task reports a tally; adaptive execution costs time and skips
+    # tasks without rows (Spark 3.3).
     "spark.sql.adaptive.enabled": "false",
-    # Rows pass through numpy; the default of 10,000 rows costs more per batch than the rows do.
+    # With the default of 10,000 rows, numpy's overhead per batch exceeds the cost of the rows.
     "spark.sql.execution.arrow.maxRecordsPerBatch": "100000",
     # Unlimited, so that Spark (4.1 and later) does not measure the batch after every row.
     "spark.sql.execution.arrow.maxBytesPerBatch": "2147483647",
 }
 
-#: Properties that a session must be started with.
+#: Properties that must be set when a session starts.
 START_PROPERTIES = {
-    # Let Python workers keep up to 512 MB that numpy has freed: returning it to the system and fetching it again was a
-    # third of their time. (Variables of glibc; the first is the largest value that it always accepts.)
+    # Let Python workers keep up to 512 MB freed by numpy: returning memory to the system and allocating it again took a
+    # third of their time. (glibc variables; the first is the largest value that it always accepts.)
     "spark.executorEnv.MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-    # Arrow fails on Java 9 and later without it. Spark sets it from 3.3 on; image 2.0 has 3.0.
+    # Arrow needs it on Java 9 and later. Spark itself sets it from 3.3 on; image 2.0 has 3.0.
     "spark.executor.defaultJavaOptions": "-Dio.netty.tryReflectionSetAccessible=true",
 }
 
 
 def configure(spark: SparkSession) -> None:
-    """Apply the settings that the jobs rely on to a session, in place."""
+    """Apply the settings that the jobs rely on to a session."""
     # From Spark 3.2 on, zstd needs no native library.
     codec = "zstd" if tuple(map(int, spark.version.split(".")[:2])) >= (3, 2) else "snappy"
     for name, value in {**SESSION_SETTINGS, "spark.sql.parquet.compression.codec": codec}.items():
@@ -62,14 +62,14 @@ def configure(spark: SparkSession) -> None:
 
 
 def session(frame: DataFrame) -> SparkSession:
-    """The session of a data frame."""
+    """Spark session of a DataFrame."""
     # DataFrame.sparkSession is public from Spark 3.3 on.
     spark: Any = frame.sparkSession if hasattr(frame, "sparkSession") else frame.sql_ctx.sparkSession
     return spark
 
 
-def whole_rounds(spark: SparkSession, tasks: int) -> int:
-    """`tasks`, rounded up so that all cores are busy to the end."""
+def round_up_to_cores(spark: SparkSession, tasks: int) -> int:
+    """`tasks`, rounded up to a multiple of the cores, so that all of them are busy to the end."""
     cores = spark.sparkContext.defaultParallelism
     return -(-max(tasks, 1) // cores) * cores
 
@@ -77,46 +77,46 @@ def whole_rounds(spark: SparkSession, tasks: int) -> int:
 def shuffle_partitions(spark: SparkSession, input_bytes: int) -> int:
     """Number of partitions for `input_bytes` of raw text.
 
-    About 64 MB of text each (a million rows, 13 MB of Parquet, 300 MB in a Python process), in whole rounds of the
-    cores; for less text one partition per 8 MB, at most one per core.
+    About 64 MB of text each (1 million rows, 13 MB of Parquet, 300 MB in a Python process), rounded up to a multiple of
+    the cores; for less text, one partition per 8 MB, at most one per core.
     """
     cores = spark.sparkContext.defaultParallelism
     by_size = -(-input_bytes // (64 << 20))
     by_cores = min(cores, max(1, -(-input_bytes // (8 << 20))))
-    return by_cores if by_size <= by_cores else whole_rounds(spark, by_size)
+    return by_cores if by_size <= by_cores else round_up_to_cores(spark, by_size)
 
 
 def set_shuffle_partitions(spark: SparkSession, input_bytes: int) -> None:
-    """Set the partitions of the session's next shuffles to those for `input_bytes` of raw text."""
+    """Set the session's number of shuffle partitions to that for `input_bytes` of raw text."""
     spark.conf.set("spark.sql.shuffle.partitions", str(shuffle_partitions(spark, input_bytes)))
 
 
 def literal_path(uri: str) -> str:
-    """`uri` with glob characters escaped, which Spark's readers would expand."""
+    """`uri` with the glob characters escaped that Spark's readers would expand."""
     return re.sub(r"([\[\]{}*?\\])", r"\\\1", uri)
 
 
 def read_parquet(spark: SparkSession, *uris: str) -> DataFrame:
-    """Rows of Parquet files that have only Spark's built-in types.
+    """Read Parquet files whose columns have only Spark's built-in types.
 
     Raises ValueError for a column of a user-defined type: the file names the Python class of such a type, which PySpark
-    imports and calls, and before 4.3 it unpickles content of the file. Anyone who may write to the lake could run code
+    imports and calls, and before 4.3 it unpickles content of the file. Anyone who can write to the lake could run code
     here.
     """
     frame = spark.read.parquet(*[literal_path(uri) for uri in uris])
-    # The JVM's schema: asking PySpark for its own would run that code.
+    # The JVM's schema, because PySpark's own would run that code.
     jdf: Any = frame._jdf
     if '"udt"' in jdf.schema().json():
-        raise ValueError(f"{uris[0]} has a column of a user-defined type, which no job has written")
+        raise ValueError(f"{uris[0]} has a column of a user-defined type, which no job writes")
     return frame
 
 
-#: Files that are renamed together.
-RENAMES_AT_A_TIME = 8
+#: Files renamed concurrently.
+CONCURRENT_RENAMES = 8
 
 
 class Files:
-    """Small files through Hadoop's FileSystem, so that local paths and S3 are alike."""
+    """Access to small files through Hadoop's FileSystem, the same for local paths and S3."""
 
     def __init__(self, spark: SparkSession) -> None:
         self._jvm: Any = spark._jvm
@@ -127,12 +127,12 @@ class Files:
         return path.getFileSystem(self._conf), path
 
     def size(self, uri: str) -> int:
-        """Bytes of a file. Raises Py4JJavaError if it does not exist."""
+        """Size of a file in bytes. Raises Py4JJavaError if it does not exist."""
         fs, path = self._open(uri)
         return fs.getFileStatus(path).getLen()
 
     def read(self, uri: str, limit: int | None = None, start: int = 0) -> bytes:
-        """The bytes of a file from `start` on, at most `limit`."""
+        """Read a file from the offset `start`, at most `limit` bytes."""
         fs, path = self._open(uri)
         stream = fs.open(path)
         try:
@@ -149,9 +149,9 @@ class Files:
         fs.delete(path, True)
 
     def change_suffix(self, uri: str, old: str, new: str) -> None:
-        """Rename the files of a directory that end in `old` to end in `new`. Raises OSError if one cannot be renamed.
+        """Rename the files in a directory that end in `old` to end in `new`. Raises OSError if one cannot be renamed.
 
-        Several at a time: S3 copies each, and most of that is waiting.
+        Renames run concurrently: S3 copies each object, and most of that is waiting.
         """
         fs, directory = self._open(uri)
         names = [str(status.getPath().getName()) for status in fs.listStatus(directory)]
@@ -161,20 +161,20 @@ class Files:
             if not fs.rename(path(directory, name), path(directory, name[: -len(old)] + new)):
                 raise OSError(f"cannot rename {name} in {uri}")
 
-        with ThreadPoolExecutor(RENAMES_AT_A_TIME) as pool:
+        with ThreadPoolExecutor(CONCURRENT_RENAMES) as pool:
             list(pool.map(rename, [name for name in names if name.endswith(old)]))
 
     def write_json(self, uri: str, value: Any) -> None:
-        """Write `value` as JSON, as `write` does."""
+        """Write `value` as JSON, atomically."""
         self.write(uri, json.dumps(value, indent=1, sort_keys=True).encode("utf-8"))
 
     def write(self, uri: str, content: bytes) -> None:
         """Write a file atomically: readers see all of it or nothing.
 
-        An object of S3 appears when it is closed; elsewhere a temporary file is renamed.
+        An S3 object appears when its stream is closed; elsewhere a temporary file is renamed.
         """
         fs, path = self._open(uri)
-        array = bytearray(content)  # which Py4J passes as a byte[]
+        array = bytearray(content)  # Py4J passes it as a byte[]
         if path.toUri().getScheme() == "s3a":
             stream = fs.create(path, True)
             stream.write(array)
@@ -192,10 +192,10 @@ class Files:
 
 
 def describe(error: BaseException) -> str:
-    """The type and message of an error in at most 500 printable characters, without stacks of Java or of a task."""
+    """Type and message of an error in at most 500 printable characters, without stack traces of Java or of a task."""
     java = getattr(error, "java_exception", None)
     text = (java.toString() if java is not None else None) or str(error) or type(error).__name__
-    # The error of a Python task ends its stack, which Spark 3 puts among the causes.
+    # A Python task's error is the end of its stack trace, which Spark 3 puts among the causes.
     _, stack, rest = f"{text}\n{error}".rpartition("Traceback (most recent call last)")
     raised = re.search(r"^[\w.]*(?:Error|Exception): .*$", rest, re.MULTILINE)
     if stack and raised:
@@ -205,7 +205,7 @@ def describe(error: BaseException) -> str:
 
 
 def main(run: Callable[[SparkSession, dict[str, Any]], dict[str, Any]], app_name: str) -> None:
-    """Command line of a job: ``--request URI --report URI``, both read and written through Hadoop's FileSystem."""
+    """Run a job from the command line: ``--request URI --report URI``, accessed through Hadoop's FileSystem."""
     from pyspark.sql import SparkSession
 
     parser = argparse.ArgumentParser(description=sys.modules[run.__module__].__doc__)
@@ -215,7 +215,7 @@ def main(run: Callable[[SparkSession, dict[str, Any]], dict[str, Any]], app_name
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("py4j").setLevel(logging.WARNING)
     spark = SparkSession.builder.appName(app_name).getOrCreate()
-    # People read the driver's log, to which Spark itself adds dozens of lines a second.
+    # Keeps the driver's log readable: at INFO, Spark adds dozens of lines a second.
     spark.sparkContext.setLogLevel("WARN")
     try:
         files = Files(spark)

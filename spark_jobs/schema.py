@@ -1,4 +1,4 @@
-"""Tables, counts and conventions that the jobs share with all readers of the lake."""
+"""Tables, counts and conventions shared by the jobs and all readers of the lake."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 #: step of ml_platform/lake/migrations.py; a lake with data of a newer version is refused.
 SCHEMA_VERSION = 1
 
-#: Name of the report: written last, it marks its partition as complete.
+#: File name of the report, which is written last and marks its partition as complete.
 REPORT_NAME = "_report.json"
 
 #: Columns of ``cleaned_transactions``: name, Spark type, description.
 CLEANED_COLUMNS = (
     ("transaction_id", "bigint", "Unique number of the transaction."),
     ("tx_datetime", "timestamp", "Instant of the transaction, UTC."),
-    ("customer_id", "bigint", "Customer (card); NULL when the raw value is no customer."),
-    ("terminal_id", "bigint", "Terminal of the merchant; NULL when the raw value is no terminal."),
+    ("customer_id", "bigint", "Customer (card); NULL if the raw value is not a customer id."),
+    ("terminal_id", "bigint", "Terminal of the merchant; NULL if the raw value is not a terminal id."),
     ("tx_amount", "double", "Amount, in the currency of the raw data; zero and large amounts are valid."),
     ("tx_time_seconds", "bigint", "Seconds from the epoch of the data set to tx_datetime."),
     ("tx_time_days", "int", "Whole days from the epoch of the data set to tx_datetime."),
@@ -30,15 +30,15 @@ CLEANED_COLUMNS = (
 #: The columns that may be NULL.
 KEY_COLUMNS = ("customer_id", "terminal_id")
 
-#: NULL in numpy columns of keys, which are never negative.
+#: Stands for NULL in numpy columns of keys, which are never negative.
 NO_KEY = -1
 
-#: Seconds of a day.
+#: Seconds per day.
 DAY_S = 86400
 
 #: Columns of ``rejected_transactions``.
 REJECTED_COLUMNS = (
-    ("raw_line", "string", "The line as it stands in the raw file, without its line end."),
+    ("raw_line", "string", "The line as in the raw file, without its line end."),
     ("reasons", "array<string>", "Names of the rules that rejected it."),
 )
 

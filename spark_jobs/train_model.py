@@ -1,16 +1,15 @@
-"""Fit a fraud model on ``transaction_features``, choose learner and parameters, and score later rows with it.
+"""Train a fraud model on ``transaction_features``: choose learner and parameters, fit, and score later rows.
 
 All windows are whole days (``tx_time_days``) and end with the last full day D of the cut-off partition::
 
     |<------------------- train ------------------>|<- delay ->|<-- test -->|
     |<-- validation_train -->|<- delay ->|<- valid. ->|                     D
 
-A label is known `delay_days` after its transaction, so nothing is fitted on labels that would not have been
-known. The learner and its parameters are those with the best average precision on the validation window, or
-the best mean over several: earlier folds are the same two windows, `validation_days` further back for each, and
-begin with the train window too. Candidates are fitted on a draw of the rows, the best one then on the whole train
-window. What is drawn is drawn from a seed. Of the test window, nothing but its numbers of rows and frauds is used
-before the model is fitted; of what comes after D, nothing at all.
+A label is known `delay_days` after its transaction, so no fit uses labels that would not have been known. The learner
+and parameters chosen have the best average precision on the validation window, or the best mean over several folds:
+earlier folds are the same two windows, `validation_days` further back for each, and also start with the train window.
+Candidates are fitted on a sample of the rows, the best one then on the whole train window. All sampling is seeded. Of
+the test window, only the numbers of rows and frauds are used before the model is fitted; rows after D are never used.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spark_jobs")
 
-#: Settings of a request that may be left out; days are whole days.
+#: Optional settings of a request with their defaults; days are whole days.
 DEFAULTS: dict[str, Any] = {
     "test_days": 7,
     "delay_days": 7,
@@ -65,13 +64,13 @@ DEFAULTS: dict[str, Any] = {
     "library_uri": None,
 }
 
-#: What a request cannot do without.
+#: Required keys of a request.
 REQUIRED = ("run_id", "cutoff", "feature_uris", "cutoff_uri", "features", "output_uri")
 
-#: Columns of ``test_scores``; ``score`` and ``champion_score`` follow them.
+#: Columns of ``test_scores``; followed by ``score`` and ``champion_score``.
 SCORED_COLUMNS = ("transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud", "tx_fraud_scenario")
 
-#: Held-out rows that are kept with the model, and those whose contributions make its importances.
+#: Held-out rows kept with the model, and those whose contributions give its feature importances.
 SAMPLE_ROWS = 1_000
 IMPORTANCE_ROWS = 2_000
 
@@ -87,50 +86,50 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
 
     Request:
         run_id: identifies the run in the report.
-        cutoff: key of the last partition that the model may know.
+        cutoff: key of the last partition that the model may use.
         feature_uris: directories of ``transaction_features``, Parquet.
-        cutoff_uri: the one of them that belongs to `cutoff`; its last full day is D.
+        cutoff_uri: the one of `cutoff`; its last full day is D.
         features: names of the feature columns, in the order of the model's coefficients.
-        output_uri: directory for the model and the scores; what is there is replaced.
+        output_uri: directory for the model and the scores; its content is replaced.
         test_days, delay_days, train_days, validation_days: lengths of the windows (7, 7, 60, 7). The train
-            window is shorter if the data do not reach back so far.
-        min_train_days: the fewest days to fit on while parameters are chosen (7).
-        min_frauds: the fewest frauds in each window (10).
+            window is shorter if the data do not reach back that far.
+        min_train_days: minimum days to fit on while parameters are chosen (7).
+        min_frauds: minimum frauds in each window (10).
         candidates: list of {"learner", "grid"}: a learner of `learners.LEARNERS`, and parameter → values. Every
-            combination is fitted and judged, the first names vary slowest; of equals the first is taken (see
+            combination is fitted and validated, the first names vary slowest; the first of equals wins (see
             `learners.DEFAULT_CANDIDATES`).
-        validation_folds: folds to judge them on, latest first (1); fewer are used where the rows before have
-            less than min_train_days or min_frauds.
-        search_rows: how many rows a candidate is fitted on, at most (200,000); validation rows are always all of them.
-        max_train_rows: how many rows the model is fitted on, at most (5,000,000). Rows are drawn by a hash of
-            transaction_id and seed, frauds and genuine ones apart, and weigh as many as they stand for; frauds take at
-            most half of either limit.
-        fit_threads: threads of the last fit (4); those of the search have one each, for they run side by side.
+        validation_folds: folds to validate on, latest first (1); fewer are used if earlier folds would have less than
+            min_train_days or min_frauds.
+        search_rows: maximum rows that a candidate is fitted on (200,000); validation always uses all rows.
+        max_train_rows: maximum rows that the model is fitted on (5,000,000). Rows are sampled by a hash of
+            transaction_id and seed, frauds and genuine rows separately, and weighted by the number of rows they
+            represent; frauds take at most half of either limit.
+        fit_threads: threads of the final fit (4); fits of the search run in parallel with one thread each.
         compromised_lookback_days: see `without_compromised_cards` (7).
-        seed: of what learners and the limits draw.
+        seed: seed of the learners and of the sampling.
         champion: null or {"model_uri", "features", "version"}: a model file that scores the same test rows.
-        library_uri: null or the archive of the learners' library (see `library`); null: Spark's Python has it.
+        library_uri: archive of the learners' library (see `library`), or null if Spark's Python has it.
 
     Report: ``schema_version``, ``run_id``, ``cutoff``, ``features``, ``seed``, ``windows`` (name →
         ``first_day``, ``last_day``, ``first_date``, ``last_date``, ``days``, ``rows``, ``frauds``; test also
-        ``removed_rows`` and ``removed_frauds`` of cards known as compromised), ``spark_version``, ``seconds``
+        ``removed_rows`` and ``removed_frauds`` of cards known to be compromised), ``spark_version``, ``seconds``
         (phase → seconds), and ``outcome``:
 
     * ``too_little_data``, with ``reason``, one sentence; nothing is written.
     * ``trained``, with ``grid`` (``learner``, ``params``, ``validation_average_precision``: the mean of
-      ``fold_average_precisions``, ``rows`` (fitted on, of the latest fold), ``seconds``), ``best`` (``learner``,
+      ``fold_average_precisions``, ``rows`` (rows fitted on in the latest fold), ``seconds``), ``best`` (``learner``,
       ``params``, ``validation_average_precision``), ``validation_folds`` (list of ``validation_train`` and
-      ``validation`` as in ``windows``, the latest first), ``sampling`` (null if all rows were learned from, else
+      ``validation`` as in ``windows``, the latest first), ``sampling`` (null if all rows were used, else
       ``max_train_rows``, ``rows``, ``frauds``, ``kept_rows``, ``kept_frauds``, ``genuine_weight``, ``fraud_weight``),
       ``feature_importances`` (feature → mean absolute contribution to the log-odds, over `IMPORTANCE_ROWS` held-out
       rows), ``profile`` (distributions of inputs and score in the train window; see `fits.profile_of`), ``champion``
       (null, or the request's with ``status`` scored, unreadable or newer_library, the latter two with ``error``),
       ``model_uri``, ``scores_uri``, ``sample_uri``; of logistic regression also ``coefficients`` (feature → value, in
-      units of the feature), ``intercept``. Metrics are not this job's matter: whoever reads ``test_scores`` has them.
+      units of the feature), ``intercept``. Metrics are left to readers of ``test_scores``.
 
     Writes into ``output_uri`` the model file ``model.json`` (see `learners.Scorer`), ``test_scores`` (Parquet:
-    `SCORED_COLUMNS`, score, champion_score), the rows to judge the model by, and
-    ``sample.parquet``: `SAMPLE_ROWS` of them, drawn by hash, with the model's inputs.
+    `SCORED_COLUMNS`, score, champion_score), the held-out rows, and ``sample.parquet``:
+    `SAMPLE_ROWS` of them, sampled by hash, with the model's inputs.
 
     Raises:
         ValueError: the request lacks a key, names an unknown learner or parameter, or the partitions lack a
@@ -160,7 +159,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
 def _train(
     spark: SparkSession,
     settings: dict[str, Any],
-    described: dict[str, Any],
+    report_windows: dict[str, Any],
     clock: _Clock,
     library_name: str | None,
 ) -> dict[str, Any]:
@@ -170,7 +169,7 @@ def _train(
         if ends is None:
             return _too_little("The cut-off partition {} has no rows.".format(settings["cutoff"]))
         last_day, day_zero = ends
-        runtime.set_shuffle_partitions(spark, 0)  # a row for each day
+        runtime.set_shuffle_partitions(spark, 0)  # one row per day
         per_day = _rows_per_day(frame, last_day)
         if not per_day:
             return _too_little("The cut-off partition {} has no full day.".format(settings["cutoff"]))
@@ -178,11 +177,11 @@ def _train(
         runtime.set_shuffle_partitions(spark, 64 * sum(rows for rows, _ in per_day.values()))
         test = _between(without_compromised_cards(frame, windows["test"], settings), windows["test"])
         test_counts = _count(test)
-        described.update(_describe(windows, per_day, test_counts, day_zero))
-        reason = _shortage(windows, described, settings)
+        report_windows.update(_describe(windows, per_day, test_counts, day_zero))
+        reason = _shortage(windows, report_windows, settings)
         if reason:
             return _too_little(reason)
-        for name, window in described.items():
+        for name, window in report_windows.items():
             log.info(
                 "%s: %s to %s, %d rows, %d frauds",
                 name, window["first_date"], window["last_date"], window["rows"], window["frauds"],
@@ -192,7 +191,7 @@ def _train(
     folds = validation_folds(windows, per_day, settings)
     with clock.phase("search") as progress:
         grid = search(frame, folds, per_day, settings, library_name, progress)
-    # max() keeps the first of equals.
+    # max() returns the first of equals.
     best = max(grid, key=lambda entry: entry["validation_average_precision"])
 
     with clock.phase("fit"):
@@ -201,7 +200,7 @@ def _train(
         (fitted,) = fits.fit_all(frame, settings["features"], [fit], settings["seed"], library_name)
         model_uri = f"{output}/{MODEL_FILE}"
         files.write(model_uri, fitted.model.encode())
-    log.info("fitted %s with %s to %d rows", best["learner"], best["params"], fitted.rows)
+    log.info("fitted %s with %s on %d rows", best["learner"], best["params"], fitted.rows)
 
     with clock.phase("score"):
         scores_uri = f"{output}/test_scores"
@@ -209,7 +208,7 @@ def _train(
     with clock.phase("explain"):
         scorer = Scorer.from_json(fitted.model, settings["fit_threads"])
         sample_uri = f"{output}/{SAMPLE_FILE}"
-        importances = _keep_sample(files, test, scorer, settings["seed"], sample_uri)
+        importances = _write_sample(files, test, scorer, settings["seed"], sample_uri)
     report = {
         "outcome": "trained",
         "grid": grid,
@@ -240,9 +239,9 @@ def _train(
 
 
 def time_windows(first_day: int, last_day: int, settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Name of a window → its first and last day, both included, if the data are of `first_day` to `last_day`.
+    """Name of a window → its first and last day (inclusive), for data from `first_day` to `last_day`.
 
-    A window ends before it begins where there are too few days for it.
+    A window ends before it begins if there are too few days for it.
     """
     test_start = last_day - settings["test_days"] + 1
     train_end = test_start - settings["delay_days"] - 1
@@ -259,11 +258,11 @@ def time_windows(first_day: int, last_day: int, settings: dict[str, Any]) -> dic
 def validation_folds(
     windows: dict[str, tuple[int, int]], per_day: dict[int, tuple[int, int]], settings: dict[str, Any]
 ) -> list[dict[str, tuple[int, int]]]:
-    """The folds that candidates are judged on, latest first: name of a window → its first and last day.
+    """Folds that candidates are validated on, latest first: name of a window → its first and last day.
 
-    The first is that of `time_windows`. Each further one ends `validation_days` earlier and begins with the same
-    day; the folds end before the first that has less than min_train_days, or a window with less than min_frauds or
-    without genuine rows.
+    The first is that of `time_windows`. Each further one ends `validation_days` earlier and starts on the same day;
+    the list ends before the first fold with less than min_train_days, or with a window that has less than min_frauds
+    or no genuine rows.
     """
     folds = [{name: windows[name] for name in ("validation_train", "validation")}]
     for number in range(1, settings["validation_folds"]):
@@ -287,13 +286,13 @@ def _fit(
     settings: dict[str, Any],
     limit: int,
 ) -> Fit:
-    """A fit of one thread to at most `limit` rows of a window."""
+    """A single-threaded fit on at most `limit` rows of a window."""
     rows, frauds = _rows_and_frauds(window, per_day)
     return fits.Fit(learner, params, window, fits.draw(limit, rows, frauds), rows, frauds, settings["seed"], threads=1)
 
 
 def _sampling(fit: Fit, fitted: Fitted, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What `max_train_rows` did to the rows of the train window; None if all of them were learned from."""
+    """Effect of `max_train_rows` on the train window; None if all its rows were used."""
     if fit.rows <= settings["max_train_rows"]:
         return None
     return {
@@ -308,12 +307,12 @@ def _sampling(fit: Fit, fitted: Fitted, settings: dict[str, Any]) -> dict[str, A
 
 
 def without_compromised_cards(frame: DataFrame, test_window: tuple[int, int], settings: dict[str, Any]) -> DataFrame:
-    """The rows of `frame` whose card was not known as compromised on their day; meant for the test window.
+    """Remove rows of cards that were known to be compromised on that day; meant for the test window.
 
-    As the Fraud Detection Handbook does (chapter 3, "Baseline fraud detection system"): a card that is known
-    as compromised is blocked, so its rows are no test of a model. Known on day t are frauds up to day t -
-    delay_days - 1, and from test start - delay_days - compromised_lookback_days on: a fixed lookback, so that
-    the test rows do not depend on train_days. Rows without a customer stay.
+    As in the Fraud Detection Handbook (chapter 3, "Baseline fraud detection system"): a card known to be compromised is
+    blocked, so its rows do not test a model. Known on day t are frauds up to day t - delay_days - 1, and from test
+    start - delay_days - compromised_lookback_days on: a fixed lookback, so that the test rows do not depend on
+    train_days. Rows without a customer are kept.
     """
     from pyspark.sql import functions as F
 
@@ -341,32 +340,32 @@ def search(
     library_name: str | None,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Fit every combination of the candidates and judge it on each fold's validation rows; entries in their order."""
+    """Fit every combination of the candidates and validate it on each fold; one entry each, in their order."""
     combinations = points(settings["candidates"])
     tasks = [
         (number, fold, _fit(learner, params, fold["validation_train"], per_day, settings, settings["search_rows"]))
         for number, (learner, params) in enumerate(combinations)
         for fold in folds
     ]
-    # Whatever takes longest is not to be started last.
-    tasks.sort(key=lambda task: -task[2].work)
+    # Longest first, so that none starts when the others are done.
+    tasks.sort(key=lambda task: -task[2].relative_cost)
     progress.enter(f"{len(tasks)} fits", 0.0, 0.8)
     fitted = fits.fit_all(frame, settings["features"], [fit for _, _, fit in tasks], settings["seed"], library_name)
-    progress.enter(f"judging {len(tasks)} fits", 0.8, 1.0)
-    judged = [(one.model, fold["validation"]) for one, (_, fold, _) in zip(fitted, tasks)]
-    precisions = fits.validate(frame, judged, library_name)
+    progress.enter(f"validating {len(tasks)} fits", 0.8, 1.0)
+    models = [(one.model, fold["validation"]) for one, (_, fold, _) in zip(fitted, tasks)]
+    precisions = fits.validate(frame, models, library_name)
     entries = []
     for number, (learner, params) in enumerate(combinations):
-        # The sort is stable: folds are in their order.
-        own = [index for index, task in enumerate(tasks) if task[0] == number]
-        of_folds = [precisions[index] for index in own]
+        # The sort is stable, so folds stay in order.
+        indices = [index for index, task in enumerate(tasks) if task[0] == number]
+        fold_precisions = [precisions[index] for index in indices]
         entry = {
             "learner": learner,
             "params": params,
-            "validation_average_precision": round(math.fsum(of_folds) / len(of_folds), 12),
-            "fold_average_precisions": of_folds,
-            "rows": fitted[own[0]].rows,
-            "seconds": round(sum(fitted[index].seconds for index in own), 3),
+            "validation_average_precision": round(math.fsum(fold_precisions) / len(fold_precisions), 12),
+            "fold_average_precisions": fold_precisions,
+            "rows": fitted[indices[0]].rows,
+            "seconds": round(sum(fitted[index].seconds for index in indices), 3),
         }
         log.info(
             "%d/%d: %s %s: average precision %.4f, %d rows, %.1f s",
@@ -385,10 +384,10 @@ def write_scores(
     scores_uri: str,
     library_name: str | None,
 ) -> dict[str, Any] | None:
-    """Write the test rows with the scores of a model file and the champion's, and say how the champion fared.
+    """Write the test rows with the scores of a model file and the champion; return the champion with its ``status``.
 
-    A champion that cannot be loaded or applied leaves champion_score NULL and is reported as unreadable, or as
-    newer_library if a newer library wrote it, which this one would misread; that is no error of this job.
+    If the champion cannot be loaded or applied, champion_score is NULL and the status unreadable, or newer_library if
+    it was written by a newer library, which this one would misread; the job does not fail.
     """
     from pyspark.sql import functions as F
 
@@ -400,7 +399,7 @@ def write_scores(
         LABEL: "int",
         "tx_fraud_scenario": "int",
     }
-    # numpy has no NULL integer, and slow timestamps: both go as plain integers.
+    # numpy has no NULL integers, and timestamps are slow to convert: both become plain integers.
     plain = {
         "tx_unix_seconds": F.expr("CAST(tx_datetime AS BIGINT)"),
         "customer_id": F.coalesce(F.col("customer_id"), F.lit(NO_KEY)),
@@ -410,13 +409,13 @@ def write_scores(
         inputs = sorted({name for text in models.values() for name in Scorer.from_json(text).features} - set(kept))
         columns = [plain.get(name, F.col(name)).cast(kind).alias(name) for name, kind in kept.items()]
         scored = fits.with_scores(test.select(*columns, *fits.input_columns(inputs)), models, kept, library_name)
-        found = {
+        restored = {
             "tx_datetime": F.expr("CAST(tx_unix_seconds AS TIMESTAMP)"),
             "customer_id": F.expr(f"nullif(customer_id, CAST({NO_KEY} AS BIGINT))"),
         }
         champion_score = F.col("champion_score") if "champion_score" in models else F.lit(None).cast("double")
         frame = scored.select(
-            *[found.get(name, F.col(name)).alias(name) for name in SCORED_COLUMNS],
+            *[restored.get(name, F.col(name)).alias(name) for name in SCORED_COLUMNS],
             "score",
             champion_score.alias("champion_score"),
         )
@@ -431,7 +430,7 @@ def write_scores(
         except NewerModelError as error:
             champion = {**champion, "status": "newer_library", "error": str(error)}
         except Exception as error:
-            # Whatever is wrong with the champion: if it is not the champion, the write below fails as well.
+            # Any error, assumed to be the champion's: if it is not, the write below fails as well.
             champion = {**champion, "status": "unreadable", "error": runtime.describe(error)}
         log.warning("the champion cannot score: %s", champion["error"])
     write({"score": model})
@@ -439,7 +438,7 @@ def write_scores(
 
 
 def _champion_model(spark: SparkSession, test: DataFrame, champion: dict[str, Any]) -> str:
-    """The champion's model file, if it can score these rows. Raises ModelError if it cannot."""
+    """Read the champion's model file. Raises ModelError if it cannot score these rows."""
     text = runtime.Files(spark).read(champion["model_uri"]).decode("utf-8", errors="replace")
     features = Scorer.from_json(text).features
     missing = [name for name in features if name not in test.columns]
@@ -448,10 +447,10 @@ def _champion_model(spark: SparkSession, test: DataFrame, champion: dict[str, An
     return text
 
 
-def _keep_sample(files: runtime.Files, test: DataFrame, scorer: Scorer, seed: int, uri: str) -> dict[str, float]:
-    """Write SAMPLE_ROWS held-out rows with inputs and scores to `uri`; returns feature → mean absolute contribution.
+def _write_sample(files: runtime.Files, test: DataFrame, scorer: Scorer, seed: int, uri: str) -> dict[str, float]:
+    """Write SAMPLE_ROWS held-out rows with inputs and scores to `uri`; return feature → mean absolute contribution.
 
-    The rows are those with the lowest hashes, so the same for the same test window.
+    The rows with the lowest hashes are taken, so the same test window gives the same sample.
     """
     import numpy as np
     import pyarrow
@@ -486,9 +485,9 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
     if request["cutoff_uri"] not in request["feature_uris"]:
         raise ValueError("cutoff_uri must be one of feature_uris; it is {}".format(request["cutoff_uri"]))
     settings = {**DEFAULTS, **{name: value for name, value in request.items() if value is not None}}
-    for name, least in (("validation_folds", 1), ("fit_threads", 1), ("search_rows", 1000), ("max_train_rows", 1000)):
-        if not settings[name] >= least:
-            raise ValueError(f"{name} must be {least:,} or more; it is {settings[name]}")
+    for name, minimum in (("validation_folds", 1), ("fit_threads", 1), ("search_rows", 1000), ("max_train_rows", 1000)):
+        if not settings[name] >= minimum:
+            raise ValueError(f"{name} must be {minimum:,} or more; it is {settings[name]}")
     check_candidates(settings["candidates"])
     return settings
 
@@ -502,10 +501,9 @@ def _read_features(spark: SparkSession, settings: dict[str, Any]) -> DataFrame:
 
 
 def _ends(spark: SparkSession, frame: DataFrame, settings: dict[str, Any]) -> tuple[int, int] | None:
-    """The last full day of the cut-off, and the days from 1970-01-01 to day 0; None if it has no rows.
+    """(last full day of the cut-off, days from 1970-01-01 to day 0); None if the cut-off has no rows.
 
-    A row of the instant 24:00:00 stands at the first instant of the next file's first day, hence the one
-    second.
+    One second is subtracted because a row at 24:00:00 falls on the first instant of the next file's first day.
     """
     from pyspark.sql import functions as F
 
@@ -519,7 +517,7 @@ def _ends(spark: SparkSession, frame: DataFrame, settings: dict[str, Any]) -> tu
 
 
 def _rows_per_day(frame: DataFrame, last_day: int) -> dict[int, tuple[int, int]]:
-    """Day → rows and frauds, up to and with `last_day`."""
+    """Day → (rows, frauds), up to and including `last_day`."""
     from pyspark.sql import functions as F
 
     days = (
@@ -561,7 +559,7 @@ def _window(first: int, last: int, per_day: dict[int, tuple[int, int]], day_zero
     return {
         "first_day": first,
         "last_day": last,
-        # numpy's dates, for a window may reach to before the year 1.
+        # numpy's dates, because a window may begin before the year 1.
         "first_date": str(np.datetime64(day_zero + first, "D")),
         "last_date": str(np.datetime64(day_zero + last, "D")),
         "days": max(0, last - first + 1),
@@ -578,7 +576,7 @@ def _rows_and_frauds(window: tuple[int, int], per_day: dict[int, tuple[int, int]
 def _shortage(
     windows: dict[str, tuple[int, int]], described: dict[str, dict[str, Any]], settings: dict[str, Any]
 ) -> str | None:
-    """What is missing, in one sentence with figures, or None if training can begin."""
+    """Reason why the data do not suffice, one sentence with figures; None if training can start."""
     if described["validation_train"]["days"] < settings["min_train_days"]:
         delay, first, last = settings["delay_days"], windows["train"][0], windows["test"][1]
         parts = [
@@ -604,8 +602,8 @@ def _shortage(
                 )
             )
         elif window["frauds"] == window["rows"]:
-            lacking.append("{} has {} frauds and no genuine row".format(where, window["frauds"]))
-    return "The data are too few: {}.".format("; ".join(lacking)) if lacking else None
+            lacking.append("{} has {} frauds and no genuine rows".format(where, window["frauds"]))
+    return "There is too little data: {}.".format("; ".join(lacking)) if lacking else None
 
 
 def _too_little(reason: str) -> dict[str, Any]:
@@ -620,7 +618,7 @@ def _between(frame: DataFrame, window: tuple[int, int]) -> DataFrame:
 
 
 class _Clock:
-    """Seconds per phase, and the progress of each."""
+    """Measures the seconds of each phase and logs its progress."""
 
     def __init__(self, spark: SparkSession) -> None:
         self._spark = spark

@@ -14,12 +14,12 @@ import pytest
 
 from spark_jobs import build_features
 from spark_jobs.features.registry import (
+    DICTIONARY_COLUMNS,
     HIGH_RATIO,
     HISTORY_DAYS,
     LABEL_DELAY_DAYS,
     MODEL_INPUTS,
     REGISTRY,
-    REPEATING,
     WINDOW_DAYS,
 )
 from spark_jobs.features.windows import History
@@ -245,7 +245,7 @@ def test_features_with_history_are_what_their_definitions_say(partitions: Partit
     path = next((tmp_path / "features/0").glob("*.parquet"))
     group = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
     columns = [group.column(number) for number in range(group.num_columns)]
-    assert {column.path_in_schema for column in columns if column.has_dictionary_page} == set(REPEATING)
+    assert {column.path_in_schema for column in columns if column.has_dictionary_page} == set(DICTIONARY_COLUMNS)
 
 
 def test_a_row_is_the_same_alone_in_a_range_and_after_its_history_was_built_again(partitions: Partitions) -> None:

@@ -226,7 +226,7 @@ def test_many_batches_some_without_a_row_of_a_kind(
 def test_a_file_of_nothing_but_rejects_is_not_shuffled() -> None:
     data = np.frombuffer(bytes(PADDING) + b"x" * 1000 + bytes(PADDING), dtype="u1")
     parsed = Parser(None, 0).parse(data, np.arange(PADDING, PADDING + 1001))
-    rows = duplicates.without_reject_rows(parsed)
+    rows = duplicates.collapse_rejects(parsed)
     assert {name: rows[name].tolist() for name in ("rejected", "rows")} == {"rejected": [1], "rows": [1000]}
 
 
@@ -238,7 +238,7 @@ def test_rows_are_sorted_by_day_customer_and_instant(largest_customer: int) -> N
     columns["transaction_id"] = np.arange(1000)
     columns["customer_id"] = random.choice([-1, 0, 5, largest_customer], 1000)
     columns["tx_unix_seconds"] = EPOCH_S + random.randint(-3 * 86400, 3 * 86400, 1000) // 900 * 900
-    ordered = duplicates.sorted_rows(columns, EPOCH_S)
+    ordered = duplicates.sort_rows(columns, EPOCH_S)
     names = ("tx_time_days", "customer_id", "tx_time_seconds", "transaction_id")
     keys = list(zip(*(ordered[name].tolist() for name in names)))
     assert keys == sorted(keys)

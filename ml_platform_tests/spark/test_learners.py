@@ -115,7 +115,7 @@ class TestModels:
         matrix, _ = rows(5)
         matrix[2, 1] = np.nan
         for method in (scorer.score, scorer.contributions):
-            with pytest.raises(ValueError, match=r"no number in risk$"):
+            with pytest.raises(ValueError, match=r"missing values in risk$"):
                 method(matrix)
             with pytest.raises(ValueError, match="takes 3 inputs"):
                 method(matrix[:, :2])
@@ -284,16 +284,16 @@ class TestCandidates:
             ("xgboost", {"max_depth": [5, "deep"]}, "max_depth = 'deep'"),
             ("xgboost", {"max_depth": [-1]}, "max_depth = -1"),
             ("xgboost", {"subsample": [1.5]}, "subsample = 1.5"),
-            ("xgboost", {"rounds": [0]}, "rounds = 0: it takes a whole number from 1"),
+            ("xgboost", {"rounds": [0]}, "rounds = 0: it must be a whole number of at least 1"),
             ("xgboost", {"rounds": ["many"]}, "rounds = 'many'"),
             ("xgboost", {"n_estimators": [10]}, r"n_estimators is set by the platform \(the number of trees is called"),
             ("xgboost", {"objective": ["binary:hinge"]}, "objective is set by the platform"),
             ("xgboost", {"nthread": [8]}, "nthread is set by the platform"),
             ("xgboost", {"rate_drop": [0.1]}, "XGBoost has no parameter rate_drop"),
-            ("logistic_regression", {"C": [0]}, "C = 0: it takes a number above 0"),
+            ("logistic_regression", {"C": [0]}, "C = 0: it must be a number above 0"),
             ("logistic_regression", {"C": [math.inf]}, "C = inf"),
             ("logistic_regression", {"C": ["1"]}, "C = '1'"),
-            ("logistic_regression", {"max_iter": [1.5]}, "max_iter = 1.5: it takes a whole number"),
+            ("logistic_regression", {"max_iter": [1.5]}, "max_iter = 1.5: it must be a whole number"),
             ("logistic_regression", {"penalty": ["l1"]}, "no parameter penalty, only C, max_iter, tol"),
             ("xgboost", {"rounds": 5}, "takes a list of values"),
             ("xgboost", [1], "takes a list of values"),

@@ -472,7 +472,7 @@ class TestFits:
     def test_a_feature_that_is_no_number_is_named(self, spark, train, rows, tmp_path):
         changed = [list(row) for row in rows]
         changed[len(rows) // 2][COLUMN["risk"]] = None
-        with pytest.raises(Exception, match="no number in risk"):
+        with pytest.raises(Exception, match="missing values in risk"):
             train(tmp_path / "model", write(spark, changed, tmp_path), candidates=logistic())
 
 
@@ -658,7 +658,7 @@ class TestChampion:
         path.write_text(json.dumps(document))
         verdict, scores = score_beside({"model_uri": str(path), "features": document["features"], "version": "2"})
         assert verdict["status"] == "unreadable"
-        assert "no number in age" in verdict["error"]
+        assert "missing values in age" in verdict["error"]
         assert scores.where("champion_score IS NOT NULL").count() == 0
         assert scores.where("score IS NOT NULL").count() > 50
 

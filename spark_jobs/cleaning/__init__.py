@@ -1,1 +1,1 @@
-"""Raw lines to cleaned rows."""
+"""Cleaning of raw lines."""

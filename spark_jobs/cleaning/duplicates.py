@@ -1,4 +1,4 @@
-"""Rows with the same id, which meet in one partition of the shuffle: duplicates, conflicts and the counts of a file."""
+"""Duplicates, conflicts and row counts, found where the shuffle has brought rows with the same id together."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from spark_jobs.schema import CLEANED_COLUMNS, DAY_S, NO_KEY
 if TYPE_CHECKING:
     from spark_jobs.io.blocks import Array, Columns
 
-#: The shuffled columns: parsed lines, and how many each row stands for.
+#: The shuffled columns: parsed lines, and the number of lines that each row represents.
 LAYOUT = (*LINE_COLUMNS, ("rows", "i8"))
 
 
 class IdRanges:
-    """The partition of the shuffle for each id: ids near each other go to the same one.
+    """Range partitioning of the shuffle by id: neighbouring ids go to the same partition.
 
-    Ids and instants grow together in the course's files, so each partition, and each Parquet file, holds its own days.
+    Ids and instants grow together in the course's files, so each partition, and each Parquet file, covers its own days.
     The range of ids is estimated from `head` and `tail`, the first and last bytes of a file of `size` bytes; ids
-    outside it are spread at random.
+    outside it are hashed to partitions.
     """
 
     def __init__(self, head: bytes, tail: bytes, size: int, partitions: int) -> None:
@@ -31,23 +31,23 @@ class IdRanges:
         self._first = int(first[0]) if first else 0
         rows = size * (head.count(b"\n") + 1) // max(len(head), 1)
         ids = int(last[-1]) - self._first + 1 if last else 0
-        # The ids of a file where they do not grow say nothing.
+        # If ids do not grow in the file, the first and the last say nothing about their range.
         self._width = max(1, -(-(ids if 0 < ids < 2 * rows else rows) // partitions))
 
     def partition(self, transaction_id: Array) -> Array:
-        """Numbers of partitions."""
+        """Partition numbers of ids."""
         import numpy as np
 
-        # Distances beyond 64 bits wrap around, equal ids alike.
+        # Differences beyond 64 bits wrap around, in the same way for equal ids.
         number = (transaction_id - self._first) // self._width
         in_range = (number >= 0) & (number < self.partitions)
         return np.where(in_range, number, blocks.hash_ids(number) % self.partitions)
 
 
-def without_reject_rows(rows: Columns) -> Columns:
-    """Columns of LAYOUT of parsed lines, with one row for all that were rejected for the same reasons.
+def collapse_rejects(rows: Columns) -> Columns:
+    """Columns of LAYOUT from parsed lines, with one row for all lines rejected for the same reasons.
 
-    Otherwise a file that is not text, all of it rejects, would be shuffled as a whole.
+    Otherwise a binary file, all of it rejects, would be shuffled in full.
     """
     import numpy as np
 
@@ -60,11 +60,11 @@ def without_reject_rows(rows: Columns) -> Columns:
     }
 
 
-def deduplicated(rows: Columns) -> tuple[Columns, dict[str, Any]]:
-    """(the rows to keep, by id; the tally of all) of columns of LAYOUT that hold all rows of their ids.
+def deduplicate(rows: Columns) -> tuple[Columns, dict[str, Any]]:
+    """Deduplicate columns of LAYOUT that hold all rows of their ids: (rows to keep, sorted by id; tally of all rows).
 
     A tally has the counts of a report, ``rows`` (all but headers), ``header``, ``rejected``, ``min_`` and ``max_`` of
-    ``seconds`` and ``id`` (None without rows), and ``conflicting_ids``, an array.
+    ``seconds`` and ``id`` (None if there are no rows), and ``conflicting_ids``, an array.
     """
     import numpy as np
 
@@ -108,10 +108,10 @@ def deduplicated(rows: Columns) -> tuple[Columns, dict[str, Any]]:
     return kept, tally
 
 
-def total_tally(tallies: list[dict[str, Any]]) -> dict[str, Any]:
-    """The tally of a whole file from those of its tasks, with ``repeated_headers``.
+def merge_tallies(tallies: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the tallies of a file's tasks and add ``repeated_headers``.
 
-    A header that stands again further down is a malformed row.
+    A header that is repeated further down is a malformed row.
     """
     import numpy as np
 
@@ -132,10 +132,10 @@ def total_tally(tallies: list[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def sorted_rows(rows: Columns, epoch: int) -> Columns:
-    """CLEANED_COLUMNS, the instant in Unix seconds, of rows in order of their ids, sorted by day, customer and instant.
+def sort_rows(rows: Columns, epoch: int) -> Columns:
+    """CLEANED_COLUMNS (tx_datetime in Unix seconds) of rows in id order, sorted by day, customer and instant.
 
-    That is the order of the course's files.
+    This is the order of the course's files.
     """
     import numpy as np
 
@@ -144,11 +144,11 @@ def sorted_rows(rows: Columns, epoch: int) -> Columns:
     customers = rows["customer_id"]
     order = np.empty(0, dtype="i8")
     if len(days):
-        # One number to sort by, where it fits. Ids break ties: they are in order and the sorts are stable.
+        # Sort by one number if it fits into 64 bits. Rows come in id order and the sorts are stable, so ids break ties.
         width = int(customers.max()) - NO_KEY + 1
         if (int(days.max()) - int(days.min()) + 1) * width * DAY_S < 1 << 63:
-            place = ((days - days.min()) * width + (customers - NO_KEY)) * DAY_S + seconds - days * DAY_S
-            order = np.argsort(place, kind="stable")
+            sort_key = ((days - days.min()) * width + (customers - NO_KEY)) * DAY_S + seconds - days * DAY_S
+            order = np.argsort(sort_key, kind="stable")
         else:
             order = np.lexsort((seconds, customers, days))
     times = {"tx_datetime": rows["tx_unix_seconds"], "tx_time_seconds": seconds, "tx_time_days": days.astype("i4")}

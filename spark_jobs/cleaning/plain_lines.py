@@ -1,8 +1,8 @@
-"""Raw lines, many at once in numpy: plain ones, which are nearly all of a real file.
+"""Vectorized parsing of plain lines, which are nearly all lines of a real file, in numpy.
 
-A plain line has nine fields of digits alone (the amount with a point, the instant as YYYY-MM-DD HH:MM:SS), short enough
-for the arithmetic here: eight characters are loaded as one 64-bit number, and checked and read together. Any other line
-is left to rules.parse_line, which gives the same result for a plain one.
+A plain line has nine fields of digits only (the amount with a decimal point, the instant as YYYY-MM-DD HH:MM:SS), short
+enough for the arithmetic here: eight characters are loaded as one 64-bit word, then validated and converted together.
+All other lines go to rules.parse_line, which gives the same result for plain lines.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ LINE_COLUMNS = (
     ("content", "u8"),
 )
 
-#: Bytes required before the first line and behind the last.
+#: Bytes required before the first line and after the last.
 PADDING = 16
 
-#: Characters that are loaded together.
+#: Characters loaded as one word.
 WORD = 8
 
-#: Days of the months. February 29 is left to parse_line.
+#: Days per month. February 29 is left to parse_line.
 _MONTH_DAYS = (0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
-#: Mask of a length as an index of tables, so that lengths of fields that are not plain stay within them.
+#: Mask for lengths used as table indices, so that the lengths of fields that are not plain stay in bounds.
 _LENGTHS = 31
 
 # Words of eight equal bytes.
@@ -47,7 +47,7 @@ _ZEROS, _SIXES, _HIGH_HALVES = 0x3030303030303030, 0x0606060606060606, 0xF0F0F0F
 
 
 class Parser:
-    """Parses the lines of one file, in any process. Only hashes of the same parser can be compared.
+    """Parser for the lines of one file, usable in any process. Hashes are comparable only within one parser.
 
     `header` is the file's header line, `epoch` is in Unix seconds.
     """
@@ -63,16 +63,16 @@ class Parser:
 
 
 def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, seed: int) -> Columns:
-    """LINE_COLUMNS of the lines that are not empty, and `line`, their numbers.
+    """LINE_COLUMNS of the lines that are not empty, and `line`, their line numbers.
 
-    `data` are the bytes of all lines in a row, with PADDING bytes before and behind; line i is
+    `data` holds the bytes of all lines, one after another, with PADDING bytes before and after; line i is
     ``data[offsets[i]:offsets[i + 1]]``. `header`, `epoch` and `seed` are those of parse_line.
     """
     import numpy as np
 
     start, stop = offsets[:-1], offsets[1:]
     commas = np.flatnonzero(data == ord(","))
-    # The first comma of each line, and of the line behind the last.
+    # Index of the first comma of each line, and of the line after the last.
     first_comma = np.searchsorted(commas, offsets)
     ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
     while ends_in_return.any():
@@ -80,19 +80,19 @@ def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, s
         ends_in_return = (stop > start) & (data[stop - 1] == ord("\r"))
     rows = np.flatnonzero(np.diff(first_comma) == FIELD_COUNT - 1)
     separators = [commas[first_comma[rows] + number] for number in range(FIELD_COUNT - 1)]
-    begins, ends = [start[rows], *(at + 1 for at in separators)], [*separators, stop[rows]]
+    begins, ends = [start[rows], *(comma + 1 for comma in separators)], [*separators, stop[rows]]
     fields = _Fields(data, begins, ends, seed)
     plain = _plain_columns(fields, epoch)
     rows = rows[fields.plain]
     is_plain = np.zeros(len(start), dtype=bool)
     is_plain[rows] = True
-    numbers, others = [], []
+    other_numbers, others = [], []
     for number in np.flatnonzero(~is_plain):
         line = data[start[number] : stop[number]].tobytes()
         if line:
-            numbers.append(number)
+            other_numbers.append(number)
             others.append(parse_line(line, header, epoch, seed))
-    columns = {"line": np.concatenate([rows, np.array(numbers, dtype="i8")])}
+    columns = {"line": np.concatenate([rows, np.array(other_numbers, dtype="i8")])}
     for index, (name, kind) in enumerate(LINE_COLUMNS):
         values = np.array([other[index] for other in others], dtype=kind)
         columns[name] = np.concatenate([plain[name].astype(kind, copy=False), values])
@@ -100,7 +100,7 @@ def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, s
 
 
 def _plain_columns(fields: _Fields, epoch: int) -> Columns:
-    """LINE_COLUMNS of the lines that are plain."""
+    """LINE_COLUMNS of the plain lines."""
     import numpy as np
 
     values = {
@@ -122,21 +122,21 @@ def _plain_columns(fields: _Fields, epoch: int) -> Columns:
 
 
 class _Fields:
-    """The fields of lines that have nine, each read for all lines together.
+    """Fields of lines that have nine; each field is read for all lines at once.
 
     Attributes:
-        plain: whether all fields of a line read so far are plain. If not, its values are meaningless.
-        content: hash of all fields of a line read so far.
+        plain: True for lines whose fields read so far are all plain. The values of other lines are meaningless.
+        content: hash of a line's fields read so far.
     """
 
     def __init__(self, data: Array, begins: list[Array], ends: list[Array], seed: int) -> None:
         import numpy as np
 
         self._bytes = data
-        # A view of the eight bytes from each position on. Little-endian: the first character is the lowest byte.
+        # A view of the eight bytes that start at each position. Little-endian: the first character is the lowest byte.
         self._words = np.ndarray((len(data) - WORD + 1,), "<u8", data.data, strides=(1,))
         self._begins, self._ends = begins, ends
-        # Masks that keep the last n characters of a word, for n & _LENGTHS; all from 8 on.
+        # Masks that keep the last n characters of a word, by n & _LENGTHS; from n = 8 on, all of them.
         full = (1 << 64) - 1
         last = [full ^ (full >> 8 * min(n, WORD)) for n in range(_LENGTHS + 1)]
         self._last = np.array(last, dtype="u8")
@@ -144,11 +144,11 @@ class _Fields:
         self.content = np.full(len(begins[0]), seed, dtype="u8")
 
     def require(self, condition: Array) -> None:
-        """Mark the lines for which `condition` does not hold as not plain."""
+        """Mark lines as not plain unless they meet `condition`."""
         self.plain &= condition
 
     def integer(self, field: int, longest: int = WORD) -> Array:
-        """A field of at most `longest` (8 or 16) digits."""
+        """Read a field of at most `longest` (8 or 16) digits."""
         import numpy as np
 
         length = self._length(field, longest)
@@ -159,12 +159,12 @@ class _Fields:
                 before = self._last[(np.maximum(length, WORD) - WORD) & _LENGTHS]
                 value += self._digits(end - WORD, before) * 10**WORD
             else:
-                # As in batches with longer fields: copies of a line must have equal hashes.
+                # As in batches with longer fields, so that copies of a line have equal hashes.
                 self._hash(np.zeros(1, dtype="u8"))
         return value
 
     def two_digits(self, field: int, other: int) -> tuple[Array, Array]:
-        """Two fields of one digit each."""
+        """Read two fields of one digit each."""
         import numpy as np
 
         texts = []
@@ -178,7 +178,7 @@ class _Fields:
         return values[0], values[1]
 
     def amount(self, field: int) -> Array:
-        """A field of at most eight characters: digits, optionally with a point before the last one to three."""
+        """Read a field of at most eight characters: digits, with an optional point before the last one to three."""
         import numpy as np
 
         length = self._length(field, WORD)
@@ -189,15 +189,15 @@ class _Fields:
             decimals[is_point] = count
         has_point = decimals > 0
         self.require(length > decimals + has_point)
-        # The digits before the point move up to those behind it.
-        behind, before = text & self._last[decimals], text & ~self._last[np.minimum(decimals + 1, WORD)]
-        text = np.where(has_point, behind | (before << np.uint64(8)), text)
+        # Close the gap left by the point.
+        fraction, whole = text & self._last[decimals], text & ~self._last[np.minimum(decimals + 1, WORD)]
+        text = np.where(has_point, fraction | (whole << np.uint64(8)), text)
         digits = self._value(text, self._last[(length - has_point) & _LENGTHS])
-        # Both are exact, so their quotient is the double nearest to the decimal number.
+        # Both operands are exact, so the quotient is the double nearest to the decimal number.
         return digits / np.array([1.0, 10.0, 100.0, 1000.0])[decimals]
 
     def instant(self, field: int) -> Array:
-        """A field YYYY-MM-DD HH:MM:SS, in Unix seconds."""
+        """Read a field YYYY-MM-DD HH:MM:SS as Unix seconds."""
         import numpy as np
 
         begin, end = self._begins[field], self._ends[field]
@@ -214,32 +214,32 @@ class _Fields:
             values.append(digits)
         year = _pair(values[0], 0) * 100 + _pair(values[0], 2)
         month, day = _pair(values[0], 5), _pair(values[1], 0)
-        hour, minute, second = (_pair(values[2], at) for at in (0, 3, 6))
+        hour, minute, second = (_pair(values[2], index) for index in (0, 3, 6))
         self.require((year >= 1) & (month >= 1) & (month <= 12) & (day >= 1))
         self.require(day <= np.array(_MONTH_DAYS)[np.minimum(month, 12)])
         self.require((hour < 24) & (minute < 60) & (second < 60))
         return _days(year, month, day) * DAY_S + hour * 3600 + minute * 60 + second
 
     def _length(self, field: int, longest: int) -> Array:
-        """Characters of a field; the line is not plain unless they are 1 to `longest`."""
+        """Length of a field; a line is not plain unless it is 1 to `longest`."""
         length = self._ends[field] - self._begins[field]
         self.require((length - 1).view("u8") < longest)
         return length
 
     def _digits(self, end: Array, mask: Array) -> Array:
-        """The value of the digits before `end` that `mask` keeps."""
+        """Value of the digits before `end` selected by `mask`."""
         return self._value(self._text(end, mask), mask)
 
     def _text(self, end: Array, mask: Array) -> Array:
-        """The characters before `end` that `mask` keeps, as the last ones of a word."""
+        """Hash and return the characters before `end` selected by `mask`, as the last ones of a word."""
         text: Array = self._words[end - WORD] & mask
         self._hash(text)
         return text
 
     def _value(self, text: Array, mask: Array) -> Array:
-        """The value of the characters of `text` that `mask` keeps, all digits; the other bytes are 0.
+        """Value of the characters of `text` selected by `mask`, which must be digits; the other bytes are 0.
 
-        Neighbours are joined to numbers below 100, then all four of these at once.
+        Adjacent digits are combined into numbers below 100, then the four of these at once.
         """
         import numpy as np
 
@@ -253,14 +253,14 @@ class _Fields:
         return value
 
     def _hash(self, word: Array) -> None:
-        """Hash a word into `content`, with the constants of MurmurHash3's finalizer."""
+        """Mix a word into the hash `content`, with the constants of MurmurHash3's finalizer."""
         import numpy as np
 
-        mixed = (self.content ^ word) * np.uint64(0xFF51AFD7ED558CCD)
-        mixed ^= mixed >> np.uint64(33)
-        mixed *= np.uint64(0xC4CEB9FE1A85EC53)
-        mixed ^= mixed >> np.uint64(33)
-        self.content = mixed
+        hashed = (self.content ^ word) * np.uint64(0xFF51AFD7ED558CCD)
+        hashed ^= hashed >> np.uint64(33)
+        hashed *= np.uint64(0xC4CEB9FE1A85EC53)
+        hashed ^= hashed >> np.uint64(33)
+        self.content = hashed
 
 
 def _word_of(text: str) -> int:
@@ -274,7 +274,7 @@ def _byte(word: Array, index: int) -> Array:
 
 
 def _pair(digits: Array, index: int) -> Array:
-    """The value of the two digits from `index` on."""
+    """Value of the two digits that start at `index`."""
     import numpy as np
 
     pair: Array = (_byte(digits, index) * np.uint64(10) + _byte(digits, index + 1)).view("i8")
@@ -282,7 +282,7 @@ def _pair(digits: Array, index: int) -> Array:
 
 
 def _are_digits(values: Array) -> Array:
-    """Whether all bytes are below 10. Only a byte that is not can carry into its neighbour."""
+    """True where all bytes are below 10. Only a byte of 10 or more can carry into its neighbour."""
     import numpy as np
 
     return ((values | (values + np.uint64(_SIXES))) & np.uint64(_HIGH_HALVES)) == 0
@@ -291,7 +291,7 @@ def _are_digits(values: Array) -> Array:
 def _days(year: Array, month: Array, day: Array) -> Array:
     """Days since 1970-01-01 in the Gregorian calendar.
 
-    Years begin in March, so that a leap day is the last: Richards, in Explanatory Supplement to the Astronomical
+    Years start in March, so that a leap day comes last: Richards, in Explanatory Supplement to the Astronomical
     Almanac, 3rd edition, 15.11.
     """
     year = year - (month <= 2)

@@ -1,4 +1,4 @@
-"""Rejected lines and their reasons: few are collected by the driver, many are read again by Spark."""
+"""Rejected lines and their reasons: collected on the driver if they are few, otherwise read again by Spark."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from spark_jobs.cleaning.plain_lines import Parser
     from spark_jobs.io.blocks import Array, Columns
 
-#: A rejected line without its end, and the bits of its reasons.
+#: A rejected line without its line end, and the bits of its reasons.
 Reject = Tuple[bytes, int]
 
-#: Added to REJECT_BITS: the bit of good rows that contradict others of the same id.
+#: Extends REJECT_BITS: valid rows that differ from others with the same id.
 CONFLICT_BIT = 2 * HEADER_BIT
 
-#: Bytes of rejects that a task sends to the driver, with BYTES_PER_REJECT for each beside its text; with more, the file
-#: is read again.
+#: Bytes of rejects that a task may send to the driver, counting each as its text plus BYTES_PER_REJECT; above this
+#: limit, the file is read again.
 COLLECTED_BYTES = 256 << 10
 BYTES_PER_REJECT = 64
 
 
 class Collector:
-    """The rejected lines of a task; none if they are too many, or if one is too long to be in Python."""
+    """Rejected lines of a task; empty if there are too many, or if one is too long to be held in Python."""
 
     def __init__(self) -> None:
         self.lines: list[Reject] = []
         self._bytes_left = COLLECTED_BYTES
 
     def add(self, data: Array, offsets: Array, rows: Columns) -> None:
-        """Add the lines of a text that its parsed `rows` reject."""
+        """Add the lines of a text that are rejected in its parsed `rows`."""
         if self._bytes_left < 0:
             return
-        at_most = self._bytes_left // BYTES_PER_REJECT + 1
-        for line, reasons in zip(*rejected_lines(data, offsets, rows, rows["rejected"], at_most)):
+        limit = self._bytes_left // BYTES_PER_REJECT + 1
+        for line, reasons in zip(*rejected_lines(data, offsets, rows, rows["rejected"], limit)):
             self._bytes_left -= BYTES_PER_REJECT + (COLLECTED_BYTES if line == LONG_LINE.encode() else len(line))
             if self._bytes_left < 0:
                 self.lines.clear()
@@ -49,12 +49,12 @@ class Collector:
 
 
 def rejected_lines(
-    data: Array, offsets: Array, rows: Columns, reasons: Array, at_most: int | None = None
+    data: Array, offsets: Array, rows: Columns, reasons: Array, limit: int | None = None
 ) -> tuple[list[bytes], Array]:
-    """(the lines of a text that have `reasons`, without their ends; these reasons), the first `at_most` of them."""
+    """(lines of a text that have `reasons`, without line ends; their reasons), at most the first `limit`."""
     import numpy as np
 
-    selected = np.flatnonzero((reasons > 0) & (reasons != HEADER_BIT))[:at_most]
+    selected = np.flatnonzero((reasons > 0) & (reasons != HEADER_BIT))[:limit]
     numbers = rows["line"][selected]
     return [data[offsets[n] : offsets[n + 1]].tobytes().rstrip(b"\r") for n in numbers], reasons[selected]
 
@@ -62,9 +62,9 @@ def rejected_lines(
 def collected_rejects(
     collected: dict[int, list[Reject]], tally: dict[str, Any], header: bytes | None
 ) -> list[Reject] | None:
-    """All rejects of a file with this `tally`, repeated headers included; None if the tasks did not collect them all.
+    """All rejects of a file with this `tally`, including repeated headers; None if the tasks did not collect all.
 
-    `collected` has the rejects by task.
+    `collected` maps task numbers to rejects.
     """
     if tally["conflicting_duplicate"] or tally["repeated_headers"] > COLLECTED_BYTES // BYTES_PER_REJECT:
         return None
@@ -74,7 +74,7 @@ def collected_rejects(
 
 
 def parquet_file(rejects: list[Reject], compression: str | None) -> bytes:
-    """A Parquet file of REJECTED_COLUMNS: the rows of `read_again`, without its two jobs of Spark."""
+    """Parquet file of REJECTED_COLUMNS with the rows that `reread` gives, but without its two Spark jobs."""
     import numpy as np
     import pyarrow
 
@@ -97,38 +97,38 @@ def parquet_file(rejects: list[Reject], compression: str | None) -> bytes:
     return parquet_files.file_of(table, compression=compression)
 
 
-def read_again(lines: DataFrame, parser: Parser, tally: dict[str, Any]) -> DataFrame:
-    """REJECTED_COLUMNS of all rejects among `lines`, those of the conflicting ids and repeated headers included."""
+def reread(lines: DataFrame, parser: Parser, tally: dict[str, Any]) -> DataFrame:
+    """Read `lines` again: REJECTED_COLUMNS of all rejects, including conflicting ids and repeated headers."""
     import numpy as np
     from pyspark.sql import functions as F
 
     conflicting_ids = tally["conflicting_ids"]
     malformed = F.lit(REJECT_BITS["malformed_row"])
 
-    def rejects(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
+    def find_rejects(texts: Iterator[tuple[Array, Array]]) -> Iterator[Columns]:
         for data, offsets in texts:
             rows = parser.parse(data, offsets)
             reasons = rows["rejected"].astype("i4")
             if len(conflicting_ids):
-                place = np.minimum(np.searchsorted(conflicting_ids, rows["transaction_id"]), len(conflicting_ids) - 1)
-                reasons[(reasons == 0) & (conflicting_ids[place] == rows["transaction_id"])] = CONFLICT_BIT
+                index = np.minimum(np.searchsorted(conflicting_ids, rows["transaction_id"]), len(conflicting_ids) - 1)
+                reasons[(reasons == 0) & (conflicting_ids[index] == rows["transaction_id"])] = CONFLICT_BIT
             yield dict(zip(("line", "rejected"), rejected_lines(data, offsets, rows, reasons)))
 
     is_short = F.expr("octet_length(value)") <= MAX_ROW_BYTES
     short = lines.where(is_short).select(F.col("value").cast("binary"))
-    found = blocks.map_text(short, rejects, "line binary, rejected int", PADDING)
+    rejected = blocks.map_text(short, find_rejects, "line binary, rejected int", PADDING)
     # Long lines stay in the JVM, where a second scan is cheap.
     trimmed = F.expr("trim(TRAILING '\r' FROM value)").cast("binary")
-    found = found.union(lines.where(~is_short).select(trimmed, malformed))
+    rejected = rejected.union(lines.where(~is_short).select(trimmed, malformed))
     if tally["repeated_headers"]:
         copies = runtime.session(lines).range(tally["repeated_headers"])
-        found = found.union(copies.select(F.lit(bytearray(parser.header or b"")), malformed))
+        rejected = rejected.union(copies.select(F.lit(bytearray(parser.header or b"")), malformed))
 
-    # A line that is not UTF-8 is read as ISO 8859-1, which keeps every byte.
+    # A line that is not UTF-8 is decoded as ISO 8859-1, which preserves every byte.
     text = (
         "IF(encode(decode(line, 'UTF-8'), 'UTF-8') = line, CAST(line AS STRING), decode(line, 'ISO-8859-1')) "
         "AS raw_line"
     )
     bits = {**REJECT_BITS, "conflicting_duplicate": CONFLICT_BIT}
     rules = ", ".join(f"IF((rejected & {bit}) > 0, '{rule}', NULL)" for rule, bit in bits.items())
-    return found.selectExpr(text, f"filter(array({rules}), rule -> rule IS NOT NULL) AS reasons")
+    return rejected.selectExpr(text, f"filter(array({rules}), rule -> rule IS NOT NULL) AS reasons")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from spark_jobs.schema import DAY_S, NO_KEY
 
-#: Bits of `Line.rejected`: one per rule that looks at a row alone, and one for the header's text.
+#: Bits of `Line.rejected`: one per rule for a single row, and one for the header.
 REJECT_BITS = {"malformed_row": 1, "invalid_datetime": 2, "invalid_amount": 4, "invalid_label": 8}
 HEADER_BIT = 16
 
@@ -19,10 +19,10 @@ FIX_BITS = {"hour_24": 1, "wrong_seconds": 2, "wrong_days": 4}
 
 FIELD_COUNT = 9
 
-#: A longer line is malformed without being parsed: splitting 100 MB of commas would take the memory of an executor.
+#: Longer lines are malformed and not parsed: splitting 100 MB of commas would exhaust an executor's memory.
 MAX_ROW_BYTES = 4096
 
-#: Stands for such a line in Python: malformed as well, and never a header.
+#: Placeholder for such a line in Python: also malformed, and never a header.
 LONG_LINE = "0"
 
 EPOCH_ORDINAL = date(1970, 1, 1).toordinal()
@@ -34,12 +34,12 @@ _DATETIME = re.compile(rb"([0-9]{4})-([0-9]{2})-([0-9]{2}) ([0-9]{2}):([0-9]{2})
 
 
 class Line(NamedTuple):
-    """A parsed line. The values of a rejected one are meaningless.
+    """A parsed line. If it is rejected, its values are meaningless.
 
     Attributes:
         rejected: 0, or the bits of REJECT_BITS that apply, or HEADER_BIT.
-        tx_unix_seconds: the instant, seconds since 1970 in UTC.
-        customer_id, terminal_id: NO_KEY where the raw value is not a key.
+        tx_unix_seconds: the instant, in seconds since 1970 (UTC).
+        customer_id, terminal_id: NO_KEY if the raw value is not a key.
         fixes: bits of FIX_BITS.
         content: hash of the line, which identifies copies.
     """
@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
 
 def parse_line(line: bytes, header: bytes | None, epoch: int, seed: int) -> Line:
-    """Parse a line without its end. `epoch` is in Unix seconds; the seed (64 bits) makes hashes unpredictable."""
+    """Parse a line without its line end. `epoch` is in Unix seconds; the 64-bit `seed` makes hashes unpredictable."""
     if line == header:
         return Line(HEADER_BIT)
     if line.count(b",") != FIELD_COUNT - 1:
@@ -75,7 +75,7 @@ def parse_line(line: bytes, header: bytes | None, epoch: int, seed: int) -> Line
         rejected |= REJECT_BITS["invalid_amount"]
     if fraud not in (None, 0, 1):
         rejected |= REJECT_BITS["invalid_label"]
-    # Each None has a bit; the comparisons are for the type checker.
+    # Every None has set a bit; the comparisons are for the type checker.
     if (
         rejected
         or transaction_id is None
@@ -106,9 +106,9 @@ def parse_line(line: bytes, header: bytes | None, epoch: int, seed: int) -> Line
 
 
 def header_line(head: bytes) -> bytes | None:
-    """The header of a file that begins with `head`, without its line end; None for a file without a header.
+    """Header of a file that begins with `head`, without its line end; None if the file has no header.
 
-    A header is the first line that is not empty, if it starts with ``#`` or its first field is not a number. A first
+    A header is the first non-empty line, if it starts with ``#`` or its first field is not a number. A first
     line longer than MAX_ROW_BYTES is a malformed row.
     """
     if head.startswith(b"\xef\xbb\xbf"):  # a byte order mark, which Spark's reader drops as well
@@ -121,8 +121,8 @@ def header_line(head: bytes) -> bytes | None:
 
 
 def _integer(field: bytes, bits: int) -> int | None:
-    """A field as an integer of so many bits; None if it is not one."""
-    # The time of int() grows with the square of the digits.
+    """Parse a field as a signed integer of `bits` bits; None if it is not one."""
+    # int() takes quadratic time in the number of digits.
     if not _INTEGER.fullmatch(field) or len(field.lstrip(b"+-0")) > 20:
         return None
     value = int(field)
@@ -130,7 +130,7 @@ def _integer(field: bytes, bits: int) -> int | None:
 
 
 def _number(field: bytes) -> float | None:
-    """A field as a finite number; None if it is not one."""
+    """Parse a field as a finite number; None if it is not one."""
     value = float(field) if _NUMBER.fullmatch(field) else math.inf
     return value if math.isfinite(value) else None
 
@@ -141,7 +141,7 @@ def _key(field: bytes) -> int:
 
 
 def _instant(field: bytes) -> tuple[int | None, bool]:
-    """(Unix seconds, or None if there is no such instant; whether it was written as 24:00:00)."""
+    """(Unix seconds, or None for an invalid instant; True if it is written as 24:00:00)."""
     match = _DATETIME.fullmatch(field)
     if not match:
         return None, False

@@ -1,4 +1,4 @@
-"""The registry of the features: the definition, window and description of each.
+"""Feature registry: the definition, window and description of each feature.
 
 To add a feature, add an entry. Sources: *handbook*: Le Borgne, Siblini, Lebichot, Bontempi, Reproducible Machine
 Learning for Credit Card Fraud Detection, chapter 3, "Baseline feature transformation"; *own*: this project's.
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 #: Days after a transaction until its label is known.
 LABEL_DELAY_DAYS = 7
 
-#: Ratio of an amount to the customer's mean from which a payment counts as high (own; the simulator multiplies by 5).
+#: Ratio of an amount to the customer's mean above which a payment counts as high (own; the simulator multiplies by 5).
 HIGH_RATIO = 2.5
 
-#: Limit of ratios and scores. Larger ones carry no more information and distort a linear model, whose average precision
+#: Cap on ratios and scores. Larger values carry no more information and distort a linear model, whose average precision
 #: on three weekly folds was 0.63 without the limit and 0.68 with it.
 LARGEST_RATIO = 10.0
 
-#: Days of labels that the features of a terminal's last labels use, and the age that stands for none: just before them.
+#: Days of labels behind the features of a terminal's last labels, and the age if there is no label: just before them.
 LABEL_DAYS = 35
 NO_LABEL_AGE = float(LABEL_DAYS + LABEL_DELAY_DAYS)
 
@@ -34,9 +34,9 @@ class Feature(NamedTuple):
     """A feature of a transaction, a double that is never NULL, NaN or infinite.
 
     Attributes:
-        entity: "customer" or "terminal", whose `History` `compute` takes; or "transaction": it takes Unix seconds.
-        days: age limit of the rows that the feature uses, directly or through other features.
-        delay_days: age of the youngest label that it uses.
+        entity: "customer" or "terminal" if `compute` takes their `History`; "transaction" if it takes Unix seconds.
+        days: maximum age of the rows that the feature uses, directly or through other features.
+        delay_days: minimum age of the labels that it uses.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Feature(NamedTuple):
 
 
 def during_weekend(unix_seconds: Array) -> Array:
-    """Whether it is Saturday or Sunday in UTC; the first day of Unix was a Thursday."""
+    """1 on Saturdays and Sundays (UTC), else 0; 1970-01-01 was a Thursday."""
     return ((unix_seconds // DAY_S + 3) % 7 >= 5).astype("float64")
 
 
 def during_night(unix_seconds: Array) -> Array:
-    """Whether it is before 7 o'clock in UTC."""
+    """1 before 07:00 (UTC), else 0."""
     return (unix_seconds % DAY_S < 7 * 3600).astype("float64")
 
 
@@ -71,12 +71,12 @@ def customer_count(days: int) -> Callable[[History], Array]:
 
 
 def customer_mean(days: int) -> Callable[[History], Array]:
-    """Mean amount in (t - days, t]; this amount for an unknown customer."""
+    """Mean amount in (t - days, t]; the transaction's own amount for an unknown customer."""
     return lambda history: history.window(days, include_current=True).mean(history.cents, history.cents) * CENT
 
 
 def ratio_to_mean(history: History) -> Array:
-    """Amount over the mean of the 30 days before; 1 without any."""
+    """Amount over the mean of the 30 days before; 1 if there are none."""
     import numpy as np
 
     mean = history.window(30, include_current=False).mean(history.cents)
@@ -92,14 +92,14 @@ def z_score(history: History) -> Array:
     total = window.sum(history.cents).astype("float64")
     squares = window.sum(history.cents * history.cents).astype("float64")
     variance = np.maximum(squares - total * total / np.maximum(count, 1), 0) / np.maximum(count - 1, 1)
-    # At least a cent, or the score of any amount after equal ones would be infinite.
+    # At least a cent, so that the score after equal amounts is finite.
     deviation = np.maximum(np.sqrt(variance), 1.0)
     score = (history.cents - total / np.maximum(count, 1)) / deviation
     return np.where(count > 1, np.clip(score, -LARGEST_RATIO, LARGEST_RATIO), 0.0)
 
 
 def log_ratio(history: History) -> Array:
-    """log(1 + amount) less its mean over the 30 days before; 0 without any."""
+    """log(1 + amount) less its mean over the 30 days before; 0 if there are none."""
     import numpy as np
 
     logs = np.rint(np.log1p(history.cents * CENT) / LOG_UNIT).astype("int64")
@@ -108,7 +108,7 @@ def log_ratio(history: History) -> Array:
 
 
 def ratio_to_max(history: History) -> Array:
-    """Amount over the largest of the 14 days before; 1 without any."""
+    """Amount over the largest of the 14 days before; 1 if there are none."""
     import numpy as np
 
     largest = history.window(14, include_current=False).max(history.cents)
@@ -121,12 +121,12 @@ def high_ratio_count(history: History) -> Array:
 
 
 def largest_ratio(history: History) -> Array:
-    """Largest ratio to mean of the 14 days before; 0 without any."""
+    """Largest ratio to mean of the 14 days before; 0 if there are none."""
     return history.window(14, include_current=False).max(ratio_to_mean(history))
 
 
 def known_window(history: History, days: int) -> Window:
-    """The last `days` of a terminal whose labels are known."""
+    """Window of a terminal's last `days` with known labels."""
     return history.window(days, LABEL_DELAY_DAYS, include_current=True)
 
 
@@ -146,7 +146,7 @@ def terminal_frauds(days: int) -> Callable[[History], Array]:
 
 
 def first_known_fraud_age(history: History) -> Array:
-    """Days since the first fraud of the known LABEL_DAYS; NO_LABEL_AGE without any."""
+    """Days since the first fraud in the known LABEL_DAYS; NO_LABEL_AGE if there is none."""
     import numpy as np
 
     window = known_window(history, LABEL_DAYS)
@@ -159,7 +159,7 @@ def first_known_fraud_age(history: History) -> Array:
 
 
 def last_known_genuine_age(history: History) -> Array:
-    """Days since the last genuine transaction of the known LABEL_DAYS; NO_LABEL_AGE without any."""
+    """Days since the last genuine transaction in the known LABEL_DAYS; NO_LABEL_AGE if there is none."""
     import numpy as np
 
     window = known_window(history, LABEL_DAYS)
@@ -171,7 +171,7 @@ def last_known_genuine_age(history: History) -> Array:
 
 
 def last_known_label_age(history: History) -> Array:
-    """Days since the last transaction of the known LABEL_DAYS; NO_LABEL_AGE without any."""
+    """Days since the last transaction in the known LABEL_DAYS; NO_LABEL_AGE if there is none."""
     import numpy as np
 
     window = known_window(history, LABEL_DAYS)
@@ -180,7 +180,7 @@ def last_known_label_age(history: History) -> Array:
 
 
 def last_known_label(history: History) -> Array:
-    """Label of the last transaction of the known LABEL_DAYS; 0 without any."""
+    """Label of the last transaction in the known LABEL_DAYS; 0 if there is none."""
     import numpy as np
 
     window = known_window(history, LABEL_DAYS)
@@ -258,8 +258,8 @@ FEATURE_COLUMNS = tuple(
 #: Days of history that a partition needs before its first row.
 HISTORY_DAYS = max(feature.days for feature in REGISTRY)
 
-#: Columns with few values (counts, shares of few rows, labels), which Parquet keeps as dictionaries.
-REPEATING = (
+#: Columns with few distinct values (counts, shares of few rows, labels), dictionary-encoded in Parquet.
+DICTIONARY_COLUMNS = (
     *("tx_time_days", "tx_fraud", "tx_fraud_scenario"),
     *[feature.name for feature in REGISTRY if feature.unit in ("0 or 1", "frauds", "share", "transactions")],
 )

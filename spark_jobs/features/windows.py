@@ -1,9 +1,9 @@
 """Exact trailing windows over the rows of each customer or terminal, in time linear in the rows.
 
-Spark's range windows scan a window again for every row, which takes hours where single terminals have millions of rows.
+Spark's range windows scan a window again for every row, which takes hours if single terminals have millions of rows.
 Here the rows are sorted once by key and time, the bounds of a window are found by binary search, and its sums are
-differences of running sums. These are integers, so the differences are exact: the features of a row do not depend on
-rows outside its windows.
+differences of running sums. These are integers, so the differences are exact: a row's features do not depend on rows
+outside its windows.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 CENT = 0.01
 LARGEST_AMOUNT = 1e6
 
-#: Resolution of sums of logarithms.
+#: Resolution of summed logarithms.
 LOG_UNIT = 1e-9
 
 
 class Window:
-    """For each row, a range of the sorted rows: positions `start` to `stop`, exclusive."""
+    """Window of each row: a range of the sorted rows, positions `start` to `stop` (exclusive)."""
 
     def __init__(self, start: Array, stop: Array) -> None:
         import numpy as np
@@ -34,11 +34,11 @@ class Window:
 
     @property
     def count(self) -> Array:
-        """Rows in the window."""
+        """Number of rows in the window."""
         return (self.stop - self.start).astype("float64")
 
     def sum(self, values: Array) -> Array:
-        """Exact sum of integers over the window, as long as that fits 64 bits."""
+        """Exact sum of integers over the window, if it fits into 64 bits."""
         import numpy as np
 
         running = np.zeros(len(values) + 1, dtype="int64")
@@ -61,7 +61,7 @@ class Window:
         best, width = np.asarray(values, dtype="float64"), 1
         longest = int(length.max()) if len(length) else 0
         while width <= longest:
-            # `best` has the maximum of `width` rows from each position on; two of these cover the window.
+            # `best` has the maximum of the `width` rows from each position on; two of these cover a window.
             rows = np.flatnonzero((length >= width) & (length < 2 * width))
             result[rows] = np.maximum(best[self.start[rows]], best[self.stop[rows] - width])
             best = np.maximum(best[:-width], best[width:]) if len(best) > width else best[:0]
@@ -73,7 +73,7 @@ class History:
     """Rows of one partition, sorted by key, time and transaction_id.
 
     Attributes:
-        order: indices of the sorted rows among those given.
+        order: indices that sort the given rows.
         time: seconds. cents: amounts in whole cents, at most LARGEST_AMOUNT. fraud: 0 or 1.
     """
 
@@ -83,14 +83,14 @@ class History:
         self._first = int(time.min()) if len(key) else 0
         self._span = (int(time.max()) - self._first if len(key) else 0) + 1
         if len(key) and int(key.max()) >= 2**62 // self._span:
-            # One number for key and time would not fit 64 bits: number the keys.
+            # Key and time would not fit into 64 bits together: replace the keys by their ranks.
             ranks = np.unique(key[key != NO_KEY], return_inverse=True)[1]
-            numbered = np.full(len(key), NO_KEY)
-            numbered[key != NO_KEY] = ranks
-            key = numbered
+            ranked = np.full(len(key), NO_KEY)
+            ranked[key != NO_KEY] = ranks
+            key = ranked
         place = key * self._span + (time - self._first)
         self.order = np.argsort(place, kind="stable")
-        # One number for key and time, sorted.
+        # Key and time in one number, sorted.
         self._place = place[self.order]
         self._sort_ties(transaction_id)
         self.time = time[self.order]
@@ -119,7 +119,7 @@ class History:
         return self._positions[seconds]
 
     def window(self, days: int, delay_days: int = 0, *, include_current: bool) -> Window:
-        """Rows of the same key in (t - delay - days, t - delay]; without `include_current`, less their last second.
+        """Rows of the same key in (t - delay - days, t - delay], the last second only with `include_current`.
 
         Empty for rows without a key.
         """
@@ -132,7 +132,7 @@ class History:
 
 
 def over_history(rows: Columns, key: str, compute: Callable[[History], Columns]) -> Columns:
-    """Columns of doubles that `compute` derives from the history of `rows` by `key`, in the order of `rows`."""
+    """Float64 columns computed from the history of `rows` by `key`, in the order of `rows`."""
     import numpy as np
 
     history = History(rows[key], rows["tx_time_seconds"], rows["transaction_id"], rows["tx_amount"], rows["tx_fraud"])

@@ -1,1 +1,1 @@
-"""Rows through numpy, and Parquet files without Spark's writer."""
+"""Exchange of rows as numpy columns, and Parquet files written by pyarrow."""

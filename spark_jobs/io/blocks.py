@@ -1,7 +1,7 @@
-"""Rows as numpy columns in Python, and as blocks in Spark's shuffle: a few large rows in place of many small ones.
+"""Rows as numpy columns in Python, and as blocks in Spark's shuffle: a few large rows instead of many small ones.
 
-Spark moves, converts and sorts row by row. Whole columns at a time take a fraction of that, from the first row on,
-because no code has to be compiled first.
+Spark moves, converts and sorts row by row. Processing whole columns takes a fraction of that time, even for the first
+rows, because no code has to be compiled first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 #: Name and numpy type of each column.
 Layout = Sequence[Tuple[str, str]]
 
-#: The rows that `exchange` shuffles: their destination, and packed columns.
+#: Schema of the rows that `exchange` shuffles: destination and packed columns.
 BLOCK_SCHEMA = "partition_key int NOT NULL, block binary NOT NULL"
 
-#: Bytes of text that are passed together, unless one line has more.
+#: Maximum bytes of text in a batch, unless a single line is longer.
 TEXT_PER_BATCH = 8 << 20
 
 
@@ -31,8 +31,8 @@ def map_text(
 ) -> DataFrame:
     """Apply `function` to the lines of a binary column.
 
-    It receives (data, offsets) of many lines at a time: their bytes in a row, with `padding` zeros before and behind,
-    and where each begins and the last ends. It yields columns as in `schema`.
+    It receives (data, offsets) of many lines at a time: their bytes, back to back, with `padding` zeros before and
+    after, and the offsets where each line begins and the last ends. It yields columns as in `schema`.
     """
     import numpy as np
 
@@ -54,7 +54,7 @@ def map_text(
 
 
 def map_columns(frame: DataFrame, function: Callable[[Columns], Columns], schema: str) -> DataFrame:
-    """Apply `function` to the columns of many rows at a time: numbers without NULLs."""
+    """Apply `function` to the columns, numbers without NULLs, of many rows at a time."""
 
     def columns(batches: Iterable[Any]) -> Iterator[Columns]:
         for batch in batches:
@@ -67,44 +67,44 @@ def map_columns(frame: DataFrame, function: Callable[[Columns], Columns], schema
 def map_blocks(blocks: DataFrame, function: Callable[[list[bytes]], Iterator[Columns]], schema: str) -> DataFrame:
     """Apply `function` to all blocks of each partition of `exchange`; it yields columns as in `schema`."""
 
-    def collected(batches: Iterable[Any]) -> Iterator[Columns]:
+    def apply(batches: Iterable[Any]) -> Iterator[Columns]:
         return function([block for batch in batches for block in _values_of(batch, 1)])
 
-    return _map_batches(blocks, collected, schema)
+    return _map_batches(blocks, apply, schema)
 
 
 def exchange(blocks: DataFrame, partitions: int) -> DataFrame:
-    """Shuffle rows of BLOCK_SCHEMA by ``partition_key``, which `split` made for as many partitions."""
+    """Shuffle rows of BLOCK_SCHEMA by ``partition_key``, which `split` has set for this number of partitions."""
     return blocks.repartition(partitions, "partition_key")
 
 
 def split(columns: Columns, layout: Layout, partition: Array, keys: Array) -> Columns:
-    """Rows of BLOCK_SCHEMA that carry each row of `columns` to the partition numbered in `partition`.
+    """Pack `columns` into rows of BLOCK_SCHEMA that take each row to the partition numbered in `partition`.
 
-    `keys` are `partition_keys` of the number of partitions.
+    `keys` are the `partition_keys` of the number of partitions.
     """
     import numpy as np
 
     order = np.argsort(partition.astype("i4"), kind="stable")
     bounds = np.searchsorted(partition[order], np.arange(len(keys) + 1))
     ordered = {name: columns[name][order] for name, _ in layout}
-    filled = np.flatnonzero(bounds[1:] > bounds[:-1])
-    blocks = [pack({name: ordered[name][bounds[n] : bounds[n + 1]] for name, _ in layout}, layout) for n in filled]
-    return {"partition_key": keys[filled].astype("i4"), "block": blocks}
+    non_empty = np.flatnonzero(bounds[1:] > bounds[:-1])
+    blocks = [pack({name: ordered[name][bounds[n] : bounds[n + 1]] for name, _ in layout}, layout) for n in non_empty]
+    return {"partition_key": keys[non_empty].astype("i4"), "block": blocks}
 
 
 def pack(columns: Columns, layout: Layout) -> bytes:
-    """Columns as bytes, one column after another."""
+    """Pack columns into bytes, one column after another."""
     return b"".join(columns[name].astype(kind, copy=False).tobytes() for name, kind in layout)
 
 
 def unpack(blocks: list[bytes], layout: Layout) -> Columns:
-    """The columns of all `blocks`, in their order."""
+    """All columns of `blocks`, in block order."""
     return {name: column(blocks, layout, name) for name, _ in layout}
 
 
 def column(blocks: list[bytes], layout: Layout, name: str) -> Array:
-    """One column of all `blocks`, in their order."""
+    """One column of `blocks`, in block order."""
     import numpy as np
 
     types = {each: np.dtype(kind) for each, kind in layout}
@@ -119,7 +119,7 @@ def column(blocks: list[bytes], layout: Layout, name: str) -> Array:
 
 
 def task_number() -> int:
-    """The partition of the task that calls this."""
+    """Partition number of the calling task."""
     from pyspark import TaskContext
 
     context = TaskContext.get()
@@ -128,10 +128,10 @@ def task_number() -> int:
 
 
 def partition_keys(partitions: int) -> Array:
-    """For each partition number, an integer that Spark's hash partitioning sends there.
+    """For each partition number, an integer that Spark's hash partitioning sends to that partition.
 
-    Spark hashes a 32-bit integer by MurmurHash3 (x86, 32 bits) with seed 42 and takes the non-negative remainder. With
-    another hash, partitions would be uneven, but no row would be wrong.
+    Spark hashes a 32-bit integer by MurmurHash3 (x86, 32 bits) with seed 42 and takes the non-negative remainder. If it
+    used another hash, partitions would be uneven, but no row would be wrong.
     """
     import numpy as np
 
@@ -140,7 +140,7 @@ def partition_keys(partitions: int) -> Array:
     while (keys < 0).any():
         candidates = np.arange(first, first + 16 * partitions)
         numbers = _murmur3(candidates) % partitions
-        # In reverse, so that the smallest of several stays.
+        # Assigned in reverse, so that the smallest candidate wins.
         free = keys[numbers] < 0
         keys[numbers[free][::-1]] = candidates[free][::-1]
         first += 16 * partitions
@@ -148,7 +148,7 @@ def partition_keys(partitions: int) -> Array:
 
 
 def hash_ids(numbers: Array) -> Array:
-    """Hashes of integers, from 0 to 2**31 - 1."""
+    """Hash integers to the range 0 to 2**31 - 1."""
     import numpy as np
 
     # Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, 6.4. The upper bits are well mixed.
@@ -157,16 +157,16 @@ def hash_ids(numbers: Array) -> Array:
 
 
 def _murmur3(values: Array) -> Array:
-    """Spark's hash of 32-bit integers: int64 that hold signed 32-bit numbers."""
+    """Spark's hash of 32-bit integers: signed 32-bit values as int64."""
     import numpy as np
 
     u = np.uint32
 
-    def rotated(word: Array, bits: int) -> Array:
+    def rotate_left(word: Array, bits: int) -> Array:
         return (word << u(bits)) | (word >> u(32 - bits))
 
-    word = rotated(values.astype("u4") * u(0xCC9E2D51), 15) * u(0x1B873593)
-    word = rotated(u(42) ^ word, 13) * u(5) + u(0xE6546B64)
+    word = rotate_left(values.astype("u4") * u(0xCC9E2D51), 15) * u(0x1B873593)
+    word = rotate_left(u(42) ^ word, 13) * u(5) + u(0xE6546B64)
     word ^= u(4)  # the length in bytes
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         word = (word ^ (word >> u(shift))) * u(factor)
@@ -182,7 +182,7 @@ def _map_batches(frame: DataFrame, function: Callable[[Iterator[Any]], Iterator[
             import pyarrow
 
             for columns in function(batches):
-                # All batches must have the same types, which empty columns may not have.
+                # All batches must have the same types, and those of empty columns may differ.
                 if not len(next(iter(columns.values()))):
                     continue
                 arrays = [arrow_array(values) for values in columns.values()]
@@ -200,11 +200,11 @@ def _map_batches(frame: DataFrame, function: Callable[[Iterator[Any]], Iterator[
 
 
 def arrow_array(values: Array | list[bytes], kind: Any = None, valid: Array | None = None) -> Any:
-    """An Arrow array of numbers or of bytes. `kind` is its type, if not that of the values; NULL where not `valid`.
+    """Arrow array of numbers or bytes, NULL where not `valid`. `kind` is its type, by default that of the values.
 
-    pyarrow.array would import pandas to check for its types, a third of a second in each process.
+    pyarrow.array would import pandas to check for its types, which takes a third of a second in each process.
 
-    Raises OverflowError for values of 2 GB or more together, TypeError for numbers of another width than `kind`.
+    Raises OverflowError if the values total 2 GB or more, TypeError for numbers of another width than `kind`.
     """
     import numpy as np
     import pyarrow
@@ -224,14 +224,14 @@ def arrow_array(values: Array | list[bytes], kind: Any = None, valid: Array | No
 
 
 def _array_of(batch: Any, name: str) -> Array:
-    """A column of numbers of a batch, without NULLs."""
+    """Numeric column of a batch, without NULLs."""
     import numpy as np
 
     if hasattr(batch, "iloc"):
         values: Array = batch[name].to_numpy()
         return values
     column = batch.column(batch.schema.get_field_index(name))
-    # Arrow's names of types are numpy's, except for one. Its own to_numpy would import pandas (see arrow_array).
+    # Arrow's type names are numpy's, except for one. Arrow's to_numpy would import pandas (see arrow_array).
     content = column.buffers()[1] if len(column) else b""
     kind = str(column.type)
     values = np.frombuffer(content, dtype="f4" if kind == "float" else kind)
@@ -239,13 +239,13 @@ def _array_of(batch: Any, name: str) -> Array:
 
 
 def _values_of(batch: Any, column: int) -> list[Any]:
-    """The values of a column of a batch as Python objects."""
+    """Values of a column of a batch as Python objects."""
     values: list[Any] = batch.iloc[:, column].tolist() if hasattr(batch, "iloc") else batch.column(column).to_pylist()
     return values
 
 
 def _text_of(batch: Any) -> tuple[Array, Array]:
-    """(all bytes of the first column, where each value begins and the last ends)."""
+    """(all bytes of the first column, offsets where each value begins and the last ends)."""
     import numpy as np
 
     if hasattr(batch, "iloc"):

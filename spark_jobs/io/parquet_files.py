@@ -1,9 +1,9 @@
-"""Parquet files that pyarrow makes in the tasks and Spark writes and commits.
+"""Parquet files encoded by pyarrow in the tasks, and written and committed by Spark.
 
-Spark writes Parquet row by row; pyarrow writes whole columns, in a third of the time and with nothing to compile first.
-But Spark knows every file system, and which attempt of a task counts. So a task returns each file as one value, and
-Spark's text writer, which writes values byte by byte, makes a file of each. The writer ends a value with a line
-separator: it is set to the four bytes that end every Parquet file.
+Spark encodes Parquet row by row; pyarrow encodes whole columns, in a third of the time and with nothing to compile
+first. But Spark knows every file system, and which attempt of a task counts. So a task returns each file as one value,
+and Spark's text writer, which writes values unchanged, makes each a file. The writer ends a value with the line
+separator, which is set to the four bytes that end every Parquet file.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
 
     from spark_jobs.io.blocks import Array, Columns
 
-#: The rows that a task returns: files without their last bytes.
+#: Schema of the rows that a task returns: files without their last bytes (MAGIC).
 FILE_SCHEMA = "file binary NOT NULL"
 
 #: The last bytes of every Parquet file.
 MAGIC = "PAR1"
 
-#: Rows of a file at most, because Java holds a whole one: 100 MB of features.
+#: Maximum rows per file, because the JVM holds a whole file in memory: 100 MB of features.
 ROWS_PER_FILE = 1_250_000
 
-#: Small enough for readers to skip the groups without the days or customers that they look for.
+#: Small enough for readers to skip row groups without the days or customers they look for.
 ROWS_PER_GROUP = 500_000
 
 
-def options(spark: SparkSession, repeating: Iterable[str]) -> dict[str, Any]:
-    """Options of pyarrow.parquet.write_table: the session's compression, dictionaries for the columns `repeating`."""
+def options(spark: SparkSession, dictionary_columns: Iterable[str]) -> dict[str, Any]:
+    """Options of pyarrow.parquet.write_table: the session's compression, dictionaries for `dictionary_columns`."""
     return {
         "compression": spark.conf.get("spark.sql.parquet.compression.codec"),
-        "use_dictionary": list(repeating),
+        "use_dictionary": list(dictionary_columns),
         "row_group_size": ROWS_PER_GROUP,
     }
 
 
 def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: dict[str, Any]) -> Iterator[Columns]:
-    """Rows of FILE_SCHEMA with all rows of `columns`, in their order.
+    """Encode `columns` as rows of FILE_SCHEMA, in order.
 
-    `table` are the columns of the files (name, Spark type, ...). In `columns`, instants are Unix seconds, and NO_KEY
-    stands for a NULL of KEY_COLUMNS. A table without rows is one file, from the first task.
+    `table` lists the columns of the files (name, Spark type, ...). In `columns`, instants are Unix seconds, and NO_KEY
+    stands for NULL in KEY_COLUMNS. If no task has rows, the first one makes an empty file.
     """
     import numpy as np
     import pyarrow
@@ -61,7 +61,7 @@ def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: d
     rows = len(columns[fields[0].name])
     if not rows and blocks.task_number() > 0:
         return
-    # Files of even size.
+    # Files of about equal size.
     bounds = np.linspace(0, rows, max(1, -(-rows // ROWS_PER_FILE)) + 1).astype("i8")
     for begin, end in zip(bounds[:-1], bounds[1:]):
         arrays = [_array(field, columns[field.name][begin:end]) for field in fields]
@@ -70,7 +70,7 @@ def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: d
 
 
 def file_of(table: Any, **options: Any) -> bytes:
-    """A Parquet file of an Arrow table; `options` are those of pyarrow.parquet.write_table."""
+    """Encode an Arrow table as a Parquet file; `options` are those of pyarrow.parquet.write_table."""
     from pyarrow import parquet
 
     content = io.BytesIO()
@@ -79,7 +79,7 @@ def file_of(table: Any, **options: Any) -> bytes:
 
 
 def _array(field: Any, values: Array) -> Any:
-    """An Arrow array of the type of `field`."""
+    """Arrow array of the type of `field`."""
     import pyarrow
 
     if pyarrow.types.is_timestamp(field.type):
@@ -88,9 +88,9 @@ def _array(field: Any, values: Array) -> Any:
 
 
 def write(files: DataFrame, uri: str) -> None:
-    """Replace the directory `uri` by `files`, rows of FILE_SCHEMA."""
-    texts = files.selectExpr("CAST(file AS STRING)").write.mode("overwrite")
+    """Replace the directory `uri` with `files`, rows of FILE_SCHEMA."""
+    writer = files.selectExpr("CAST(file AS STRING)").write.mode("overwrite")
     # Explicit, because a cluster's Hadoop may compress text by default.
-    texts = texts.option("lineSep", MAGIC).option("maxRecordsPerFile", 1).option("compression", "none")
-    texts.text(uri)
+    writer = writer.option("lineSep", MAGIC).option("maxRecordsPerFile", 1).option("compression", "none")
+    writer.text(uri)
     runtime.Files(runtime.session(files)).change_suffix(uri, ".txt", ".parquet")

@@ -1,1 +1,1 @@
-"""Learners, their fits in Spark's tasks, and the portable scorer."""
+"""Learners, distributed fits, and the portable scorer."""

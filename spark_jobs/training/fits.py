@@ -1,7 +1,7 @@
-"""Fits and validation in Spark's tasks. The driver sees models and figures, never rows.
+"""Fits and validation in Spark tasks. The driver receives models and metrics, never rows.
 
-A task does one fit. Its rows come through Spark as packed 32-bit columns and are put into one fixed order, so a fit
-depends on nothing but the request and the data: not on cores, partitions or executors.
+Each task does one fit. Its rows arrive as packed 32-bit columns and are sorted, so a fit depends only on the request
+and the data, not on cores, partitions or executors.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ LABEL = "tx_fraud"
 #: A transaction's hash is a number from 0 to HASHES - 1.
 HASHES = 1_000_000_007
 
-#: A drawn class has fewer rows than it may by so many standard deviations of a draw by hash: it never has more.
+#: Sampling aims below a limit by this many standard deviations, so that a class practically never exceeds it.
 DEVIATIONS = 6
 
-#: Bins of an input's or the score's distribution, and the rows that their edges are taken from.
+#: Bins of the distribution of an input or the score, and the rows from which their edges are computed.
 BINS = 20
 EDGE_ROWS = 100_000
 
-#: Columns of a row on its way to a fit, before its inputs. Their names are not those of columns, which may be inputs.
+#: Columns shuffled to a fit, before the inputs. The underscore avoids clashes with names of inputs.
 _KEYS = (("_seconds", "i8"), ("_id", "i8"), ("_day", "i4"), ("_label", "u1"))
 
 
 class Sample(NamedTuple):
-    """Which rows are drawn: those whose hash is below a number, one for each class."""
+    """A sample of rows: those whose hash is below the threshold of their class."""
 
     genuine: int
     frauds: int
 
 
 class Fit(NamedTuple):
-    """A fit of one task.
+    """A fit, done by one task.
 
-    ``rows`` and ``frauds`` are those of the window, of which the sample is drawn; ``with_profile`` asks for the
-    distributions of inputs and scores, too.
+    ``rows`` and ``frauds`` are those of the window that is sampled; ``with_profile`` requests the distributions of
+    inputs and scores.
     """
 
     learner: str
@@ -63,13 +63,13 @@ class Fit(NamedTuple):
     with_profile: bool = False
 
     @property
-    def work(self) -> float:
-        """How long it takes compared with others."""
-        return LEARNERS[self.learner].work(self.params)
+    def relative_cost(self) -> float:
+        """Duration relative to other fits."""
+        return LEARNERS[self.learner].relative_cost(self.params)
 
 
 class Fitted(NamedTuple):
-    """What came of a fit: the model file, the rows that were drawn, each class's weight, the seconds of the task."""
+    """Result of a fit: model file, sampled rows and frauds, weight of each class, seconds of the task, profile."""
 
     model: str
     rows: int
@@ -81,7 +81,7 @@ class Fitted(NamedTuple):
 
 
 def draw(limit: int, rows: int, frauds: int) -> Sample:
-    """At most `limit` of so many rows, by hash; frauds are at most half of them, and genuine rows fill the rest."""
+    """Sample at most `limit` of `rows` by hash; frauds take at most half of it, and genuine rows fill the rest."""
     if rows <= limit:
         return Sample(HASHES, HASHES)
     kept_frauds = min(frauds, limit // 2)
@@ -95,14 +95,14 @@ def _threshold(limit: int, rows: int) -> int:
 
 
 def hash_of_transaction(seed: int) -> Column:
-    """The number by which transactions are drawn."""
+    """Hash by which transactions are sampled."""
     from pyspark.sql import functions as F
 
     return F.expr(f"pmod(xxhash64(transaction_id, CAST({int(seed)} AS BIGINT)), {HASHES})")
 
 
 def input_columns(features: Iterable[str]) -> list[Column]:
-    """The inputs as 32-bit numbers; NaN where there is none, which scorers and learners refuse."""
+    """Inputs as 32-bit floats; NULL becomes NaN, which scorers and learners reject."""
     from pyspark.sql import functions as F
 
     return [F.coalesce(F.col(name).cast("float"), F.expr("float('NaN')")).alias(name) for name in features]
@@ -111,9 +111,9 @@ def input_columns(features: Iterable[str]) -> list[Column]:
 def fit_all(
     rows: DataFrame, features: Sequence[str], fits: Sequence[Fit], seed: int, library_name: str | None
 ) -> list[Fitted]:
-    """Do the `fits`, one task each; `rows` are of ``transaction_features``, and `seed` draws them.
+    """Do the `fits`, one task each, on `rows` of ``transaction_features`` sampled with `seed`.
 
-    Raises what a task raises, e.g. for an input that is no number.
+    Raises the error of a failed task, e.g. for an input that is not a number.
     """
     from pyspark.sql import functions as F
 
@@ -125,18 +125,18 @@ def fit_all(
     genuine, frauds = max(fit.sample.genuine for fit in fits), max(fit.sample.frauds for fit in fits)
 
     def distribute(columns: Columns) -> Columns:
-        found = [(number, _chosen(columns, fit)) for number, fit in enumerate(fits)]
-        found = [(number, chosen) for number, chosen in found if chosen.any()]
-        packed = [blocks.pack({name: columns[name][chosen] for name, _ in layout}, layout) for _, chosen in found]
-        return {"partition_key": keys[[number for number, _ in found]].astype("i4"), "block": packed}
+        masks = [(number, _is_sampled(columns, fit)) for number, fit in enumerate(fits)]
+        masks = [(number, mask) for number, mask in masks if mask.any()]
+        packed = [blocks.pack({name: columns[name][mask] for name, _ in layout}, layout) for _, mask in masks]
+        return {"partition_key": keys[[number for number, _ in masks]].astype("i4"), "block": packed}
 
-    def work(arrived: Iterable[Any]) -> Iterator[tuple[int, str]]:
+    def run_fits(key_blocks: Iterable[Any]) -> Iterator[tuple[int, str]]:
         library.use(library_name)
         by_fit: dict[int, list[bytes]] = {}
-        for key, block in arrived:
+        for key, block in key_blocks:
             by_fit.setdefault(numbers[key], []).append(block)
         for number in sorted(by_fit):
-            yield number, json.dumps(_fitted(fits[number], features, by_fit.pop(number), layout)._asdict())
+            yield number, json.dumps(_run_fit(fits[number], features, by_fit.pop(number), layout)._asdict())
 
     plain = rows.where(F.col("tx_time_days").between(first, last)).select(
         F.col("tx_time_seconds").alias("_seconds"),
@@ -148,26 +148,26 @@ def fit_all(
     )
     plain = plain.where(F.col("_hash") < F.expr(f"IF(_label = 1, {frauds}, {genuine})"))
     shuffled = blocks.exchange(blocks.map_columns(plain, distribute, blocks.BLOCK_SCHEMA), len(fits))
-    # Through an RDD, which hands over a few blocks at a time: Arrow would make one batch of all of them.
-    answers = dict(shuffled.rdd.mapPartitions(work).collect())
-    missing = [fit for number, fit in enumerate(fits) if number not in answers]
+    # Through an RDD, which passes a few blocks at a time; Arrow would put all of them into one batch.
+    results = dict(shuffled.rdd.mapPartitions(run_fits).collect())
+    missing = [fit for number, fit in enumerate(fits) if number not in results]
     if missing:
-        raise ValueError(f"no row was drawn for {missing[0].learner} in the window {missing[0].window}")
-    return [Fitted(**json.loads(answers[number])) for number in range(len(fits))]
+        raise ValueError(f"no rows were sampled for {missing[0].learner} in the window {missing[0].window}")
+    return [Fitted(**json.loads(results[number])) for number in range(len(fits))]
 
 
-def _chosen(columns: Columns, fit: Fit) -> Array:
-    """Which rows of a batch a fit takes."""
+def _is_sampled(columns: Columns, fit: Fit) -> Array:
+    """Mask of the rows of a batch that a fit uses."""
     import numpy as np
 
-    days, drawn = columns["_day"], columns["_hash"]
-    below = np.where(columns["_label"] == 1, fit.sample.frauds, fit.sample.genuine)
-    chosen: Array = (days >= fit.window[0]) & (days <= fit.window[1]) & (drawn < below)
-    return chosen
+    days = columns["_day"]
+    threshold = np.where(columns["_label"] == 1, fit.sample.frauds, fit.sample.genuine)
+    mask: Array = (days >= fit.window[0]) & (days <= fit.window[1]) & (columns["_hash"] < threshold)
+    return mask
 
 
-def _fitted(fit: Fit, features: Sequence[str], packed: list[bytes], layout: blocks.Layout) -> Fitted:
-    """Do a fit with its packed rows, which are given up on the way."""
+def _run_fit(fit: Fit, features: Sequence[str], packed: list[bytes], layout: blocks.Layout) -> Fitted:
+    """Do a fit on its packed rows, which are freed once they are unpacked."""
     import numpy as np
 
     started = time.monotonic()
@@ -176,18 +176,18 @@ def _fitted(fit: Fit, features: Sequence[str], packed: list[bytes], layout: bloc
     del seconds, ids
     days, label = days[order], label[order]
     matrix = np.empty((len(order), len(features)), dtype="f4")
-    # Column by column: all at once would be there twice.
+    # Column by column, so that the data are not held twice.
     for number, name in enumerate(features):
         matrix[:, number] = matrix_of({name: blocks.column(packed, layout, name)}, [name])[order, 0]
     packed.clear()
     del order
     frauds = int(label.sum())
     if frauds in (0, len(label)):
-        raise ValueError(f"{frauds} of {len(label)} rows that were drawn are frauds: a fit takes both kinds")
+        raise ValueError(f"{frauds} of {len(label)} sampled rows are frauds: a fit needs both classes")
     missing = np.isnan(matrix.sum(axis=0, dtype="f8"))
     if missing.any():
         names = [name for name, is_missing in zip(features, missing) if is_missing]
-        raise ValueError("there is no number in {}; build the features again".format(", ".join(names)))
+        raise ValueError("missing values in {}; build the features again".format(", ".join(names)))
     weights = (fit.rows - fit.frauds) / (len(label) - frauds), fit.frauds / frauds
     weight = np.where(label == 1, weights[1], weights[0]).astype("f4")
     model = LEARNERS[fit.learner].fit(matrix, label, weight, fit.params, fit.seed, fit.threads)
@@ -201,9 +201,9 @@ def profile_of(
 ) -> dict[str, Any]:
     """Distributions of the inputs and of the score, day by day, for comparison with those of later rows.
 
-    ``edges``: input, or ``score`` → at most BINS - 1 numbers, rising: quantiles of the rows. Bin i has the values from
-    edge i - 1 up to but without edge i. ``first_day`` and ``days``: the days of the rows. ``counts``: input, or
-    ``score`` → a list for each day of the rows in each bin, each row with the weight of its class; rounded.
+    ``edges``: input, or ``score`` → at most BINS - 1 ascending quantiles of the rows. Bin i has the values from edge
+    i - 1 (inclusive) to edge i (exclusive). ``first_day`` and ``days``: the days of the rows. ``counts``: input, or
+    ``score`` → a list for each day with the rows in each bin, weighted by class and rounded.
     """
     import numpy as np
 
@@ -217,15 +217,15 @@ def profile_of(
         ordered = np.sort(values[::step])
         limits = np.unique(ordered[[len(ordered) * number // BINS for number in range(1, BINS)]])
         bins = len(limits) + 1
-        place = ((days - first_day) * bins + np.searchsorted(limits, values, side="right")) * 2 + label
-        of_class = np.bincount(place, minlength=number_of_days * bins * 2).reshape(number_of_days, bins, 2)
+        cell = ((days - first_day) * bins + np.searchsorted(limits, values, side="right")) * 2 + label
+        of_class = np.bincount(cell, minlength=number_of_days * bins * 2).reshape(number_of_days, bins, 2)
         edges[name] = [float(limit) for limit in limits]
         counts[name] = np.rint(of_class @ np.array(weights)).astype("i8").tolist()
     return {"first_day": first_day, "days": number_of_days, "edges": edges, "counts": counts}
 
 
 def validate(rows: DataFrame, models: Sequence[tuple[str, tuple[int, int]]], library_name: str | None) -> list[float]:
-    """Average precision of each model file on the rows of its window, exact, all scored where they are."""
+    """Exact average precision of each model file on all rows of its window, scored in Spark tasks."""
     from pyspark.sql import functions as F
 
     models = list(models)
@@ -233,25 +233,27 @@ def validate(rows: DataFrame, models: Sequence[tuple[str, tuple[int, int]]], lib
     keys = blocks.partition_keys(len(models))
     numbers = {int(key): number for number, key in enumerate(keys)}
     layout = (("_score", "f8"), ("_label", "u1"))
-    score = _loaded_once([model for model, _ in models], library_name)
+    score = _cached_scorer([model for model, _ in models], library_name)
 
-    def scored(columns: Columns) -> Columns:
-        found = []
+    def score_windows(columns: Columns) -> Columns:
+        packed = []
         for number, (_, window) in enumerate(models):
             days = columns["_day"]
-            inside = (days >= window[0]) & (days <= window[1])
-            if inside.any():
-                chosen = {name: values[inside] for name, values in columns.items()}
-                chosen["_score"] = score(number, chosen)
-                found.append((number, blocks.pack(chosen, layout)))
-        numbered = [number for number, _ in found]
-        return {"partition_key": keys[numbered].astype("i4"), "block": [block for _, block in found]}
+            mask = (days >= window[0]) & (days <= window[1])
+            if mask.any():
+                in_window = {name: values[mask] for name, values in columns.items()}
+                in_window["_score"] = score(number, in_window)
+                packed.append((number, blocks.pack(in_window, layout)))
+        return {
+            "partition_key": keys[[number for number, _ in packed]].astype("i4"),
+            "block": [block for _, block in packed],
+        }
 
-    def judge(arrived: Iterable[Any]) -> Iterator[tuple[int, float]]:
+    def average_precisions(key_blocks: Iterable[Any]) -> Iterator[tuple[int, float]]:
         from sklearn.metrics import average_precision_score
 
         by_model: dict[int, list[bytes]] = {}
-        for key, block in arrived:
+        for key, block in key_blocks:
             by_model.setdefault(numbers[key], []).append(block)
         for number, packed in sorted(by_model.items()):
             columns = blocks.unpack(packed, layout)
@@ -261,13 +263,13 @@ def validate(rows: DataFrame, models: Sequence[tuple[str, tuple[int, int]]], lib
     plain = rows.where(F.col("tx_time_days").between(first, last)).select(
         F.col("tx_time_days").alias("_day"), F.col(LABEL).cast("tinyint").alias("_label"), *input_columns(features)
     )
-    shuffled = blocks.exchange(blocks.map_columns(plain, scored, blocks.BLOCK_SCHEMA), len(models))
-    answers = dict(shuffled.rdd.mapPartitions(judge).collect())
-    return [answers[number] for number in range(len(models))]
+    shuffled = blocks.exchange(blocks.map_columns(plain, score_windows, blocks.BLOCK_SCHEMA), len(models))
+    results = dict(shuffled.rdd.mapPartitions(average_precisions).collect())
+    return [results[number] for number in range(len(models))]
 
 
-def _loaded_once(models: Sequence[str], library_name: str | None) -> Callable[[int, Columns], Array]:
-    """A function for tasks: the scores of a model, by its number, from columns of inputs; each is loaded once."""
+def _cached_scorer(models: Sequence[str], library_name: str | None) -> Callable[[int, Columns], Array]:
+    """A function for tasks that scores columns of inputs with a model, by its number, loading each model once."""
     scorers: dict[int, Scorer] = {}
 
     def score(number: int, columns: Columns) -> Array:
@@ -280,20 +282,20 @@ def _loaded_once(models: Sequence[str], library_name: str | None) -> Callable[[i
 
 
 def with_scores(rows: DataFrame, models: dict[str, str], kept: dict[str, str], library_name: str | None) -> DataFrame:
-    """Score rows where they are.
+    """Score rows in Spark tasks.
 
     Args:
-        rows: columns that `kept` and the models take; inputs as `input_columns` gives them.
-        models: name of a column of scores → model file.
-        kept: columns of numbers without NULLs that stay → their type in SQL.
+        rows: the columns of `kept` and the models' inputs, the latter as from `input_columns`.
+        models: name of a score column → model file.
+        kept: numeric columns without NULLs to keep → their SQL type.
     """
     names = list(models)
-    score = _loaded_once(list(models.values()), library_name)
+    score = _cached_scorer(list(models.values()), library_name)
 
-    def scored(columns: Columns) -> Columns:
-        found = {name: columns[name] for name in kept}
-        found.update((name, score(number, columns)) for number, name in enumerate(names))
-        return found
+    def add_scores(columns: Columns) -> Columns:
+        result = {name: columns[name] for name in kept}
+        result.update((name, score(number, columns)) for number, name in enumerate(names))
+        return result
 
     schema = ", ".join([*(f"{name} {kind}" for name, kind in kept.items()), *(f"{name} double" for name in names)])
-    return blocks.map_columns(rows, scored, schema)
+    return blocks.map_columns(rows, add_scores, schema)

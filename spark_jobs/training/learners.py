@@ -1,7 +1,8 @@
-"""Learners and the models they fit: train, score, explain, save and load. Needs numpy and the learner's own library.
+"""Learners and their models: train, score, explain, save and load. Needs numpy and the learner's own library.
 
-This module knows neither Spark nor the rest of the platform: jobs, the promotion gate and MLflow's model all score with
-it, and MLflow's model carries a copy. A new learner is a class with the members of `Learner`, entered in `LEARNERS`.
+This module is independent of Spark and the rest of the platform: jobs, the promotion gate and MLflow's model all score
+with it, and MLflow's model contains a copy. A new learner is a class with the members of `Learner`, added to
+`LEARNERS`.
 
 A matrix has one row per transaction and one column per input, in the order of the model's `features`.
 """
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-#: Version of the model file. A file of a newer version is refused.
+#: Version of the model file. Files of a newer version are rejected.
 MODEL_SCHEMA_VERSION = 1
 
-#: Inputs are cut off here, so that none becomes infinite as a 32-bit number, nor twice of it, which XGBoost computes.
+#: Inputs are clipped here, so that neither the 32-bit value nor its double, which XGBoost computes, overflows.
 LARGEST_INPUT = 1e37
 
-#: Grids that are searched by default. ``rounds`` is the number of boosted trees; C is the inverse of the penalty.
+#: Default search grids. ``rounds`` is the number of boosted trees; C is the inverse of the penalty.
 DEFAULT_CANDIDATES: list[dict[str, Any]] = [
     {
         "learner": "xgboost",
@@ -35,7 +36,7 @@ DEFAULT_CANDIDATES: list[dict[str, Any]] = [
             "rounds": [120],
             "max_depth": [4, 5],
             "learning_rate": [0.1],
-            # Bins decide average precision: few of them cannot cut the rare large amounts off.
+            # Average precision depends on the bins: with few, no split separates the rare large amounts.
             "max_bin": [1024],
             "min_child_weight": [5],
             "reg_lambda": [10],
@@ -55,13 +56,13 @@ class NewerModelError(ModelError):
 
 
 class Model(Protocol):
-    """What a learner has fitted."""
+    """A fitted model."""
 
     def score(self, matrix: Array) -> Array:
         """Probability of fraud of each row of a float32 matrix, float64."""
 
     def contributions(self, matrix: Array) -> Array:
-        """What each input adds to a row's log-odds, one column per input; last column: the base value. float64.
+        """Contribution of each input to a row's log-odds, one column per input; last column: base value. float64.
 
         The columns of a row add up to the log-odds of its score.
         """
@@ -71,25 +72,25 @@ class Model(Protocol):
 
 
 class Learner(Protocol):
-    """Fits models of one kind."""
+    """Fits one kind of model."""
 
-    #: The package that scores its models, if numpy alone does not; its version is in the model file.
+    #: The package needed for scoring, None for numpy alone; its version is in the model file.
     library: str | None
 
     def check(self, params: dict[str, Any]) -> None:
-        """Raises ValueError, naming the parameter, if `fit` cannot take `params`."""
+        """Raise ValueError, naming the parameter, if `fit` does not accept `params`."""
 
-    def work(self, params: dict[str, Any]) -> float:
-        """How long a fit takes compared with others."""
+    def relative_cost(self, params: dict[str, Any]) -> float:
+        """Duration of a fit relative to others."""
 
     def fit(self, matrix: Array, label: Array, weight: Array, params: dict[str, Any], seed: int, threads: int) -> Model:
-        """Fit to a float32 matrix with a label (0 or 1) and a weight per row; the same input gives the same model."""
+        """Fit a float32 matrix with a label (0 or 1) and a weight per row; the same input gives the same model."""
 
     def from_json(self, content: Any, features: int, threads: int) -> Model:
-        """The model of `to_json`, parsed. Raises ModelError if that is not one with so many `features`."""
+        """Load a model from parsed `to_json`. Raises ModelError unless it is one with this number of `features`."""
 
 
-#: Parameters of XGBoost that the platform sets: a model is a probability of fraud, and the same on every machine.
+#: XGBoost parameters set by the platform: scores are probabilities of fraud and the same on every machine.
 _RESERVED = (
     *("objective", "booster", "tree_method", "device", "nthread", "n_jobs", "seed", "random_state", "num_class"),
     *("seed_per_iteration", "verbosity", "validate_parameters", "updater", "process_type", "num_boost_round"),
@@ -97,7 +98,7 @@ _RESERVED = (
 )
 
 
-#: More inputs than a parameter names.
+#: More inputs than any parameter refers to.
 _MANY_INPUTS = 256
 
 
@@ -115,9 +116,9 @@ class XGBoost:
                 raise ValueError(f"{name} is set by the platform{hint}")
         rounds = params.get("rounds", 1)
         if not (type(rounds) is int and rounds >= 1):
-            raise ValueError(f"rounds = {rounds!r}: it takes a whole number from 1")
+            raise ValueError(f"rounds = {rounds!r}: it must be a whole number of at least 1")
         xgboost = _xgboost()
-        # XGBoost itself tells whether it knows a parameter and its value. It only warns of names that it does not know.
+        # XGBoost itself validates parameters and values. Of unknown names it only warns.
         tiny = np.arange(8 * _MANY_INPUTS, dtype="f4").reshape(8, _MANY_INPUTS)
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -125,13 +126,13 @@ class XGBoost:
                 self.fit(tiny, np.arange(8) % 2, np.ones(8), {**params, "rounds": 1}, 0, 1, verbosity=1)
         except (xgboost.core.XGBoostError, TypeError, ValueError) as error:
             listed = ", ".join(f"{name} = {value!r}" for name, value in params.items())
-            raise ValueError(f"{listed}: {_first_words(error)}") from None
+            raise ValueError(f"{listed}: {_first_line(error)}") from None
         for warning in caught:
             unknown = re.search(r"Parameters: \{ (.*) \} are not used", str(warning.message))
             if unknown:
                 raise ValueError("XGBoost has no parameter {}".format(unknown[1].replace('"', "")))
 
-    def work(self, params: dict[str, Any]) -> float:
+    def relative_cost(self, params: dict[str, Any]) -> float:
         depth = params.get("max_depth", 6)
         return 10.0 * params.get("rounds", 100) * (depth if isinstance(depth, int) else 6)
 
@@ -151,7 +152,7 @@ class XGBoost:
         params = dict(params)
         rounds = params.pop("rounds", 100)
         bins = {"max_bin": params["max_bin"]} if "max_bin" in params else {}
-        # XGBoost ignores weights that are all 1 at a price.
+        # Weights that are all 1 change nothing but cost time.
         weights = {} if np.all(weight == 1) else {"weight": weight}
         data = xgboost.QuantileDMatrix(_inputs(matrix), label, nthread=threads, **weights, **bins)
         fixed = {
@@ -172,7 +173,7 @@ class XGBoost:
         try:
             booster.load_model(bytearray(json.dumps(content).encode()))
         except xgboost.core.XGBoostError as error:
-            raise ModelError(f"XGBoost cannot load it: {_first_words(error)}") from None
+            raise ModelError(f"XGBoost cannot load it: {_first_line(error)}") from None
         return XGBoostModel(booster, threads)
 
 
@@ -199,8 +200,8 @@ class XGBoostModel:
         return text
 
 
-#: Of the gradient. Versions of scikit-learn scale it differently; this is small for all of them, and Newton's method
-#: gets there, so that they reach the same coefficients. (L-BFGS stops earlier in some.)
+#: Tolerance of the gradient. scikit-learn versions scale it differently; this is small for all of them, and Newton's
+#: method reaches it, so that they give the same coefficients. (L-BFGS stops earlier in some.)
 DEFAULT_TOL = 1e-10
 
 
@@ -214,13 +215,13 @@ class LogisticRegression:
     def check(self, params: dict[str, Any]) -> None:
         for name, value in params.items():
             if name not in self.PARAMETERS:
-                raise ValueError("it has no parameter {}, only {}".format(name, ", ".join(self.PARAMETERS)))
+                raise ValueError("there is no parameter {}, only {}".format(name, ", ".join(self.PARAMETERS)))
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not 0 < value < math.inf or (name == "max_iter" and value != int(value)):
-                wanted = "a whole number from 1" if name == "max_iter" else "a number above 0"
-                raise ValueError(f"{name} = {value!r}: it takes {wanted}")
+                expected = "a whole number of at least 1" if name == "max_iter" else "a number above 0"
+                raise ValueError(f"{name} = {value!r}: it must be {expected}")
 
-    def work(self, params: dict[str, Any]) -> float:
+    def relative_cost(self, params: dict[str, Any]) -> float:
         return 1.0
 
     def fit(
@@ -232,7 +233,7 @@ class LogisticRegression:
         matrix = _inputs(matrix)
         mean, deviation = np.zeros(matrix.shape[1]), np.ones(matrix.shape[1])
         standardized = np.empty(matrix.shape)
-        # Column by column, for a copy of all of them takes a gigabyte.
+        # Column by column, because a copy of all of them takes a gigabyte.
         for number, column in enumerate(matrix.T):
             values = column.astype("f8")
             mean[number] = np.average(values, weights=weight)
@@ -257,12 +258,12 @@ class LogisticRegression:
             )
             intercept = float(content["intercept"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"it is not a logistic regression: {_first_words(error)}") from None
+            raise ModelError(f"it is not a logistic regression: {_first_line(error)}") from None
         numbers = np.concatenate([mean, deviation, coefficients, [intercept]])
         if not len(mean) == len(deviation) == len(coefficients) == features:
             raise ModelError(f"it does not have one coefficient for each of {features} inputs")
         if not np.isfinite(numbers).all() or not (deviation > 0).all():
-            raise ModelError("a coefficient is not finite, or a deviation not above 0")
+            raise ModelError("a coefficient is not finite, or a deviation is not above 0")
         return LogisticRegressionModel(mean, deviation, coefficients, intercept)
 
 
@@ -275,9 +276,9 @@ class LogisticRegressionModel:
     def score(self, matrix: Array) -> Array:
         import numpy as np
 
-        # The product row by row, so that a row's score does not depend on the rows beside it.
-        margin = (self._terms(matrix)).sum(axis=1) + self.intercept
-        # exp of a negative number cannot overflow.
+        # Row by row instead of a matrix product, so that a row's score does not depend on the other rows.
+        margin = self._terms(matrix).sum(axis=1) + self.intercept
+        # The exp of a negative number cannot overflow.
         small = np.exp(-np.abs(margin))
         scores: Array = np.where(margin >= 0, 1.0, small) / (1.0 + small)
         return scores
@@ -299,7 +300,7 @@ class LogisticRegressionModel:
 
 LEARNERS: dict[str, Learner] = {"xgboost": XGBoost(), "logistic_regression": LogisticRegression()}
 
-#: Names of before 0.2, and what stands for them now.
+#: Names used before 0.2 and their replacements.
 _FORMER_NAMES = {
     "gbt": "xgboost",
     "random_forest": "xgboost",
@@ -319,40 +320,40 @@ _FORMER_NAMES = {
 def points(candidates: Any) -> list[tuple[str, dict[str, Any]]]:
     """Learner and parameters of every combination of the candidates' grids; the first names of a grid vary slowest.
 
-    Raises ValueError, by name, for what is not a list of {"learner", "grid"} with a learner of `LEARNERS` and lists of
+    Raises ValueError unless `candidates` is a list of {"learner", "grid"} with a learner of `LEARNERS` and lists of
     values.
     """
     import itertools
 
     if not isinstance(candidates, list):
-        raise ValueError(f"candidates is {candidates!r}: it takes a list of learners, each with a grid")
-    found = []
+        raise ValueError(f"candidates is {candidates!r}: it must be a list of learners, each with a grid")
+    combinations: list[tuple[str, dict[str, Any]]] = []
     for candidate in candidates:
         if not isinstance(candidate, dict) or not set(candidate) <= {"learner", "grid"}:
-            raise ValueError(f"candidate {candidate!r}: it takes learner and grid")
+            raise ValueError(f"candidate {candidate!r}: its keys are learner and grid")
         learner, grid = candidate.get("learner"), candidate.get("grid") or {}
         if not isinstance(learner, str) or learner not in LEARNERS:
-            now = _FORMER_NAMES.get(str(learner))
-            hint = f"; it was replaced by {now}" if now else ""
+            replacement = _FORMER_NAMES.get(str(learner))
+            hint = f"; it was replaced by {replacement}" if replacement else ""
             raise ValueError("there is no learner {!r}{}; there are {}".format(learner, hint, ", ".join(LEARNERS)))
         if not isinstance(grid, dict) or not all(isinstance(values, list) for values in grid.values()):
             raise ValueError(f"the grid of {learner} takes a list of values for each parameter; it is {grid!r}")
-        found += [(learner, dict(zip(grid, values))) for values in itertools.product(*grid.values())]
-    if not found:
+        combinations += [(learner, dict(zip(grid, values))) for values in itertools.product(*grid.values())]
+    if not combinations:
         raise ValueError("candidates have no combination to fit")
-    return found
+    return combinations
 
 
 def check_candidates(candidates: Any) -> None:
-    """Raises ValueError, naming the parameter, for a name or value that a learner does not take.
+    """Raise ValueError, naming the parameter, for a name or value that a learner does not accept.
 
-    Each value is looked at by itself, so that the message names it, and then each combination.
+    Each value is checked by itself first, so that the message names it, and then each combination.
     """
     combinations = points(candidates)
-    each = {
+    single_values = {
         repr((learner, pair)): (learner, dict([pair])) for learner, params in combinations for pair in params.items()
     }
-    for learner, params in [*each.values(), *combinations]:
+    for learner, params in [*single_values.values(), *combinations]:
         for name in params:
             if name in _FORMER_NAMES:
                 raise ValueError(f"{learner} has no parameter {name}; it is now {_FORMER_NAMES[name]}")
@@ -381,14 +382,14 @@ class Scorer:
         """Load a model file; `threads` are used to score.
 
         Raises:
-            NewerModelError: a newer library or platform wrote it. XGBoost 2.1.4 reads a file of 3.2.0 without a word,
-                and scores otherwise by up to 0.62.
-            ModelError: it is not a model file.
+            NewerModelError: a newer library or platform wrote it. XGBoost 2.1.4 reads a file of 3.2.0 without an
+                error, but its scores differ by up to 0.62.
+            ModelError: it is not a valid model file.
         """
         try:
             document = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise ModelError(f"it is not JSON: {_first_words(error)}") from None
+            raise ModelError(f"it is not JSON: {_first_line(error)}") from None
         if not isinstance(document, dict) or type(document.get("schema_version")) is not int:
             raise ModelError("it has no schema_version")
         version: int = document["schema_version"]
@@ -400,15 +401,15 @@ class Scorer:
         learner, features = document.get("learner"), document.get("features")
         if not isinstance(learner, str) or learner not in LEARNERS:
             raise ModelError(f"there is no learner {learner!r}")
-        names = isinstance(features, list) and all(isinstance(name, str) for name in features)
-        if not names or not features or len(set(features)) != len(features):
+        are_names = isinstance(features, list) and all(isinstance(name, str) for name in features)
+        if not are_names or not features or len(set(features)) != len(features):
             raise ModelError("features are not distinct names")
         if LEARNERS[learner].library is not None:
             _check_library(LEARNERS[learner].library, document)
         return cls(learner, features, LEARNERS[learner].from_json(document.get("model"), len(features), threads))
 
     def to_json(self) -> str:
-        """The model file: the same text for the same model."""
+        """Content of the model file: the same text for the same model."""
         library = LEARNERS[self.learner].library
         header = {
             "schema_version": MODEL_SCHEMA_VERSION,
@@ -416,23 +417,23 @@ class Scorer:
             "library": {"name": library, "version": installed_version(library)} if library else None,
             "features": self.features,
         }
-        # The model as its library wrote it: every number has the library's own digits.
+        # The model's JSON is not re-encoded, so that numbers keep the library's own digits.
         return json.dumps(header)[:-1] + f', "model": {self.model.to_json()}}}\n'
 
     def score(self, matrix: Array) -> Array:
-        """Probability of fraud of each row, float64. Raises ValueError: a value is NaN; the input is named."""
+        """Probability of fraud of each row, float64. Raises ValueError, naming the input, if a value is NaN."""
         self._check(matrix)
         return self.model.score(matrix)
 
     def contributions(self, matrix: Array) -> Array:
-        """What each input adds to a row's log-odds, float64; the last column is the base value. Raises as `score`."""
+        """Contributions of the inputs to each row's log-odds, float64; last column: base value. Raises as `score`."""
         self._check(matrix)
         return self.model.contributions(matrix)
 
     def reasons(self, matrix: Array, number: int) -> tuple[list[list[str | None]], Array]:
-        """The inputs that raise each row's score most, and by how many log-odds, at most `number` per row.
+        """(names of the inputs that raise each row's score most, their contributions in log-odds), `number` per row.
 
-        Names in as many lists as rows; where fewer inputs raise a score, None and a contribution of NaN.
+        If fewer inputs raise a score, the rest are None and NaN.
         """
         import numpy as np
 
@@ -449,12 +450,12 @@ class Scorer:
         import numpy as np
 
         if matrix.ndim != 2 or matrix.shape[1] != len(self.features):
-            raise ValueError(f"a row takes {len(self.features)} inputs; the matrix has shape {matrix.shape}")
-        # One sum is a tenth of the price of asking each value.
+            raise ValueError(f"the model takes {len(self.features)} inputs; the matrix has shape {matrix.shape}")
+        # One sum takes a tenth of the time of checking each value.
         if np.isnan(matrix.sum(dtype="f8")):
             missing = [name for name, column in zip(self.features, matrix.T) if np.isnan(column).any()]
             if missing:
-                raise ValueError("there is no number in {}".format(", ".join(missing)))
+                raise ValueError("missing values in {}".format(", ".join(missing)))
 
 
 def installed_version(library: str | None) -> str:
@@ -463,7 +464,7 @@ def installed_version(library: str | None) -> str:
 
 
 def matrix_of(columns: Any, features: Iterable[str]) -> Array:
-    """A float32 matrix of columns of numbers (a mapping or a pandas frame), in the order of `features`."""
+    """Float32 matrix of numeric columns (a mapping or a pandas DataFrame), in the order of `features`."""
     import numpy as np
 
     return _clipped(np.column_stack([np.asarray(columns[name], dtype="f8") for name in features]))
@@ -481,7 +482,7 @@ def _clipped(matrix: Array) -> Array:
 
 
 def _xgboost() -> Any:
-    # Threads of OpenMP wait for each other in a busy loop, which costs others their cores, unless told not to.
+    # By default, OpenMP threads wait in a busy loop, which takes cores from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # noqa: TID251 - OpenMP reads it
     import xgboost
 
@@ -489,22 +490,22 @@ def _xgboost() -> Any:
 
 
 def _check_library(library: str | None, document: dict[str, Any]) -> None:
-    """Raises NewerModelError if a newer library wrote a model, by the file's header and by the library's own note."""
+    """Raise NewerModelError if a newer library wrote the model, by the file's header or the library's own version."""
     header = document.get("library")
-    noted = document["model"].get("version") if isinstance(document.get("model"), dict) else None
-    if not isinstance(header, dict) or header.get("name") != library or not isinstance(noted, list):
+    recorded = document["model"].get("version") if isinstance(document.get("model"), dict) else None
+    if not isinstance(header, dict) or header.get("name") != library or not isinstance(recorded, list):
         raise ModelError(f"it does not name the version of {library}")
-    own = installed_version(library)
-    for wrote in (str(header.get("version")), ".".join(str(part) for part in noted)):
-        if is_newer(wrote, own):
+    installed = installed_version(library)
+    for version in (str(header.get("version")), ".".join(str(part) for part in recorded)):
+        if is_newer(version, installed):
             raise NewerModelError(
-                f"{library} {wrote} wrote the model, and the older {library} {own} would misread it: install {library} "
-                f"{wrote}, or take a model that {own} or an older one wrote"
+                f"{library} {version} wrote the model, and the older {library} {installed} would misread it: install "
+                f"{library} {version}, or use a model written by {installed} or older"
             )
 
 
 def is_newer(version: str, than: str) -> bool:
-    """Whether a version is newer than another. Raises ModelError: one of them is not a version."""
+    """True if `version` is newer than `than`. Raises ModelError if one of them is not a version."""
     return _version(version) > _version(than)
 
 
@@ -516,7 +517,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _check_booster(content: Any, features: int) -> None:
-    """Raises ModelError for trees that XGBoost, which does not look, would follow out of its memory or for ever."""
+    """Raise ModelError for trees on which XGBoost, which does not check, would read out of bounds or loop forever."""
     try:
         learner = content["learner"]
         inputs, objective = int(learner["learner_model_param"]["num_feature"]), learner["objective"]["name"]
@@ -527,7 +528,7 @@ def _check_booster(content: Any, features: int) -> None:
     except ModelError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ModelError(f"it is not a model of XGBoost: {_first_words(error)}") from None
+        raise ModelError(f"it is not an XGBoost model: {_first_line(error)}") from None
 
 
 def _check_tree(tree: Any, features: int) -> None:
@@ -539,14 +540,14 @@ def _check_tree(tree: Any, features: int) -> None:
         raise ModelError("a tree has parts of different lengths")
     nodes, is_leaf = np.arange(len(left)), left == -1
     for children in (left, right):
-        # A child stands behind its parent, so every path ends.
+        # A child comes after its parent, so every path ends.
         if not np.where(is_leaf, children == -1, (children > nodes) & (children < len(nodes))).all():
             raise ModelError("a tree has a node without its children")
     if not ((split >= 0) & (split < features)).all():
         raise ModelError("a tree splits by an input that the model does not have")
 
 
-def _first_words(error: BaseException) -> str:
-    """What an error says, in one line, without the stack and places in the source that XGBoost adds."""
+def _first_line(error: BaseException) -> str:
+    """First line of an error's message, without the source location that XGBoost adds."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", lines[0])[:300]

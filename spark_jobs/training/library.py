@@ -1,8 +1,8 @@
-"""The learners' library on a cluster: an archive of the installed package that Spark carries to its tasks.
+"""The learners' library on a cluster: an archive of the installed package, distributed to the tasks by Spark.
 
-The images of clusters lack XGBoost. Its package is the same for every Python (Linux, x86_64), so the engine sends the
-one that is installed beside it, as a zip whose name ends in the SHA-256 of its content. `ship` hands it to Spark and
-proves that it works on the driver; `use` makes it importable in a task.
+Cluster images lack XGBoost. Its package is the same for every Python (Linux, x86_64), so the engine sends its own
+installed copy, as a zip whose name ends in the SHA-256 of its content. `ship` hands it to Spark and checks that it
+loads on the driver; `use` makes it importable in a task.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-#: What is in the archive.
+#: Name of the package in the archive.
 PACKAGE = "xgboost"
 
 
 class LibraryError(RuntimeError):
-    """The library is not there, or is not what its name says."""
+    """The library is missing, or its content does not match its name."""
 
 
 def ship(spark: SparkSession, uri: str | None) -> str | None:
-    """Hand the archive at `uri` to Spark, and load the library on the driver; returns what `use` takes in tasks.
+    """Hand the archive at `uri` to Spark and load the library on the driver; return the argument of `use` in tasks.
 
-    Without a `uri`, tasks use the package that is installed beside PySpark, as on the machine of the driver.
+    Without a `uri`, tasks use the package installed alongside PySpark, as the driver does.
 
     Raises:
-        LibraryError: there is no such archive, it is damaged, or the library does not load.
+        LibraryError: the archive is missing or damaged, or the library does not load.
     """
     name = None
     if uri is not None:
@@ -52,7 +52,7 @@ def ship(spark: SparkSession, uri: str | None) -> str | None:
 
 
 def use(name: str | None) -> None:
-    """Make the library importable in this process; with a `name`, that of the archive which Spark has brought here."""
+    """Make the library importable in this process, from the archive `name` distributed by Spark if there is one."""
     if name is not None:
         from pyspark import SparkFiles
 
@@ -70,22 +70,22 @@ def use(name: str | None) -> None:
 def unpacked(archive: Path) -> str:
     """Directory with the content of an archive, unpacked once per host and user.
 
-    Raises LibraryError: the content is not the one whose hash is in the name.
+    Raises LibraryError if the content does not have the hash in the name.
     """
-    wanted = re.search(r"-([0-9a-f]{64})\.zip$", archive.name)
-    if not wanted:
+    expected = re.search(r"-([0-9a-f]{64})\.zip$", archive.name)
+    if not expected:
         raise LibraryError(f"{archive.name} does not end in the SHA-256 of its content")
-    directory = _own_directory() / wanted[1]
+    directory = _private_directory() / expected[1]
     if directory.is_dir():
         return str(directory)
     try:
         content = archive.read_bytes()
     except OSError as error:
         raise LibraryError(f"Spark did not bring {archive.name} here: {error}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != wanted[1]:
-        raise LibraryError(f"{archive.name} is damaged: the SHA-256 of its {len(content):,} bytes is {found}")
-    # Several tasks may do this at the same time: whoever is first counts.
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != expected[1]:
+        raise LibraryError(f"{archive.name} is damaged: the SHA-256 of its {len(content):,} bytes is {actual}")
+    # Several tasks may do this at the same time; the first one to rename wins.
     draft = Path(tempfile.mkdtemp(dir=directory.parent))
     try:
         with zipfile.ZipFile(archive) as members:
@@ -99,11 +99,11 @@ def unpacked(archive: Path) -> str:
     return str(directory)
 
 
-def _own_directory() -> Path:
-    """A directory for this user alone: code is loaded from it, and anybody may write beside it."""
+def _private_directory() -> Path:
+    """Directory accessible to this user only: code is loaded from it, and anyone can write to its parent."""
     path = Path(tempfile.gettempdir()) / f"ml-platform-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise LibraryError(f"{path} is not a directory of this user alone: remove it")
     return path
