@@ -108,7 +108,7 @@ def test_a_main_file_finds_the_rest_in_the_archive(tmp_path: Path, job: str):
 @pytest.fixture
 def other_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Another kind of machine than clusters have, with the library installed in the same version."""
-    monkeypatch.setattr(code_archive, "platform_here", lambda: ("Darwin", "arm64"))
+    monkeypatch.setattr(code_archive, "this_platform", lambda: ("Darwin", "arm64"))
     monkeypatch.setattr(code_archive, "version", lambda name: importlib.metadata.version("xgboost-cpu"))
     library_archive.cache_clear()
     yield
@@ -148,13 +148,13 @@ def test_a_process_that_has_only_the_archive_loads_the_library_from_it(tmp_path:
 def test_another_kind_of_machine_fetches_the_same_archive(other_machine: None):
     fetched = library_archive()
     library_archive.cache_clear()
-    with mock.patch.object(code_archive, "platform_here", return_value=code_archive.CLUSTER_PLATFORM):
+    with mock.patch.object(code_archive, "this_platform", return_value=code_archive.CLUSTER_PLATFORM):
         assert library_archive() == fetched
 
 
 def test_what_cannot_be_fetched_is_said(other_machine: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(code_archive, "version", lambda name: "0.0.1")
     with pytest.raises(
-        CodeArchiveError, match=r"need xgboost-cpu==0\.0\.1 for Linux .*\(Darwin arm64\).* cannot fetch: "
+        CodeArchiveError, match=r"need xgboost-cpu==0\.0\.1 for Linux .*\(Darwin arm64\).* cannot download: "
     ):
         library_archive()

@@ -16,7 +16,7 @@ import pytest
 
 from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.resource import LakeResource
-from ml_platform.operations.dead_runs import PROCESS_TAG, fail_dead_runs, note_process
+from ml_platform.operations.dead_runs import PROCESS_TAG, fail_dead_runs, record_process
 from ml_platform.planning import plan_runs
 from ml_platform.sensors import dead_runs
 from ml_platform_tests.fakes import put_raw, raw_spec
@@ -42,7 +42,7 @@ def get_run(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRun:
 def process_tag(instance: dg.DagsterInstance) -> str:
     """The tag of a run of this process."""
     run_id = start_run(instance, dg.DagsterRunStatus.SUCCESS)
-    note_process(instance, run_id)
+    record_process(instance, run_id)
     return get_run(instance, run_id).tags[PROCESS_TAG]
 
 

@@ -90,7 +90,7 @@ def test_a_failure_is_said_in_one_line_and_remembered(
     assert [path.name for path in tmp_path.iterdir()] == ["spark.jsa"]
     assert (tmp_path / "spark.jsa").read_bytes() == b""
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("Spark's class archive was not made; each start of Spark takes longer: ")
+    assert line.startswith("could not build Spark's class archive; Spark will start more slowly: ")
 
 
 @pytest.mark.spark

@@ -405,24 +405,24 @@ class TestConnection:
         monkeypatch.setenv("HOME", str(tmp_path))
 
     def test_default_is_aws(self):
-        assert s3a.S3Connection.of_boto3() == s3a.S3Connection(None, "us-east-1")
+        assert s3a.S3Connection.from_boto3() == s3a.S3Connection(None, "us-east-1")
 
     @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
     def test_of_the_environment(self, name: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, "https://s3.example.org")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "ru-central1")
-        assert s3a.S3Connection.of_boto3() == CONNECTION
+        assert s3a.S3Connection.from_boto3() == CONNECTION
 
     def test_of_a_profile(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / ".aws").mkdir()
         text = "[profile fraud]\nregion = ru-central1\nendpoint_url = https://s3.example.org\n"
         (tmp_path / ".aws" / "config").write_text(text)
         monkeypatch.setenv("AWS_PROFILE", "fraud")
-        assert s3a.S3Connection.of_boto3() == CONNECTION
+        assert s3a.S3Connection.from_boto3() == CONNECTION
 
     def test_a_region_of_aws(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-north-1")
-        assert s3a.S3Connection.of_boto3() == s3a.S3Connection(None, "eu-north-1")
+        assert s3a.S3Connection.from_boto3() == s3a.S3Connection(None, "eu-north-1")
 
 
 class TestProperties:
@@ -442,7 +442,7 @@ class TestProperties:
         assert found["spark.hadoop.fs.s3a.endpoint.region"] == "r"
 
     def test_no_secret_is_among_them(self, s3: LocalS3):
-        found = json.dumps(s3a.s3a_properties(s3a.S3Connection.of_boto3()))
+        found = json.dumps(s3a.s3a_properties(s3a.S3Connection.from_boto3()))
         assert s3.endpoint_url in found
         assert s3.secret_key not in found
         assert s3.access_key not in found

@@ -31,7 +31,7 @@ from ml_platform.dataproc.api import (
 from ml_platform.dataproc.sizing import MAX_TRAIN_ROWS, choose_nodes, cores_of, expected_seconds, memory_properties
 from ml_platform.escaping import printable
 from ml_platform.lake.resource import LakeResource
-from ml_platform.operations.dead_runs import fail_dead_runs, note_process
+from ml_platform.operations.dead_runs import fail_dead_runs, record_process
 from ml_platform.settings import ClusterOptions, ClusterSpec
 from ml_platform.spark.code_archive import ARCHIVE_NAME, build_archive, content_hash, library_archive, main_file
 from ml_platform.spark.engine import JobCall, SparkEngine
@@ -108,7 +108,7 @@ class DataprocEngine(SparkEngine, ClusterOptions):
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[DataprocEngine]:
         if context.run and context.instance:
-            note_process(context.instance, context.run.run_id)
+            record_process(context.instance, context.run.run_id)
         try:
             yield self
         finally:

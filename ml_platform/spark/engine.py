@@ -1,6 +1,6 @@
-"""Where Spark jobs run: an engine takes a job's request and returns its report.
+"""Spark engines: an engine runs a job with a request and returns its report.
 
-`SparkEngine` is the contract; `LocalSparkEngine` drives Spark from this process. Every engine leaves the request and
+`SparkEngine` is the interface; `LocalSparkEngine` drives Spark from this process. Every engine stores the request and
 the report of each job under ``_runs/<run id>/`` in the lake.
 """
 
@@ -21,20 +21,20 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from ml_platform.lake.resource import LakeResource
-from ml_platform.operations.dead_runs import note_process
+from ml_platform.operations.dead_runs import record_process
 from ml_platform.spark import s3a
 from ml_platform.spark.code_archive import ARCHIVE_NAME, LIBRARY_JOBS, build_archive, library_archive
 from ml_platform.spark.session import default_spark_config
 
 
 def job_file(run_id: str, job: str, label: str, kind: str) -> str:
-    """Name in the lake of a job's ``request.json``, ``report.json`` or ``driver.log``, which `kind` says."""
+    """Name in the lake of a job's file; `kind` is ``request.json``, ``report.json`` or ``driver.log``."""
     return f"_runs/{run_id}/{job}{'-' if label else ''}{label}.{kind}"
 
 
 @dataclass(frozen=True)
 class JobCall:
-    """One job of one run, as `SparkEngine.run_job` was asked for it; `request` has the run id."""
+    """Arguments of one call of `SparkEngine.run_job`; `request` includes the run id."""
 
     context: dg.AssetExecutionContext
     lake: LakeResource
@@ -44,16 +44,16 @@ class JobCall:
     label: str = ""
 
     def file(self, kind: str) -> str:
-        """`job_file` of this job."""
+        """Name in the lake of a file of this job; see `job_file`."""
         return job_file(self.context.run.run_id, self.job, self.label, kind)
 
     def uri(self, kind: str) -> str:
-        """Where Spark finds that file."""
+        """URI of that file for Spark."""
         return self.lake.store.spark_uri(self.file(kind))
 
 
 class SparkEngine(dg.ConfigurableResource, ABC):
-    """Runs a job of ``spark_jobs``."""
+    """Interface for running the jobs of ``spark_jobs``."""
 
     def run_job(
         self,
@@ -67,8 +67,8 @@ class SparkEngine(dg.ConfigurableResource, ABC):
     ) -> dict[str, Any]:
         """Run ``spark_jobs.<job>`` with `request`, to which the run id is added, and return its report.
 
-        `rows` is about how many rows the job processes, history included: an engine that makes its own cluster chooses
-        the cluster's size by it. A `label` distinguishes jobs of the same name in one run. Raises what the job raises.
+        `rows` is the approximate number of rows that the job processes, history included; an engine that creates
+        clusters sizes them by it. A `label` distinguishes jobs of the same name in one run. Raises what the job raises.
         """
         run_id = context.run.run_id
         call = JobCall(context, lake, job, {"run_id": run_id, **request}, rows, label)
@@ -78,46 +78,46 @@ class SparkEngine(dg.ConfigurableResource, ABC):
         report = self._execute(call)
         if not isinstance(report, dict) or report.get("run_id") != run_id:
             raise dg.Failure(
-                f"the report of {job} in {call.uri('report.json')} is not of this run, so the job counts as failed",
+                f"the report of {job} in {call.uri('report.json')} is not of this run; the job counts as failed",
                 allow_retries=False,
             )
         return report
 
     def _library_uri(self, call: JobCall) -> str | None:
-        """Where Spark finds the archive of the learners' library; None where its Python has the library."""
+        """URI or path of the learners' library archive; None if Spark's Python has the library installed."""
         return None
 
     @abstractmethod
     def _execute(self, call: JobCall) -> dict[str, Any]:
-        """Run the job and return its report, which is then in the lake."""
+        """Run the job, store its report in the lake and return it."""
 
 
 class LocalSparkEngine(SparkEngine):
-    """Spark driven from this process: embedded, or any cluster that `master` names. One session for all steps."""
+    """Spark driven from this process, embedded or on the cluster at `master`. All steps share one session."""
 
     master: str = Field(default="local[*]", description="Spark master: local[*], spark://host:port, yarn, k8s://…")
     driver_memory: str | None = Field(
-        default=None, description="Memory of Spark's driver, e.g. 4g; default: a third of the machine's, 1 to 8 GB."
+        default=None, description="Memory of the Spark driver, e.g. 4g; default: a third of the machine's, 1 to 8 GB."
     )
     spark_config: dict[str, str] = Field(
-        default_factory=dict, description="More Spark properties; they win over the platform's own."
+        default_factory=dict, description="Additional Spark properties; they override the platform's."
     )
     with_s3: bool = Field(
         default=False,
-        description="Raw files or lake are on S3: Spark gets the connector, at the endpoint that boto3 finds.",
+        description="Raw files or lake are on S3: add the S3A connector, with boto3's endpoint.",
     )
     cache_directory: str = Field(
-        default=str(s3a.DEFAULT_CACHE), description="Directory of the jars for S3, which are downloaded once."
+        default=str(s3a.DEFAULT_CACHE), description="Cache directory for the S3A jars, which are downloaded once."
     )
     _pyspark: Any = PrivateAttr(default=None)
-    #: Files that the executors fetch from this process while the session lasts.
+    #: Keeps files that executors fetch from this process until the session ends.
     _code: ExitStack = PrivateAttr(default_factory=ExitStack)
     _library: Path | None = PrivateAttr(default=None)
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[LocalSparkEngine]:
         if context.run and context.instance:
-            note_process(context.instance, context.run.run_id)
+            record_process(context.instance, context.run.run_id)
         try:
             yield self
         finally:
@@ -142,21 +142,21 @@ class LocalSparkEngine(SparkEngine):
 
             directory = Path(self._code.enter_context(tempfile.TemporaryDirectory()))
             if not self.master.startswith("local"):
-                # Before Spark starts, because the library may be missing.
+                # Before starting Spark, so that a missing library fails early.
                 name, content = library_archive()
                 self._library = directory / name
                 self._library.write_bytes(content)
             context.log.info(f"starting Spark on {self.master}")
             config = default_spark_config(self.master, self.driver_memory)
             if self.with_s3:
-                config |= s3a.s3a_properties(s3a.S3Connection.of_boto3())
+                config |= s3a.s3a_properties(s3a.S3Connection.from_boto3())
             config |= self.spark_config
             if self.with_s3:
                 config |= s3a.connector_properties(self.spark_config, cache=Path(self.cache_directory))
             pyspark = LazyPySparkResource(spark_config={"spark.app.name": "ml_platform", **config})
             pyspark.spark_session.sparkContext.setLogLevel("ERROR")
             if self.master.startswith("local"):
-                # PySpark's default is whichever python3 comes first in PATH.
+                # PySpark's default is the first python3 in PATH.
                 pyspark.spark_session.sparkContext.pythonExec = sys.executable
             else:
                 archive = directory / ARCHIVE_NAME

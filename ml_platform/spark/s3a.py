@@ -1,8 +1,8 @@
-"""S3A, Hadoop's connector for S3, with the Spark that pip installs: its jars, and its settings.
+"""S3A, Hadoop's S3 connector, for PySpark from PyPI: its jars and its settings.
 
-PySpark from PyPI cannot read ``s3a://``: the connector and the AWS SDK are not in it. `connector_jars` downloads the
-ones that match the installed Spark, once. Credentials are never among the settings: the JVM looks for them where boto3
-does, in the environment, the profiles of ``~/.aws``, or the machine's own role.
+PySpark from PyPI cannot read ``s3a://``, because it lacks the connector and the AWS SDK. `connector_jars` downloads the
+versions that match the installed Spark, once. The settings contain no credentials: the JVM looks for them where boto3
+does, in the environment, the profiles of ``~/.aws``, or the machine's role.
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ from urllib.parse import urlsplit
 
 DEFAULT_CACHE = Path.home() / ".cache" / "ml_platform"
 
-#: The AWS SDK that each Hadoop release is built and tested with (aws-java-sdk-v2.version of its hadoop-project).
+#: AWS SDK version that each Hadoop release is built and tested with (aws-java-sdk-v2.version of its hadoop-project).
 SDK_OF_HADOOP = {"3.4.1": "2.24.6", "3.4.2": "2.29.52", "3.4.3": "2.35.4", "3.5.0": "2.35.4"}
 
-#: What S3A uses of the SDK. hadoop-aws asks for all of it in one bundle of 600 MB.
+#: SDK modules that S3A uses; hadoop-aws depends on the complete bundle of 600 MB.
 SDK_MODULES = ("s3", "s3-transfer-manager", "sts", "apache-client", "netty-nio-client")
 
-#: The bundle, and what Spark brings itself in versions that go together.
+#: The bundle, and libraries that Spark already provides in matching versions.
 EXCLUDED = ("software.amazon.awssdk:bundle", "io.netty:*", "org.slf4j:*")
 
 DOWNLOAD_TIMEOUT_S = 900
 
-#: Spark properties that say where packages come from, and so apply to the download.
+#: Spark properties that select package repositories; the download uses them, too.
 REPOSITORY_PROPERTIES = ("spark.jars.ivySettings", "spark.jars.repositories")
 
 
 class S3AError(RuntimeError):
-    """Spark cannot be given S3 here; the message says why and what to do."""
+    """S3A cannot be set up; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class S3Connection:
-    """Which S3 boto3 speaks to: an endpoint, None for that of AWS, and a region."""
+    """S3 endpoint (None for AWS) and region."""
 
     endpoint_url: str | None
     region: str
 
     @classmethod
-    def of_boto3(cls) -> S3Connection:
-        """The one that AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION, a profile or boto3's defaults lead to."""
+    def from_boto3(cls) -> S3Connection:
+        """Connection that boto3 uses, from AWS_ENDPOINT_URL_S3, AWS_DEFAULT_REGION, a profile or its defaults."""
         import boto3
 
-        found = boto3.Session().client("s3").meta
-        host = urlsplit(found.endpoint_url).hostname or ""
+        client_meta = boto3.Session().client("s3").meta
+        host = urlsplit(client_meta.endpoint_url).hostname or ""
         is_aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
-        region = "us-east-1" if found.region_name in (None, "aws-global") else found.region_name
-        return cls(None if is_aws else found.endpoint_url, region)
+        region = "us-east-1" if client_meta.region_name in (None, "aws-global") else client_meta.region_name
+        return cls(None if is_aws else client_meta.endpoint_url, region)
 
 
 def s3a_properties(connection: S3Connection, *, path_style: bool | None = None) -> dict[str, str]:
-    """Spark properties that lead ``s3a://`` to `connection`. No credentials are in them.
+    """Spark properties for ``s3a://`` on `connection`, without credentials.
 
-    `path_style` puts the bucket into the path, not the host name; the default is to do so at every endpoint but that
-    of AWS.
+    `path_style` puts the bucket into the path instead of the host name; the default is True for every endpoint except
+    AWS.
     """
     options = {
         "endpoint.region": connection.region,
-        # Looks in all the places that boto3 looks in; S3A's own list has no profiles before Hadoop 3.4.2.
+        # Searches the same places as boto3; S3A's default chain lacks profiles before Hadoop 3.4.2.
         "aws.credentials.provider": "software.amazon.awssdk.auth.credentials.DefaultCredentialsProvider",
-        # An S3 that is away is an error in about a minute; the defaults try for many. See docs/s3.md.
+        # Fail in about a minute if S3 is unreachable; the defaults retry for many. See docs/s3.md.
         "connection.establish.timeout": "5s",
         "connection.request.timeout": "20s",
         "connection.timeout": "20s",
@@ -82,39 +82,39 @@ def s3a_properties(connection: S3Connection, *, path_style: bool | None = None) 
         path_style = connection.endpoint_url is not None
     options["path.style.access"] = str(path_style).lower()
     properties = {f"spark.hadoop.fs.s3a.{name}": value for name, value in options.items()}
-    # A rename is a copy there: tasks put their files in place themselves. Nobody sees them before the report is there.
+    # S3 renames by copying, so tasks write files in place; readers ignore them until the report exists.
     return properties | {"spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2"}
 
 
 def connector_properties(config: Mapping[str, str] | None = None, *, cache: Path = DEFAULT_CACHE) -> dict[str, str]:
-    """The property ``spark.jars`` with the jars of `connector_jars` and those that the user's `config` has there.
+    """Property ``spark.jars`` with the jars of `connector_jars` and those in the user's `config`.
 
-    Nothing where `config` brings hadoop-aws itself. Raises S3AError.
+    Empty if `config` already provides hadoop-aws. Raises S3AError.
     """
     config = config or {}
-    own = config.get("spark.jars", "")
-    if "hadoop-aws" in own + config.get("spark.jars.packages", ""):
+    user_jars = config.get("spark.jars", "")
+    if "hadoop-aws" in user_jars + config.get("spark.jars.packages", ""):
         return {}
-    jars = [jar for jar in own.split(",") if jar] + [str(jar) for jar in connector_jars(config, cache=cache)]
+    jars = [jar for jar in user_jars.split(",") if jar] + [str(jar) for jar in connector_jars(config, cache=cache)]
     return {"spark.jars": ",".join(jars)} if jars else {}
 
 
 def hadoop_version(spark_home: Path) -> str:
-    """Version of Hadoop in a Spark distribution. Raises S3AError if there is none."""
+    """Hadoop version of a Spark distribution. Raises S3AError if it has no Hadoop."""
     for jar in (spark_home / "jars").glob("hadoop-client-api-*.jar"):
         return jar.stem.removeprefix("hadoop-client-api-")
     raise S3AError(f"the Spark in {spark_home} has no Hadoop (jars/hadoop-client-api-*.jar), which S3 needs")
 
 
 def connector_jars(config: Mapping[str, str] | None = None, *, cache: Path = DEFAULT_CACHE) -> list[Path]:
-    """The jars of S3A for the installed Spark, downloaded if the directory `cache` does not hold them yet.
+    """S3A jars for the installed Spark, downloaded if the directory `cache` does not contain them yet.
 
-    Empty if they are among Spark's own. Safe to call from several processes at once. In `config` count
-    `REPOSITORY_PROPERTIES`, which may also be in spark-defaults.conf; without them Spark asks ~/.m2 and then Maven
-    Central, or the mirror that DEFAULT_ARTIFACT_REPOSITORY names.
+    Empty if Spark already includes them. Safe to call from several processes at once. Of `config`, only
+    `REPOSITORY_PROPERTIES` are used, which may also be in spark-defaults.conf; by default Spark tries ~/.m2 and then
+    Maven Central, or the mirror in DEFAULT_ARTIFACT_REPOSITORY.
 
     Raises:
-        S3AError: the version of Hadoop is unknown, or the download failed.
+        S3AError: the Hadoop version is unknown, or the download failed.
     """
     from pyspark.find_spark_home import _find_spark_home
 
@@ -125,7 +125,7 @@ def connector_jars(config: Mapping[str, str] | None = None, *, cache: Path = DEF
     sdk = SDK_OF_HADOOP.get(hadoop)
     if sdk is None:
         raise S3AError(
-            f"no AWS SDK is known to go with Hadoop {hadoop} of the installed Spark: use a PySpark with one of Hadoop "
+            f"no known AWS SDK version for Hadoop {hadoop} of the installed Spark: use a PySpark with one of Hadoop "
             f"{', '.join(SDK_OF_HADOOP)}, or set spark.jars.packages to org.apache.hadoop:hadoop-aws:{hadoop}"
         )
     packages = [f"org.apache.hadoop:hadoop-aws:{hadoop}"]
@@ -141,7 +141,7 @@ def connector_jars(config: Mapping[str, str] | None = None, *, cache: Path = DEF
 
 
 def _download(packages: list[str], target: Path, spark_home: Path, config: Mapping[str, str]) -> None:
-    """Let Spark's own resolver fetch `packages`, and move the jars to `target` once all are there."""
+    """Download `packages` with Spark's resolver, and move the jars to `target` once all are complete."""
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         empty_program = Path(directory) / "nothing.py"
         empty_program.touch()
@@ -153,34 +153,35 @@ def _download(packages: list[str], target: Path, spark_home: Path, config: Mappi
         log = target.with_name(f"{target.name}.log")
         with log.open("w") as output:
             try:
-                done = subprocess.run(
+                process = subprocess.run(
                     [*command, str(empty_program)],
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     timeout=DOWNLOAD_TIMEOUT_S,
                     check=False,
                 )
-                failed = done.returncode != 0
+                failed = process.returncode != 0
             except subprocess.TimeoutExpired:
                 failed = True
         if failed:
-            reason = _reason(log.read_text(errors="replace"))
+            reason = _failure_reason(log.read_text(errors="replace"))
             raise S3AError(
-                f"the jars for S3 cannot be downloaded ({reason}): let this machine reach Maven Central, name a mirror "
-                f"in DEFAULT_ARTIFACT_REPOSITORY, or copy {target} from a machine that has it (log: {log})"
+                f"cannot download the S3A jars ({reason}): give this machine access to Maven Central, set a mirror in "
+                f"DEFAULT_ARTIFACT_REPOSITORY, or copy {target} from another machine (log: {log})"
             )
         (Path(directory) / "ivy" / "jars").rename(target)
     log.unlink()
 
 
-def _reason(said: str) -> str:
-    """The line of Spark's or Ivy's output that says most about a failure, without a password in an address."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = (
+def _failure_reason(output: str) -> str:
+    """Most informative line of Spark's or Ivy's output after a failure, with credentials in URLs removed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    patterns = (
         r"JAVA_HOME|bin/java",
         r"Server access error",
         r"Host (?!repos\.spark-packages).* not found",
         r"Exception",
     )
-    found = next((line for words in telling for line in lines if re.search(words, line)), lines[-1] if lines else "")
-    return re.sub(r"//[^/@\s]*@", "//", found)[:200]
+    matches = (line for pattern in patterns for line in lines if re.search(pattern, line))
+    reason = next(matches, lines[-1] if lines else "")
+    return re.sub(r"//[^/@\s]*@", "//", reason)[:200]

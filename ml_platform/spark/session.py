@@ -1,7 +1,7 @@
-"""Properties of a Spark session that a process of this machine drives, and the class archive that starts it faster.
+"""Properties of Spark sessions driven from this machine, and the class archive that speeds up their start.
 
-A third of a short job is Java loading and checking the classes of Spark. ``python -m ml_platform.spark.class_archive``
-has Java keep them in an archive (class-data sharing) that later sessions map instead.
+A third of a short job's time goes to Java loading and verifying Spark's classes.
+``python -m ml_platform.spark.class_archive`` writes them to an archive (class-data sharing) that later sessions map.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 MEGABYTE = 1 << 20
 
-#: The collector for throughput took 10 % less than Java's default to clean a file of 4.9 M rows, and the young
-#: generation at an eighth of the heap 2.4 GB of memory in place of 4.
+#: Cleaning a file of 4.9 M rows took 10 % less time with the parallel collector than with Java's default, and 2.4 GB
+#: instead of 4 GB of memory with the young generation at an eighth of the heap.
 GARBAGE_COLLECTOR = "-XX:+UseParallelGC -XX:NewRatio=7"
 
-#: Beside the packages whose classes it holds.
+#: Stored with the environment whose packages it was built from.
 CLASS_ARCHIVE = Path(sys.prefix) / "spark.jsa"
 
 
 def local_session(name: str, config: Mapping[str, str]) -> SparkSession:
-    """A session with the properties of `config`, for what is no job of an engine: such a job sets up its own."""
+    """Create a session with the properties of `config`, for use outside an engine."""
     from pyspark.sql import SparkSession
 
     builder = SparkSession.builder.appName(name)
@@ -41,18 +41,18 @@ def local_session(name: str, config: Mapping[str, str]) -> SparkSession:
 
 
 def default_spark_config(master: str, driver_memory: str | None = None) -> dict[str, str]:
-    """Properties of a session that this process drives."""
+    """Default properties of a session driven from this process."""
     config = {"spark.master": master, "spark.ui.showConsoleProgress": "false"}
     if master.startswith("local"):
         config |= {
             "spark.ui.enabled": "false",
-            # Nothing here is served to others; without this Spark wants a host name that resolves.
+            # Only this machine connects; by default Spark requires a host name that resolves.
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
         }
     if master.startswith(("local", "spark://")):
-        # Java and Python's workers not by TCP, over which both, their buffers full of each other's rows, came to wait
-        # for ever (once, on Linux 6.18). Unknown to Spark before 4.1. YARN's directories are too deep for such sockets.
+        # Over TCP, Java and Python workers once deadlocked with full buffers on both sides (Linux 6.18). Spark before
+        # 4.1 ignores the property. Not on YARN, whose directory paths are too long for Unix sockets.
         config["spark.python.unix.domain.socket.enabled"] = "true"
     return config | {
         **START_PROPERTIES,
@@ -62,23 +62,23 @@ def default_spark_config(master: str, driver_memory: str | None = None) -> dict[
 
 
 def default_driver_memory_mb() -> int:
-    """Memory for an embedded Spark: a third of the machine's, from 1 to 8 GB."""
+    """Driver memory of an embedded Spark in MB: a third of the machine's, from 1 to 8 GB."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MEGABYTE
     return min(8192, max(1024, total // 3))
 
 
 def java_options(archive: Path, *, write: bool = False) -> str:
-    """Options of the driver's Java, which uses `archive`, or writes it when it exits.
+    """Java options of the driver, to use `archive` or (`write`) to write it at exit.
 
-    Without such a file, or with an empty one, Java loads all classes itself. It takes an archive only for the very Java
-    and jars it was made with, and goes without, silently, where it is not of them.
+    If the file is missing or empty, the archive is not used. Java silently ignores an archive built with another Java
+    version or other jars.
     """
     try:
         if not write and archive.stat().st_size == 0:
             return GARBAGE_COLLECTOR
     except OSError:
         return GARBAGE_COLLECTOR
-    # Quoted as Spark's launcher reads it.
+    # Spark's launcher parses quotes and backslashes.
     path = str(archive).replace("\\", "\\\\").replace('"', '\\"')
     name = "ArchiveClassesAtExit" if write else "SharedArchiveFile"
     return f'{GARBAGE_COLLECTOR} "-XX:{name}={path}" -Xlog:cds*=off'
