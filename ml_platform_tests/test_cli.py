@@ -650,7 +650,7 @@ class TestClusters:
         cloud.fail("ClusterService.Delete", "PERMISSION_DENIED", "not you")
         code, _, err = run_cli("clusters", "delete", ids["lost"])
         assert code == 1
-        assert re.match(r"error: .*PERMISSION_DENIED: not you \(give the service account the roles", only_line(err))
+        assert re.match(r"error: .*PERMISSION_DENIED: not you \(grant the service account the roles", only_line(err))
 
     def test_doctor(
         self,

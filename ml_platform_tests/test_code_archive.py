@@ -155,6 +155,6 @@ def test_another_kind_of_machine_fetches_the_same_archive(other_machine: None):
 def test_what_cannot_be_fetched_is_said(other_machine: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(code_archive, "version", lambda name: "0.0.1")
     with pytest.raises(
-        CodeArchiveError, match=r"need xgboost-cpu==0\.0\.1 for Linux .*\(Darwin arm64\).* cannot fetch: "
+        CodeArchiveError, match=r"need xgboost-cpu==0\.0\.1 for Linux .*\(Darwin arm64\).* cannot download: "
     ):
         library_archive()

@@ -204,7 +204,7 @@ class TestARun:
         per_hour = 10 + 40 * 0.02 + 3 * (20 + 128 * 0.005)
         assert metadata["cluster_cost"] == pytest.approx(per_hour * hours, abs=0.02)
         assert metadata["cluster_cost_currency"] == "EUR"
-        assert any(re.search(r"is deleted; it took 0\.\d\d node-hours, \d\.\d\d EUR", line) for line in result.log)
+        assert any(re.search(r"is deleted; it used 0\.\d\d node-hours, \d\.\d\d EUR", line) for line in result.log)
 
     @pytest.mark.parametrize("prices", [{}, {"s3-c2-m8": 10.0, "network-ssd": 0.02}], ids=["no table", "gaps"])
     def test_a_price_that_is_not_known_is_not_made_up(self, platform: Platform, prices: dict[str, float]):
@@ -400,7 +400,7 @@ FATAL = [
     fault(
         "a job in an unknown state",
         lambda p: p.cloud.answer("JobService.Get", lambda request, found: with_status(found, 77)),
-        "in a state that this version does not know: 77",
+        "is in an unknown state: 77",
     ),
     fault(
         "an answer without the cluster's id",
@@ -902,7 +902,7 @@ def test_the_cluster_of_a_killed_process_is_gone_within_two_ticks(run_process: C
         run.process.wait()
         assert len(run.cloud.clusters) == 1
         said = [tick(), tick()]
-        assert "asked for the deletion of 1 clusters" in said[0]
+        assert "requested deletion of 1 clusters" in said[0]
         assert run.status() == dg.DagsterRunStatus.FAILURE
         run.wait_for_no_cluster()
         assert tick() == "no orphans"

@@ -166,12 +166,12 @@ def test_a_create_that_was_interrupted_ends_before_the_next_call_begins(cloud: F
 
 
 def test_all_calls_are_made_in_one_thread_that_survives_errors():
-    threads = {dataproc_api._uninterrupted(threading.current_thread) for _ in range(3)}
+    threads = {dataproc_api._run_in_call_thread(threading.current_thread) for _ in range(3)}
     assert len(threads) == 1
     assert threads.isdisjoint({threading.current_thread()})
     with pytest.raises(ZeroDivisionError):
-        dataproc_api._uninterrupted(lambda: 1 // 0)
-    assert dataproc_api._uninterrupted(threading.current_thread) in threads
+        dataproc_api._run_in_call_thread(lambda: 1 // 0)
+    assert dataproc_api._run_in_call_thread(threading.current_thread) in threads
 
 
 # --- Names and labels
@@ -356,7 +356,7 @@ def test_the_platforms_labels_win():
 
 
 def test_an_unknown_service_is_named(cloud: FakeDataproc, api: DataprocApi):
-    with pytest.raises(DataprocError, match=r"the settings of the cluster do not fit the API: .*SPARKLE"):
+    with pytest.raises(DataprocError, match=r"the cluster settings do not match the API: .*SPARKLE"):
         api.create_cluster(spec.model_copy(update={"services": ["YARN", "SPARKLE"]}), "name", {})
 
 
@@ -404,7 +404,7 @@ def test_a_page_that_links_to_itself_is_an_error(cloud: FakeDataproc, api: Datap
         return type(page)(clusters=page.clusters, next_page_token=request.page_token or page.next_page_token)
 
     cloud.answer("ClusterService.List", again, times=10)
-    with pytest.raises(DataprocError, match="a page of the API leads to itself"):
+    with pytest.raises(DataprocError, match="the API returned a page that is its own next page"):
         list(api.list_clusters(cloud.folder_id))
     assert len(cloud.calls("ClusterService.List")) == 2
 

@@ -96,7 +96,7 @@ def test_a_cluster_of_a_run_that_has_ended_is_deleted(orphans: Orphans, status: 
     cluster_id = orphans.add_cluster(run_id)
     assert orphans.found() == {cluster_id: f"its run {run_id} has ended ({status.value})"}
     message = orphans.delete()
-    assert message.startswith("asked for the deletion of 1 clusters: ")
+    assert message.startswith("requested deletion of 1 clusters: ")
     assert cluster_id in message
     assert orphans.cloud.clusters == {}
 
@@ -171,13 +171,13 @@ def test_each_orphan_is_tried_and_a_refused_one_again_at_the_next_tick(orphans: 
     with pytest.raises(DataprocError, match=r"1 orphaned clusters cannot be deleted: .*not you"):
         orphans.delete()
     assert list(orphans.cloud.clusters) == [refused]
-    assert "asked for the deletion of 1 clusters" in orphans.delete()
+    assert "requested deletion of 1 clusters" in orphans.delete()
     assert orphans.cloud.clusters == {}
 
 
 def test_a_restarted_daemon_needs_no_memory(orphans: Orphans, lake: LakeResource):
     orphans.add_cluster()
-    for expected in ("asked for the deletion of 1 clusters", "no orphans", "no orphans"):
+    for expected in ("requested deletion of 1 clusters", "no orphans", "no orphans"):
         engine = engine_of(orphans.cloud, lake, orphans.engine._clock)
         assert expected in delete_orphans(orphans.instance, engine, lambda: logging.getLogger("test"))
     assert len(orphans.cloud.calls("ClusterService.Delete")) == 1

@@ -40,14 +40,14 @@ def list_clusters() -> None:
     """Show the clusters, their runs, and which of them are left over."""
     from datetime import datetime, timezone
 
-    from ml_platform.dataproc.orphans import why_orphaned
+    from ml_platform.dataproc.orphans import orphan_reason
 
     settings = load_settings()
     table = Table("cluster", "id", "state", "made", "run", "", title="Clusters of this deployment")
     clusters = dataproc_engine(settings).clusters()
     with dagster_instance(settings) as instance:
         for cluster in clusters:
-            reason = why_orphaned(instance, cluster)
+            reason = orphan_reason(instance, cluster)
             created = datetime.fromtimestamp(cluster.created_at, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
             verdict = plain(f"left over: {reason}", "red") if reason else plain("in use", "green")
             run_id = cluster.labels.get("dagster-run-id", "")
@@ -62,7 +62,7 @@ def delete_clusters(
     force: Annotated[bool, typer.Option("--force", help="Even a cluster whose run still needs it.")] = False,
 ) -> None:
     """Delete clusters of this deployment, and wait until they are gone."""
-    from ml_platform.dataproc.orphans import why_orphaned
+    from ml_platform.dataproc.orphans import orphan_reason
 
     if bool(cluster_ids) == orphaned:
         raise CommandError("name clusters (ml-platform clusters list shows them), or give --orphaned")
@@ -73,7 +73,7 @@ def delete_clusters(
     if unknown:
         raise CommandError(f"no cluster of this deployment: {', '.join(unknown)}; nothing was deleted")
     with dagster_instance(settings) as instance:
-        reasons = {cluster_id: why_orphaned(instance, cluster) for cluster_id, cluster in clusters.items()}
+        reasons = {cluster_id: orphan_reason(instance, cluster) for cluster_id, cluster in clusters.items()}
     selected = cluster_ids or [cluster_id for cluster_id, reason in reasons.items() if reason]
     in_use = [cluster_id for cluster_id in selected if not reasons[cluster_id]]
     if in_use and not force:

@@ -1,8 +1,8 @@
-"""Client of the Yandex Data Proc API: clusters, jobs and their logs. It knows nothing of Dagster.
+"""Client of the Yandex Data Proc API: clusters, jobs and their logs. Independent of Dagster.
 
-Stubs, connections and credentials are those of the official SDK; calls, retries and waits are ours: the SDK's waiting
-has neither a deadline nor cancellation, its retries last seconds, and they do not know that a create whose answer was
-lost may have worked.
+Stubs, connections and credentials come from the official SDK. Calls, retries and waits are implemented here, because
+the SDK's waits have neither a deadline nor cancellation, and its retries last only seconds and ignore that a create
+call whose response was lost may have succeeded.
 """
 
 from __future__ import annotations
@@ -31,49 +31,49 @@ log = logging.getLogger(__name__)
 
 OWNER = "ml-platform"
 
-#: States of a cluster that will run without further calls.
+#: States of a cluster on its way to RUNNING.
 STARTING_STATES = {"CREATING", "STARTING"}
 
-#: States of a job that has not ended, and of one that has.
+#: States of unfinished and of finished jobs.
 UNFINISHED_JOB = {"PROVISIONING", "PENDING", "RUNNING", "CANCELLING"}
 FINISHED_JOB = {"DONE", "ERROR", "CANCELLED"}
 
-#: Status codes after which the same call is made again, and why.
+#: Status codes after which a call is retried, and why.
 RETRYABLE = {
-    "UNAVAILABLE": "the service, or the network, is down for a moment",
-    "DEADLINE_EXCEEDED": "the answer did not come in time, and may the next time",
-    "ABORTED": "two calls conflicted; the API asks to repeat",
-    "INTERNAL": "a fault inside the service, which usually passes",
+    "UNAVAILABLE": "the service or the network is temporarily down",
+    "DEADLINE_EXCEEDED": "the response did not arrive in time, but may on the next attempt",
+    "ABORTED": "two calls conflicted; the API asks to retry",
+    "INTERNAL": "an internal error of the service, usually transient",
     "RESOURCE_EXHAUSTED": "too many calls per second",
 }
 
-#: Of a call that creates something, RESOURCE_EXHAUSTED is a quota of the cloud, which waiting does not raise.
+#: For create calls, RESOURCE_EXHAUSTED means an exhausted cloud quota, so retrying does not help.
 RETRYABLE_CREATE = RETRYABLE.keys() - {"RESOURCE_EXHAUSTED"}
 
-#: Status codes that the same call will get every time.
+#: Status codes that retrying cannot change.
 DEFINITE_FAILURES = {"PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT"}
 
-#: What a user can do about a status code.
+#: Advice to the user by status code.
 ADVICE = {
-    "UNAUTHENTICATED": "check YC_SERVICE_ACCOUNT_KEY_FILE or YC_IAM_TOKEN (a token lives for 12 hours at most)",
-    "PERMISSION_DENIED": "give the service account the roles in deploy/terraform/README.md, and check YC_FOLDER_ID",
-    "RESOURCE_EXHAUSTED": "a quota of the cloud is used up: ask for more, or for a smaller cluster (DATAPROC_*)",
+    "UNAUTHENTICATED": "check YC_SERVICE_ACCOUNT_KEY_FILE or YC_IAM_TOKEN (a token expires after at most 12 hours)",
+    "PERMISSION_DENIED": "grant the service account the roles in deploy/terraform/README.md, and check YC_FOLDER_ID",
+    "RESOURCE_EXHAUSTED": "a cloud quota is exhausted: request an increase or use a smaller cluster (DATAPROC_*)",
     "UNAVAILABLE": "check YC_API_ENDPOINT, YC_ROOT_CERTIFICATES_FILE and the network",
     "DEADLINE_EXCEEDED": "check YC_API_ENDPOINT and the network",
-    "INVALID_ARGUMENT": "the API refuses a setting: see the field that it names, and DATAPROC_* in .env.example",
+    "INVALID_ARGUMENT": "the API rejects a setting: see the field that it names, and DATAPROC_* in .env.example",
 }
 
-#: How the details of an UNAVAILABLE begin where the SDK could not get a token.
-NO_TOKEN = "Getting metadata from plugin failed with error: "
+#: Prefix of the details of UNAVAILABLE if the SDK could not get a token.
+TOKEN_ERROR_PREFIX = "Getting metadata from plugin failed with error: "
 
 CALL_TIMEOUT_S = 30.0
-#: How long a call is repeated before its error counts.
+#: How long a failing call is retried before its error is raised.
 RETRY_FOR_S = 180.0
 MAX_RETRY_PAUSE_S = 30.0
 PAGE_SIZE = 100
 LOG_PAGE_BYTES = 1 << 20
 
-#: Modules of the SDK that define the services, without their endings ``_pb2`` and ``_pb2_grpc``.
+#: SDK modules that define the services, without the suffixes ``_pb2`` and ``_pb2_grpc``.
 _SERVICE_MODULES = {
     "ClusterService": "yandex.cloud.dataproc.v1.cluster_service",
     "JobService": "yandex.cloud.dataproc.v1.job_service",
@@ -82,7 +82,7 @@ _SERVICE_MODULES = {
 
 
 class DataprocError(Exception):
-    """The API refused a call, or its answer is unusable. `code` is the gRPC status code, if there is one."""
+    """An API call failed, or its response is unusable. `code` is the gRPC status code, if any."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -95,7 +95,7 @@ class WaitTimeout(DataprocError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster as the API describes it. `created_at` is by the API's clock, in Unix seconds."""
+    """A cluster as described by the API. `created_at` is in Unix seconds by the API's clock."""
 
     id: str
     name: str
@@ -106,7 +106,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the API describes it; `yarn_application` is "" until YARN has it."""
+    """A job as described by the API; `yarn_application` is "" until YARN has accepted it."""
 
     id: str
     name: str
@@ -115,9 +115,9 @@ class Job:
 
 
 def slug(text: str, length: int) -> str:
-    """`text` as a label or a name may hold it: lower-case letters, digits and ``-``, at most `length` characters.
+    """Convert `text` to a valid label or name: lower-case letters, digits and ``-``, at most `length` characters.
 
-    A text that had to be changed gets a hash of the original, so that different texts stay different.
+    A hash of the original is appended if the text had to change, so that different texts stay different.
     """
     plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if plain == text and len(plain) <= length:
@@ -127,7 +127,7 @@ def slug(text: str, length: int) -> str:
 
 
 def cluster_name(deployment: str, run_id: str, attempt: int) -> str:
-    """Name of a run's cluster: the same for the same run and attempt, so that a second create finds the first."""
+    """Name of a run's cluster; deterministic per run and attempt, so that a repeated create finds the first."""
     return f"mlp-{slug(deployment, 20)}-{slug(run_id, 32)[:32].strip('-')}-{attempt}"
 
 
@@ -138,15 +138,15 @@ def job_name(job: str, label: str, attempt: int) -> str:
 
 @dataclass
 class DataprocApi:
-    """Calls of the API, repeated where that helps, under deadlines, with errors that say what to do.
+    """API client with retries, deadlines and errors that say what to do.
 
     Args:
         endpoint: host:port of another installation of the API.
-        root_certificates_file: PEM file of the authorities that the API's certificate comes from.
-        service_account_key_file: authorized key; without it and without a token, the VM's metadata service is asked.
+        root_certificates_file: PEM file of the CAs that signed the API's certificate.
+        service_account_key_file: authorized key; without it and without a token, the VM's metadata service is used.
         iam_token: a token, used as it is.
-        clock: the module ``time``, or what has its functions time, monotonic and sleep.
-        retry_for_s: how long a call is repeated before its error counts.
+        clock: the module ``time``, or an object with its functions time, monotonic and sleep.
+        retry_for_s: how long a failing call is retried before its error is raised.
     """
 
     endpoint: str | None = None
@@ -156,19 +156,19 @@ class DataprocApi:
     clock: Any = time
     retry_for_s: float = RETRY_FOR_S
     _sdk: Any = field(default=None, init=False, repr=False)
-    _has_worked: bool = field(default=False, init=False, repr=False)
+    _has_succeeded: bool = field(default=False, init=False, repr=False)
 
     # clusters
 
     def create_cluster(self, spec: ClusterSpec, name: str, labels: Mapping[str, str]) -> tuple[str, str]:
-        """Ask for a cluster; returns its id and the id of the operation, before the cluster can be used.
+        """Request a cluster; returns its id and the operation's id without waiting for the cluster.
 
-        A cluster of this name and `labels` is taken over: it comes from an earlier call whose answer was lost. The id
-        of the operation is "" then.
+        An existing cluster with this name and `labels` is adopted: it comes from an earlier call whose response was
+        lost. The operation id is "" then.
 
         Raises:
-            DataprocError: the API refuses, or somebody else's cluster has the name. Whatever the error, an earlier try
-                may have made a cluster: `find_cluster` tells.
+            DataprocError: the call failed, or a foreign cluster has the name. Even then an earlier attempt may have
+                created a cluster; check with `find_cluster`.
         """
         request = create_request(spec, name, labels)
         try:
@@ -186,9 +186,9 @@ class DataprocApi:
         return _created_id("ClusterService", operation, "CreateClusterMetadata", "cluster_id"), operation.id
 
     def find_cluster(self, folder_id: str, name: str, labels: Mapping[str, str]) -> Cluster | None:
-        """The cluster of this name, if it has these labels. The API keeps names unique within a folder.
+        """Cluster with this name and these labels, or None. Names are unique within a folder.
 
-        The label expires-at is not compared: a second create comes later than the first.
+        The label expires-at is ignored, because it differs between attempts to create the same cluster.
         """
         wanted = {label: value for label, value in labels.items() if label != "expires-at"}
         for cluster in self.list_clusters(folder_id, name=name):
@@ -197,7 +197,7 @@ class DataprocApi:
         return None
 
     def get_cluster(self, cluster_id: str) -> Cluster | None:
-        """The cluster; None if there is no such cluster (any more)."""
+        """Cluster by id; None if it does not exist (any more)."""
         try:
             return _cluster(self._call("ClusterService.Get", "get cluster", {"cluster_id": cluster_id}))
         except DataprocError as error:
@@ -206,23 +206,23 @@ class DataprocApi:
             raise
 
     def list_clusters(self, folder_id: str, *, name: str | None = None) -> Iterator[Cluster]:
-        """All clusters of the folder, whoever made them. The API filters by name only."""
+        """All clusters in the folder, including foreign ones. The API can filter by name only."""
         for page in self._pages("ClusterService.List", "list clusters", {"folder_id": folder_id}, name):
             yield from map(_cluster, page.clusters)
 
     def wait_until_running(
         self, cluster_id: str, operation_id: str, *, timeout_s: float, poll_s: float, say: Callable[[str], None]
     ) -> None:
-        """Wait until the cluster runs. Its state decides: that the operation has finished does not say so.
+        """Wait until the cluster is RUNNING; a finished operation alone does not imply that.
 
         Raises:
-            DataprocError: the cluster cannot be used, or not in time. It is still there and has to be deleted.
+            DataprocError: the cluster failed or did not start in time. It still exists and must be deleted.
         """
         reason: str | None = None
 
         def poll() -> bool | None:
             nonlocal reason
-            # The operation may say why before the cluster's state shows it.
+            # The operation may report the error before the cluster's state changes.
             reason = reason or self._operation_error(operation_id)
             cluster = self.get_cluster(cluster_id)
             state = cluster.status if cluster else "gone"
@@ -235,18 +235,18 @@ class DataprocApi:
         self.wait(poll, timeout_s=timeout_s, poll_s=poll_s, what=f"cluster {cluster_id} to be created")
 
     def _operation_error(self, operation_id: str) -> str | None:
-        """Error of an operation that has failed; None where it cannot be read: the cluster's state decides."""
+        """Error of a failed operation; None if it has not failed or cannot be read."""
         if not operation_id:
             return None
         try:
             operation = self._call("OperationService.Get", "get operation", {"operation_id": operation_id})
         except DataprocError as error:
-            log.warning("%s; going by the cluster's state alone", error)
+            log.warning("%s; relying on the cluster's state", error)
             return None
         return operation.error.message or None
 
     def request_deletion(self, cluster_id: str) -> None:
-        """Ask for the cluster's deletion. Fine if it is gone or being deleted."""
+        """Request the deletion of the cluster; no error if it is gone or already being deleted."""
         try:
             self._call("ClusterService.Delete", f"delete cluster {cluster_id}", {"cluster_id": cluster_id})
         except DataprocError as error:
@@ -259,15 +259,15 @@ class DataprocApi:
             raise
 
     def delete_cluster(self, cluster_id: str, *, timeout_s: float, poll_s: float, say: Callable[[str], None]) -> None:
-        """Delete the cluster and wait until it is gone; asks again while the API refuses.
+        """Delete the cluster and wait until it is gone, repeating the request after an error.
 
         Raises:
-            DataprocError: it is still there after `timeout_s`, or may not be deleted at all.
+            DataprocError: it still exists after `timeout_s`, or the error is permanent.
         """
-        state, refusal = "", ""
+        state, last_error = "", ""
 
         def poll() -> bool | None:
-            nonlocal state, refusal
+            nonlocal state, last_error
             try:
                 if state != "STOPPING":
                     self.request_deletion(cluster_id)
@@ -275,8 +275,8 @@ class DataprocApi:
             except DataprocError as error:
                 if error.code in DEFINITE_FAILURES:
                     raise
-                refusal = f": {error}"
-                say(f"{error}; asking again")
+                last_error = f": {error}"
+                say(f"{error}; trying again")
                 return None
             if cluster is None:
                 return True
@@ -287,14 +287,14 @@ class DataprocApi:
         try:
             self.wait(poll, timeout_s=timeout_s, poll_s=poll_s, what=f"cluster {cluster_id} to be deleted")
         except WaitTimeout as error:
-            raise DataprocError(f"{error}{refusal}") from None
+            raise DataprocError(f"{error}{last_error}") from None
 
     # jobs
 
     def submit_job(self, cluster_id: str, name: str, pyspark_job: Mapping[str, Any]) -> str:
-        """Start a PySpark job, or find the one of this name that an earlier call has started; returns its id.
+        """Start a PySpark job, or find the one with this name from an earlier call; returns its id.
 
-        `pyspark_job` has the fields of the API's PysparkJob; its URIs are the cluster's: ``s3a://``.
+        `pyspark_job` has the fields of the API's PysparkJob, with ``s3a://`` URIs.
         """
         request = {"cluster_id": cluster_id, "name": name, "pyspark_job": pyspark_job}
 
@@ -305,20 +305,20 @@ class DataprocApi:
             operation = self._call("JobService.Create", f"submit job {name}", request, codes=())
             return _created_id("JobService", operation, "CreateJobMetadata", "job_id")
 
-        # Job names are not unique, and a job whose answer was lost may run: look before each try.
-        return self._repeat(lambda: find() or create(), RETRYABLE_CREATE)
+        # Job names are not unique, and a job may run although its response was lost: look for it before each attempt.
+        return self._retry(lambda: find() or create(), RETRYABLE_CREATE)
 
     def get_job(self, cluster_id: str, job_id: str) -> Job:
-        """The job. Raises DataprocError: there is none, or it is in an unknown state."""
+        """Job by id. Raises DataprocError if it does not exist or is in an unknown state."""
         return _job(self._call("JobService.Get", "get job", {"cluster_id": cluster_id, "job_id": job_id}))
 
     def list_jobs(self, cluster_id: str, *, name: str | None = None) -> Iterator[Job]:
-        """The cluster's jobs."""
+        """Jobs of the cluster."""
         for page in self._pages("JobService.List", "list jobs", {"cluster_id": cluster_id}, name):
             yield from map(_job, page.jobs)
 
     def cancel_job(self, cluster_id: str, job_id: str) -> None:
-        """Ask a job to end. Fine if it, or its cluster, has ended already."""
+        """Request the cancellation of a job; no error if the job has finished or its cluster is gone."""
         try:
             self._call("JobService.Cancel", f"cancel job {job_id}", {"cluster_id": cluster_id, "job_id": job_id})
         except DataprocError as error:
@@ -326,33 +326,33 @@ class DataprocApi:
                 raise
 
     def follow_log(self, cluster_id: str, job_id: str) -> Iterator[str]:
-        """The job's driver log as it grows, without an end: each item is what came since the one before.
+        """Driver log of the job as an endless iterator: each item is the text added since the previous one.
 
-        An item is "" where nothing came, and short where a page cannot be read: the next item has the rest.
+        An item is "" if nothing was added. If a page cannot be read, the next item has the rest.
         """
-        token, taken, text = "", 0, ""
+        token, consumed, text = "", 0, ""
         while True:
             request = {"cluster_id": cluster_id, "job_id": job_id, "page_size": LOG_PAGE_BYTES, "page_token": token}
-            following = ""
+            next_token = ""
             try:
                 page = self._call("JobService.ListLog", f"log of job {job_id}", request, codes=())
             except DataprocError as error:
                 log.debug("%s", error)
             else:
-                text += page.content[taken:]
-                # The last page grows, so it is read again until there is a next one.
-                taken = max(taken, len(page.content))
-                following = page.next_page_token
-            if following in ("", token):
+                text += page.content[consumed:]
+                # The last page grows, so it is read again until it has a successor.
+                consumed = max(consumed, len(page.content))
+                next_token = page.next_page_token
+            if next_token in ("", token):
                 yield text
                 text = ""
             else:
-                token, taken = following, 0
+                token, consumed = next_token, 0
 
     # waiting and calling
 
     def wait(self, poll: Callable[[], Any], *, timeout_s: float, poll_s: float, what: str) -> Any:
-        """Call `poll` until its result is not None, with pauses that grow from a fifth of `poll_s` to `poll_s` (±20 %).
+        """Call `poll` until it returns a result other than None; pauses grow from `poll_s` / 5 to `poll_s` (±20 %).
 
         Raises WaitTimeout after `timeout_s`.
         """
@@ -362,14 +362,14 @@ class DataprocApi:
             result = poll()
             if result is not None:
                 return result
-            left = started + timeout_s - self.clock.monotonic()
-            if left <= 0:
+            remaining = started + timeout_s - self.clock.monotonic()
+            if remaining <= 0:
                 raise WaitTimeout(f"timed out after {timeout_s:.0f} s waiting for {what}")
-            self.clock.sleep(min(left, pause * random.uniform(0.8, 1.2)))  # noqa: S311 - jitter
+            self.clock.sleep(min(remaining, pause * random.uniform(0.8, 1.2)))  # noqa: S311 - jitter
             pause = min(poll_s, pause * 1.5)
 
-    def _repeat(self, call: Callable[[], Any], codes: Collection[str]) -> Any:
-        """The call's result; made again after one of `codes`, for `retry_for_s`, with growing, jittered pauses."""
+    def _retry(self, call: Callable[[], Any], codes: Collection[str]) -> Any:
+        """Result of `call`, retried after one of `codes` for up to `retry_for_s`, with growing, jittered pauses."""
         started, pause = self.clock.monotonic(), 1.0
         while True:
             try:
@@ -382,20 +382,20 @@ class DataprocApi:
             pause = min(MAX_RETRY_PAUSE_S, pause * 2)
 
     def _call(self, method: str, what: str, fields: Mapping[str, Any], codes: Collection[str] = RETRYABLE) -> Any:
-        """Answer of a method such as ``ClusterService.Get``; `what` says in errors what was called."""
-        return self._repeat(lambda: _uninterrupted(lambda: self._call_once(method, what, fields)), codes)
+        """Response of a method such as ``ClusterService.Get``; `what` describes the call in errors."""
+        return self._retry(lambda: _run_in_call_thread(lambda: self._call_once(method, what, fields)), codes)
 
     def _call_once(self, method: str, what: str, fields: Mapping[str, Any], *, renew: bool = True) -> Any:
         import grpc
 
         stub, request = _stub_and_request(method, fields)
         try:
-            answer = getattr(self._connect().client(stub), method.split(".")[1])(request, timeout=CALL_TIMEOUT_S)
+            response = getattr(self._connect().client(stub), method.split(".")[1])(request, timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as error:
-            code, details = self._reason(error)
-            is_renewable = self._has_worked and (self.service_account_key_file or not self.iam_token)
+            code, details = self._status_of(error)
+            is_renewable = self._has_succeeded and (self.service_account_key_file or not self.iam_token)
             if code == "UNAUTHENTICATED" and renew and is_renewable:
-                # The SDK keeps a token for some seconds, in which it may expire: get another one.
+                # The SDK caches a token for some seconds and may use it after it has expired: get a new one.
                 self._sdk = None
                 _sdk.cache_clear()
                 return self._call_once(method, what, fields, renew=False)
@@ -403,24 +403,25 @@ class DataprocApi:
             advice = f" ({ADVICE[code]})" if code in ADVICE else ""
             raise DataprocError(f"{what}: {code}: {details}{advice}", code) from None
         except (KeyError, RuntimeError, ValueError) as error:
-            # How the SDK reports an unusable key, or an endpoint without this service.
+            # The SDK raises these for an unusable key, or for an endpoint without this service.
             raise DataprocError(
                 f"{what}: cannot connect: {error} ({ADVICE['UNAUTHENTICATED']}, and YC_API_ENDPOINT)"
             ) from None
-        self._has_worked = True
-        return answer
+        self._has_succeeded = True
+        return response
 
-    def _reason(self, error: grpc.RpcError) -> tuple[str, str]:
-        """Status code and details of an error; those of the attempt to sign in, if it is that which failed."""
+    def _status_of(self, error: grpc.RpcError) -> tuple[str, str]:
+        """Status code and details of an error; if signing in failed, those of that call."""
         code, details = error.code().name, error.details() or ""
-        if not details.startswith(NO_TOKEN):
+        if not details.startswith(TOKEN_ERROR_PREFIX):
             return code, details
-        details = details.removeprefix(NO_TOKEN)
-        if refusal := re.search(r'StatusCode\.(\w+)\s+details = "(.*?)"\s', details, re.DOTALL):
-            return refusal[1], refusal[2]
-        # A metadata service that has answered before will answer again; otherwise there is none. A bad key stays bad.
-        is_away = self._has_worked and not self.service_account_key_file
-        return "UNAVAILABLE" if is_away else "UNAUTHENTICATED", f"cannot sign in: {details}"
+        details = details.removeprefix(TOKEN_ERROR_PREFIX)
+        if match := re.search(r'StatusCode\.(\w+)\s+details = "(.*?)"\s', details, re.DOTALL):
+            return match[1], match[2]
+        # A metadata service that has responded before is only temporarily down; otherwise this machine has none. A bad
+        # key is permanent.
+        is_temporary = self._has_succeeded and not self.service_account_key_file
+        return "UNAVAILABLE" if is_temporary else "UNAUTHENTICATED", f"cannot sign in: {details}"
 
     def _connect(self) -> Any:
         if self._sdk is None:
@@ -435,7 +436,7 @@ class DataprocApi:
             page = self._call(method, what, request)
             yield page
             if page.next_page_token == request["page_token"] != "":
-                raise DataprocError(f"{what}: a page of the API leads to itself")
+                raise DataprocError(f"{what}: the API returned a page that is its own next page")
             if not page.next_page_token:
                 return
             request["page_token"] = page.next_page_token
@@ -443,46 +444,46 @@ class DataprocApi:
 
 @lru_cache(maxsize=1)
 def _call_queue() -> SimpleQueue[Any]:
-    """The queue of the thread that makes all calls of this process; the first use starts the thread."""
+    """Queue of the thread that makes all calls of this process; the first use starts the thread."""
     calls: SimpleQueue[Any] = SimpleQueue()
 
     def serve() -> None:
         while True:
-            call, answer = calls.get()
+            call, result = calls.get()
             try:
-                answer.put((call(), None))
+                result.put((call(), None))
             except BaseException as error:
-                answer.put((None, error))
-            # Keep nothing alive until the next call.
-            del call, answer
+                result.put((None, error))
+            # Do not keep references until the next call.
+            del call, result
 
     threading.Thread(target=serve, name="dataproc-calls", daemon=True).start()
     return calls
 
 
-def _uninterrupted(call: Callable[[], Any]) -> Any:
-    """The result of `call`, or what it raises; made in a thread where no signal cuts short what gRPC does.
+def _run_in_call_thread(call: Callable[[], Any]) -> Any:
+    """Run `call` in a thread where signal handlers cannot interrupt gRPC; returns its result or raises its error.
 
-    Signal handlers run in the main thread, wherever it is. What they raise within gRPC's callback for credentials
-    corrupts the heap: the process dies, and its cluster stays. Here the main thread only waits, for a queue that may be
-    left at any instant (a ``Future`` may not: its lock could stay locked). There is one thread for all clients of a
-    process, so a call that was abandoned ends before the next begins: a cluster that was being created is there when it
-    is looked for by its name.
+    Signal handlers run in the main thread at any point. An exception raised by one within gRPC's credentials callback
+    corrupts the heap: the process dies, and its cluster stays. So the main thread only waits on a queue, which is safe
+    to interrupt at any time (a ``Future`` is not: its lock could stay locked). All clients of a process share one
+    thread, so an abandoned call finishes before the next one starts: a cluster whose creation was interrupted is
+    already visible when it is looked up by name.
     """
-    answer: SimpleQueue[Any] = SimpleQueue()
-    _call_queue().put((call, answer))
-    value, error = answer.get()
+    result: SimpleQueue[Any] = SimpleQueue()
+    _call_queue().put((call, result))
+    value, error = result.get()
     if error is None:
         return value
     try:
         raise error
     finally:
-        # The error's traceback has this frame: they would keep each other alive.
+        # The error's traceback references this frame: break the reference cycle.
         del error
 
 
 def create_request(spec: ClusterSpec, name: str, labels: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of the API's CreateClusterRequest."""
+    """Fields of the API's CreateClusterRequest."""
 
     def subcluster(group: NodeGroup) -> dict[str, Any]:
         return {
@@ -538,9 +539,9 @@ def create_request(spec: ClusterSpec, name: str, labels: Mapping[str, str]) -> d
 
 
 def _stub_and_request(method: str, fields: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The SDK's stub of a method such as ``ClusterService.Get``, and its request with `fields`.
+    """SDK stub of a method such as ``ClusterService.Get``, and its request with `fields`.
 
-    Raises DataprocError for a value that the API does not have, such as an unknown service of a cluster.
+    Raises DataprocError for a value that the API does not define, such as an unknown cluster service.
     """
     from google.protobuf.json_format import ParseDict, ParseError
 
@@ -551,11 +552,11 @@ def _stub_and_request(method: str, fields: Mapping[str, Any]) -> tuple[Any, Any]
     try:
         return getattr(stubs, f"{service}Stub"), ParseDict(fields, getattr(messages, request)())
     except ParseError as error:
-        raise DataprocError(f"the settings of the cluster do not fit the API: {error}", "INVALID_ARGUMENT") from None
+        raise DataprocError(f"the cluster settings do not match the API: {error}", "INVALID_ARGUMENT") from None
 
 
 def _created_id(service: str, operation: Any, metadata_type: str, id_field: str) -> str:
-    """Id of what an operation creates, from its metadata."""
+    """Id of the object that an operation creates, from its metadata."""
     metadata = getattr(importlib.import_module(f"{_SERVICE_MODULES[service]}_pb2"), metadata_type)()
     operation.metadata.Unpack(metadata)
     created: str = getattr(metadata, id_field)
@@ -576,17 +577,17 @@ def _cluster(message: Any) -> Cluster:
 def _job(message: Any) -> Job:
     status = _status(message)
     if status not in UNFINISHED_JOB | FINISHED_JOB:
-        raise DataprocError(f"job {message.id} is in a state that this version does not know: {status}")
+        raise DataprocError(f"job {message.id} is in an unknown state: {status}")
     return Job(message.id, message.name, status, message.application_info.id)
 
 
 @lru_cache(maxsize=4)
 def _sdk(endpoint: str | None, root_certificates: bytes | None, key: bytes | None, iam_token: str | None) -> Any:
-    """The SDK with these options. One for all clients of a process: an SDK never closes its connections."""
+    """SDK with these options, shared by all clients of a process: an SDK never closes its connections."""
     import yandexcloud
 
     class Deadlines(yandexcloud.RetryPolicy):
-        """Sets a time limit, by gRPC's service configuration, for the calls that the SDK makes by itself."""
+        """Sets a timeout, by gRPC service configuration, for the calls that the SDK makes itself."""
 
         def to_json(self) -> str:
             return json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{CALL_TIMEOUT_S}s"}]})

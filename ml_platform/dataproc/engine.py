@@ -1,8 +1,8 @@
-"""Spark on a Yandex Data Proc cluster that is created at a run's first job and deleted at the run's end.
+"""Spark engine on a Yandex Data Proc cluster, created for a run's first job and deleted when the run ends.
 
-The cluster belongs to the resource, whose clean-up Dagster calls whether the run succeeds, fails or is terminated. What
-a killed process leaves behind is deleted by the next run or by the sensor ``orphaned_clusters``. The identity of a
-cluster is recorded before it is waited for.
+The resource owns the cluster; Dagster calls its clean-up whether the run succeeds, fails or is terminated. A cluster
+left by a killed process is deleted by the next run or by the sensor ``orphaned_clusters``, which find it because its
+name and id are recorded in run tags before the engine waits for it.
 """
 
 from __future__ import annotations
@@ -40,47 +40,47 @@ from spark_jobs.runtime import START_PROPERTIES
 CLUSTER_ID_TAG = "ml_platform/cluster_id"
 CLUSTER_NAME_TAG = "ml_platform/cluster_name"
 
-#: A driver log is shown in the run's log in pieces of at most so many characters.
-LOG_PIECE = 20_000
+#: Maximum characters of a driver log per message in the run's log.
+LOG_CHUNK = 20_000
 
 HOUR_S = 3600
 
 #: Spark properties of each job.
 JOB_PROPERTIES = {
     **START_PROPERTIES,
-    # In cluster mode the driver would run somewhere in YARN, and the job would not have its log.
+    # In cluster mode the driver would run in YARN, and its log would not be the job's log.
     "spark.submit.deployMode": "client",
-    # A rename on S3 is a copy: version 2 makes half as many. See docs/s3.md.
+    # S3 renames by copying; version 2 of the committer renames half as often. See docs/s3.md.
     "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
 }
 
 
 @dataclass
 class RunCluster:
-    """The cluster of this run. `requested_at` and `expires_at` are Unix seconds."""
+    """A run's cluster. `requested_at` and `expires_at` are Unix seconds."""
 
     name: str
     spec: ClusterSpec
     labels: dict[str, str]
     requested_at: float
     expires_at: float
-    #: "" until the create is answered: then only the name identifies the cluster.
+    #: "" until the create call returns; until then only the name identifies the cluster.
     id: str = ""
     is_usable: bool = False
     jobs: list[dict[str, Any]] = field(default_factory=list)
 
     def cores(self) -> int:
-        """Cores of the nodes that run tasks; 0 where the presets' names do not say."""
+        """Total cores of the worker nodes; presets whose names do not contain the number count as 0."""
         groups = self.spec.node_groups()
         return sum((cores_of(group.preset) or 0) * group.hosts for group in groups if group.role != "master")
 
 
 class DataprocEngine(SparkEngine, ClusterOptions):
-    """Runs jobs on a cluster of the run's own. Deployments in one folder are told apart by their name and lake."""
+    """Engine with one cluster per run. Deployments that share a folder are distinguished by name and lake."""
 
-    deployment: str = Field(description="Name of this deployment; label of its clusters.")
-    lake_uri: str = Field(description="The lake that the deployment works on.")
-    cluster: dict[str, Any] = Field(description="What a cluster consists of: the fields of ClusterSpec.")
+    deployment: str = Field(description="Name of this deployment; a label of its clusters.")
+    lake_uri: str = Field(description="URI of the deployment's lake.")
+    cluster: dict[str, Any] = Field(description="Composition of a cluster: the fields of ClusterSpec.")
 
     _api: Any = PrivateAttr(default=None)
     _clock: Any = PrivateAttr(default_factory=lambda: time)
@@ -89,12 +89,12 @@ class DataprocEngine(SparkEngine, ClusterOptions):
 
     @property
     def spec(self) -> ClusterSpec:
-        """What a cluster consists of."""
+        """Composition of a cluster, as configured."""
         return ClusterSpec.model_validate(self.cluster)
 
     @property
     def api(self) -> DataprocApi:
-        """The client of the API."""
+        """API client, created on first use."""
         if self._api is None:
             self._api = DataprocApi(
                 endpoint=self.api_endpoint,
@@ -114,10 +114,10 @@ class DataprocEngine(SparkEngine, ClusterOptions):
         finally:
             self._delete_cluster(context.log or dg.get_dagster_logger())
 
-    # the cluster
+    # cluster
 
     def labels(self, run_id: str, expires_at: float) -> dict[str, str]:
-        """Labels of a run's cluster. The lake distinguishes deployments that have the same name."""
+        """Labels of a run's cluster. The lake distinguishes deployments with the same name."""
         return {
             "owner": OWNER,
             "deployment": slug(self.deployment, 63),
@@ -128,16 +128,16 @@ class DataprocEngine(SparkEngine, ClusterOptions):
 
     def clusters(self) -> list[Cluster]:
         """This deployment's clusters in the folder."""
-        own = self.labels("", 0)
+        expected = self.labels("", 0)
         return [
             cluster
             for cluster in self.api.list_clusters(self.spec.folder_id)
-            if all(cluster.labels.get(name) == own[name] for name in ("owner", "deployment"))
-            and cluster.labels.get("lake", own["lake"]) == own["lake"]
+            if all(cluster.labels.get(name) == expected[name] for name in ("owner", "deployment"))
+            and cluster.labels.get("lake", expected["lake"]) == expected["lake"]
         ]
 
     def _usable_cluster(self, call: JobCall) -> RunCluster:
-        """The run's cluster, created if there is none yet, of a size for its first job and what follows from it."""
+        """The run's cluster, created if necessary, and sized for its first job and the jobs that follow from it."""
         if self._run_cluster is not None and self._run_cluster.is_usable:
             return self._run_cluster
         # Delete a failed cluster first; otherwise it keeps costing money.
@@ -147,7 +147,7 @@ class DataprocEngine(SparkEngine, ClusterOptions):
         context, run_id, now = call.context, call.context.run.run_id, self._clock.time()
         name, expires_at = cluster_name(self.deployment, run_id, self._attempts), now + self.max_lifetime_s
         cluster = RunCluster(name, self._sized(call), self.labels(run_id, expires_at), now, expires_at)
-        # Before the request: whatever the answer, there may be a cluster, and clean-up looks for it by name.
+        # Record the name first: even if the request fails, a cluster may exist, and clean-up looks for it by name.
         self._run_cluster = cluster
         context.instance.add_run_tags(run_id, {CLUSTER_NAME_TAG: name})
         cluster.id, operation_id = self.api.create_cluster(cluster.spec, name, cluster.labels)
@@ -161,29 +161,29 @@ class DataprocEngine(SparkEngine, ClusterOptions):
             operation_id,
             timeout_s=self.create_timeout_s,
             poll_s=self.poll_s,
-            say=_changes(context.log),
+            say=_log_changes(context.log),
         )
         cluster.is_usable = True
         context.log.info(f"cluster {name} is ready after {self._clock.time() - now:.0f} s")
         return cluster
 
     def _delete_predecessors(self, context: dg.AssetExecutionContext) -> None:
-        """Delete clusters of runs that have ended, and wait until those are gone that still run a job.
+        """Delete clusters of ended runs, and wait for the deletion of those that still run a job.
 
-        A killed run leaves such a cluster: its job may be writing the very partitions that this run is about to write,
-        and two writers would leave rows twice. The sensor ``orphaned_clusters`` may come too late.
+        A killed run leaves such a cluster. Its job may be writing the same partitions as this run, and two writers
+        would duplicate rows. The sensor ``orphaned_clusters`` may come too late.
 
         Raises:
             DataprocError: a cluster that runs a job cannot be deleted.
         """
-        # A run whose process is gone counts as running until somebody checks.
+        # Dagster considers a run with a dead process as running until it is reported as failed.
         fail_dead_runs(context.instance)
         for cluster in self.clusters():
             run = context.instance.get_run_by_id(cluster.labels.get("dagster-run-id", ""))
             if run is None or not run.is_finished:
                 continue
             has_job = self._runs_a_job(cluster.id)
-            if cluster.status == "STOPPING" and not has_job:  # its run has just asked for that
+            if cluster.status == "STOPPING" and not has_job:  # its run has just requested the deletion
                 continue
             context.log.warning(f"deleting cluster {cluster.name} ({cluster.id}): its run {run.run_id} has ended")
             if has_job:
@@ -192,7 +192,7 @@ class DataprocEngine(SparkEngine, ClusterOptions):
             try:
                 self.api.request_deletion(cluster.id)
             except DataprocError as error:
-                context.log.error(f"it is left to the sensor orphaned_clusters: {error}")
+                context.log.error(f"cannot delete it now, the sensor orphaned_clusters will try again: {error}")
 
     def _runs_a_job(self, cluster_id: str) -> bool:
         try:
@@ -203,9 +203,9 @@ class DataprocEngine(SparkEngine, ClusterOptions):
             raise
 
     def _sized(self, call: JobCall) -> ClusterSpec:
-        """What the cluster consists of, with as many nodes as the work needs where the settings leave a choice.
+        """Composition of the cluster, with as many nodes as the work needs within the settings' limits.
 
-        The choice is between numbers of data nodes. Of compute nodes that scale it is the number to begin with.
+        Sizes the data nodes, or the initial number of autoscaled compute nodes.
         """
         spec = self.spec
         if spec.compute_max_count and not self.data_max_count:
@@ -222,16 +222,16 @@ class DataprocEngine(SparkEngine, ClusterOptions):
         return spec.model_copy(update={f"{role}_count": sizing.nodes})
 
     def _delete_cluster(self, log: Any) -> None:
-        """Delete the run's cluster, if there is one."""
+        """Delete the run's cluster, if any."""
         cluster = self._run_cluster
         if cluster is None:
             return
         cluster.is_usable = False
         try:
             if not cluster.id:
-                # The answer to the create was an error, or was lost with the id: the name is known.
-                earlier = self.api.find_cluster(self.spec.folder_id, cluster.name, cluster.labels)
-                cluster.id = earlier.id if earlier else ""
+                # The create call failed, or its response was lost: find the cluster by name.
+                existing = self.api.find_cluster(self.spec.folder_id, cluster.name, cluster.labels)
+                cluster.id = existing.id if existing else ""
             if cluster.id:
                 log.info(f"deleting cluster {cluster.name} ({cluster.id})")
                 self._wait_for_deletion(cluster.id, log)
@@ -240,12 +240,12 @@ class DataprocEngine(SparkEngine, ClusterOptions):
         except DataprocError as error:
             log.error(
                 f"CLUSTER {cluster.name} ({cluster.id or 'id unknown'}) MAY STILL BE THERE AND COST MONEY: {error}. "
-                "The sensor orphaned_clusters tries again; see `ml-platform clusters list`"
+                "The sensor orphaned_clusters will try again; see `ml-platform clusters list`"
             )
             raise
 
     def _wait_for_deletion(self, cluster_id: str, log: Any) -> None:
-        self.api.delete_cluster(cluster_id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_changes(log))
+        self.api.delete_cluster(cluster_id, timeout_s=self.delete_timeout_s, poll_s=self.poll_s, say=_log_changes(log))
 
     # jobs
 
@@ -258,7 +258,7 @@ class DataprocEngine(SparkEngine, ClusterOptions):
         context, lake = call.context, call.lake
         name = job_name(call.job, call.label, context.retry_number + 1)
         if context.retry_number:
-            # The report of an earlier try must not count for this one.
+            # The report of an earlier attempt must not count for this one.
             lake.write_json(call.file("report.json"), {})
         started = self._clock.time()
         job_id = self.api.submit_job(
@@ -299,11 +299,11 @@ class DataprocEngine(SparkEngine, ClusterOptions):
             ) from None
 
     def _follow(self, call: JobCall, cluster: RunCluster, job_id: str, name: str) -> Job:
-        """Wait for a job's end, with its driver log in the run's log; cancel it on timeout and on interrupt."""
+        """Wait for a job to finish, copying its driver log to the run's log; cancel it on timeout or interrupt."""
         log = call.context.log
-        say = _changes(log)
+        say = _log_changes(log)
         driver_log = self.api.follow_log(cluster.id, job_id)
-        text: list[str] = []
+        log_chunks: list[str] = []
 
         def poll() -> Job | None:
             try:
@@ -314,7 +314,7 @@ class DataprocEngine(SparkEngine, ClusterOptions):
                 job = None
             if job:
                 say(f"job {name}: {job.status}{f', {job.yarn_application}' if job.yarn_application else ''}")
-                text.append(_show_new_lines(driver_log, log))
+                log_chunks.append(_log_new_lines(driver_log, log))
                 if job.status in FINISHED_JOB:
                     return job
             current = self.api.get_cluster(cluster.id)
@@ -336,16 +336,16 @@ class DataprocEngine(SparkEngine, ClusterOptions):
                 with contextlib.suppress(DataprocError):
                     self.api.cancel_job(cluster.id, job_id)
             with contextlib.suppress(Exception):
-                text.append(_show_new_lines(driver_log, log))
-                call.lake.store.write(call.file("driver.log"), "".join(text).encode())
+                log_chunks.append(_log_new_lines(driver_log, log))
+                call.lake.store.write(call.file("driver.log"), "".join(log_chunks).encode())
 
-    # what it took
+    # usage and cost
 
     def _cluster_url(self, cluster: RunCluster) -> str:
         return f"{self.console_url}/folders/{cluster.spec.folder_id}/data-proc/cluster/{cluster.id}"
 
     def _usage(self, cluster: RunCluster) -> tuple[float, float | None]:
-        """Node-hours since the cluster was requested, and their price, None where the table of prices lacks one."""
+        """Node-hours since the cluster was requested, and their price; None if a price is not configured."""
         hours = (self._clock.time() - cluster.requested_at) / HOUR_S
         groups = cluster.spec.node_groups()
         node_hours = hours * sum(group.hosts for group in groups)
@@ -361,7 +361,7 @@ class DataprocEngine(SparkEngine, ClusterOptions):
     def _summary(self, cluster: RunCluster) -> str:
         node_hours, price = self._usage(cluster)
         cost = "" if price is None else f", {price:.2f} {self.currency}"
-        return f"; it took {node_hours:.2f} node-hours{cost}"
+        return f"; it used {node_hours:.2f} node-hours{cost}"
 
     def _metadata(self, cluster: RunCluster) -> dict[str, Any]:
         node_hours, price = self._usage(cluster)
@@ -377,19 +377,19 @@ class DataprocEngine(SparkEngine, ClusterOptions):
         return metadata
 
 
-def _show_new_lines(driver_log: Iterator[str], log: Any) -> str:
-    """Show in the run's log what is new in a driver log, and return it."""
+def _log_new_lines(driver_log: Iterator[str], log: Any) -> str:
+    """Copy new lines of a driver log to the run's log, and return them."""
     new = next(driver_log, "")
-    for start in range(0, len(new), LOG_PIECE):
-        log.info(printable(new[start : start + LOG_PIECE].rstrip("\n"), keep="\n\t"))
+    for start in range(0, len(new), LOG_CHUNK):
+        log.info(printable(new[start : start + LOG_CHUNK].rstrip("\n"), keep="\n\t"))
     return new
 
 
 def _upload_code(lake: LakeResource, job: str) -> tuple[str, str]:
-    """URIs of a job's main file and of the archive with the other code.
+    """Upload a job's code; returns the URIs of its main file and of the code archive.
 
-    The library is uploaded with the first job of a run, whether or not that job needs it: without the library, a
-    cluster would be created in vain.
+    The library is uploaded with every job, even if the job does not need it: if it is unavailable, the run must fail
+    before it creates a cluster.
     """
     archive = build_archive()
     directory = f"_code/{content_hash(archive)}"
@@ -401,7 +401,7 @@ def _upload_code(lake: LakeResource, job: str) -> tuple[str, str]:
 
 
 def _upload_library(lake: LakeResource) -> str:
-    """URI of the archive of the learners' library."""
+    """Upload the learners' library archive; returns its URI."""
     name, content = library_archive()
     return _upload(lake, f"_code/{content_hash(content)}/{name}", content)
 
@@ -409,16 +409,16 @@ def _upload_library(lake: LakeResource) -> str:
 def _upload(lake: LakeResource, file: str, content: bytes) -> str:
     """Write a file to the lake if it is missing or damaged; returns its URI."""
     try:
-        is_there = lake.store.read(file) == content
+        is_uploaded = lake.store.read(file) == content
     except FileNotFoundError:
-        is_there = False
-    if not is_there:
+        is_uploaded = False
+    if not is_uploaded:
         lake.store.write(file, content)
     return lake.store.spark_uri(file)
 
 
-def _changes(log: Any) -> Callable[[str], None]:
-    """A function that logs a text if it differs from the one before: transitions, not polls."""
+def _log_changes(log: Any) -> Callable[[str], None]:
+    """Return a function that logs a message unless it repeats the previous one."""
     last = ""
 
     def say(text: str) -> None:

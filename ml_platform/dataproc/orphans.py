@@ -1,4 +1,4 @@
-"""Finds and deletes orphaned clusters: their run has ended or is unknown, or they are past their lifetime."""
+"""Detection and deletion of orphaned clusters: the run has ended or is unknown, or the lifetime has expired."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ml_platform.dataproc.api import Cluster, DataprocError
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.operations.dead_runs import fail_dead_runs
 
-#: How long a call of the API is repeated here: a tick of a sensor has a minute, and the next one comes in five.
+#: Retry limit of an API call in seconds: a sensor tick must finish within a minute, and the next comes in five.
 RETRY_FOR_S = 15.0
 
 
 def is_expired(cluster: Cluster, now: float) -> bool:
-    """Whether a cluster is past its lifetime, by our own clock, which wrote the label: the API's may differ."""
+    """Return True if a cluster is past its lifetime; `now` is from the local clock, which also set the label."""
     try:
         return int(cluster.labels.get("expires-at", "")) < now
     except ValueError:
         return False
 
 
-def why_orphaned(instance: dg.DagsterInstance, cluster: Cluster) -> str | None:
-    """Why one of our clusters is to be deleted; None while its run needs it."""
+def orphan_reason(instance: dg.DagsterInstance, cluster: Cluster) -> str | None:
+    """Reason to delete a cluster of this deployment; None while its run needs it."""
     run_id = cluster.labels.get("dagster-run-id", "")
     run = instance.get_run_by_id(run_id) if run_id else None
     if run is None:
@@ -38,33 +38,33 @@ def why_orphaned(instance: dg.DagsterInstance, cluster: Cluster) -> str | None:
 
 
 def find_orphans(instance: dg.DagsterInstance, engine: DataprocEngine) -> Iterator[tuple[Cluster, str]]:
-    """This deployment's orphaned clusters with the reason, without those that are being deleted already."""
+    """Orphaned clusters of this deployment with the reason, except those already being deleted."""
     for cluster in engine.clusters():
-        if cluster.status != "STOPPING" and (reason := why_orphaned(instance, cluster)):
+        if cluster.status != "STOPPING" and (reason := orphan_reason(instance, cluster)):
             yield cluster, reason
 
 
 def delete_orphans(instance: dg.DagsterInstance, engine: DataprocEngine, get_log: Callable[[], Logger]) -> str:
-    """Ask for the deletion of each orphaned cluster; returns a sentence that says what was done.
+    """Request the deletion of each orphaned cluster; returns a one-sentence summary.
 
-    `get_log` is called only where there is something to log, because it makes a file for a sensor's tick.
+    `get_log` is called only if there is something to log, because in a sensor tick it creates a log file.
 
     Raises:
-        DataprocError: some cannot be deleted; the deletion of the others was asked for.
+        DataprocError: some deletions were refused; the others were requested.
     """
     engine.api.retry_for_s = RETRY_FOR_S
     for run_id in fail_dead_runs(instance):
         get_log().warning(f"reported run {run_id} as failed: its process died")
-    deleted, refused = [], []
+    deleted, errors = [], []
     for cluster, reason in find_orphans(instance, engine):
         try:
             engine.api.request_deletion(cluster.id)
         except DataprocError as error:
             get_log().error(f"cannot delete cluster {cluster.name} ({cluster.id}): {error}")
-            refused.append(str(error))
+            errors.append(str(error))
         else:
             get_log().warning(f"deleting cluster {cluster.name} ({cluster.id}): {reason}")
             deleted.append(f"{cluster.name} ({cluster.id}): {reason}")
-    if refused:
-        raise DataprocError(f"{len(refused)} orphaned clusters cannot be deleted: {refused[0]}")
-    return f"asked for the deletion of {len(deleted)} clusters: {'; '.join(deleted)}" if deleted else "no orphans"
+    if errors:
+        raise DataprocError(f"{len(errors)} orphaned clusters cannot be deleted: {errors[0]}")
+    return f"requested deletion of {len(deleted)} clusters: {'; '.join(deleted)}" if deleted else "no orphans"

@@ -1,4 +1,4 @@
-"""Sizes a run's cluster: from the number of rows and the measured cost of a row."""
+"""Cluster sizing from the number of rows and the measured cost per row."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from spark_jobs.train_model import DEFAULTS
 
 MAX_TRAIN_ROWS: int = DEFAULTS["max_train_rows"]
 
-#: Bytes of a raw row: 112 GiB hold 1.88 billion.
+#: Average bytes of a raw row: 1.88 billion rows in 112 GiB.
 BYTES_PER_ROW = 64
 
-#: Core-seconds per million input rows of each job, history included (see docs/scaling.md). For training: reading,
-#: scoring and evaluating; the fit of a model is one task.
+#: Core-seconds per million input rows of each job, history included (see docs/scaling.md). For training, this covers
+#: reading, scoring and evaluating; fitting a model is a single task.
 CORE_SECONDS_PER_MILLION_ROWS = {"clean_transactions": 2.1, "build_features": 5.7, "train_model": 17.0}
 
-#: Seconds of that fit per million of its rows, which are at most `max_train_rows`.
+#: Seconds of that fit per million rows; it gets at most `max_train_rows`.
 FIT_S_PER_MILLION_ROWS = 23.0
 
-#: MB of a Python process outside Java's heap, and MB per million rows that a fit holds: 2.95 GB were measured for 5
-#: million rows of 27 inputs (logistic regression; XGBoost 1.78). Then the heap of Java, which only passes the rows on.
+#: Python memory outside the Java heap: a base in MB, and MB per million rows of a fit. Measured for 5 million rows of
+#: 27 inputs: 2.95 GB (logistic regression), 1.78 GB (XGBoost). The Java heap is small: Java only passes the rows on.
 WORKERS_MB = 600
 FIT_MB_PER_MILLION_ROWS = 600
 TRAINING_HEAP = "2g"
 
-#: Seconds of a job that more nodes do not shorten: starting Spark, planning, writing the reports.
+#: Fixed seconds per job regardless of the number of nodes: starting Spark, planning, writing the reports.
 FIXED_S = 30.0
 
-#: Rows that features are built from for each new row: its file's own, and those of the two files before.
+#: Rows read per new row to build features: those of its file and of the two files before it.
 ROWS_WITH_HISTORY = 3
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """The chosen number of nodes, the seconds that the work is expected to take on them, and the reason."""
+    """Chosen number of nodes, expected seconds of work on them, and the reason."""
 
     nodes: int
     seconds: float
@@ -51,11 +51,11 @@ def expected_seconds(job: str, rows: int, cores: int) -> float:
 
 
 def memory_properties(job: str, max_train_rows: int = MAX_TRAIN_ROWS) -> dict[str, str]:
-    """Spark properties for the memory that a job needs beyond the cluster's defaults.
+    """Spark memory properties for a job that needs more than the cluster's defaults.
 
-    One fit at a time holds up to `max_train_rows` rows in the Python process of an executor; the fits of the search are
-    small. With the defaults an executor takes 5.6 GB: two of them fit on a host of the default preset (16 GB, of which
-    YARN gives out 12.8).
+    One fit at a time holds up to `max_train_rows` rows in an executor's Python process; the fits of the search are
+    small. With the default settings an executor takes 5.6 GB, so two fit on a host of the default preset (16 GB, of
+    which YARN allocates 12.8).
     """
     if job != "train_model":
         return {}
@@ -64,11 +64,11 @@ def memory_properties(job: str, max_train_rows: int = MAX_TRAIN_ROWS) -> dict[st
 
 
 def choose_nodes(job: str, rows: int, *, cores: int, least: int, most: int, target_s: float) -> Sizing:
-    """Nodes for a run whose first job is `job` with `rows` input rows.
+    """Choose the number of nodes for a run whose first job is `job` with `rows` input rows.
 
-    `cores` is the number of cores of a node. The result is the fewest of `least` to `most` nodes with which the work on
-    the data is expected to take `target_s`: twice the nodes work half the time for the same money, but each node also
-    costs its start. Training does not count: it works on a window, not on the new rows.
+    `cores` is the number of cores per node. The result is the smallest number from `least` to `most` with which the
+    data work is expected to take `target_s`: twice the nodes take half the time for the same price, but each node also
+    has a start-up cost. Training is not counted, because it works on a fixed window, not on the new rows.
     """
     work = CORE_SECONDS_PER_MILLION_ROWS.get(job, 0) * rows / 1e6
     if job == "clean_transactions":
@@ -83,6 +83,6 @@ def choose_nodes(job: str, rows: int, *, cores: int, least: int, most: int, targ
 
 
 def cores_of(preset: str) -> int | None:
-    """Cores of a host of a preset such as ``s3-c4-m16``; None if the name does not say."""
+    """Number of cores in a preset such as ``s3-c4-m16``; None if the name does not contain it."""
     match = re.search(r"-c([1-9][0-9]*)-", preset)
     return int(match[1]) if match else None

@@ -51,8 +51,8 @@ def default_spark_config(master: str, driver_memory: str | None = None) -> dict[
             "spark.driver.host": "127.0.0.1",
         }
     if master.startswith(("local", "spark://")):
-        # Over TCP, Java and Python workers once deadlocked with full buffers on both sides (Linux 6.18). Ignored by Spark
-        # before 4.1. Not on YARN, whose directory paths are too long for Unix sockets.
+        # Over TCP, Java and Python workers once deadlocked with full buffers on both sides (Linux 6.18). Spark before
+        # 4.1 ignores the property. Not on YARN, whose directory paths are too long for Unix sockets.
         config["spark.python.unix.domain.socket.enabled"] = "true"
     return config | {
         **START_PROPERTIES,
