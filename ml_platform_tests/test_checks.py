@@ -21,7 +21,6 @@ from ml_platform.model.gate import champion_health
 from ml_platform_tests.fakes import cleaned_report, cleaned_reports, definitions, features_report, put_report, raw_spec
 
 LIMITS = QualityLimits()
-RUN_ID = "11111111-2222-3333-4444-555555555555"
 
 
 def report(number: int = 0, **counts: int) -> dict[str, Any]:
@@ -49,12 +48,7 @@ class TestRowsAddUp:
         ],
     )
     def test_rule(self, raw: int, clean: int, duplicate: int, rejected: int, fine: bool):
-        counts = {
-            "raw_rows": raw,
-            "clean_rows": clean,
-            "duplicate_rows": duplicate,
-            "rejected_rows": rejected,
-        }
+        counts = {"raw_rows": raw, "clean_rows": clean, "duplicate_rows": duplicate, "rejected_rows": rejected}
         problem = quality.row_count_mismatch(typed(**counts))
         assert (problem is None) == fine
 
@@ -151,7 +145,7 @@ class TestTimeRange:
         problem = quality.implausible_time_range(key, cleaned, LIMITS)
         assert problem is None if expected is None else expected in str(problem)
 
-    def test_an_hour_24_at_the_end_shares_nothing(self):
+    def test_files_that_meet_at_24_00_00_share_no_day(self):
         cleaned = {
             "a": between("2020-01-01T00:00:05Z", "2020-01-31T00:00:00Z"),
             "b": between("2020-01-31T00:00:00Z", "2020-03-01T00:00:00Z"),
@@ -171,60 +165,59 @@ class TestTimeRange:
             (None, None, None),
         ],
     )
-    def test_neighbours(self, first: str | None, last: str | None, shared: int | None):
-        cleaned = {
-            "it": between("2020-01-01T00:00:00Z", "2020-01-31T00:00:00Z"),
-            "other": between(first, last),
-        }
+    def test_files_that_share_days(self, first: str | None, last: str | None, shared: int | None):
+        cleaned = {"it": between("2020-01-01T00:00:00Z", "2020-01-31T00:00:00Z"), "other": between(first, last)}
         problem = quality.implausible_time_range("it", cleaned, LIMITS)
         assert problem == (None if shared is None else f"it shares {shared} days with other")
 
     @pytest.mark.parametrize("key", ["20200101", "2020-W01-1", "2020W011"])
-    def test_a_date_in_another_form_means_nothing(self, key: str):
+    def test_a_name_in_another_date_format_is_not_a_date(self, key: str):
         """Python 3.11 reads more forms than 3.10: the verdict must not depend on the interpreter."""
         cleaned = {key: between("2018-01-01T00:00:00Z", "2018-01-31T00:00:00Z")}
         assert quality.implausible_time_range(key, cleaned, LIMITS) is None
 
 
-def evaluate(
-    instance: dg.DagsterInstance, lake: LakeResource, check: str, keys: tuple[str, str], run_id: str | None = None
-) -> dg.AssetCheckEvaluation:
-    """What one check finds over a range of partitions."""
-    result = run_check(instance, lake, check, keys, run_id)
-    (evaluation,) = (found for found in result.get_asset_check_evaluations() if found.partition is None)
-    by_partition = {found.partition: found for found in result.get_asset_check_evaluations() if found.partition}
-    assert list(by_partition) == keys_of_run(range_tags(*keys), instance.get_dynamic_partitions("raw_files"))
-    assert evaluation.passed == all(found.passed for found in by_partition.values())
-    return evaluation
+class Checks:
+    """Three registered partitions, ``file-0`` to ``file-2``, with cleaned data and features that pass every check."""
 
+    def __init__(self, lake: LakeResource, instance: dg.DagsterInstance) -> None:
+        self.lake, self.instance = lake, instance
+        keys = [f"file-{number}" for number in range(3)]
+        instance.add_dynamic_partitions("raw_files", keys)
+        cleaned = {key: report(number) for number, key in enumerate(keys)}
+        inputs = expected_inputs(cleaned_reports(*cleaned.values()))
+        for key in keys:
+            put_report(lake, CLEANED_TABLE, key, cleaned[key])
+            put_report(lake, FEATURES_TABLE, key, features_report(cleaned[key], inputs[key]))
 
-def run_check(
-    instance: dg.DagsterInstance, lake: LakeResource, check: str, keys: tuple[str, str], run_id: str | None = None
-) -> dg.ExecuteInProcessResult:
-    """Run one check through Dagster over a range of partitions."""
-    graph = definitions(lake).resolve_asset_graph()
-    (key,) = (key for key in graph.asset_check_keys if key.name == check)
-    job = dg.Definitions(
-        assets=definitions(lake).assets,
-        asset_checks=definitions(lake).asset_checks,
-        jobs=[dg.define_asset_job("check", selection=dg.AssetSelection.checks(key))],
-        resources=definitions(lake).resources,
-        executor=dg.in_process_executor,
-    ).resolve_job_def("check")
-    return job.execute_in_process(instance=instance, tags=range_tags(*keys), run_id=run_id, raise_on_error=False)
+    def evaluate(self, check: str, first: str = "file-0", last: str = "file-2") -> dg.AssetCheckEvaluation:
+        """What one check finds, through Dagster, over a range of partitions."""
+        everything = definitions(self.lake)
+        (key,) = (key for key in everything.resolve_asset_graph().asset_check_keys if key.name == check)
+        job = dg.Definitions(
+            assets=everything.assets,
+            asset_checks=everything.asset_checks,
+            jobs=[dg.define_asset_job("check", selection=dg.AssetSelection.checks(key))],
+            resources=everything.resources,
+            executor=dg.in_process_executor,
+        ).resolve_job_def("check")
+        tags = range_tags(first, last)
+        result = job.execute_in_process(instance=self.instance, tags=tags, raise_on_error=False)
+        found = result.get_asset_check_evaluations()
+        (evaluation,) = (one for one in found if one.partition is None)
+        by_partition = {one.partition: one for one in found if one.partition}
+        assert list(by_partition) == keys_of_run(tags, self.instance.get_dynamic_partitions("raw_files"))
+        assert evaluation.passed == all(one.passed for one in by_partition.values())
+        return evaluation
+
+    def problem_beyond_a_run(self) -> str | None:
+        """What is said of the second file where its checks do not run; see assets/features.py."""
+        return quality.file_problem("file-1", self.lake.reports(CleanedReport), LIMITS)
 
 
 @pytest.fixture
-def three(lake: LakeResource, instance: dg.DagsterInstance) -> list[str]:
-    """Three registered partitions with cleaned data and features, all fine."""
-    keys = [f"file-{number}" for number in range(3)]
-    instance.add_dynamic_partitions("raw_files", keys)
-    cleaned = {key: report(number) for number, key in enumerate(keys)}
-    inputs = expected_inputs(cleaned_reports(*cleaned.values()))
-    for key in keys:
-        put_report(lake, CLEANED_TABLE, key, cleaned[key])
-        put_report(lake, FEATURES_TABLE, key, features_report(cleaned[key], inputs[key]))
-    return keys
+def checks(lake: LakeResource, instance: dg.DagsterInstance) -> Checks:
+    return Checks(lake, instance)
 
 
 BAD_CLEANED = {
@@ -235,41 +228,28 @@ BAD_CLEANED = {
 
 
 class TestThroughDagster:
-    def problem_beyond_a_run(self, lake: LakeResource) -> str | None:
-        """What is said of the second file where its checks do not run; see assets/features.py."""
-        return quality.file_problem("file-1", lake.reports(CleanedReport), LIMITS)
-
     @pytest.mark.parametrize("check", [*BAD_CLEANED, "unique_ids", "time_range", "usable_features"])
-    def test_passes(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str], check: str):
-        evaluation = evaluate(instance, lake, check, (three[0], three[-1]))
+    def test_good_partitions_pass(self, checks: Checks, check: str):
+        evaluation = checks.evaluate(check)
         assert evaluation.passed
         assert evaluation.metadata["partitions_checked"].value == 3
         assert evaluation.metadata["problems"].value == {}
 
     @pytest.mark.parametrize(("check", "counts"), BAD_CLEANED.items())
-    def test_bad_counts(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        three: list[str],
-        check: str,
-        counts: dict[str, int],
-    ):
-        put_report(lake, CLEANED_TABLE, "file-1", report(1, **counts))
-        evaluation = evaluate(instance, lake, check, (three[0], three[-1]))
+    def test_a_bad_partition_fails_its_check(self, checks: Checks, check: str, counts: dict[str, int]):
+        put_report(checks.lake, CLEANED_TABLE, "file-1", report(1, **counts))
+        evaluation = checks.evaluate(check)
         assert not evaluation.passed
         assert evaluation.blocking
         assert evaluation.severity == dg.AssetCheckSeverity.ERROR
         assert list(evaluation.metadata["problems"].value) == ["file-1"]
         assert (evaluation.description or "").startswith("file-1: ")
-        assert evaluation.metadata["problems"].value["file-1"] == self.problem_beyond_a_run(lake)
+        assert evaluation.metadata["problems"].value["file-1"] == checks.problem_beyond_a_run()
 
-    def test_only_the_partitions_of_the_run_are_judged(
-        self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]
-    ):
-        put_report(lake, CLEANED_TABLE, "file-1", report(1, raw_rows=1))
-        assert evaluate(instance, lake, "rows_add_up", (three[0], three[0])).passed
-        assert not evaluate(instance, lake, "rows_add_up", (three[1], three[1])).passed
+    def test_only_the_partitions_of_the_run_are_judged(self, checks: Checks):
+        put_report(checks.lake, CLEANED_TABLE, "file-1", report(1, raw_rows=1))
+        assert checks.evaluate("rows_add_up", "file-0", "file-0").passed
+        assert not checks.evaluate("rows_add_up", "file-1", "file-1").passed
 
     @pytest.mark.parametrize(
         ("check", "change"),
@@ -278,25 +258,16 @@ class TestThroughDagster:
             ("time_range", {"start": "2020-02-25T00:00:00Z"}),
         ],
     )
-    def test_neighbours_beyond_the_run_count(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        three: list[str],
-        check: str,
-        change: dict[str, Any],
-    ):
-        put_report(lake, CLEANED_TABLE, "file-1", cleaned_report("file-1", raw_spec(1, **change)))
-        evaluation = evaluate(instance, lake, check, (three[1], three[1]))
+    def test_neighbours_beyond_the_run_count(self, checks: Checks, check: str, change: dict[str, Any]):
+        put_report(checks.lake, CLEANED_TABLE, "file-1", cleaned_report("file-1", raw_spec(1, **change)))
+        evaluation = checks.evaluate(check, "file-1", "file-1")
         assert not evaluation.passed
         assert "file-2" in evaluation.metadata["problems"].value["file-1"]
-        assert evaluation.metadata["problems"].value["file-1"] == self.problem_beyond_a_run(lake)
+        assert evaluation.metadata["problems"].value["file-1"] == checks.problem_beyond_a_run()
 
-    def test_a_partition_without_a_report_is_a_problem(
-        self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]
-    ):
-        instance.add_dynamic_partitions("raw_files", ["file-3"])
-        evaluation = evaluate(instance, lake, "rows_add_up", (three[2], "file-3"))
+    def test_a_partition_without_a_report_is_a_problem(self, checks: Checks):
+        checks.instance.add_dynamic_partitions("raw_files", ["file-3"])
+        evaluation = checks.evaluate("rows_add_up", "file-2", "file-3")
         assert evaluation.metadata["problems"].value == {"file-3": "it has no report"}
 
     @pytest.mark.parametrize(
@@ -306,24 +277,17 @@ class TestThroughDagster:
             ({"rows": 19_999}, "19999 rows of features for 20000 clean rows"),
         ],
     )
-    def test_unusable_features(
-        self,
-        lake: LakeResource,
-        instance: dg.DagsterInstance,
-        three: list[str],
-        counts: dict[str, int],
-        problem: str,
-    ):
+    def test_unusable_features(self, checks: Checks, counts: dict[str, int], problem: str):
         features = features_report(report(1), {"cleaned": "1", "history": {}}, **counts)
-        put_report(lake, FEATURES_TABLE, "file-1", features)
-        evaluation = evaluate(instance, lake, "usable_features", (three[0], three[-1]))
+        put_report(checks.lake, FEATURES_TABLE, "file-1", features)
+        evaluation = checks.evaluate("usable_features")
         assert not evaluation.passed
         assert evaluation.blocking
         assert evaluation.metadata["problems"].value == {"file-1": problem}
 
-    def test_features_without_cleaned_data(self, lake: LakeResource, instance: dg.DagsterInstance, three: list[str]):
-        put_report(lake, CLEANED_TABLE, "file-1", {})
-        evaluation = evaluate(instance, lake, "usable_features", (three[0], three[-1]))
+    def test_features_without_cleaned_data(self, checks: Checks):
+        put_report(checks.lake, CLEANED_TABLE, "file-1", {})
+        evaluation = checks.evaluate("usable_features")
         assert list(evaluation.metadata["problems"].value) == ["file-1"]
 
 
@@ -344,14 +308,14 @@ class TestThroughDagster:
     ],
     ids=["just compared", "at the floor", "below the floor", "newer library", "at the limit", "not compared for long"],
 )
-def test_the_champions_health(found: dict[str, Any], days: int, problem: str | None):
+def test_the_health_of_the_champion(found: dict[str, Any], days: int, problem: str | None):
     created = datetime.now(timezone.utc) - timedelta(days=days, hours=1)
     champion = ModelVersion("fraud_model", "3", int(created.timestamp() * 1000), tags=[])
     found = {"outcome": "not_better", "reason": "The reason.", **found}
     assert champion_health(PromotionConfig(), champion, **found) == problem
 
 
-def test_shorten_list():
+def test_long_lists_are_cut():
     assert shorten_list(["a", "b"]) == "a, b"
     assert shorten_list([]) == ""
     assert shorten_list(list("abcdefg")) == "a, b, c, d, e and 2 more"

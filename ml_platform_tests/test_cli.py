@@ -146,7 +146,7 @@ class TestErrors:
             ({}, "clusters delete --orphaned", "this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex"),
         ],
     )
-    def test_one_line(
+    def test_an_error_is_one_line(
         self,
         run_cli: RunCli,
         monkeypatch: pytest.MonkeyPatch,
@@ -160,12 +160,14 @@ class TestErrors:
         assert only_line(err).startswith(f"error: {error}")
 
     @pytest.mark.parametrize("arguments", ["fly", "simulate --files none", "simulate --files 0"])
-    def test_usage(self, run_cli: RunCli, arguments: str):
+    def test_wrong_usage_exits_with_2(self, run_cli: RunCli, arguments: str):
         code, _, err = run_cli(*arguments.split())
         assert code == 2
         assert "Traceback" not in err
 
-    def test_unexpected(self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def test_an_unexpected_error_is_one_line_and_a_hint(
+        self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
         (tmp_path / "file").write_text("x")
         monkeypatch.setenv("ML_PLATFORM_RAW_URI", str(tmp_path / "file"))
         code, _, err = run_cli("simulate")
@@ -177,13 +179,13 @@ class TestErrors:
         with pytest.raises(NotADirectoryError):
             run_cli("--traceback", "simulate")
 
-    def test_interrupt(self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch):
+    def test_an_interrupt_exits_with_130(self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(data, "lake_of", mock.Mock(side_effect=KeyboardInterrupt))
         code, _, err = run_cli("sync")
         assert code == 130
         assert "Traceback" not in err
 
-    def test_in_a_process_of_its_own(self, tmp_path: Path):
+    def test_the_module_is_a_program(self, tmp_path: Path):
         done = subprocess.run(
             [sys.executable, "-m", "ml_platform.cli.main", "sync"],
             cwd=tmp_path,
@@ -251,7 +253,7 @@ def install_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
         ("", False),
     ],
 )
-def test_java_version(install_java: Callable[[str], Path], version: str, suitable: bool):
+def test_java_of_versions_17_and_21_is_suitable(install_java: Callable[[str], Path], version: str, suitable: bool):
     program = str(install_java(version))
     if suitable:
         assert program in doctor._check_java(load_settings())
@@ -272,7 +274,7 @@ def dagster_home(tmp_path_factory: pytest.TempPathFactory) -> str:
 def faults(
     run_cli: RunCli, install_java: Callable[[str], Path], dagster_home: str, monkeypatch: pytest.MonkeyPatch
 ) -> Faults:
-    """Run the doctor where all is well but for the test's changes; the text of each failed check."""
+    """Run the doctor on a sound installation with the test's changes; return the text of each failed check."""
     install_java('openjdk version "17.0.1" 2021-10-19')
     monkeypatch.setenv("DAGSTER_HOME", dagster_home)
     Path("data/raw").mkdir(parents=True)
@@ -296,13 +298,13 @@ def faults(
 class TestDoctorAndMlflow:
     """The real client."""
 
-    def test_no_server(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
+    def test_an_unreachable_mlflow_is_named(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         ((name, text),) = faults().items()
         assert name == "MLflow"
         assert "127.0.0.1" in text
 
-    def test_artifacts_beside_the_lake(self, faults: Faults, empty_mlflow_store: Path):
+    def test_artifacts_that_cannot_be_written_are_named(self, faults: Faults, empty_mlflow_store: Path):
         shutil.copy(empty_mlflow_store, "data/mlflow.db")
         assert faults() == {}
         directory = Path("data/mlflow-artifacts").absolute()
@@ -317,7 +319,7 @@ class TestDoctorAndMlflow:
 
 @pytest.mark.usefixtures("mlflow_ready")
 class TestDoctor:
-    """Each fault is named with its remedy, and the exit code tells."""
+    """Each fault is named with its remedy and sets the exit code."""
 
     def test_all_is_well(self, faults: Faults):
         assert faults() == {}
@@ -338,7 +340,7 @@ class TestDoctor:
             ),
         ],
     )
-    def test_environment(
+    def test_a_fault_of_the_environment_is_named(
         self,
         faults: Faults,
         monkeypatch: pytest.MonkeyPatch,
@@ -362,7 +364,7 @@ class TestDoctor:
             (MlflowResource, "champion", lambda: SPARK_ML, "MLflow", "the champion, version 3 is a Spark ML pipeline"),
         ],
     )
-    def test_answers(
+    def test_a_service_that_fails_is_named(
         self,
         faults: Faults,
         monkeypatch: pytest.MonkeyPatch,
@@ -379,7 +381,7 @@ class TestDoctor:
         assert found.startswith(text)
         assert "details" not in found
 
-    def test_everything_is_wrong_at_once(self, faults: Faults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def test_all_faults_are_named_at_once(self, faults: Faults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (tmp_path / "file").write_text("x")
         locations = {"ML_PLATFORM_RAW_URI": str(tmp_path / "file"), "ML_PLATFORM_LAKE_URI": str(tmp_path / "file/lake")}
         set_environment(monkeypatch, {**locations, "JAVA_HOME": "/nowhere", "DAGSTER_HOME": None})
@@ -401,7 +403,7 @@ class TestDoctor:
         monkeypatch.setattr(lake_module, "_report_cache", {})
         assert "newer version of ml_platform" in faults()["lake"]
 
-    def test_dagsters_storage_is_away(self, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_dagsters_broken_storage_is_named(self, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         home = tmp_path / "broken home"
         (home / "history" / "runs.db").mkdir(parents=True)
         monkeypatch.setenv("DAGSTER_HOME", str(home))
@@ -409,7 +411,7 @@ class TestDoctor:
         assert name == "Dagster"
         assert text.endswith(f": check storage in {home}/dagster.yaml")
 
-    def test_alerts(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
+    def test_destinations_of_alerts_are_tried(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             monkeypatch.setenv("ML_PLATFORM_ALERT_WEBHOOK_URL", f"http://localhost:{port}/very-secret")
@@ -427,7 +429,7 @@ class TestDoctor:
 class TestProbeOfArtifacts:
     """On S3: test_s3.py; on MLflow's server: test_stack.py."""
 
-    def test_leaves_nothing(self, tmp_path: Path):
+    def test_it_leaves_nothing_behind(self, tmp_path: Path):
         new, existing = tmp_path / "new" / "artifacts", tmp_path / "existing"
         existing.mkdir()
         (existing / "kept").touch()
@@ -435,7 +437,7 @@ class TestProbeOfArtifacts:
             doctor.probe_artifacts(directory.as_uri(), "sqlite://")
         assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == {"existing", "existing/kept"}
 
-    def test_faults(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_a_place_that_cannot_be_written_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
         (tmp_path / "file").touch()
@@ -499,13 +501,17 @@ class TestChampion:
             ("rollback --why x", "no earlier champion"),
         ],
     )
-    def test_refused(self, run_cli: RunCli, registry: MlflowResource, arguments: str, message: str):
+    def test_versions_and_notes_that_are_refused(
+        self, run_cli: RunCli, registry: MlflowResource, arguments: str, message: str
+    ):
         code, _, error = run_cli("champion", *arguments.split())
         assert code == 1
         assert message in error
         assert registry.champion() is None
 
-    def test_a_server_that_is_away_is_not_a_missing_version(self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch):
+    def test_an_unreachable_server_is_not_taken_for_a_missing_version(
+        self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+    ):
         set_environment(
             monkeypatch, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
         )
@@ -540,7 +546,7 @@ class TestChampion:
         assert registry.champion() == client.get_model_version("fraud_model", "1")
         assert "champion_why" not in client.get_model_version("fraud_model", "2").tags
 
-    def test_the_gate_verified_what_it_promoted_before_the_tag_existed(self, run_cli: RunCli, registry: MlflowResource):
+    def test_a_version_that_the_gate_promoted_needs_no_proof(self, run_cli: RunCli, registry: MlflowResource):
         registry.client().delete_model_version_tag("fraud_model", "2", "reload_proof")
         registry.client().set_model_version_tag("fraud_model", "2", "champion_by", "fraud_model")
         assert run_cli("champion", "set", "2", "--why", "x")[0] == 0
@@ -572,7 +578,7 @@ class TestClusters:
 
     @pytest.fixture
     def ids(self, run_cli: RunCli, cloud: FakeDataproc, tmp_path: Path) -> dict[str, str]:
-        """Clusters of this deployment by their runs, one of another deployment, and one that is not the platform's."""
+        """Three clusters of this deployment, one of another deployment, and one that is not the platform's."""
         (tmp_path / "dagster home").mkdir()
         engine = clusters.dataproc_engine(load_settings())
         engines = {"yandex": engine, "staging": engine.model_copy(update={"deployment": "staging"})}
@@ -587,7 +593,7 @@ class TestClusters:
         return ids | {"staging": add("staging", "staging"), "foreign": cloud.add_cluster("foreign-1")}
 
     @pytest.mark.parametrize("credential", ["key", "token"])
-    def test_list(
+    def test_clusters_are_listed_with_what_needs_them(
         self,
         run_cli: RunCli,
         cloud: FakeDataproc,
@@ -607,11 +613,11 @@ class TestClusters:
         assert "left over: its run lost-run is unknown" in lines["lost"]
         assert cloud.calls("ClusterService.Delete") == []
 
-    def test_none(self, run_cli: RunCli, cloud: FakeDataproc):
+    def test_a_deployment_without_clusters(self, run_cli: RunCli, cloud: FakeDataproc):
         assert only_line(run_cli("clusters", "list")[1]) == "This deployment has no clusters."
         assert only_line(run_cli("clusters", "delete", "--orphaned")[1]) == "No cluster is left over."
 
-    def test_delete_orphaned(self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str]):
+    def test_only_orphaned_clusters_are_deleted(self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str]):
         code, out, _ = run_cli("clusters", "delete", "--orphaned")
         assert code == 0
         assert f"deleted done-1 ({ids['done']}): its run done-run has ended (SUCCESS)" in out
@@ -637,7 +643,7 @@ class TestClusters:
         assert (code, only_line(out)) == (0, f"deleted busy-1 ({ids['busy']}): by force")
         assert set(cloud.clusters) == set(ids.values()) - {ids["busy"]}
 
-    def test_either_ids_or_orphaned(self, run_cli: RunCli, cloud: FakeDataproc):
+    def test_delete_takes_either_ids_or_orphaned(self, run_cli: RunCli, cloud: FakeDataproc):
         for arguments in ([], ["some-id", "--orphaned"]):
             code, _, err = run_cli("clusters", "delete", *arguments)
             assert code == 1
@@ -652,7 +658,7 @@ class TestClusters:
         assert code == 1
         assert re.match(r"error: .*PERMISSION_DENIED: not you \(grant the service account the roles", only_line(err))
 
-    def test_doctor(
+    def test_the_doctor_asks_the_api(
         self,
         run_cli: RunCli,
         cloud: FakeDataproc,

@@ -1,4 +1,4 @@
-"""The code location: it loads fast, and everything in it has the names and properties of the contract."""
+"""The code location: it loads fast, and its definitions have the names and properties that users rely on."""
 
 from __future__ import annotations
 
@@ -16,22 +16,8 @@ from ml_platform.definitions import defs, freshness_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = (
-    "boto3",
-    "botocore",
-    "dagster_aws",
-    "dagster_mlflow",
-    "dagster_pyspark",
-    "matplotlib",
-    "mlflow",
-    "numpy",
-    "pandas",
-    "pyspark",
-    "sklearn",
-    "xgboost",
-    "google.protobuf",
-    "grpc",
-    "yandex",
-    "yandexcloud",
+    *("boto3", "botocore", "dagster_aws", "dagster_mlflow", "dagster_pyspark", "matplotlib", "mlflow", "numpy"),
+    *("pandas", "pyspark", "sklearn", "xgboost", "google.protobuf", "grpc", "yandex", "yandexcloud"),
 )
 ASSETS = ("raw_transactions", "cleaned_transactions", "transaction_features", "fraud_model")
 BUILT = ASSETS[1:]
@@ -84,27 +70,24 @@ def test_names():
     repository = defs.get_repository_def()
     jobs = {job.name for job in repository.get_all_jobs() if not job.name.startswith("__")}
     assert jobs == {"process_new_files", "delete_orphaned_clusters"}
-    assert {sensor.name for sensor in repository.sensor_defs} == {
-        "new_raw_files",
-        "dead_runs",
-        "orphaned_clusters",
-        "report_failed_runs",
-    }
+    sensors = {"new_raw_files", "dead_runs", "orphaned_clusters", "report_failed_runs"}
+    assert {sensor.name for sensor in repository.sensor_defs} == sensors
     assert [schedule.name for schedule in repository.schedule_defs] == ["process_new_files_daily"]
-    assert {key.name for key in graph.asset_check_keys} == {
-        "promotion",
-        "champion_health",
-        "rows_add_up",
-        "reject_rate",
-        "fraud_rate",
-        "unique_ids",
-        "time_range",
-        "usable_features",
-        "enough_data",
-    }
+    described = (*map(defs.resolve_job_def, jobs), *repository.sensor_defs, *repository.schedule_defs)
+    assert all(definition.description for definition in described)
 
 
-def test_automation():
+def test_checks_of_data_block_and_checks_of_models_do_not():
+    graph = defs.resolve_asset_graph()
+    specs = [graph.get_check_spec(key) for key in graph.asset_check_keys]
+    assert all(spec.description for spec in specs)
+    blocking = {"rows_add_up", "reject_rate", "fraud_rate", "unique_ids", "time_range", "usable_features"}
+    # Too little data for a model is an outcome, not wrong data.
+    others = {"promotion", "champion_health", "enough_data"}
+    assert {spec.name: spec.blocking for spec in specs} == dict.fromkeys(blocking, True) | dict.fromkeys(others, False)
+
+
+def test_new_files_are_looked_for_every_day():
     sensor = defs.resolve_sensor_def("new_raw_files")
     assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
     assert sensor.minimum_interval_seconds == 24 * 60 * 60
@@ -112,30 +95,23 @@ def test_automation():
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 6 * * *", "UTC")
     assert sensor.job_name == schedule.job_name == "process_new_files"
-    assert sensor.description
-    assert schedule.description
 
 
-def test_the_sensor_of_dead_runs():
-    sensor = defs.resolve_sensor_def("dead_runs")
-    assert sensor.default_status == dg.DefaultSensorStatus.RUNNING
-    assert sensor.minimum_interval_seconds == 30
-    # A run of its own would wait in the queue behind the dead one.
+@pytest.mark.parametrize(
+    ("name", "status", "seconds"),
+    [
+        ("dead_runs", dg.DefaultSensorStatus.RUNNING, 30),
+        ("orphaned_clusters", dg.DefaultSensorStatus.STOPPED, 5 * 60),
+    ],
+)
+def test_sensors_that_clean_up_start_no_run(name: str, status: dg.DefaultSensorStatus, seconds: int):
+    """A run would wait in the queue behind the one that is dead or whose cluster is left over."""
+    sensor = defs.resolve_sensor_def(name)
+    assert (sensor.default_status, sensor.minimum_interval_seconds) == (status, seconds)
     assert not sensor.has_jobs
-    assert sensor.description
 
 
-def test_the_sensor_of_left_over_clusters():
-    sensor = defs.resolve_sensor_def("orphaned_clusters")
-    assert sensor.minimum_interval_seconds == 5 * 60
-    # It starts no run: one would wait in the queue behind that whose cluster is left over.
-    assert not sensor.has_jobs
-    assert sensor.description
-    assert defs.resolve_job_def("delete_orphaned_clusters").description
-
-
-def test_the_sensor_of_failed_runs(tmp_path: Path):
-    """It is on where somebody is to be told, and whoever loads the definitions learns no secret."""
+def test_failed_runs_are_reported_only_where_a_destination_is_set(tmp_path: Path):
     assert defs.resolve_sensor_def("report_failed_runs").default_status == dg.DefaultSensorStatus.STOPPED
     code = """
 from ml_platform.definitions import defs
@@ -148,7 +124,7 @@ print(defs.resolve_sensor_def("report_failed_runs").default_status.value, repr(d
 
 
 def test_freshness():
-    """Data and model are late two days after the next file, and overdue two days after that after it."""
+    """Data and model are late two days after the next file is due, and overdue two days after the one after it."""
     for name in ASSETS:
         policy = defs.resolve_asset_graph().get(dg.AssetKey(name)).freshness_policy
         if name in ("cleaned_transactions", "fraud_model"):
@@ -163,8 +139,7 @@ def test_freshness():
 
 
 @pytest.mark.parametrize(("log_format", "is_json"), [("text", False), ("json", True)])
-def test_logs_of_runs(tmp_path: Path, log_format: str, is_json: bool):
-    """A run of the sensor's configuration writes JSON lines where that is asked for."""
+def test_runs_log_in_the_format_that_is_set(tmp_path: Path, log_format: str, is_json: bool):
     code = """
 import dagster as dg
 from ml_platform.definitions import defs
@@ -188,7 +163,7 @@ with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as
 
 @pytest.mark.parametrize("deployment", ["local", "yandex"])
 def test_deployments(tmp_path: Path, deployment: str):
-    """The same keys of resources in each; clusters are looked after where they are made, and nothing is called."""
+    """Each has the same resources; only one with clusters runs the sensor of clusters."""
     code = """
 import json, sys
 from ml_platform.definitions import defs
@@ -228,7 +203,6 @@ def test_job():
     assert {key.to_user_string() for key in job.asset_layer.executable_asset_keys} == set(BUILT)
     assert job.executor_def is dg.in_process_executor
     assert job.partitions_def == dg.DynamicPartitionsDefinition(name="raw_files")
-    assert job.description
     checks = {key.name for key in job.asset_layer.asset_graph.asset_check_keys}
     assert checks == {key.name for key in defs.resolve_asset_graph().asset_check_keys}
 
@@ -237,17 +211,14 @@ def test_job():
 def test_asset(name: str):
     asset = spec(name)
     assert asset.partitions_def == dg.DynamicPartitionsDefinition(name="raw_files")
+    assert name not in BUILT or assets_definition(name).backfill_policy == dg.BackfillPolicy.single_run()
     assert asset.group_name not in (None, "default")
     assert (asset.description or "").strip()
     assert asset.kinds
     assert asset.owners
-    schema = asset.metadata.get("dagster/column_schema")
-    assert name == "fraud_model" or all(column.description for column in schema.columns)
-
-
-@pytest.mark.parametrize("name", BUILT)
-def test_built_asset(name: str):
-    assert assets_definition(name).backfill_policy == dg.BackfillPolicy.single_run()
+    schema = asset.metadata.get("dagster/column_schema", dg.TableSchema([]))
+    assert name == "fraud_model" or schema.columns
+    assert all(column.description and column.type for column in schema.columns)
 
 
 @pytest.mark.parametrize(("upstream", "downstream"), zip(ASSETS, BUILT, strict=False))
@@ -258,31 +229,14 @@ def test_the_chain(upstream: str, downstream: str):
     assert isinstance(mapping, dg.IdentityPartitionMapping)
 
 
-def test_raw_transactions_are_somebody_elses():
+def test_raw_transactions_are_external():
     graph = defs.resolve_asset_graph()
     assert {key.to_user_string() for key in graph.external_asset_keys} | {
         key.to_user_string() for key in graph.observable_asset_keys
     } == {"raw_transactions"}
 
 
-@pytest.mark.parametrize(
-    ("name", "nullable"),
-    [
-        ("cleaned_transactions", {"customer_id", "terminal_id"}),
-        ("transaction_features", None),
-    ],
-)
-def test_tables_have_described_columns(name: str, nullable: set[str] | None):
-    schema = spec(name).metadata["dagster/column_schema"]
-    assert isinstance(schema, dg.TableSchema)
-    assert all(column.description and column.type for column in schema.columns)
-    names = [column.name for column in schema.columns]
-    assert len(set(names)) == len(names)
-    if nullable is not None:
-        assert {column.name for column in schema.columns if column.constraints.nullable} == nullable
-
-
-def test_columns_of_cleaned_transactions_are_the_contracts():
+def test_columns_of_cleaned_transactions():
     schema = spec("cleaned_transactions").metadata["dagster/column_schema"]
     assert [(column.name, column.type) for column in schema.columns] == [
         ("transaction_id", "bigint"),
@@ -295,24 +249,15 @@ def test_columns_of_cleaned_transactions_are_the_contracts():
         ("tx_fraud", "int"),
         ("tx_fraud_scenario", "int"),
     ]
+    nullable = {column.name for column in schema.columns if column.constraints.nullable}
+    assert nullable == {"customer_id", "terminal_id"}
 
 
 def test_the_inputs_of_the_model_are_never_null():
     cleaned = spec("cleaned_transactions").metadata["dagster/column_schema"].columns
     features = spec("transaction_features").metadata["dagster/column_schema"].columns
     assert [column.name for column in features[: len(cleaned)]] == [column.name for column in cleaned]
+    assert len({column.name for column in features}) == len(features)
     never_null = {column.name for column in features if not column.constraints.nullable}
     assert len(never_null) == 27
     assert {column.name for column in features[len(cleaned) :]} < never_null
-
-
-def test_blocking_checks():
-    graph = defs.resolve_asset_graph()
-    blocking = {key.name: graph.get_check_spec(key).blocking for key in graph.asset_check_keys}
-    # Too little data for a model is an outcome, not wrong data.
-    assert sorted(name for name, blocks in blocking.items() if not blocks) == [
-        "champion_health",
-        "enough_data",
-        "promotion",
-    ]
-    assert all(graph.get_check_spec(key).description for key in graph.asset_check_keys)

@@ -17,6 +17,7 @@ from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedRepor
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import LocalStore, Store, StoredFile, open_store
 from ml_platform_tests.fakes import cleaned_report, features_report
+from spark_jobs.schema import SCHEMA_VERSION
 
 REPORT = cleaned_report("a")
 PARSED = CleanedReport.model_validate(REPORT)
@@ -111,14 +112,14 @@ def lake(site: Site) -> LakeResource:
 
 
 class TestStore:
-    def test_nothing_there(self, store: Store):
+    def test_an_empty_store(self, store: Store):
         assert list(store.list_directory()) == []
         assert list(store.list_directory("no/such")) == []
         assert list(store.list_reports(CLEANED_TABLE)) == []
         with pytest.raises(FileNotFoundError):
             store.read("no/such.json")
 
-    def test_the_first_byte(self, site: Site, store: Store):
+    def test_read_start_gives_the_first_byte(self, site: Site, store: Store):
         site.put("a.txt", b"0,2019-08-22")
         assert store.read_start("a.txt") == b"0"
         with pytest.raises(FileNotFoundError):
@@ -211,7 +212,7 @@ class TestSparkUri:
 
 
 class TestRawFiles:
-    def test_every_one_of_many_is_listed_in_order(self, site: Site, lake: LakeResource):
+    def test_many_files_are_listed_in_order(self, site: Site, lake: LakeResource):
         keys = [f"file-{number:04}" for number in range(1_005)]
         site.put_many([f"{key}.txt" for key in reversed(keys)])
         files, ignored = lake.list_raw_files()
@@ -222,7 +223,7 @@ class TestRawFiles:
         assert file.as_request() == {"uri": file.uri, "size": 1, "fingerprint": file.fingerprint}
         assert file.fingerprint.startswith("1-")
 
-    def test_only_text_files_right_there(self, site: Site, lake: LakeResource):
+    def test_only_text_files_of_the_directory_itself_are_listed(self, site: Site, lake: LakeResource):
         for name in ("a.txt", "b.csv", "c.TXT", "d.txt.gz", "sub/e.txt", "f.txt/inside"):
             site.put(name, b"x")
         assert lake.list_raw_files() == ({"a": lake.list_raw_files()[0]["a"]}, {})
@@ -235,12 +236,12 @@ class TestRawFiles:
         assert set(ignored) == {"two words.txt", "_hidden.txt", "ü.txt", "a...b.txt", ".txt"}
         assert all(ignored.values())
 
-    def test_a_draft_of_ours_is_no_raw_file(self, lake: LakeResource):
+    def test_a_file_that_is_being_written_is_not_listed(self, lake: LakeResource):
         with lake.raw.open_new("a.txt") as file:
             file.write(b"x")
             assert lake.list_raw_files() == ({}, {})
 
-    def test_objects_that_look_like_directories(self, s3_client: Any):
+    def test_objects_named_like_directories_are_left_out(self, s3_client: Any):
         for prefix in ("raw", ""):
             bucket = Bucket(s3_client, prefix)
             for name in ("", "sub/", "sub.txt/", "a.txt"):
@@ -251,7 +252,7 @@ class TestRawFiles:
             assert (list(files), ignored) == (["a"], {})
             assert [file.name for file in lake.raw.list_directory()] == ["a.txt"]
 
-    def test_directories_and_broken_links_that_look_like_files(self, tmp_path: Path):
+    def test_directories_and_broken_links_are_left_out(self, tmp_path: Path):
         (tmp_path / "directory.txt").mkdir()
         (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
         (tmp_path / "target").write_text("x")
@@ -260,7 +261,7 @@ class TestRawFiles:
         files, ignored = lake.list_raw_files()
         assert ({key: file.size for key, file in files.items()}, ignored) == ({"link": 1}, {})
 
-    def test_a_file_that_vanishes_while_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_a_file_that_vanishes_during_the_listing_is_left_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for name in ("a.txt", "b.txt"):
             (tmp_path / name).write_text("x")
         scandir = os.scandir
@@ -283,7 +284,7 @@ class TestRawFiles:
 
 
 class TestReports:
-    def test_found_whatever_else_lies_there(self, site: Site, lake: LakeResource):
+    def test_only_reports_of_partitions_are_found(self, site: Site, lake: LakeResource):
         site.put(f"{CLEANED_TABLE}/raw_file=a/_report.json", json.dumps(REPORT).encode())
         site.put(f"{CLEANED_TABLE}/raw_file=a/part-0.parquet", b"PAR1")
         site.put(f"{CLEANED_TABLE}/raw_file=a/_SUCCESS")
@@ -297,11 +298,16 @@ class TestReports:
         assert lake.reports(CleanedReport) == {"a": PARSED}
         assert lake.reports(FeaturesReport) == {"c": FeaturesReport.model_validate(features)}
 
-    def test_none(self, lake: LakeResource):
-        assert lake.reports(CleanedReport) == {}
-
-    def test_a_broken_report_completes_nothing(self, site: Site, lake: LakeResource):
+    def test_a_partition_with_an_invalid_report_is_not_complete(self, site: Site, lake: LakeResource):
         whole = json.dumps(REPORT).encode()
+        versions = (None, str(SCHEMA_VERSION), True, 0, -1, SCHEMA_VERSION + 0.5, [SCHEMA_VERSION])
+        times = (dict.fromkeys(["min", "max"], "2020-02-30"), {"min": "2020-01-01T00:00:00Z", "max": None})
+        changes: list[dict[str, Any]] = [
+            *({"schema_version": version} for version in versions),
+            *({"tx_datetime": ends} for ends in (*times, {"min": "yesterday", "max": "tomorrow"})),
+            *({"raw": {}}, {"raw": None}, {"counts": {}}, {"counts": []}, {"epoch": None}),
+            {"transaction_id": {"min": "1", "max": 2}},
+        ]
         broken = {
             "empty": b"",
             "cut-off": whole[:-3],
@@ -310,23 +316,20 @@ class TestReports:
             "list": b'["schema_version"]',
             "string": b'"schema_version"',
             "nothing-in-it": b"{}",
-            "no-counts": json.dumps({**REPORT, "counts": {}}).encode(),
-            "version-true": json.dumps({**REPORT, "schema_version": True}).encode(),
-            "one-end": json.dumps({**REPORT, "tx_datetime": {"min": "2020-01-01T00:00:00Z", "max": None}}).encode(),
-            "no-such-day": json.dumps({**REPORT, "tx_datetime": dict.fromkeys(["min", "max"], "2020-02-30")}).encode(),
+            **{f"changed-{n}": json.dumps({**REPORT, **change}).encode() for n, change in enumerate(changes)},
         }
         for key, content in {**broken, "whole": whole}.items():
             site.put(f"{CLEANED_TABLE}/raw_file={key}/_report.json", content)
         assert lake.reports(CleanedReport) == {"whole": PARSED}
 
-    def test_a_report_that_is_garbage_python_cannot_parse(self, tmp_path: Path):
+    def test_a_report_nested_too_deeply_to_parse_is_invalid(self, tmp_path: Path):
         site = Directory(tmp_path)
         site.put(f"{CLEANED_TABLE}/raw_file=deep/_report.json", b"[" * 100_000)
         site.put(f"{CLEANED_TABLE}/raw_file=whole/_report.json", json.dumps(REPORT).encode())
         lake = LakeResource(raw_uri=site.uri, lake_uri=site.uri, epoch="2020-01-01")
         assert lake.reports(CleanedReport) == {"whole": PARSED}
 
-    def test_a_report_that_vanishes_meanwhile(self, site: Site, lake: LakeResource):
+    def test_a_report_that_vanishes_while_they_are_read_is_left_out(self, site: Site, lake: LakeResource):
         class Vanishing:
             """A store whose listing names a report that somebody deletes before it is read."""
 
@@ -342,10 +345,10 @@ class TestReports:
         lake.__dict__["store"] = Vanishing()
         assert lake.reports(CleanedReport) == {"a": PARSED}
 
-    def test_a_report_is_read_once_and_again_when_it_is_another(
+    def test_a_report_is_read_again_only_when_it_changed(
         self, site: Site, lake: LakeResource, monkeypatch: pytest.MonkeyPatch
     ):
-        """Whichever copy of the resource looks, for Dagster makes one for each step."""
+        """By any copy of the resource: Dagster makes one for each step."""
         read: list[str] = []
         kind = type(lake.store)
         whole = kind.read
@@ -377,7 +380,7 @@ class TestReports:
         assert lake.read_json(name) == {**REPORT, "é": [1.5, None]}
         assert lake.reports(CleanedReport)["k"].model_dump()["é"] == [1.5, None]
 
-    def test_no_json(self, site: Site, lake: LakeResource):
+    def test_invalid_json_is_an_error(self, site: Site, lake: LakeResource):
         site.put("x.json", b"{")
         with pytest.raises(ValueError, match="Expecting"):
             lake.read_json("x.json")
