@@ -49,9 +49,9 @@ def measure(spark: SparkSession, work: Path, partitions: int, rows: float) -> li
     reports: dict[str, dict[str, Any]] = {}
     results = []
 
-    def timed(name: str, job: str, work_call: Callable[[], dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    def timed(name: str, job: str, call: Callable[[], dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
         started = time.monotonic()
-        reports = work_call()
+        reports = call()
         seconds = time.monotonic() - started
         results.append({"name": name, "job": job, "partitions": len(reports), "seconds": seconds})
         log_progress(str(results[-1]))

@@ -54,7 +54,7 @@ LEFTOVERS = ("_temporary", ".spark-staging*", ".*.tmp", ".*.????????????????????
 #: Maximum growth of resident memory in the second half, in per cent.
 MEMORY_TOLERANCE = 5
 
-#: Maximum growth per tick that is put down to chance.
+#: Growth per tick that counts as noise.
 TICK_TOLERANCE = 0.1
 
 #: Figures that must not grow with ticks or files. Memory is checked separately, by its growth in the second half.

@@ -235,7 +235,7 @@ class MotoServer(LocalS3):
 def start_s3_server(
     directory: Path, *, buckets: Sequence[str] = (), cache: Path = DEFAULT_CACHE
 ) -> tuple[LocalS3, str]:
-    """(a server that is not yet started, the reason why it is a mock or "" for a real one)."""
+    """(server, not yet started; reason why it is a mock, or "" for a real one)."""
     try:
         build_versitygw(cache)
     except BuildError as error:
