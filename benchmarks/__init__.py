@@ -1,1 +1,1 @@
-"""Measurements. Each module is a command, `python -m benchmarks.NAME --help`."""
+"""Benchmarks. Each module is a command, `python -m benchmarks.NAME --help`."""

@@ -1,9 +1,9 @@
-"""What cleaning one new file costs: this platform, its predecessor with files already done, DuckDB and Polars.
+"""Time and memory to clean one new file: this platform, its predecessor with earlier files, DuckDB and Polars.
 
-Each is timed as a whole process, with nothing beside it, and the platform's job in a warm session, too; the rounds are
-interleaved, so that a disturbance of the machine meets all of them. First it is checked that the platform, DuckDB and
-Polars give the same rows and counts. Memory is the largest sum of resident memory over a process and its children,
-sampled.
+Each is timed as a whole process with nothing else running, and the platform's job also in a warm session. Rounds are
+interleaved, so that disturbances of the machine affect all of them. First it is checked that the platform, DuckDB and
+Polars give the same rows and counts. Memory is the sampled peak of the resident memory of a process and its children
+together.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 from benchmarks import cleaners
 from benchmarks.common import (
     EPOCH,
+    log_progress,
     markdown,
     options,
     peak_memory,
-    say,
     simulate,
     simulation,
     work_directory,
@@ -39,14 +39,18 @@ def main() -> None:
     """Print the table."""
     parser = options(__doc__)
     parser.add_argument("--million-rows", type=float, default=4.9, help="size of the new file (default: 4.9)")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each (default: 3)")
     parser.add_argument(
-        "--done", type=int, nargs="*", default=[5, 12], help="files that its predecessor has done before (5 12)"
+        "--done",
+        type=int,
+        nargs="*",
+        default=[5, 12],
+        help="files that the predecessor has cleaned before (default: 5 12)",
     )
-    parser.add_argument("--conflicts", action="store_true", help="also rows that share an id and differ")
+    parser.add_argument("--conflicts", action="store_true", help="include differing rows with the same id")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
-        # Of the faults, conflicting duplicates were never seen in real files, and looking for them takes time.
+        # Conflicting duplicates were never seen in real files, and finding them takes time.
         without = () if arguments.conflicts else ("conflicting_duplicate",)
         (raw,) = simulate(work / "raw", simulation(arguments.million_rows * 1e6, without=without), 1)
         require_equal_results(raw, work)
@@ -55,7 +59,7 @@ def main() -> None:
 
 
 def require_equal_results(raw: Path, work: Path) -> None:
-    """Raise SystemExit if the three that follow the same rules do not give the same rows and counts."""
+    """Raise SystemExit unless the platform, DuckDB and Polars give the same rows and counts."""
     import duckdb
 
     outputs = {
@@ -64,7 +68,7 @@ def require_equal_results(raw: Path, work: Path) -> None:
         cleaners.polars: "clean.parquet",
     }
     names = [cleaner.__name__ for cleaner in outputs]
-    say("checking that all give the same rows")
+    log_progress("comparing the results")
     counts = [_process(name, raw, work / name)[1] for name in names]
     tables = [f"read_parquet('{work / cleaner.__name__ / files}')" for cleaner, files in outputs.items()]
     con = duckdb.connect()
@@ -82,13 +86,13 @@ def require_equal_results(raw: Path, work: Path) -> None:
 
 
 def measure(raw: Path, work: Path, rounds: int, done: list[int]) -> list[dict[str, Any]]:
-    """Seconds and memory of each, `rounds` times."""
+    """Seconds and memory of each case, `rounds` times."""
 
     def old(files: int) -> dict[str, Any]:
-        make_done(raw, work, files)
+        prepare_predecessor(raw, work, files)
         return _process("old_pipeline", raw, work / "old_pipeline")[0]
 
-    contestants: dict[str, Callable[[], dict[str, Any]]] = {
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
         WARM: lambda: {**_process("warm_job", raw, work / "warm")[1], "memory_mb": None},
         PLATFORM: lambda: _process("platform", raw, work / "platform")[0],
         **{f"its predecessor, {files} files done": lambda files=files: old(files) for files in done},  # type: ignore[misc]
@@ -97,30 +101,30 @@ def measure(raw: Path, work: Path, rounds: int, done: list[int]) -> list[dict[st
     }
     results = []
     for number in range(rounds):
-        for name, run in contestants.items():
+        for name, run in cases.items():
             results.append({"name": name, **run()})
-            say(f"round {number + 1}: {results[-1]}")
+            log_progress(f"round {number + 1}: {results[-1]}")
     return results
 
 
-def make_done(raw: Path, work: Path, files: int) -> None:
-    """Put `files` files into the predecessor's CLEANED: what it made of the new one, as often.
+def prepare_predecessor(raw: Path, work: Path, files: int) -> None:
+    """Fill the predecessor's CLEANED with `files` copies of its output for the new file.
 
-    So they are in the order that its search for duplicates left, which takes longer to read and to write than the
-    order of the raw file. That their ids are the same costs nothing: it never compared files.
+    So the rows have the order left by its deduplication, which takes longer to read and write than the order of the raw
+    file. Equal ids in different files do not matter, because it never compared files.
     """
-    left, out = work / "left", work / "old_pipeline"
-    if not left.exists():
-        _process("old_pipeline", raw, left)
+    cleaned, out = work / "cleaned_once", work / "old_pipeline"
+    if not cleaned.exists():
+        _process("old_pipeline", raw, cleaned)
     shutil.rmtree(out, ignore_errors=True)
     (out / "CLEANED").mkdir(parents=True)
-    for file in (left / "CLEANED").glob("*.parquet"):
+    for file in (cleaned / "CLEANED").glob("*.parquet"):
         for index in range(files):
             shutil.copy(file, out / "CLEANED" / f"{index}-{file.name}")
 
 
 def _process(name: str, raw: Path, out: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Figures and counts of one cleaner as a process of its own."""
+    """(time and memory, counts) of one cleaner, run in its own process."""
     command = [sys.executable, "-m", "benchmarks.cleaners", name, str(raw), str(out), "--epoch", EPOCH.isoformat()]
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -133,7 +137,7 @@ def _process(name: str, raw: Path, out: Path) -> tuple[dict[str, Any], dict[str,
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row each: median seconds with their range, how many times the platform's process, and memory."""
+    """One row per case: median seconds and range, ratios to the platform and DuckDB, and memory."""
     rows = next(result["rows"] for result in results if result["rows"])
     by_name = {
         name: [result for result in results if result["name"] == name]

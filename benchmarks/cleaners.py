@@ -1,7 +1,7 @@
-"""The cleaning contract by four engines, each a whole process: this platform, its predecessor, DuckDB and Polars.
+"""Cleaning by four engines, each in its own process: this platform, its predecessor, DuckDB and Polars.
 
-All but the predecessor follow the rules of docs/cleaning.md and give the same rows and counts; what it did is told in
-`old_pipeline`. DuckDB and Polars know only what benchmark data holds (ASCII lines, one header), so they do less.
+All but the predecessor follow the rules of docs/cleaning.md and give the same rows and counts; for the predecessor, see
+`old_pipeline`. DuckDB and Polars only handle what benchmark data contain (ASCII lines, one header), so they do less.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-#: The counts that `duckdb` and `polars` give, too.
+#: The counts that all engines but the predecessor return.
 COUNTS = (
     "raw_rows",
     "clean_rows",
@@ -46,7 +46,7 @@ FIELDS = (
 
 
 def platform(raw: Path, out: Path, epoch: date) -> dict[str, int]:
-    """The platform's own job, in a session set up as its local engine sets one up."""
+    """The platform's job, in a session configured like that of its local engine."""
     from benchmarks.common import spark_session
     from ml_platform.spark.bare_jobs import clean
 
@@ -57,7 +57,7 @@ def platform(raw: Path, out: Path, epoch: date) -> dict[str, int]:
 
 
 def warm_job(raw: Path, out: Path, epoch: date) -> dict[str, float]:
-    """Rows and seconds of the platform's job in a session that has done it twice before."""
+    """Rows and seconds of the platform's job in a session that has run it twice before."""
     from benchmarks.common import spark_session
     from ml_platform.spark.bare_jobs import clean
 
@@ -71,11 +71,11 @@ def warm_job(raw: Path, out: Path, epoch: date) -> dict[str, float]:
 
 
 def old_pipeline(raw: Path, out: Path, epoch: date) -> dict[str, int]:
-    """What the pipeline before this one did with a new file: `out`/CLEANED is copied, extended and written again.
+    """The predecessor's processing of a new file: `out`/CLEANED is copied, extended and written again.
 
     It dropped duplicates by id within the new file, rows without an instant, and the signs of customer ids; an unknown
-    terminal became terminal 0; days were counted from the seconds. Its Java is as Spark starts it, without the options
-    and the archive of classes that the platform adds.
+    terminal became terminal 0; days were computed from the seconds. Its JVM runs with Spark's defaults, without the
+    options and the class archive that the platform adds.
     """
     from pyspark.sql import functions as F
 
@@ -192,7 +192,7 @@ def duckdb(raw: Path, out: Path, epoch: date) -> dict[str, int]:
     )
     flags = ("hour_24", "wrong_seconds", "wrong_days")
     rejects = ("malformed_row", "invalid_datetime", "invalid_amount", "invalid_label")
-    found = con.execute(
+    totals = con.execute(
         f"""
         SELECT * FROM
             (SELECT count(*), count(*) FILTER (rejected), {", ".join(f"count(*) FILTER ({name})" for name in rejects)}
@@ -204,8 +204,8 @@ def duckdb(raw: Path, out: Path, epoch: date) -> dict[str, int]:
                 count(*) FILTER (terminal_id IS NULL), count(*) FILTER (customer_id IS NULL), count(*) FROM kept)
         """
     ).fetchone()
-    assert found is not None
-    read, rejected, *by_rule, ragged, conflicts, duplicates, hour_24, seconds, days, terminal, customer, kept = found
+    assert totals is not None
+    read, rejected, *by_rule, ragged, conflicts, duplicates, hour_24, seconds, days, terminal, customer, kept = totals
     counts = dict(zip(rejects, by_rule, strict=True))
     counts["malformed_row"] += ragged
     return {

@@ -1,7 +1,7 @@
-"""What building features costs, per million rows: growing partitions, and few terminals with a large share of them.
+"""Time to build features per million rows: growing partitions, and a few terminals with a large share of the rows.
 
-One warm Spark session; each size is timed in turn, and the whole round is repeated, so that a disturbance of the
-machine meets all of them. The marginal cost between two sizes is what a further million rows takes.
+All sizes are timed in turn in one warm Spark session, and the round is repeated, so that disturbances of the machine
+affect all of them. The marginal cost between two sizes is the time of a further million rows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
     EPOCH,
+    log_progress,
     markdown,
     options,
-    say,
     simulate,
     simulation,
     spark_session,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ml_platform.dev.simulator import Simulation
 
 
-#: Of the second data set of each size: so many terminals carry this share of all rows.
+#: In the second data set of each size, HOT_TERMINALS terminals have HOT_SHARE of all rows.
 HOT_TERMINALS = 10
 HOT_SHARE = 0.3
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--million-rows", type=float, nargs="+", default=[2, 8, 16], metavar="N", help="sizes (default: 2 8 16)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each (default: 3)")
     parser.add_argument("--driver-memory", help="memory of Spark's driver (default: a third of the machine's, to 8 GB)")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
@@ -62,7 +62,7 @@ def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) ->
             rows = with_hot_terminals(spark.read.parquet(f"file://{lake}/{table}"))
             rows.write.mode("overwrite").parquet(f"file://{hot}/{table}")
         data[size, f"{HOT_TERMINALS} terminals carry {HOT_SHARE:.0%}"] = hot, data[size, "even"][1]
-    say("warming up")
+    log_progress("warming up")
     lake, reports = data[sizes[0], "even"]
     features(spark, reports, lake)
     results: list[dict[str, Any]] = []
@@ -73,17 +73,17 @@ def measure(spark: SparkSession, sizes: list[float], rounds: int, work: Path) ->
             seconds = time.monotonic() - started
             count = sum(report["counts"]["rows"] for report in built.values())
             results.append({"size": size, "terminals": terminals, "rows": count, "seconds": seconds})
-            say(f"round {number + 1}: {results[-1]}")
+            log_progress(f"round {number + 1}: {results[-1]}")
     return results
 
 
 def large_simulation(million_rows: float) -> Simulation:
-    """Faultless files of so many rows, at terminals of which none has a large share."""
+    """Simulation of clean files in which no terminal has a large share of the rows."""
     return simulation(million_rows * 1e6, terminals=10_000, fault_rate=0)
 
 
 def with_hot_terminals(rows: DataFrame) -> DataFrame:
-    """The same rows, HOT_SHARE of them at HOT_TERMINALS terminals."""
+    """Move HOT_SHARE of the rows to HOT_TERMINALS terminals."""
     from pyspark.sql import functions as F
 
     drawn = f"pmod(xxhash64(transaction_id), {round(HOT_TERMINALS / HOT_SHARE)})"
@@ -91,7 +91,7 @@ def with_hot_terminals(rows: DataFrame) -> DataFrame:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each size and distribution: median seconds, and the marginal cost against the next smaller size."""
+    """One row per size and distribution: median seconds, and the marginal cost over the next smaller size."""
     lines = []
     for terminals in dict.fromkeys(result["terminals"] for result in results):
         before: tuple[int, float] | None = None

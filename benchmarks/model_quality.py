@@ -1,7 +1,7 @@
-"""How good the models are: learners and sets of inputs on weekly folds, trained and scored by the platform's own jobs.
+"""Quality of the models: learners and sets of inputs on weekly folds, trained and scored by the platform's jobs.
 
-Each fold is that of the Fraud Detection Handbook: training ends on a given day, labels are 7 days late, the test is
-the 7 days after that, without cards that are known as compromised. Intervals are those of the promotion rule: 95 %,
+Folds are those of the Fraud Detection Handbook: training ends on a given day, labels are 7 days late, and the test is
+the following 7 days without cards known to be compromised. Intervals are those of the promotion rule: 95 %,
 bootstrap over customers.
 """
 
@@ -11,7 +11,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import markdown, options, say, simulate, spark_session, work_directory, write_results
+from benchmarks.common import log_progress, markdown, options, simulate, spark_session, work_directory, write_results
 from ml_platform.dev.simulator import Simulation
 from ml_platform.lake.storage import LocalStore
 from ml_platform.model.evaluation import evaluate, read_test_scores
@@ -23,12 +23,12 @@ from spark_jobs.training.learners import DEFAULT_CANDIDATES
 
 HANDBOOK = ("tx_amount", *[feature.name for feature in REGISTRY if feature.source == "handbook"])
 
-#: What the pipeline before this one trained on.
+#: Inputs of the predecessor's model.
 OLD_PIPELINE = ("tx_amount", "tx_time_seconds", "is_terminal_0", "second_of_day")
 
 CANDIDATES = {candidate["learner"]: [candidate] for candidate in DEFAULT_CANDIDATES}
 
-#: Name of a row of the table → its inputs and learner.
+#: Name of a model → its inputs and learner.
 MODELS = {
     "old pipeline's inputs, logistic_regression": (OLD_PIPELINE, "logistic_regression"),
     "handbook's inputs, logistic_regression": (HANDBOOK, "logistic_regression"),
@@ -49,13 +49,13 @@ def main() -> None:
         nargs="+",
         default=[date(2018, 6, 26), date(2018, 7, 3), date(2018, 7, 10)],
         metavar="DATE",
-        help="last days of training, one a fold (default: 2018-06-26 2018-07-03 2018-07-10)",
+        help="last days of training, one per fold (default: 2018-06-26 2018-07-03 2018-07-10)",
     )
     parser.add_argument("--customers", type=int, default=5_000, help="customers to simulate (default: 5000)")
     parser.add_argument(
-        "--max-train-rows", type=int, help="rows that a model is fitted on, at most (default: the job's)"
+        "--max-train-rows", type=int, help="maximum rows that a model is fitted on (default: the job's)"
     )
-    parser.add_argument("--only", default="", help="only the rows of the table whose name has this in it")
+    parser.add_argument("--only", default="", help="only the models whose name contains this")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
         if arguments.raw is None:
@@ -76,7 +76,7 @@ def main() -> None:
 def measure(
     raw: list[Path], epoch: date, train_ends: list[date], work: Path, models: dict[str, Any], limit: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Train and score every model on every fold, with `limit` in the requests; one dict of figures each."""
+    """Train and score every model on every fold, with `limit` in the requests; one dict of results each."""
     from pyspark.sql import functions as F
 
     spark = spark_session()
@@ -91,7 +91,7 @@ def measure(
     )
     results = []
     for train_end in train_ends:
-        # The test ends 7 days of delay and 7 of test later; what comes after is unknown.
+        # The test window ends after 7 days of delay and 7 test days; later rows are removed.
         last = train_end + timedelta(days=14)
         fold = f"file://{work}/fold={train_end}"
         rows.where(F.col("tx_datetime") < F.lit(last + timedelta(days=1)).cast("timestamp")).write.mode(
@@ -131,13 +131,13 @@ def measure(
                 "best": {"learner": report["best"]["learner"], **report["best"]["params"]},
                 "seconds": report["seconds"]["total"],
             }
-            say(f"{train_end} {name}: {figures}")
+            log_progress(f"{train_end} {name}: {figures}")
             results.append(figures)
     return results
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each model: average precision of each fold with its interval, and the means."""
+    """One row per model: average precision of each fold with its interval, and the means."""
     folds = list(dict.fromkeys(figures["train_end"] for figures in results))
     models = list(dict.fromkeys(figures["model"] for figures in results))
     by = {(figures["model"], figures["train_end"]): figures for figures in results}

@@ -1,8 +1,8 @@
-"""What a partition costs beyond its rows: many small files in one session, against one file of as many rows.
+"""Overhead of a partition: many small files in one session against one file with the same number of rows.
 
-The files are cleaned and their features built in two halves, as in two runs that follow each other in a session: the
-first half also pays for warming Spark up. The overhead of a partition is its share of what a half takes longer than the
-one large file, in the then warm session.
+The files are cleaned and their features built in two halves, like two consecutive runs in a session; the first half
+includes Spark's warm-up. The overhead per partition is the time that a half takes longer than the one large file in the
+then warm session, divided by the number of its files.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
     EPOCH,
+    log_progress,
     markdown,
     options,
-    say,
     simulate,
     simulation,
     spark_session,
@@ -49,19 +49,19 @@ def measure(spark: SparkSession, work: Path, partitions: int, rows: float) -> li
     reports: dict[str, dict[str, Any]] = {}
     results = []
 
-    def timed(name: str, job: str, work_on: Callable[[], dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    def timed(name: str, job: str, call: Callable[[], dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
         started = time.monotonic()
-        done = work_on()
+        reports = call()
         seconds = time.monotonic() - started
-        results.append({"name": name, "job": job, "partitions": len(done), "seconds": seconds})
-        say(str(results[-1]))
-        return done
+        results.append({"name": name, "job": job, "partitions": len(reports), "seconds": seconds})
+        log_progress(str(results[-1]))
+        return reports
 
     for name, raw in halves.items():
         reports |= timed(name, "cleaning", lambda raw=raw: clean(spark, raw, work / "lake", EPOCH))  # type: ignore[misc]
     for name, raw in halves.items():
         keys = [path.stem for path in raw]
-        # Without history, which is rows and no overhead.
+        # Without history, because reading its rows is not overhead.
         timed(
             name,
             "features",
@@ -74,7 +74,7 @@ def measure(spark: SparkSession, work: Path, partitions: int, rows: float) -> li
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each job and half."""
+    """One row per job and half."""
     one = {result["job"]: result["seconds"] for result in results if result["name"] == "one file"}
     lines = [
         [

@@ -1,4 +1,4 @@
-"""Cost of the gate's comparison in seconds and memory, or, with --simulations, how often the rule errs."""
+"""Time and memory of the promotion gate's comparison or, with --simulations, the error rates of its rule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 import time
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import markdown, options, say, write_results
+from benchmarks.common import log_progress, markdown, options, write_results
 from ml_platform.model.promotion import Facts, PromotionRule, Scores, decide
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def main() -> None:
         "--simulations",
         type=int,
         metavar="N",
-        help="instead: promotions in N simulated weeks of equally good models, and of a better challenger",
+        help="instead, count promotions in N simulated weeks of equally good models, and of a better challenger",
     )
     arguments = parser.parse_args()
     rule = PromotionRule(replicates=arguments.replicates)
@@ -49,10 +49,10 @@ def scored_week(
     challenger: float = 1.0,
     champion: float = 1.0,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Arguments of `Scores`: rows that two models of the given strengths have scored.
+    """Arguments of `Scores`: rows scored by two models of the given strengths.
 
-    Models of equal strength are equally good. Their scores have a part in common, a part of their own, and a part
-    that the rows of a customer share.
+    Models of equal strength are equally good. Scores are the sum of a component common to both models, one of the model
+    alone, and one shared by the rows of a customer.
     """
     import numpy as np
 
@@ -74,7 +74,7 @@ def scored_week(
 def error_rates(rule: PromotionRule, challenger: float, simulations: int) -> dict[str, Any]:
     """Shares of simulated weeks in which the challenger was promoted, and in which it was found to be worse.
 
-    Of equally good models, each share is to be (1 - confidence) / 2.
+    For equally good models, the expected share is (1 - confidence) / 2 each.
     """
     promoted = worse = 0
     for seed in range(simulations):
@@ -88,7 +88,7 @@ def error_rates(rule: PromotionRule, challenger: float, simulations: int) -> dic
         "promoted": promoted / simulations,
         "worse": worse / simulations,
     }
-    say(str(result))
+    log_progress(str(result))
     return result
 
 
@@ -106,19 +106,19 @@ def measure(rule: PromotionRule, rows: int) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
-    say(str(result))
+    log_progress(str(result))
     return result
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each size."""
+    """One row per size."""
     header = ["scored rows", "frauds", "replicates", "decision, s", "peak MB"]
     forms = {"rows": ",", "frauds": ",", "replicates": ",", "seconds": ".1f", "memory_mb": ","}
     return markdown(header, [[format(result[name], form) for name, form in forms.items()] for result in results])
 
 
 def rates_table(rates: list[dict[str, Any]]) -> str:
-    """A row for each strength of the challenger; the champion's is 1."""
+    """One row per strength of the challenger; the champion's is 1."""
     header = ["challenger's strength", "simulated weeks", "promoted", "found worse"]
     forms = {"strength": ".2f", "simulations": ",", "promoted": ".1%", "worse": ".1%"}
     return markdown(header, [[format(rate[name], form) for name, form in forms.items()] for rate in rates])

@@ -1,6 +1,6 @@
-"""What the order and the row groups of cleaned Parquet are worth to a reader: DuckDB's time for typical queries.
+"""Benefit of sorted rows and row groups in cleaned Parquet: DuckDB's time for typical queries.
 
-The same rows stand beside it in random order, as Spark writes them without further settings.
+The comparison is the same rows in random order, written with Spark's defaults.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.common import (
     EPOCH,
+    log_progress,
     markdown,
     options,
-    say,
     simulate,
     simulation,
     spark_session,
@@ -23,9 +23,9 @@ from benchmarks.common import (
 )
 from ml_platform.spark.bare_jobs import clean
 
-#: Query → what it asks for, and the ranges that a row group's statistics must meet to be needed.
 DAY = "tx_datetime >= TIMESTAMP '2019-09-05' AND tx_datetime < TIMESTAMP '2019-09-06'"
 DAY_RANGE = ("tx_datetime", "TIMESTAMP", "2019-09-05 00:00:00", "2019-09-05 23:59:59")
+#: Name → SQL, and the ranges that the statistics of a row group must overlap for it to be read.
 QUERIES: dict[str, tuple[str, list[tuple[str, str, str, str]]]] = {
     "one day": (f"SELECT count(*), sum(tx_amount * tx_fraud) FROM {{table}} WHERE {DAY}", [DAY_RANGE]),
     "one customer's day": (
@@ -41,7 +41,7 @@ def main() -> None:
     """Print the table."""
     parser = options(__doc__)
     parser.add_argument("--million-rows", type=float, default=4.9, help="size of the file (default: 4.9)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measurements of each (default: 5)")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
         tables = write_tables(work, arguments.million_rows)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def write_tables(work: Path, million_rows: float) -> dict[str, Path]:
-    """Directories of both tables."""
+    """Write both tables and return their directories."""
     from pyspark.sql import functions as F
 
     raw = simulate(work / "raw", simulation(million_rows * 1e6), 1)
@@ -66,7 +66,7 @@ def write_tables(work: Path, million_rows: float) -> dict[str, Path]:
 
 
 def measure(tables: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
-    """Seconds of each query on each table, `rounds` times in turn."""
+    """Seconds of each query on each table, in `rounds` interleaved rounds."""
     import duckdb
 
     con = duckdb.connect()
@@ -87,27 +87,27 @@ def measure(tables: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
                 results.append(result)
             if len(answers) != 1:
                 raise SystemExit(f"{query}: the tables give different answers: {answers}")
-    say(f"{len(results)} measurements")
+    log_progress(f"{len(results)} measurements")
     return results
 
 
 def _row_groups(con: Any, files: str, needs: list[tuple[str, str, str, str]]) -> tuple[int, int]:
-    """(row groups whose statistics do not rule a query out, row groups in all)."""
-    meets = "true"
+    """(row groups that a query must read by their statistics, all row groups)."""
+    overlaps = "true"
     for column, kind, low, high in needs:
-        meets += (
+        overlaps += (
             f" AND bool_or(path_in_schema = '{column}' AND try_cast(stats_max_value AS {kind}) >= {kind} '{low}' "
             f"AND try_cast(stats_min_value AS {kind}) <= {kind} '{high}')"
         )
-    found: tuple[int, int] = con.execute(
-        f"SELECT count(*) FILTER (WHERE needed), count(*) FROM (SELECT {meets} AS needed "
+    counts: tuple[int, int] = con.execute(
+        f"SELECT count(*) FILTER (WHERE needed), count(*) FROM (SELECT {overlaps} AS needed "
         f"FROM parquet_metadata('{files}') GROUP BY file_name, row_group_id)"
     ).fetchall()[0]
-    return found
+    return counts
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each query and table."""
+    """One row per query and table."""
     lines = []
     for query in QUERIES:
         for name in (PLATFORM, RANDOM):

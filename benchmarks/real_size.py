@@ -1,4 +1,4 @@
-"""Whether a row costs more in a file of real size: cleaning and features of files of both sizes in one warm session."""
+"""Cost per row in a file of real size: cleaning and features of a small and a large file in one warm session."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def measure(spark: SparkSession, sizes: list[float], work: Path) -> list[dict[str, Any]]:
-    """Seconds and memory of each job and size; the smallest goes first once more, to warm the session up."""
+    """Seconds and memory of each job and size, after a warm-up with the smallest size."""
     results = []
     for number, size in enumerate([sizes[0], *sizes]):
         lake = work / f"{size:g}"
@@ -48,12 +48,12 @@ def measure(spark: SparkSession, sizes: list[float], work: Path) -> list[dict[st
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each job and size."""
+    """One row per job and size."""
     lines = []
     for result in sorted(results, key=lambda result: (result["job"], result["rows"])):
         per_million = result["seconds"] / result["rows"] * 1e6
-        least = next(one for one in results if one["job"] == result["job"])
-        ratio = per_million / (least["seconds"] / least["rows"] * 1e6)
+        smallest = next(one for one in results if one["job"] == result["job"])
+        ratio = per_million / (smallest["seconds"] / smallest["rows"] * 1e6)
         lines.append(
             [
                 *(result["job"], f"{result['rows']:,}", f"{result['mb']:,.0f}", f"{result['seconds']:.1f}"),

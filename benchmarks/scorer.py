@@ -1,6 +1,6 @@
-"""What the portable scorer costs: one row in a process that has the model, many rows on one core, and contributions.
+"""Speed of the portable scorer on one core: a single row with the model loaded, a large batch, and contributions.
 
-The model is XGBoost's, 100 rounds of depth 5, of 27 made-up inputs.
+The model is XGBoost with 100 rounds of depth 5 on 27 synthetic inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FIT_ROWS = 200_000
 def main() -> None:
     """Print the table."""
     parser = options(__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of a batch (default: 1000000)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows per batch (default: 1000000)")
     arguments = parser.parse_args()
     results = measure(arguments.rows)
     rows = [(what, f"{value:,.3f}" if value < 10 else f"{value:,.0f}") for what, value in results.items()]
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def measure(rows: int) -> dict[str, float]:
-    """Milliseconds for one row, and rows per second, best of five each."""
+    """Milliseconds for one row, and rows per second, each the best of five."""
     import numpy as np
 
     draw = np.random.default_rng(0)

@@ -1,12 +1,12 @@
-"""What grows while the platform runs for months: the daemon, its code server, and all that they leave behind.
+"""Resource growth while the platform runs for months: the daemon, its code server, and the files they leave.
 
-Dagster's daemon and code server, two processes that last, look for new files once a day; a raw file arrives every few
-days. Storage is SQLite. The days are accelerated: between two ticks of the sensor everything that Dagster remembers of
-them is made a day older, so that the next tick is due at once and retention deletes what is past it. Each file is
-processed on the day on which it comes, with a small search; the other ticks find nothing to do. After a file's run
-and again before the next file comes, all that there is, is counted: hence what a file adds, and what a tick adds.
+Dagster's daemon and code server, two long-running processes, look for new files once a day; a raw file arrives every
+few days. Storage is SQLite. Days are accelerated: between two ticks of the sensor, all of Dagster's tick records are
+made a day older, so that the next tick is due at once and retention deletes expired ones. Each file is processed on the
+day it arrives, with a small search; the other ticks find nothing to do. Everything is counted after a file's run and
+again before the next file arrives, which gives the growth per file and per tick.
 
-Ends with an error if something grows that should not.
+Exits with an error if something grows that should not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import dagster as dg
 import psutil
 import yaml
 
-from benchmarks.common import ROWS_PER_CUSTOMER, markdown, say
+from benchmarks.common import ROWS_PER_CUSTOMER, log_progress, markdown
 from ml_platform.dev.simulator import Simulation
 from ml_platform.operations.dead_runs import PROCESS_TAG
 
@@ -42,29 +42,29 @@ TICKS_OF_SENSOR = f"""tick_body LIKE '%"{SENSOR}"%'"""
 DAY_S = 24 * 60 * 60
 TICK_TIMEOUT_S, RUN_TIMEOUT_S = 1800, 3600
 
-#: A failed run is made up for by the next tick's; so often in a row.
+#: Consecutive attempts at a file: the tick after a failed run starts another one.
 ATTEMPTS = 3
 
-#: What the helpers of a run's process take to see that it has ended.
+#: Seconds for the helpers of a run's process to notice that it has ended.
 SETTLE_S = 10
 
-#: What an interrupted or careless job would leave in the lake.
+#: Files that an interrupted job, or one without cleanup, would leave in the lake.
 LEFTOVERS = ("_temporary", ".spark-staging*", ".*.tmp", ".*.????????????????????????????????")
 
-#: Per cent that resident memory may grow in the second half.
+#: Maximum growth of resident memory in the second half, in per cent.
 MEMORY_TOLERANCE = 5
 
-#: What a tick may seem to add to a figure, by chance.
+#: Growth per tick that counts as noise.
 TICK_TOLERANCE = 0.1
 
-#: What no tick and no file may add to. Memory is apart: it is judged by its growth in the second half.
+#: Figures that must not grow with ticks or files. Memory is checked separately, by its growth in the second half.
 CONSTANT = (
     *("daemon: open files", "code server: open files"),
     *("processes", "TMPDIR: entries", "working directory: entries", "lake: leftovers", "lake/_code: entries"),
 )
 
-#: Threads of pools, which start one more in a busy moment: so many in the second half are no leak, which would add one
-#: for each file or tick.
+#: Thread pools may start another thread under load. POOL_THREADS more in the second half are not a leak, which would
+#: add one per file or tick.
 THREADS = ("daemon: threads", "code server: threads")
 POOL_THREADS = 2
 
@@ -77,24 +77,24 @@ Sample = dict[str, float]
 def main() -> None:
     """Print the table and the verdict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ticks", type=int, default=200, help="days, with a tick each (default: 200)")
+    parser.add_argument("--ticks", type=int, default=200, help="days, with one tick each (default: 200)")
     parser.add_argument("--files", type=int, default=30, help="raw files that arrive (default: 30)")
-    parser.add_argument("--rows", type=int, default=10_000, help="rows of a file, about (default: 10000)")
+    parser.add_argument("--rows", type=int, default=10_000, help="approximate rows per file (default: 10000)")
     parser.add_argument("--work", type=Path, help="empty directory to keep everything in (default: none)")
     parser.add_argument("--json", type=Path, help="also write the samples to this file")
     arguments = parser.parse_args()
     if not 2 <= arguments.files <= arguments.ticks // 2:
-        parser.error("--files takes 2 or more, and --ticks at least twice as many: some must find nothing new")
+        parser.error("--files must be 2 or more, and --ticks at least twice as many: some must find nothing new")
     with tempfile.TemporaryDirectory(prefix="ml-platform-soak-") as temporary:
         world = World((arguments.work or Path(temporary)).absolute())
         samples = []
-        for found in soak(world, arguments.ticks, arguments.files, arguments.rows):
-            samples.append(found)
-            if arguments.json:  # what there is so far: it takes hours
+        for current in soak(world, arguments.ticks, arguments.files, arguments.rows):
+            samples.append(current)
+            if arguments.json:  # after every sample, because the run takes hours
                 arguments.json.write_text(json.dumps(samples, indent=1))
-    faults = verdict(samples)
-    print(table(samples) + "\n\n" + "\n".join(faults or ["nothing leaks"]))
-    if faults:
+    leaks = find_leaks(samples)
+    print(table(samples) + "\n\n" + "\n".join(leaks or ["no leaks"]))
+    if leaks:
         raise SystemExit(1)
 
 
@@ -127,12 +127,12 @@ class World:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the processes get to see of the environment."""
+        """Environment of the processes."""
         kept = {name: os.environ[name] for name in ("PATH", "JAVA_HOME", "LANG") if name in os.environ}
         return kept | {
             "HOME": str(self.root),
             "TMPDIR": str(self.temporary),
-            # Short runs gain nothing from the optimizing compiler.
+            # Short runs do not benefit from the optimizing compiler.
             "JAVA_TOOL_OPTIONS": f"-Djava.io.tmpdir={self.temporary} -XX:TieredStopAtLevel=1",
             "PYTHONPATH": str(PROJECT),
             "DAGSTER_HOME": str(self.home),
@@ -144,7 +144,7 @@ class World:
 
     @contextmanager
     def services(self) -> Generator[Services]:
-        """Daemon and code server, in processes that last, until the block ends; their logs are in the root."""
+        """Run daemon and code server until the block ends; their logs are in the root."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -171,7 +171,7 @@ class World:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process as a process manager does."""
+    """Stop a process like a process manager: SIGTERM, then SIGKILL after 60 s."""
     process.terminate()
     try:
         process.wait(60)
@@ -182,27 +182,27 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class Services:
-    """The processes that last."""
+    """The long-running processes."""
 
     daemon: psutil.Process
     code: psutil.Process
 
     def by_name(self) -> dict[str, psutil.Process]:
-        """Those whose memory and files are counted, by what they are called in the table."""
+        """The measured processes by their name in the table."""
         return {"daemon": self.daemon, "code server": self.code}
 
     def count(self) -> int:
-        """Processes, runs among them."""
+        """Number of processes, including those of runs."""
         return 2 + len(self.daemon.children(recursive=True)) + len(self.code.children(recursive=True))
 
 
 def soak(world: World, ticks: int, files: int, rows: int) -> Iterator[Sample]:
-    """Let `ticks` days pass in which `files` raw files come; two samples for each file, in order."""
+    """Let `ticks` days pass in which `files` raw files arrive; yields two samples per file, in order."""
     simulation = Simulation(days_per_file=20, customers=round(rows / ROWS_PER_CUSTOMER * 1.5), terminals=400, radius=10)
-    # Opened first: processes that make Dagster's SQLite files at the same instant find them locked.
+    # Opened first, because processes that create Dagster's SQLite files simultaneously find them locked.
     with dg.DagsterInstance.from_config(str(world.home)) as instance, world.services() as services:
         clock = Clock(world, instance)
-        clock.wait_for_tick()  # the first, of an empty directory
+        clock.wait_for_tick()  # the first one, for an empty directory
         for index in range(files):
             draft = world.root / "draft"
             with draft.open("wb") as out:
@@ -218,23 +218,23 @@ def soak(world: World, ticks: int, files: int, rows: int) -> Iterator[Sample]:
             yield sample(world, services, clock.ticks, index + 1)
             while clock.ticks < 1 + ticks * (index + 1) // files:
                 clock.next_day()
-            yield (found := sample(world, services, clock.ticks, index + 1))
-            figures = ", ".join(f"{name} {found[name]:.0f}" for name in ("ticks", *MEMORY))
-            say(f"file {index + 1} of {files}: {figures}")
+            yield (current := sample(world, services, clock.ticks, index + 1))
+            figures = ", ".join(f"{name} {current[name]:.0f}" for name in ("ticks", *MEMORY))
+            log_progress(f"file {index + 1} of {files}: {figures}")
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout: float) -> Any:
-    """The first true value of `condition()`."""
+    """Wait for `condition()` to be true and return its value."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise SystemExit(f"waited {timeout} s in vain until {what}: see the logs in --work")
+            raise SystemExit(f"timed out after {timeout} s waiting until {what}: see the logs in --work")
         time.sleep(0.2)
     return value
 
 
 def wait_for_run(instance: dg.DagsterInstance, count: int) -> bool:
-    """Wait until the run that makes it `count` runs, and its process, have ended; whether it succeeded."""
+    """Wait until run number `count` and its process have ended; True if it succeeded."""
 
     def ended() -> dg.DagsterRun | None:
         runs = instance.get_runs()
@@ -246,12 +246,12 @@ def wait_for_run(instance: dg.DagsterInstance, count: int) -> bool:
         wait_until(lambda: not psutil.pid_exists(pid), "the run's process has ended", TICK_TIMEOUT_S)
     time.sleep(SETTLE_S)
     if run.status != dg.DagsterRunStatus.SUCCESS:
-        say(f"run {run.run_id} ended with {run.status.value}")
+        log_progress(f"run {run.run_id} ended with {run.status.value}")
     return run.status == dg.DagsterRunStatus.SUCCESS
 
 
 class Clock:
-    """The days of a world: counts the sensor's ticks, and makes what Dagster remembers of them older."""
+    """Accelerated clock of a world: counts the sensor's ticks and makes Dagster's records of them older."""
 
     def __init__(self, world: World, instance: dg.DagsterInstance) -> None:
         self._database = world.home / "schedules" / "schedules.db"
@@ -260,7 +260,7 @@ class Clock:
         self.ticks = 0
 
     def next_day(self) -> None:
-        """Let a day pass, and wait for its tick."""
+        """Let a day pass and wait for its tick."""
         with closing(sqlite3.connect(self._database, timeout=60)) as connection, connection:
             connection.execute("UPDATE job_ticks SET timestamp = strftime('%Y-%m-%d %H:%M:%f', timestamp, '-1 day')")
         self._make_due()
@@ -269,13 +269,13 @@ class Clock:
     def wait_for_tick(self) -> None:
         """Wait until the next tick has ended."""
         deadline = time.monotonic() + TICK_TIMEOUT_S
-        asked = time.monotonic()
+        last_due = time.monotonic()
         while not (tick := self._newest_tick()) or tick[0] == self._last_id or tick[1] == "STARTED":
             if time.monotonic() > deadline:
-                raise SystemExit(f"waited {TICK_TIMEOUT_S} s in vain for a tick: see the logs in --work")
-            if tick and tick[0] == self._last_id and time.monotonic() > asked + 20:
-                self._make_due()  # the daemon was about to write the sensor's state when this was done before
-                asked = time.monotonic()
+                raise SystemExit(f"timed out after {TICK_TIMEOUT_S} s waiting for a tick: see the logs in --work")
+            if tick and tick[0] == self._last_id and time.monotonic() > last_due + 20:
+                self._make_due()  # again: the daemon may have overwritten the sensor's state
+                last_due = time.monotonic()
             time.sleep(0.2)
         if tick[1] == "FAILURE":
             raise SystemExit("the tick failed: see the logs in --work")
@@ -289,11 +289,11 @@ class Clock:
             try:
                 query = f"SELECT id, status FROM job_ticks WHERE {TICKS_OF_SENSOR} ORDER BY id DESC LIMIT 1"
                 return connection.execute(query).fetchone()
-            except sqlite3.OperationalError:  # the daemon has not made the table yet
+            except sqlite3.OperationalError:  # the daemon has not created the table yet
                 return None
 
     def _make_due(self) -> None:
-        """The sensor last ticked a day ago."""
+        """Set the sensor's last tick to a day ago."""
         yesterday = time.time() - DAY_S
         for state in self._instance.all_instigator_state():
             if state.instigator_name == SENSOR:
@@ -303,28 +303,28 @@ class Clock:
 
 
 def sample(world: World, services: Services, ticks: int, files: int) -> Sample:
-    """All that is counted, by name."""
-    found: Sample = {"ticks": ticks, "files": files}
+    """All figures by name."""
+    figures: Sample = {"ticks": ticks, "files": files}
     for name, process in services.by_name().items():
-        found[f"{name}: memory, MB"] = process.memory_info().rss / 1e6
-        found[f"{name}: threads"] = process.num_threads()
-        # Databases are open for moments only.
-        found[f"{name}: open files"] = min(process.num_fds() for _ in range(20) if not time.sleep(0.1))
-    found["processes"] = services.count()
-    found["TMPDIR: entries"] = len(entries(world.temporary))
-    found["working directory: entries"] = len(list(world.root.iterdir()))
-    found["lake: leftovers"] = sum(len(list(world.lake.rglob(pattern))) for pattern in LEFTOVERS)
-    found["lake/_code: entries"] = len(entries(world.lake / "_code"))
+        figures[f"{name}: memory, MB"] = process.memory_info().rss / 1e6
+        figures[f"{name}: threads"] = process.num_threads()
+        # The minimum of several counts, because databases are open briefly.
+        figures[f"{name}: open files"] = min(process.num_fds() for _ in range(20) if not time.sleep(0.1))
+    figures["processes"] = services.count()
+    figures["TMPDIR: entries"] = len(entries(world.temporary))
+    figures["working directory: entries"] = len(list(world.root.iterdir()))
+    figures["lake: leftovers"] = sum(len(list(world.lake.rglob(pattern))) for pattern in LEFTOVERS)
+    figures["lake/_code: entries"] = len(entries(world.lake / "_code"))
     runs = sum(1 for entry in (world.home / "storage").iterdir() if len(entry.name) == 36)
-    found["DAGSTER_HOME/storage: logs of runs"] = runs
+    figures["DAGSTER_HOME/storage: logs of runs"] = runs
     logs = [entry for entry in (world.home / "storage").iterdir() if len(entry.name) != 36]
-    found["DAGSTER_HOME/storage: logs of ticks"] = sum(path.is_file() for log in logs for path in entries(log))
+    figures["DAGSTER_HOME/storage: logs of ticks"] = sum(path.is_file() for log in logs for path in entries(log))
     for directory in [*world.home.iterdir(), *world.lake.iterdir(), world.root / "mlflow-artifacts"]:
         if directory.is_dir():
             content = entries(directory)
-            place = directory.relative_to(world.root)
-            found[f"{place}: entries"] = len(content)
-            found[f"{place}: kB"] = sum(path.stat().st_size for path in content if path.is_file()) / 1e3
+            path_name = directory.relative_to(world.root)
+            figures[f"{path_name}: entries"] = len(content)
+            figures[f"{path_name}: kB"] = sum(path.stat().st_size for path in content if path.is_file()) / 1e3
     databases = {
         "dagster": [*world.home.glob("*/*.db"), *world.home.glob("history/runs/*.db")],
         "mlflow": [world.root / "mlflow.db"],
@@ -332,22 +332,22 @@ def sample(world: World, services: Services, ticks: int, files: int) -> Sample:
     for name, paths in databases.items():
         for path in paths:
             for table_name, rows in rows_by_table(path).items():
-                found[f"{name}: {table_name}"] = found.get(f"{name}: {table_name}", 0) + rows
+                figures[f"{name}: {table_name}"] = figures.get(f"{name}: {table_name}", 0) + rows
         if name == "mlflow":
-            found["mlflow.db: kB"] = paths[0].stat().st_size / 1e3
+            figures["mlflow.db: kB"] = paths[0].stat().st_size / 1e3
     with closing(sqlite3.connect(world.home / "schedules" / "schedules.db", timeout=60)) as connection:
         query = f"SELECT count(*) FROM job_ticks WHERE status = 'SKIPPED' AND {TICKS_OF_SENSOR}"
-        found[SKIPPED] = connection.execute(query).fetchone()[0]
-    return found
+        figures[SKIPPED] = connection.execute(query).fetchone()[0]
+    return figures
 
 
 def entries(directory: Path) -> list[Path]:
-    """All files and directories below a directory, if it exists; without those that SQLite has for moments."""
+    """All files and directories below a directory, if it exists, without SQLite's transient files."""
     return [path for path in directory.rglob("*") if not path.name.endswith(("-journal", "-wal", "-shm"))]
 
 
 def rows_by_table(database: Path) -> dict[str, int]:
-    """Rows of each table of an SQLite database that has any."""
+    """Rows of each non-empty table of an SQLite database."""
     with closing(sqlite3.connect(database, timeout=60)) as connection:
         names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         rows = {name: connection.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0] for name in names}
@@ -355,7 +355,7 @@ def rows_by_table(database: Path) -> dict[str, int]:
 
 
 def growth(samples: list[Sample], name: str) -> tuple[float, float]:
-    """What a further file and what a further tick that finds nothing adds, on average over the second half."""
+    """(growth per file, growth per idle tick), averages over the second half."""
     half = samples[middle_of(samples) :]
     by_tick = sum(
         after.get(name, 0) - before.get(name, 0) for before, after in zip(half[1::2], half[2::2], strict=True)
@@ -368,47 +368,47 @@ def growth(samples: list[Sample], name: str) -> tuple[float, float]:
     return by_file / files, by_tick / idle
 
 
-def verdict(samples: list[Sample]) -> list[str]:
-    """What grows and should not, a sentence each."""
+def find_leaks(samples: list[Sample]) -> list[str]:
+    """One sentence for each figure that grows but should not."""
     middle, last = samples[middle_of(samples)], samples[-1]
     early, late = samples[: middle_of(samples) + 1], samples[-len(samples) // 4 :]
-    faults = []
+    leaks = []
     for name in (*CONSTANT, *THREADS):
-        before, after = max(found.get(name, 0) for found in early), min(found[name] for found in late)
+        before, after = max(one.get(name, 0) for one in early), min(one[name] for one in late)
         if after > before + (POOL_THREADS if name in THREADS else 0):
-            faults.append(f"LEAK: {name}: at most {before:.0f} in the first half, at least {after:.0f} in the end")
+            leaks.append(f"LEAK: {name}: at most {before:.0f} in the first half, at least {after:.0f} at the end")
     for name in MEMORY:
         if (per_cent := 100 * (last[name] / middle[name] - 1)) > MEMORY_TOLERANCE:
-            faults.append(f"LEAK: {name} grew by {per_cent:.1f} % in the second half")
+            leaks.append(f"LEAK: {name} grew by {per_cent:.1f} % in the second half")
     expected = {"ticks", "files", "dagster: job_ticks", SKIPPED, *CONSTANT, *THREADS, *MEMORY}
     for name in last:
         if name not in expected and not name.endswith(" kB"):
             _, by_tick = growth(samples, name)
             if by_tick > TICK_TOLERANCE:
-                faults.append(f"LEAK: a tick that finds nothing adds {by_tick:.2f} to {name}")
+                leaks.append(f"LEAK: a tick that finds nothing adds {by_tick:.2f} to {name}")
     kept_days = dagster_settings()["retention"]["sensor"]["purge_after_days"]["skipped"]
-    if last[SKIPPED] > kept_days + 1:  # a tick a day
-        faults.append(f"LEAK: {last[SKIPPED]:.0f} skipped ticks are kept; retention says {kept_days} days")
-    return faults
+    if last[SKIPPED] > kept_days + 1:  # one tick a day
+        leaks.append(f"LEAK: {last[SKIPPED]:.0f} skipped ticks are kept; retention says {kept_days} days")
+    return leaks
 
 
 def dagster_settings() -> dict[str, Any]:
-    """The project's dagster.yaml, with which the daemon runs."""
+    """The project's dagster.yaml, which the daemon uses."""
     return yaml.safe_load((PROJECT / "dagster.yaml").read_text())
 
 
 def middle_of(samples: list[Sample]) -> int:
-    """Index of the sample in the middle that ends the days of a file."""
+    """Index of the middle one of the samples taken before a next file."""
     return len(samples) // 4 * 2 - 1
 
 
 def table(samples: list[Sample]) -> str:
-    """A row for each figure: the first, the middle and the last sample, and what a file and a tick add."""
+    """One row per figure: the first, middle and last sample, and the growth per file and per tick."""
     first, middle, last = samples[1], samples[middle_of(samples)], samples[-1]
     lines = []
     for name in last:
         file, tick = growth(samples, name) if name not in ("ticks", "files") else (0.0, 0.0)
-        figures = [f"{found.get(name, 0):,.0f}" for found in (first, middle, last)]
+        figures = [f"{one.get(name, 0):,.0f}" for one in (first, middle, last)]
         lines.append([name, *figures, *(f"{value:+.2f}" if abs(value) >= 0.005 else "" for value in (file, tick))])
     return markdown(["", "first file", "middle", "last", "a file adds", "an idle tick adds"], lines)
 

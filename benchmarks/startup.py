@@ -1,9 +1,9 @@
-"""Where the seconds go before and around the work: loading the definitions, and materializing one small partition.
+"""Startup time and overhead: loading the definitions, and materializing one small partition.
 
-Everything is timed as whole processes, in interleaved rounds. The materialization's parts are told by its own run:
-Spark's from the request that its process is given to the report that it leaves, in which the job's own seconds are,
-after JVM and session have started; the platform's from Dagster's events, its steps and checks less Spark's part, and
-from what loading its definitions takes beyond importing Dagster.
+Whole processes are timed in interleaved rounds. The parts of the materialization come from its run: Spark's part is the
+time from the job's request to its report, which has the seconds of the job itself, without the start of JVM and
+session; the platform's part is the duration of Dagster's steps and checks less Spark's part, plus the time to load the
+definitions beyond importing Dagster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import EPOCH, markdown, options, say, simulate, simulation, work_directory, write_results
+from benchmarks.common import (
+    EPOCH,
+    log_progress,
+    markdown,
+    options,
+    simulate,
+    simulation,
+    work_directory,
+    write_results,
+)
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +60,7 @@ def main() -> None:
     """Print the tables."""
     parser = options(__doc__)
     parser.add_argument("--thousand-rows", type=float, default=100, help="size of the partition (default: 100)")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measurements of each (default: 5)")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
         simulate(work / "raw", simulation(arguments.thousand_rows * 1e3), 1)
@@ -60,7 +69,7 @@ def main() -> None:
 
 
 def measure(work: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds by what was run."""
+    """Seconds of each case."""
     home, lake = work / "home", work / "lake"
     home.mkdir(exist_ok=True)
     (home / "dagster.yaml").write_text((PROJECT / "dagster.yaml").read_text())
@@ -76,17 +85,17 @@ def measure(work: Path, rounds: int) -> dict[str, list[float]]:
 
     def run(*arguments: str) -> float:
         started = time.monotonic()
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *arguments], env=environment, cwd=work, capture_output=True, text=True, check=False
         )
-        if done.returncode:
-            raise SystemExit(f"{arguments} failed:\n{done.stdout}{done.stderr}")
+        if process.returncode:
+            raise SystemExit(f"{arguments} failed:\n{process.stdout}{process.stderr}")
         return time.monotonic() - started
 
     run("-m", "ml_platform.cli.main", "sync")
     (key,) = [path.stem for path in (work / "raw").iterdir()]
     materialize = ("-m", "dagster", "asset", "materialize")
-    contestants = {
+    cases = {
         NOTHING: ("-c", "pass"),
         DAGSTER: ("-c", "import dagster"),
         DEFINITIONS: ("-c", "import ml_platform.definitions"),
@@ -97,21 +106,21 @@ def measure(work: Path, rounds: int) -> dict[str, list[float]]:
             *("--select", "cleaned_transactions", "--partition", key),
         ),
     }
-    for name in (BARE, MATERIALIZE):  # Dagster's storage is made by the first run
-        run(*contestants[name])
-    results: dict[str, list[float]] = {name: [] for name in [*contestants, SPARK_PART, JOB, OWN]}
+    for name in (BARE, MATERIALIZE):  # the first run creates Dagster's storage
+        run(*cases[name])
+    results: dict[str, list[float]] = {name: [] for name in [*cases, SPARK_PART, JOB, OWN]}
     for number in range(rounds):
-        shutil.rmtree(lake)  # what is clean is not cleaned again
-        for name, arguments in contestants.items():
+        shutil.rmtree(lake)  # otherwise the partition would be up to date
+        for name, arguments in cases.items():
             results[name].append(run(*arguments))
-            say(f"round {number + 1}: {results[name][-1]:.2f} s, {name}")
-        for name, seconds in told_by_the_run(home, lake).items():
+            log_progress(f"round {number + 1}: {results[name][-1]:.2f} s, {name}")
+        for name, seconds in parts_of_last_run(home, lake).items():
             results[name].append(seconds)
     return results
 
 
-def told_by_the_run(home: Path, lake: Path) -> dict[str, float]:
-    """Seconds of the parts of the last run, by the job's files and Dagster's events."""
+def parts_of_last_run(home: Path, lake: Path) -> dict[str, float]:
+    """Seconds of the parts of the last run, from the job's files and Dagster's events."""
     import dagster as dg
 
     with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -129,7 +138,7 @@ def told_by_the_run(home: Path, lake: Path) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was run with its median seconds, and the parts of the materialization."""
+    """Median seconds of each case, and the parts of the materialization."""
     median = {name: statistics.median(seconds) for name, seconds in results.items()}
     timed = [
         [

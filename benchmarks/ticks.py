@@ -1,7 +1,7 @@
-"""What a sensor's ticks leave in the memory of the code server, which evaluates them; storage is SQLite.
+"""Memory growth of the code server from evaluating a sensor's ticks; storage is SQLite.
 
-A sensor that ticks every half minute does so 2,880 times a day. Here a code server of its own, in an empty directory,
-is asked for as many ticks one after another, as Dagster's daemon asks.
+A sensor that ticks every 30 s does so 2,880 times a day. Here a separate code server, in an empty directory, gets as
+many tick requests one after another, in the same way as from Dagster's daemon.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import psutil
 from benchmarks.common import markdown
 from benchmarks.soak import World, stop, wait_until
 
-#: Ticks of the start, in which a code server imports and opens what it keeps.
+#: Ticks at the start, during which a code server imports modules and opens connections.
 WARM_UP = 300
 ROWS = 6
 
 
 def main() -> None:
-    """Print a table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sensor", default="dead_runs", help="default: dead_runs")
-    parser.add_argument("--ticks", type=int, default=2880, help="ticks, after some to warm up (default: 2880)")
+    parser.add_argument("--sensor", default="dead_runs", help="name of the sensor (default: dead_runs)")
+    parser.add_argument("--ticks", type=int, default=2880, help="ticks after the warm-up (default: 2880)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ml-platform-ticks-") as directory:
         rows = measure(World(Path(directory)), arguments.sensor, arguments.ticks)
@@ -59,19 +59,19 @@ def measure(world: World, sensor: str, ticks: int) -> list[tuple[int, float]]:
                 log_key=["__repository__", sensor, "tick"],
             )
             rows = []
-            for done in range(-WARM_UP, ticks + 1):
+            for tick in range(-WARM_UP, ticks + 1):
                 answer = client.external_sensor_execution(request)
                 if "SensorExecutionErrorSnap" in answer:
                     raise SystemExit(f"the tick failed: {answer}")
-                if done >= 0 and done % max(1, ticks // ROWS) == 0:
-                    rows.append((done, psutil.Process(server.pid).memory_info().rss / 1e6))
+                if tick >= 0 and tick % max(1, ticks // ROWS) == 0:
+                    rows.append((tick, psutil.Process(server.pid).memory_info().rss / 1e6))
             return rows
         finally:
             stop(server)
 
 
 def answers(client: Any) -> bool:
-    """Whether the code server is up."""
+    """True if the code server is up."""
     try:
         client.ping("")
     except Exception:

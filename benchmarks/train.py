@@ -1,9 +1,9 @@
-"""What training costs as the rows grow, phase by phase, beside XGBoost alone on the same rows.
+"""Training time by number of rows and phase, compared with XGBoost alone on the same rows.
 
-The features are built once; each size is a share of the customers, drawn by a hash. One warm Spark session; the rounds
-are interleaved, so that a disturbance of the machine meets all sizes. Right after each training XGBoost alone fits 100
-rounds of depth 5 with 1,024 bins and 2 threads from a matrix in memory; the ratio to it is that of the job's seconds
-from the search to the written model.
+The features are built once; each size is a share of the customers, sampled by hash. Rounds are interleaved in one warm
+Spark session, so that disturbances of the machine affect all sizes. Right after each training, XGBoost alone fits 100
+rounds of depth 5 with 1,024 bins and 2 threads on a matrix in memory; the ratio compares this with the job's time from
+the search to the written model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
     ROWS_PER_CUSTOMER,
+    log_progress,
     markdown,
     options,
     peak_memory,
-    say,
     simulate,
     spark_session,
     work_directory,
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--terminals", type=int, help="terminals to simulate (default: twice the customers; 1000 give 5.9 %% frauds)"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="times that each is measured (default: 1)")
+    parser.add_argument("--rounds", type=int, default=1, help="number of measurements of each (default: 1)")
     parser.add_argument("--driver-memory", help="memory of Spark's driver (default: a third of the machine's, to 8 GB)")
     arguments = parser.parse_args()
     with work_directory(arguments.work) as work:
@@ -80,7 +80,7 @@ def measure(
             spark.read.parquet(f"file://{lake}/{table}").where(
                 F.expr(f"pmod(xxhash64(customer_id), 10000) < {10_000 * size / sizes[-1]}")
             ).write.mode("overwrite").parquet(f"file://{work}/{size:g}/{table}")
-    say("warming up")
+    log_progress("warming up")
     train(spark, keys, work / f"{sizes[0]:g}", search_rows=20_000)
     results = []
     for number in range(rounds):
@@ -95,12 +95,12 @@ def measure(
             result |= {"seconds": seconds, "best": report["best"], "sampling": report["sampling"], "peak_mb": peak()}
             result["alone"] = xgboost_alone(work / f"{size:g}", report)
             results.append(result)
-            say(f"round {number + 1}: {results[-1]}")
+            log_progress(f"round {number + 1}: {results[-1]}")
     return results
 
 
 def xgboost_alone(lake: Path, report: dict[str, Any]) -> float | None:
-    """Seconds that XGBoost takes to fit the same rows, from a matrix in memory; None where they were drawn."""
+    """Seconds of XGBoost alone to fit the same rows from a matrix in memory; None if the rows were sampled."""
     import numpy as np
     import xgboost
     from pyarrow import dataset
@@ -123,14 +123,14 @@ def xgboost_alone(lake: Path, report: dict[str, Any]) -> float | None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each size: median seconds of the phases, and of all per thousand rows."""
+    """One row per size: median seconds of each phase and in total, and the ratio to XGBoost alone."""
     phases = [name for name in results[0]["seconds"] if name != "total"]
     lines = []
     for rows in sorted({result["rows"] for result in results}):
-        own = [result for result in results if result["rows"] == rows]
-        seconds = {name: statistics.median(one["seconds"][name] for one in own) for name in [*phases, "total"]}
+        same = [result for result in results if result["rows"] == rows]
+        seconds = {name: statistics.median(one["seconds"][name] for one in same) for name in [*phases, "total"]}
         until_written = seconds["search"] + seconds["fit"]
-        alone = [one["alone"] for one in own if one["alone"]]
+        alone = [one["alone"] for one in same if one["alone"]]
         ratio = statistics.median(alone) if alone else None
         lines.append(
             [
@@ -140,7 +140,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{until_written:.1f}",
                 f"{ratio:.1f}" if ratio else "",
                 f"{until_written / ratio:.1f}" if ratio else "",
-                f"{max(one['peak_mb'] for one in own):,.0f}",
+                f"{max(one['peak_mb'] for one in same):,.0f}",
             ]
         )
     header = ["rows trained on", *phases, "all, s", "search and fit, s", "XGBoost alone, s", "ratio", "peak MB"]

@@ -1,8 +1,8 @@
-"""Two ways to compute the handbook's twelve windows: Spark's range windows, and the platform's sorted numpy columns.
+"""The handbook's twelve window features by Spark's range windows and by the platform's sorted numpy columns.
 
-Both read the same cleaned rows in the same warm session, on terminals of even size and on few that carry a large share;
-that they give the same values is checked first. Each writes what it computed to Parquet.
-Spark goes over a window's rows once more for each row, so its cost grows with the rows of a terminal.
+Both methods read the same cleaned rows in the same warm session and write Parquet, with terminals of even size and with
+a few that have a large share of the rows. First it is checked that both give the same values.
+Spark rescans a window for every row, so its cost grows with the rows of a terminal.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import EPOCH, markdown, options, say, simulate, spark_session, work_directory, write_results
+from benchmarks.common import (
+    EPOCH,
+    log_progress,
+    markdown,
+    options,
+    simulate,
+    spark_session,
+    work_directory,
+    write_results,
+)
 from benchmarks.features import HOT_SHARE, HOT_TERMINALS, large_simulation, with_hot_terminals
 from ml_platform.dataproc.sizing import BYTES_PER_ROW
 from ml_platform.spark.bare_jobs import clean
@@ -39,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--million-rows", type=float, nargs="+", default=[0.25, 0.5, 1], metavar="N", help="sizes (0.25 0.5 1)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each (default: 3)")
     arguments = parser.parse_args()
     results = []
     with work_directory(arguments.work) as work:
@@ -58,47 +67,47 @@ def main() -> None:
 
 
 def compare(rows: DataFrame, rounds: int, case: dict[str, Any], lake: Path) -> list[dict[str, Any]]:
-    """Seconds of each way, `rounds` times. Raises SystemExit if they give other values."""
+    """Seconds of each method, `rounds` times. Raises SystemExit if their values differ."""
     from pyspark.sql import functions as F
 
-    # Spark's own default, 200, would be most of what its windows take here.
+    # With Spark's default of 200, the tasks' overhead would dominate here.
     spark = runtime.session(rows)
     runtime.set_shuffle_partitions(spark, BYTES_PER_ROW * case["rows"])
-    ways = {"range windows": range_windows, "sorted columns": sorted_columns}
-    found = []
-    for way, compute in ways.items():
+    methods = {"range windows": range_windows, "sorted columns": sorted_columns}
+    outputs = []
+    for way, compute in methods.items():
         compute(rows, f"file://{lake}/{way}")
-        found.append(spark.read.parquet(f"file://{lake}/{way}").select("transaction_id", *NAMES))
-    both = found[0].join(found[1].toDF("transaction_id", *[f"our_{name}" for name in NAMES]), "transaction_id")
+        outputs.append(spark.read.parquet(f"file://{lake}/{way}").select("transaction_id", *NAMES))
+    both = outputs[0].join(outputs[1].toDF("transaction_id", *[f"our_{name}" for name in NAMES]), "transaction_id")
     same = [F.expr(f"abs({name} - our_{name}) <= 1e-9 * greatest(1, abs({name}))") for name in NAMES]
     if both.count() != case["rows"]:
-        raise SystemExit("the two ways do not give the same rows")
+        raise SystemExit("the two methods do not give the same rows")
     for name, equal in zip(NAMES, same, strict=True):
         if differing := both.where(~equal).count():
             raise SystemExit(f"{name} differs in {differing} rows")
     results = []
     for _ in range(rounds):
-        for way, compute in ways.items():
+        for way, compute in methods.items():
             started = time.monotonic()
             compute(rows, f"file://{lake}/{way}")
             results.append({**case, "way": way, "seconds": time.monotonic() - started})
-            say(str(results[-1]))
+            log_progress(str(results[-1]))
     return results
 
 
 def range_windows(rows: DataFrame, uri: str) -> None:
-    """Write the twelve features by Spark's own windows; the rows have a customer and a terminal each."""
+    """Write the twelve features by Spark's windows; all rows must have a customer and a terminal."""
     from pyspark.sql import Window
     from pyspark.sql import functions as F
 
     time_s = F.col("tx_datetime").cast("bigint")
     columns = {}
     for days in WINDOW_DAYS:
-        own = Window.partitionBy("customer_id").orderBy(time_s).rangeBetween(1 - days * DAY_S, 0)
+        trailing = Window.partitionBy("customer_id").orderBy(time_s).rangeBetween(1 - days * DAY_S, 0)
         late = -LABEL_DELAY_DAYS * DAY_S
         known = Window.partitionBy("terminal_id").orderBy(time_s).rangeBetween(late + 1 - days * DAY_S, late)
-        columns[f"customer_tx_count_{days}d"] = F.count(F.lit(1)).over(own).cast("double")
-        columns[f"customer_mean_amount_{days}d"] = F.avg("tx_amount").over(own)
+        columns[f"customer_tx_count_{days}d"] = F.count(F.lit(1)).over(trailing).cast("double")
+        columns[f"customer_mean_amount_{days}d"] = F.avg("tx_amount").over(trailing)
         columns[f"terminal_tx_count_{days}d"] = F.count(F.lit(1)).over(known).cast("double")
         columns[f"terminal_fraud_risk_{days}d"] = F.coalesce(F.avg("tx_fraud").over(known), F.lit(0.0))
     features = rows.select("transaction_id", *[columns[name].alias(name) for name in NAMES])
@@ -106,7 +115,7 @@ def range_windows(rows: DataFrame, uri: str) -> None:
 
 
 def sorted_columns(rows: DataFrame, uri: str) -> None:
-    """The same by the platform, which computes its other features, too, and writes all columns."""
+    """The same by the platform, which also computes its other features and writes all columns."""
     from pyspark.sql import functions as F
 
     files = feature_files(rows.withColumn("is_current", F.lit(True)), 2, lambda tallies: None)
@@ -114,7 +123,7 @@ def sorted_columns(rows: DataFrame, uri: str) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each case: medians, and how many times as long Spark's windows take."""
+    """One row per case: median seconds, and the ratio of Spark's windows to the platform's columns."""
     lines = []
     for case in dict.fromkeys((result["terminals"], result["rows"]) for result in results):
         median = {

@@ -1,7 +1,7 @@
-"""How the jobs spread: a real standalone Spark cluster of one worker with one core, then of two.
+"""Scaling of the jobs: a standalone Spark cluster of one worker with one core, then of two.
 
 `ml_platform/dataproc/sizing.py` and docs/scaling.md assume that twice the cores halve the time of the work on rows.
-Here the jobs run in a session that has run before, so that the start of Spark, which no worker shortens, is left out.
+The jobs run in a warm session, to exclude Spark's startup, which more workers do not shorten.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def measure(raw: list[Path], work: Path, workers: int) -> list[dict[str, Any]]:
-    """Seconds of each job on so many workers of one core; the second time that it runs."""
+    """Seconds of each job on `workers` workers of one core, in its second run."""
     directory = work / f"{workers} workers"
     with StandaloneCluster(directory, {}, workers=workers, memory_mb=EXECUTOR_MEMORY_MB) as cluster:
         config = default_spark_config(cluster.master) | {
@@ -49,7 +49,7 @@ def measure(raw: list[Path], work: Path, workers: int) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row for each job."""
+    """One row per job."""
     lines = []
     for job in dict.fromkeys(result["job"] for result in results):
         one, two = (result for result in results if result["job"] == job)

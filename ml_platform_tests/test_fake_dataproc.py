@@ -173,8 +173,8 @@ CLUSTERS: dict[str, Callable[[Any], object]] = {
     "spec[0].role: Field is required": lambda r: r.config_spec.subclusters_spec[0].ClearField("role"),
     "hosts_count: Value must": lambda r: r.config_spec.subclusters_spec[1].ClearField("hosts_count"),
     "services[3]: 99 is not a value": lambda r: r.config_spec.hadoop.services.append(99),
-    "Value must be 1m-10m, and is 59": lambda r: add_compute(r, 59),
-    "Value must be 1m-10m, and is 601": lambda r: add_compute(r, 601),
+    "Value must be 1m-10m, is 59": lambda r: add_compute(r, 59),
+    "Value must be 1m-10m, is 601": lambda r: add_compute(r, 601),
     "max_hosts_count: Value must be 1-100": lambda r: add_compute(r, max_hosts_count=101),
     # By the rules of the service:
     "zone 'us-east-1a'": lambda r: setattr(r, "zone_id", "us-east-1a"),

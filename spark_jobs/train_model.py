@@ -32,8 +32,8 @@ from spark_jobs.training.learners import (
     NewerModelError,
     Scorer,
     check_candidates,
+    grid_points,
     matrix_of,
-    points,
 )
 
 if TYPE_CHECKING:
@@ -341,7 +341,7 @@ def search(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Fit every combination of the candidates and validate it on each fold; one entry each, in their order."""
-    combinations = points(settings["candidates"])
+    combinations = grid_points(settings["candidates"])
     tasks = [
         (number, fold, _fit(learner, params, fold["validation_train"], per_day, settings, settings["search_rows"]))
         for number, (learner, params) in enumerate(combinations)

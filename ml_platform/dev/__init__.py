@@ -1,1 +1,1 @@
-"""For trying and for tests; nothing in production imports it."""
+"""Tools for trials and tests; production code does not import them."""

@@ -5,25 +5,25 @@ Method: the transaction simulator of Y.-A. Le Borgne, W. Siblini, B. Lebichot an
 Bruxelles, 2022, chapter 3,
 https://fraud-detection-handbook.github.io/fraud-detection-handbook/Chapter_3_GettingStarted/SimulatedDataset.html
 
-* Customers and terminals lie uniformly in a 100 x 100 square. A customer uses the terminals nearer than
-  `radius`, one of them at random for each transaction; without any, they make no transactions.
-* A customer makes Poisson(rate) transactions a day, the rate uniform in 0..4. The second of the day is
+* Customers and terminals are uniformly distributed in a 100 x 100 square. A customer uses the terminals within
+  `radius`, a random one for each transaction; without any, the customer makes no transactions.
+* A customer makes Poisson(rate) transactions a day, with the rate uniform in 0..4. The second of the day is
   normal(43,200; 20,000); transactions outside the day are dropped.
-* The amount is normal(mean, mean / 2), the mean uniform in 5..100; if negative, uniform(0, 2 * mean).
-* Fraud, a later scenario overwriting an earlier one: 1 = amount above 220; 2 = all transactions of a
+* The amount is normal(mean, mean / 2), with the mean uniform in 5..100; if negative, uniform(0, 2 * mean).
+* Fraud (later scenarios overwrite earlier ones): 1 = amount above 220; 2 = all transactions of a
   compromised terminal (2 new ones a day, for 28 days); 3 = a random third of the transactions of a
   compromised customer (3 new ones a day, for 14 days), amount times 5.
 
-Two steps are drawn differently, with the same distribution, so that a day depends on its own number alone.
+Two steps are sampled differently, with the same distribution, so that a day depends only on its own number.
 Thinned Poisson counts are Poisson again, and so is the sum over all customers, where each transaction belongs
 to a customer with a probability proportional to their rate (J. F. C. Kingman, "Poisson Processes", 1993,
 sections 2.2 and 5.1): one number is drawn for the day, then the customers, then seconds inside the day. In
-scenario 3 each transaction is picked with probability 1/3; the handbook picks a third of all that fall in the
-14 days.
+scenario 3 each transaction is picked with probability 1/3; the handbook picks a third of all transactions in
+the 14 days.
 
-Most faults are those counted in the 40 raw files of the OTUS MLOps course (1,879,794,138 rows; published in
+Most fault rates were counted in the 40 raw files of the OTUS MLOps course (1,879,794,138 rows; published in
 bogorodvo/otus_mlops_hw_project and, for zero amounts, dmitriy-kaznacheev/otus-mlops). Damaged lines, which
-those files do not have, are added to show the quarantine.
+those files do not have, are added to demonstrate the quarantine.
 
 The same settings give the same bytes with the same version of numpy; numpy may change its generators'
 distributions between versions.
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     Integers = NDArray[np.int64]
     Floats = NDArray[np.float64]
 
-# The misspelt first name is part of the format.
+# The misspelled first name is part of the format.
 HEADER = (
     b"# tranaction_id | tx_datetime | customer_id | terminal_id | tx_amount | tx_time_seconds | tx_time_days"
     b" | tx_fraud | tx_fraud_scenario\n"
@@ -55,11 +55,11 @@ HEADER = (
 
 _COURSE_ROWS = 1_879_794_138
 # For each fault: its share of the rows at `fault_rate` 1, and what the cleaning report counts for one such row
-# (nothing, where the row stays valid).
+# (nothing if the row stays valid).
 _FAULTS: dict[str, tuple[float, tuple[str, ...]]] = {
     # Counted in the course's files.
     "duplicate": (2_553 / _COURSE_ROWS, ("duplicate",)),
-    # The number of the day is that of the written date, so it is one too low for the corrected instant.
+    # The day number matches the written date, so it is one too low for the corrected instant.
     "hour_24": (3_805 / _COURSE_ROWS, ("hour_24", "wrong_days")),
     "wrong_seconds": (14_444 / _COURSE_ROWS, ("wrong_seconds",)),
     "empty_terminal": (13_060 / _COURSE_ROWS, ("unknown_terminal",)),
@@ -67,7 +67,7 @@ _FAULTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "foreign_terminal": (575_157 / _COURSE_ROWS, ()),
     "unknown_customer": (14_623 / _COURSE_ROWS, ("unknown_customer",)),
     "zero_amount": (35_260 / _COURSE_ROWS, ()),
-    # Chosen, rarer than any of the above.
+    # Invented, rarer than any of the above.
     "too_few_fields": (1e-6, ("malformed_row",)),
     "too_many_fields": (1e-6, ("malformed_row",)),
     "text_amount": (1e-6, ("malformed_row",)),
@@ -83,7 +83,7 @@ _REJECTIONS = frozenset(
 )
 _DOUBLED = ("duplicate", "conflicting_duplicate")
 
-# Terminal ids far outside the range, and how many rows of the course's files have them.
+# Terminal ids far outside the range, and the number of rows of the course's files that have them.
 _FOREIGN_TERMINALS = {
     89518096: 513_023,
     21861: 59_066,
@@ -97,20 +97,20 @@ _FOREIGN_TERMINALS = {
 _DAY_SECONDS = 86_400
 _WEEK_SECONDS = 7 * _DAY_SECONDS
 _SQUARE = 100.0
-_MAX_CENTS = 10**14  # keeps amounts that are multiplied again and again exact
+_MAX_CENTS = 10**14  # keeps repeatedly multiplied amounts exact
 _MEAN_SECOND, _SD_SECOND = 43_200.0, 20_000.0
 
 # Independent random streams; the day is the last word of a stream's key.
 _CUSTOMERS, _TERMINALS, _TOTALS, _TRANSACTIONS = 0, 1, 2, 3
 _COMPROMISED_TERMINALS, _COMPROMISED_CUSTOMERS, _FAULTY_ROWS = 4, 5, 6
 
-_BLOCK_ROWS = 65_536  # lines formatted at once
-_BLOCK_PAIRS = 1_000_000  # customer-terminal pairs found at once
+_BLOCK_ROWS = 65_536  # lines formatted per block
+_BLOCK_PAIRS = 1_000_000  # customer-terminal pairs per block
 
 
 @dataclass(frozen=True)
 class FileTruth:
-    """What a correct cleaning of one simulated file finds.
+    """Expected result of cleaning one simulated file.
 
     `name` is the file's name and `size_bytes` its size. `counts` has the keys of the cleaning report
     (raw_rows, clean_rows, duplicate_rows, rejected_rows and the names of the rules), and fraud_rows, the
@@ -124,7 +124,7 @@ class FileTruth:
 
 
 class _Population(NamedTuple):
-    """The customers who can make transactions: row i of each array is one of them."""
+    """Customers who can make transactions: row i of each array is one of them."""
 
     customer_id: Integers
     cumulative_rate: Floats  # transactions a day inside the day, summed up to and including the customer
@@ -135,7 +135,7 @@ class _Population(NamedTuple):
 
 
 class _Day(NamedTuple):
-    """The transactions of one day, in the order of the file."""
+    """Transactions of one day, in file order."""
 
     number: int
     date: date
@@ -160,18 +160,18 @@ class Simulation:
 
     start: first day of the first file, and the base of tx_time_seconds and tx_time_days.
     days_per_file: days that a file covers.
-    customers, terminals: how many there are; ids count from 0.
-    radius: how far a customer goes for a terminal, in units of the 100 x 100 square.
-    seed: another seed gives another data set.
-    fault_rate: multiple of the faults counted in the course's files, 0..1000; 0 gives a clean file. At the
-        default, about 2 % of the rows (of 300,000 rows, at least 15 have each fault on average).
+    customers, terminals: number of each; ids start at 0.
+    radius: maximum distance from a customer to a terminal, in units of the 100 x 100 square.
+    seed: a different seed gives a different data set.
+    fault_rate: multiple of the fault rates of the course's files, 0..1000; 0 gives clean files. The default
+        affects about 2 % of the rows (of 300,000 rows, on average at least 15 have each fault).
     without: faults to leave out, keys of `_FAULTS`.
-    large_amount: scenario 1, fraud above this amount.
+    large_amount: scenario 1; amounts above it are fraud.
     compromised_terminals_per_day, compromised_terminal_days: scenario 2.
     compromised_customers_per_day, compromised_customer_days, compromised_share, compromised_factor:
-        scenario 3; the share of the customer's transactions that are fraud, and what multiplies the amount.
+        scenario 3; the share of the customer's transactions that are fraud, and the factor of their amounts.
 
-    Memory is bounded by the population and one day, whatever the number of files.
+    Memory depends on the population and one day, not on the number of files.
     Raises ValueError if a setting is out of range.
     """
 
@@ -229,10 +229,10 @@ class Simulation:
         return f"{self._date(index * self.days_per_file).isoformat()}.txt"
 
     def write_file(self, index: int, out: BinaryIO, *, progress: Callable[[int], None] | None = None) -> FileTruth:
-        """Write raw file `index` (from 0) to `out` and return what a correct cleaning finds in it.
+        """Write raw file `index` (from 0) to `out` and return the expected result of cleaning it.
 
-        The file is the same whether or not the files before it are made: their transactions are only counted,
-        so that the ids go on. `progress` is called after each day with the rows written so far.
+        The file does not depend on whether earlier files were written: their transactions are only counted, to
+        continue the ids. `progress` is called after each day with the rows written so far.
         Raises ValueError as `file_name` does.
         """
         name = self.file_name(index)
@@ -289,7 +289,7 @@ class Simulation:
         number_of_terminals, terminal_id = _within_radius(customers, terminals, self.radius)
         first_terminal = np.cumsum(number_of_terminals) - number_of_terminals
         active = np.flatnonzero(number_of_terminals)
-        # Chance that the second of the day, cut to a whole number, is 1..86,399.
+        # Probability that the second of the day, truncated to a whole number, is 1..86,399.
         scale = _SD_SECOND * math.sqrt(2)
         inside = (math.erf((_DAY_SECONDS - _MEAN_SECOND) / scale) - math.erf((1 - _MEAN_SECOND) / scale)) / 2
         return _Population(
@@ -302,7 +302,7 @@ class Simulation:
         )
 
     def _total(self, day: int) -> int:
-        """Number of transactions on a day; cheap, so that the ids of a late file need no simulation."""
+        """Number of transactions on a day; cheap, so that the first id of a late file needs no simulation."""
         people = self._population
         if people.customer_id.size == 0:
             return 0
@@ -314,18 +314,18 @@ class Simulation:
         people = self._population
         total = self._total(number)
         random = self._random(_TRANSACTIONS, number)
-        # Uniform numbers in ascending order are normalised sums of exponential ones: no sorting by customer.
+        # Normalized sums of exponential variables are sorted uniform ones, which saves sorting by customer.
         waits = np.cumsum(random.standard_exponential(total + 1))
         if total:
-            places = waits[:-1] * (people.cumulative_rate[-1] / waits[-1])
-            who = np.searchsorted(people.cumulative_rate, places, side="right")
+            positions = waits[:-1] * (people.cumulative_rate[-1] / waits[-1])
+            customer = np.searchsorted(people.cumulative_rate, positions, side="right")
             # A product may round up to the very end of the last customer's interval.
-            who = np.minimum(who, people.customer_id.size - 1)
+            customer = np.minimum(customer, people.customer_id.size - 1)
         else:
-            who = np.zeros(0, dtype=np.int64)
-        customer_id = people.customer_id[who]
-        choice = (random.random(total) * people.number_of_terminals[who]).astype(np.int64)
-        terminal_id = people.terminal_id[people.first_terminal[who] + choice].astype(np.int64)
+            customer = np.zeros(0, dtype=np.int64)
+        customer_id = people.customer_id[customer]
+        choice = (random.random(total) * people.number_of_terminals[customer]).astype(np.int64)
+        terminal_id = people.terminal_id[people.first_terminal[customer] + choice].astype(np.int64)
 
         second = random.normal(_MEAN_SECOND, _SD_SECOND, total)
         outside = np.flatnonzero((second < 1) | (second >= _DAY_SECONDS))
@@ -333,7 +333,7 @@ class Simulation:
             second[outside] = random.normal(_MEAN_SECOND, _SD_SECOND, outside.size)
             outside = outside[(second[outside] < 1) | (second[outside] >= _DAY_SECONDS)]
 
-        mean = people.mean_amount[who]
+        mean = people.mean_amount[customer]
         amount = random.normal(mean, mean / 2)
         negative = np.flatnonzero(amount < 0)
         amount[negative] = random.uniform(0, 2 * mean[negative])
@@ -366,7 +366,7 @@ class Simulation:
         )
 
     def _compromised(self, day: int, stream: int) -> Iterator[Integers]:
-        """Terminals or customers of each window that is open on the day; none opens before the first day."""
+        """Terminals or customers of each window that includes the day; no window starts before the first day."""
         if stream == _COMPROMISED_TERMINALS:
             population, number = self.terminals, self.compromised_terminals_per_day
             length = self.compromised_terminal_days
@@ -396,14 +396,14 @@ class Simulation:
 
 
 def _within_radius(customers: Floats, terminals: Floats, radius: float) -> tuple[Integers, NDArray[np.int32]]:
-    """Terminals within `radius`: their number for each customer, and all their ids, customer by customer.
+    """(number of terminals within `radius` of each customer, ids of these terminals, customer by customer).
 
     `customers` and `terminals` are (2, n) coordinates in the square.
     """
     import numpy as np
     from scipy.spatial import cKDTree
 
-    # A customer's terminals are in the order of a grid's cells: the bytes of a seed's files depend on it.
+    # A customer's terminals are ordered by grid cell; changing the order would change the files of a seed.
     side = max(1, min(int(_SQUARE / radius), math.isqrt(terminals.shape[1])))
     cell = np.minimum((terminals * (side / _SQUARE)).astype(np.int64), side - 1)
     order = np.argsort(cell[0] * side + cell[1], kind="stable").astype(np.int32)
@@ -420,7 +420,7 @@ def _within_radius(customers: Floats, terminals: Floats, radius: float) -> tuple
 
 
 def _format(day: _Day, faults: list[_Fault]) -> Iterator[bytes]:
-    """The day's lines in blocks, with the faulty lines in the place of their rows."""
+    """Format the day's lines in blocks, with faults applied."""
     import numpy as np
     import pyarrow as pa
     from pyarrow import csv
@@ -431,7 +431,7 @@ def _format(day: _Day, faults: list[_Fault]) -> Iterator[bytes]:
     for start in range(0, day.second.size, _BLOCK_ROWS):
         part = slice(start, start + _BLOCK_ROWS)
         second, scenario = day.second[part], day.scenario[part]
-        # The same integers, read as hundredths.
+        # The same integers, reinterpreted as hundredths.
         cents = pa.array(day.cents[part]).cast(pa.decimal128(19))
         columns = [
             np.arange(day.first_id + start, day.first_id + start + second.size),
@@ -457,7 +457,7 @@ def _format(day: _Day, faults: list[_Fault]) -> Iterator[bytes]:
 
 
 def _faulty_lines(line: bytes, fault: _Fault) -> bytes:
-    """The line with the fault or, for duplicates, the line and its faulty copy."""
+    """The line with the fault applied or, for duplicates, the line and its copy."""
     fields = line.decode().rstrip("\n").split(",")
     day = int(fields[6])
     match fault.name:
@@ -465,7 +465,7 @@ def _faulty_lines(line: bytes, fault: _Fault) -> bytes:
             fields[1] = f"{fields[1][:10]} 24:00:00"
             fields[5] = str((day + 1) * _DAY_SECONDS)
         case "wrong_seconds":
-            # Weeks earlier; in the first weeks of the data set, where that would be negative, later.
+            # Weeks earlier; later in the first weeks of the data set, where that would be negative.
             seconds = int(fields[5])
             fields[5] = str(seconds - fault.shift if seconds >= fault.shift else seconds + fault.shift)
         case "empty_terminal":

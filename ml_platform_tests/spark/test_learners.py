@@ -257,14 +257,14 @@ class TestXGBoostFiles:
 class TestCandidates:
     def test_the_default_is_fine_and_has_every_learner(self):
         learners.check_candidates(learners.DEFAULT_CANDIDATES)
-        combinations = learners.points(learners.DEFAULT_CANDIDATES)
+        combinations = learners.grid_points(learners.DEFAULT_CANDIDATES)
         assert {learner for learner, _ in combinations} == set(LEARNERS)
         baseline = [params["C"] for learner, params in combinations if learner == "logistic_regression"]
         assert len(baseline) == 3
 
     def test_every_combination_the_first_names_slowest(self):
         grid = {"rounds": [1, 2], "max_depth": [3, 4]}
-        found = learners.points([{"learner": "xgboost", "grid": grid}, {"learner": "logistic_regression"}])
+        found = learners.grid_points([{"learner": "xgboost", "grid": grid}, {"learner": "logistic_regression"}])
         pairs = [(1, 3), (1, 4), (2, 3), (2, 4)]
         assert found == [
             *[("xgboost", {"rounds": rounds, "max_depth": depth}) for rounds, depth in pairs],
@@ -274,9 +274,9 @@ class TestCandidates:
     @pytest.mark.parametrize(
         ("learner", "grid", "told"),
         [
-            ("gbt", {}, "no learner 'gbt'; it was replaced by xgboost; there are xgboost, logistic_regression"),
+            ("gbt", {}, "no learner 'gbt'; it was replaced by xgboost; choose from xgboost, logistic_regression"),
             ("random_forest", {}, "'random_forest'; it was replaced by xgboost"),
-            ("svm", {}, "no learner 'svm'; there are"),
+            ("svm", {}, "no learner 'svm'; choose from"),
             ("logistic_regression", {"regParam": [0.1]}, "no parameter regParam; it is now C, the inverse"),
             ("logistic_regression", {"maxIter": [5]}, "no parameter maxIter; it is now rounds for xgboost, max_iter"),
             ("xgboost", {"maxDepth": [5]}, "no parameter maxDepth; it is now max_depth"),

@@ -1,1 +1,1 @@
-"""What the features are, and how their windows are computed."""
+"""Feature definitions and the computation of their windows."""

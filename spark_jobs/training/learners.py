@@ -317,7 +317,7 @@ _FORMER_NAMES = {
 }
 
 
-def points(candidates: Any) -> list[tuple[str, dict[str, Any]]]:
+def grid_points(candidates: Any) -> list[tuple[str, dict[str, Any]]]:
     """Learner and parameters of every combination of the candidates' grids; the first names of a grid vary slowest.
 
     Raises ValueError unless `candidates` is a list of {"learner", "grid"} with a learner of `LEARNERS` and lists of
@@ -335,7 +335,7 @@ def points(candidates: Any) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(learner, str) or learner not in LEARNERS:
             replacement = _FORMER_NAMES.get(str(learner))
             hint = f"; it was replaced by {replacement}" if replacement else ""
-            raise ValueError("there is no learner {!r}{}; there are {}".format(learner, hint, ", ".join(LEARNERS)))
+            raise ValueError("there is no learner {!r}{}; choose from {}".format(learner, hint, ", ".join(LEARNERS)))
         if not isinstance(grid, dict) or not all(isinstance(values, list) for values in grid.values()):
             raise ValueError(f"the grid of {learner} takes a list of values for each parameter; it is {grid!r}")
         combinations += [(learner, dict(zip(grid, values))) for values in itertools.product(*grid.values())]
@@ -349,7 +349,7 @@ def check_candidates(candidates: Any) -> None:
 
     Each value is checked by itself first, so that the message names it, and then each combination.
     """
-    combinations = points(candidates)
+    combinations = grid_points(candidates)
     single_values = {
         repr((learner, pair)): (learner, dict([pair])) for learner, params in combinations for pair in params.items()
     }

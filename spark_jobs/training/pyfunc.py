@@ -1,7 +1,7 @@
 """The fraud model in MLflow's flavour ``python_function``.
 
-MLflow's model contains this module and `learners` as a package of its own, so that it does not need the platform; hence
-the relative import.
+MLflow's model contains this module and `learners` as a separate package and does not need the platform; hence the
+relative import.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class DevCloud:
     A context manager. `directory` holds keys, objects and logs. `settings` are those of `FakeDataproc`.
 
     Attributes:
-        s3: the S3 server. mock_reason: why it is only a mock; "" for a real one.
+        s3: the S3 server. mock_reason: why it is only a mock, or "" for a real one.
         dataproc: the API.
     """
 
@@ -77,7 +77,7 @@ class DevCloud:
         from ml_platform.dev.cloud.credentials import write_private
 
         path = self.directory / "environment"
-        # Keeps runs and models of this cloud apart from others.
+        # Separates runs and models of this cloud from others.
         storage = {
             "DAGSTER_HOME": str(self.directory / "dagster_home"),
             "MLFLOW_TRACKING_URI": f"sqlite:///{self.directory}/mlflow.db",

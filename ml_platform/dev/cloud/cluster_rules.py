@@ -1,8 +1,8 @@
-"""Rules of the Data Proc service for a new cluster beyond the annotations of its protos.
+"""Rules of the Data Proc service for new clusters beyond the annotations of its protos.
 
-From the service's documentation (concepts, limits, lightweight clusters) and the errors that its users report.
+From the service's documentation (concepts, limits, lightweight clusters) and errors reported by its users.
 """
-# ruff: noqa: TID253 - loaded with the stand-in only, which needs the SDK at once
+# ruff: noqa: TID253 - only the stand-in imports this, and it needs the SDK anyway
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yandex.cloud.dataproc.v1 import cluster_pb2, subcluster_pb2
 GIGABYTE = 1 << 30
 MIN_DISK_GB, MAX_DISK_GB = 10, 4096
 MAX_SUBCLUSTERS, MAX_SUBCLUSTER_HOSTS = 12, 32
-#: Disks of this type come in multiples of so many GB.
+#: Disk sizes of these types are multiples of this number of GB.
 DISK_STEP_GB = {"network-ssd-nonreplicated": 93, "network-ssd-io-m3": 93}
 DISK_TYPES = frozenset({"network-hdd", "network-ssd", *DISK_STEP_GB})
 ZONES = frozenset({"ru-central1-a", "ru-central1-b", "ru-central1-c", "ru-central1-d"})
@@ -30,7 +30,7 @@ RESOURCE_PRESETS = frozenset(
 
 
 class ApiError(Exception):
-    """A call refused with a gRPC status, such as NOT_FOUND."""
+    """Error of a call: a gRPC status, such as NOT_FOUND, and a message."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -38,20 +38,20 @@ class ApiError(Exception):
 
 
 def invalid(message: str) -> ApiError:
-    """The error of a request that can never succeed."""
+    """Error for a request that can never succeed."""
     return ApiError("INVALID_ARGUMENT", message)
 
 
 @dataclass
 class Quotas:
-    """Limits on all clusters of the folder together; `disk_gb` by type of disk, others are unlimited."""
+    """Limits on all clusters of the folder together; `disk_gb` by disk type, other types are unlimited."""
 
     hosts: int = 64
     disk_gb: Mapping[str, int] = field(default_factory=lambda: {"network-ssd": 2048, "network-hdd": 10240})
 
 
 def check_cluster(request: Any) -> None:
-    """Raise ApiError if the service cannot fulfil a ``CreateClusterRequest`` that is valid by its annotations."""
+    """Raise ApiError if the service would reject a ``CreateClusterRequest`` that is valid by its annotations."""
     role, service = subcluster_pb2.Role, cluster_pb2.HadoopConfig.Service
     if request.zone_id not in ZONES:
         raise invalid(f"zone_id: zone {request.zone_id!r} is not available")
@@ -97,9 +97,9 @@ def _check_subcluster(path: str, spec: Any) -> None:
             raise invalid(f"{path}.autoscaling_config: max_hosts_count is below hosts_count")
 
 
-def check_quotas(quotas: Quotas, existing: Iterable[Any], wanted: Iterable[Any]) -> None:
-    """Raise ApiError if the `wanted` subclusters beside the `existing` ones exceed the quotas."""
-    specs = [*existing, *wanted]
+def check_quotas(quotas: Quotas, existing: Iterable[Any], requested: Iterable[Any]) -> None:
+    """Raise ApiError if the `requested` and `existing` subclusters together exceed the quotas."""
+    specs = [*existing, *requested]
     if sum(spec.hosts_count for spec in specs) > quotas.hosts:
         raise ApiError("RESOURCE_EXHAUSTED", "The limit on maximum number of hosts has exceeded.")
     for kind, limit in quotas.disk_gb.items():

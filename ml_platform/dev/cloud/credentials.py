@@ -1,4 +1,4 @@
-"""Certificates, a service account and its tokens for the stand-in of the API; each process makes new ones."""
+"""Certificates and a service account for the stand-in for Data Proc; each process makes new ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-#: How far the clock of a JWT's signer may be ahead.
+#: Tolerance for the clock of a JWT's signer running ahead.
 JWT_LEEWAY_SECONDS = 60
-#: The longest life of a JWT that the service accepts.
+#: Maximum lifetime of a JWT.
 JWT_MAX_SECONDS = 3600
 OFFICIAL_AUDIENCE = "https://iam.api.cloud.yandex.net/iam/v1/tokens"
 
@@ -29,15 +29,14 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def random_id(prefix: str) -> str:
-    """An id as Yandex Cloud makes them: 20 letters and digits."""
+    """Random id in Yandex Cloud's format: 20 letters and digits."""
     return prefix + "".join(secrets.choice("abcdefghijklmnopqrstuv0123456789") for _ in range(20 - len(prefix)))
 
 
 def issue_certificates(directory: Path) -> tuple[Path, Path, Path]:
-    """Make a CA and a certificate signed by it for localhost.
+    """Create a CA and a certificate for localhost signed by it.
 
-    Returns the files of the CA's certificate, the server's certificate and the server's key; the CA's own key is
-    not kept.
+    Returns the files of the CA's certificate, the server's certificate and the server's key; the CA's key is not kept.
     """
     import trustme
 
@@ -52,14 +51,14 @@ def issue_certificates(directory: Path) -> tuple[Path, Path, Path]:
 
 @cache
 def _private_key() -> RSAPrivateKey:
-    """One for all accounts of this process, as making one takes longer than a short-lived stand-in runs."""
+    """One key for all accounts of this process, because generating it takes longer than a short-lived stand-in runs."""
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     return rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
 
 class ServiceAccount:
-    """A service account with one authorized key, whose private half only the key file holds."""
+    """A service account with one authorized key, whose private half is only in the key file."""
 
     def __init__(self, directory: Path, account_id: str) -> None:
         from cryptography.hazmat.primitives import serialization
@@ -83,9 +82,9 @@ class ServiceAccount:
         write_private(self.key_file, json.dumps(key, indent=2).encode())
 
     def verify(self, token: str, audiences: list[str], skew_seconds: float) -> str | None:
-        """Why a JWT is not exchanged for a token, or None if it is.
+        """Reason to reject a JWT, or None if it is valid.
 
-        Its times are compared with this machine's clock plus `skew_seconds`, as the SDK signs by the machine's clock.
+        Its times are compared with this machine's clock plus `skew_seconds`, because the SDK signs by that clock.
         """
         import jwt
 

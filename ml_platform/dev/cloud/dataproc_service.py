@@ -1,9 +1,9 @@
-"""State of the stand-in for Data Proc: clusters, jobs and operations, and the time that they take.
+"""State of the stand-in for Data Proc: clusters, jobs and operations, and how long they take.
 
 Handlers take the request messages of the API and return its responses, or raise `ApiError`. State is a function of the
-clock: it is brought up to date with each call.
+clock and is updated with each call.
 """
-# ruff: noqa: TID253 - loaded with the stand-in only, which needs gRPC at once
+# ruff: noqa: TID253 - only the stand-in imports this, and it needs gRPC anyway
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ml_platform.dev.cloud.credentials import random_id
 from ml_platform.dev.cloud.spark_submit import SparkJob, SparkSubmit
 
 ClusterState, JobState = cluster_pb2.Cluster.Status, job_pb2.Job.Status
-#: States that a job does not leave.
+#: Final states of a job.
 FINISHED = frozenset({JobState.DONE, JobState.ERROR, JobState.CANCELLED})
 DEFAULT_PAGE = 100
 DEFAULT_LOG_PAGE = 1 << 20
@@ -48,33 +48,33 @@ class Clock(Protocol):
 class Outcome:
     """Result of a cluster's creation or deletion, after the call was accepted."""
 
-    #: How long it takes; None: the default.
+    #: Duration; None for the default.
     seconds: float | None = None
-    #: gRPC status in which the operation ends, such as INTERNAL; the cluster's state is then ERROR.
+    #: gRPC status with which the operation fails, such as INTERNAL; the cluster's state is then ERROR.
     error: str | None = None
     message: str = ""
-    #: Seconds after the operation's success when the cluster turns ERROR, or vanishes.
+    #: Seconds after the operation's success until the cluster turns ERROR, or vanishes.
     error_after: float | None = None
     vanish_after: float | None = None
 
 
 @dataclass
 class JobScript:
-    """A job that does not run: its events and their times."""
+    """A simulated job: its events and their times."""
 
-    #: DONE or ERROR, in the end.
+    #: Final state, DONE or ERROR.
     status: str = "DONE"
     #: From RUNNING to the end; ``math.inf`` for a job that hangs.
     seconds: float = 0.0
-    #: The driver's output: at the start, or by seconds after it.
+    #: The driver's output: at the start, or as pairs of seconds after the start and text.
     log: str | Sequence[tuple[float, str]] = ""
-    #: Called at the job's end, to write its results. If it raises, the job ends in ERROR, with the error in its log.
+    #: Called at the job's end to write its results. If it raises, the job ends in ERROR, with the error in its log.
     effect: Callable[[], None] | None = None
 
 
 @dataclass
 class ClusterRecord:
-    """A cluster as the service knows it."""
+    """A cluster and its operations."""
 
     proto: Any
     number: int
@@ -89,7 +89,7 @@ class ClusterRecord:
 
 @dataclass
 class JobRecord:
-    """A job as the service knows it."""
+    """A job, its operations and its process or script."""
 
     proto: Any
     number: int
@@ -122,12 +122,12 @@ class DataprocService:
     """Clusters, jobs and operations of one folder.
 
     `directory` is for the files of jobs. `run_job` runs PySpark jobs: a `SparkSubmit`, or a function from a
-    ``CreateJobRequest`` to a `JobScript`. All times are in seconds of `clock`, to which `skew_seconds` are added: the
-    service's clock may differ from its caller's.
+    ``CreateJobRequest`` to a `JobScript`. All times are in seconds of `clock` plus `skew_seconds`, because
+    the service's clock may differ from its caller's.
 
-    `log_token_at_end`: whether ``ListLog`` returns a page token at the end of the log of a job that still runs (an
-    empty page follows). `delete_while_creating`: whether a cluster may be deleted while it is being created; otherwise
-    the operations conflict.
+    With `log_token_at_end`, ``ListLog`` returns a page token at the end of the log of a running job (an empty page
+    follows). With `delete_while_creating`, a cluster can be deleted while it is being created; otherwise the operations
+    conflict.
     """
 
     def __init__(
@@ -166,15 +166,15 @@ class DataprocService:
         self._deletions: deque[Outcome] = deque()
         self._schedule: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count(1)
-        #: While scheduled events happen: their own time, not the later one of the call.
+        #: Time of the scheduled event being processed, which is before that of the call.
         self._event_time: float | None = None
 
     def now(self) -> float:
-        """The service's time, in seconds since the epoch."""
+        """Time of the service, in seconds since the epoch."""
         return self._clock.time() + self.skew_seconds
 
     def kill_jobs(self) -> None:
-        """Kill all processes of jobs."""
+        """Kill the processes of all jobs."""
         with self._lock:
             for job in self._jobs.values():
                 if job.process is not None:
@@ -184,7 +184,7 @@ class DataprocService:
 
     @property
     def clusters(self) -> dict[str, ClusterRecord]:
-        """The clusters that exist now, by id."""
+        """Existing clusters by id."""
         with self._lock:
             self._advance()
             return dict(self._clusters)
@@ -197,9 +197,9 @@ class DataprocService:
             return dict(self._jobs)
 
     def add_cluster(self, name: str, labels: Mapping[str, str] | None = None, **fields: Any) -> str:
-        """Add a running cluster without a call; return its id.
+        """Add a running cluster without an API call; return its id.
 
-        `fields` are more fields of the ``Cluster`` message, such as ``status``.
+        `fields` are further fields of the ``Cluster`` message, such as ``status``.
         """
         with self._lock:
             values = {"folder_id": self.folder_id, "status": ClusterState.RUNNING, "health": common_pb2.ALIVE}
@@ -214,17 +214,17 @@ class DataprocService:
             return proto.id
 
     def vanish(self, cluster_id: str) -> None:
-        """Remove a cluster without any operation."""
+        """Remove a cluster without an operation."""
         with self._lock:
             self._remove(cluster_id)
 
     def script_create(self, outcome: Outcome) -> None:
-        """Set the outcome of the next creation of a cluster, once the call is accepted."""
+        """Set the outcome of the next cluster creation, after the call is accepted."""
         with self._lock:
             self._creations.append(outcome)
 
     def script_delete(self, outcome: Outcome, times: int = 1) -> None:
-        """Set the outcome of the next deletions of clusters, once the call is accepted."""
+        """Set the outcome of the next cluster deletions, after the call is accepted."""
         with self._lock:
             self._deletions.extend([outcome] * times)
 
@@ -245,7 +245,7 @@ class DataprocService:
     def _current_time(self) -> float:
         return self.now() if self._event_time is None else self._event_time
 
-    def _in(self, seconds: float, event: Callable[[], None]) -> None:
+    def _schedule_in(self, seconds: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._schedule, (self._current_time() + seconds, next(self._numbers), event))
 
     def _timestamp(self) -> Any:
@@ -296,12 +296,12 @@ class DataprocService:
 
     def _list_clusters(self, request: Any) -> Any:
         self._check_folder(request.folder_id)
-        found = [
+        clusters = [
             (cluster.number, cluster.proto)
             for cluster in self._clusters.values()
-            if cluster.proto.folder_id == request.folder_id and _passes(request.filter, cluster.proto.name)
+            if cluster.proto.folder_id == request.folder_id and _matches_filter(request.filter, cluster.proto.name)
         ]
-        page, token = _page_of("clusters", found, request)
+        page, token = _page_of("clusters", clusters, request)
         return cluster_service_pb2.ListClustersResponse(clusters=page, next_page_token=token)
 
     def _create_cluster(self, request: Any) -> Any:
@@ -334,7 +334,7 @@ class DataprocService:
         self._clusters[proto.id] = cluster
         metadata = cluster_service_pb2.CreateClusterMetadata(cluster_id=proto.id)
         operation = self._new_operation("Create Data Proc cluster", metadata, cluster)
-        self._in(
+        self._schedule_in(
             self.create_seconds if outcome.seconds is None else outcome.seconds,
             lambda: self._end_create(cluster, operation, outcome),
         )
@@ -350,9 +350,9 @@ class DataprocService:
         self._set_state(cluster, ClusterState.RUNNING, common_pb2.ALIVE)
         self._end_operation(operation, cluster.proto)
         if outcome.error_after is not None:
-            self._in(outcome.error_after, lambda: self._break(cluster))
+            self._schedule_in(outcome.error_after, lambda: self._break(cluster))
         if outcome.vanish_after is not None:
-            self._in(outcome.vanish_after, lambda: self._remove(cluster.proto.id))
+            self._schedule_in(outcome.vanish_after, lambda: self._remove(cluster.proto.id))
 
     def _set_state(self, cluster: ClusterRecord, status: Any, health: Any) -> None:
         cluster.proto.status, cluster.proto.health = status, health
@@ -394,7 +394,7 @@ class DataprocService:
             self._end_operation(operation, Empty())
             self._remove(cluster.proto.id)
 
-        self._in(self.delete_seconds if outcome.seconds is None else outcome.seconds, end)
+        self._schedule_in(self.delete_seconds if outcome.seconds is None else outcome.seconds, end)
         return operation
 
     # --- Jobs
@@ -408,12 +408,12 @@ class DataprocService:
 
     def _list_jobs(self, request: Any) -> Any:
         self._cluster(request.cluster_id)
-        found = [
+        jobs = [
             (job.number, job.proto)
             for job in self._jobs.values()
-            if job.proto.cluster_id == request.cluster_id and _passes(request.filter, job.proto.name)
+            if job.proto.cluster_id == request.cluster_id and _matches_filter(request.filter, job.proto.name)
         ]
-        page, token = _page_of("jobs", found, request)
+        page, token = _page_of("jobs", jobs, request)
         return job_service_pb2.ListJobsResponse(jobs=page, next_page_token=token)
 
     def _create_job(self, request: Any) -> Any:
@@ -422,7 +422,7 @@ class DataprocService:
         if kind is None:
             raise invalid("Request validation error: job_spec: exactly one kind of job must be set")
         if kind != "pyspark_job":
-            raise ApiError("UNIMPLEMENTED", "This stand-in of Data Proc runs PySpark jobs only")
+            raise ApiError("UNIMPLEMENTED", "This stand-in for Data Proc only runs PySpark jobs")
         if cluster.proto.status != ClusterState.RUNNING:
             raise ApiError(
                 "FAILED_PRECONDITION", f"Cluster {cluster.proto.id} is {cluster.state}; jobs run on a RUNNING cluster"
@@ -443,8 +443,8 @@ class DataprocService:
             job.process = self.run_job.start(proto.pyspark_job, self.directory / "jobs" / proto.id)
         else:
             job.script = self.run_job(request)
-            self._in(self.job_start_seconds / 2, lambda: self._move_job(job, JobState.PENDING))
-            self._in(self.job_start_seconds, lambda: self._start_script(job))
+            self._schedule_in(self.job_start_seconds / 2, lambda: self._move_job(job, JobState.PENDING))
+            self._schedule_in(self.job_start_seconds, lambda: self._start_script(job))
         self._jobs[proto.id] = job
         metadata = job_service_pb2.CreateJobMetadata(cluster_id=request.cluster_id, job_id=proto.id)
         return self._new_operation("Create Data Proc job", metadata, job)
@@ -464,7 +464,7 @@ class DataprocService:
             return
         job.started = self._event_time
         self._run(job)
-        self._in(job.script.seconds, lambda: self._end_script(job))
+        self._schedule_in(job.script.seconds, lambda: self._end_script(job))
 
     def _end_script(self, job: JobRecord) -> None:
         assert job.script is not None
@@ -520,7 +520,7 @@ class DataprocService:
             if job.process is not None:
                 job.process.terminate()
             else:
-                self._in(self.cancel_seconds, lambda: self._end_job(job, JobState.CANCELLED))
+                self._schedule_in(self.cancel_seconds, lambda: self._end_job(job, JobState.CANCELLED))
         metadata = job_service_pb2.CreateJobMetadata(cluster_id=job.proto.cluster_id, job_id=job.proto.id)
         return self._new_operation("Cancel Data Proc job", metadata, job)
 
@@ -535,7 +535,7 @@ class DataprocService:
         chunk = log[start : start + size]
         at_end = start + size >= len(log)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # An incomplete character at the end is left to the next page.
+        # An incomplete character at the end is left for the next page.
         content = decoder.decode(chunk, final=at_end and job.finished)
         stop = start + len(chunk) - len(decoder.getstate()[0])
         more = not at_end or (self.log_token_at_end and not job.finished)
@@ -543,12 +543,12 @@ class DataprocService:
         return job_service_pb2.ListJobLogResponse(content=content, next_page_token=token)
 
 
-def _passes(expression: str, name: str) -> bool:
+def _matches_filter(expression: str, name: str) -> bool:
     if not expression:
         return True
     match = NAME_FILTER.fullmatch(expression)
     if match is None:
-        raise invalid(f'filter: must be name="value", and is {expression}')
+        raise invalid(f'filter: must be name="value"; is {expression}')
     return name == (match[1] or match[2])
 
 
@@ -560,7 +560,7 @@ def _read_token(key: str, token: str) -> int:
 
 
 def _page_of(key: str, items: list[tuple[int, Any]], request: Any) -> tuple[list[Any], str]:
-    """A page of numbered items and the token of the next; a page starts after the last one's number."""
+    """(a page of numbered items, token of the next page); a token is the last number of its page."""
     if request.page_size < 0:
         raise invalid("page_size: must not be negative")
     last = _read_token(key, request.page_token) if request.page_token else -1

@@ -1,11 +1,11 @@
-"""A stand-in for Yandex Data Proc: its gRPC API over TLS on this machine, true to the published protos.
+"""A stand-in for Yandex Data Proc: its gRPC API over TLS on this machine, faithful to the published protos.
 
-It serves what the platform and the official SDK call: endpoints, IAM tokens, operations, clusters, jobs and their logs.
-Requests are checked against the annotations of the protos, clusters and jobs go through the states of the API, and
-PySpark jobs run for real (see ``spark_submit.py``) or by a script. Requests are recorded in order, and tests can make
-any call fail. State lives in memory; see ``dataproc_service.py``.
+It serves the calls of the platform and the official SDK: endpoints, IAM tokens, operations, clusters, jobs and logs.
+Requests are validated against the annotations of the protos, clusters and jobs go through the states of the API, and
+PySpark jobs really run (see ``spark_submit.py``) or follow a script. Requests are recorded in order, and tests can make
+any call fail. State is kept in memory; see ``dataproc_service.py``.
 """
-# ruff: noqa: TID253 - imported inside functions only, by code that needs gRPC at once
+# ruff: noqa: TID253 - imported only inside functions, by code that needs gRPC anyway
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ __all__ = ["FakeDataproc", "JobScript", "Outcome", "Quotas", "SparkSubmit"]
 
 logger = logging.getLogger(__name__)
 
-#: Ids under which the SDK looks for the address of a service.
+#: Ids by which the SDK looks up the address of a service.
 ENDPOINT_IDS = ("compute", "dataproc", "dataproc-manager", "endpoint", "iam", "operation", "resource-manager", "vpc")
 #: Services that need no IAM token.
 OPEN_SERVICES = ("IamTokenService", "ApiEndpointService")
-#: Fields of requests that are credentials by their purpose.
+#: Request fields that contain credentials.
 REDACTED = ("jwt", "yandex_passport_oauth_token", "iam_token")
-#: Interval at which the metadata service checks whether to stop.
+#: Interval at which the metadata service checks for shutdown.
 POLL_SECONDS = 0.02
 TOKEN_PATH = "/computeMetadata/v1/instance/service-accounts/default/token"
 
@@ -53,7 +53,7 @@ TOKEN_PATH = "/computeMetadata/v1/instance/service-accounts/default/token"
 class _Fault:
     """A scripted fault of the next `remaining` calls of `method` that `when` accepts."""
 
-    #: delay (`value`: real seconds), before or after the call's effect (an `ApiError`), answer (a function).
+    #: delay (`value`: real seconds), before or after the effect (`ApiError`), answer (function).
     kind: str
     method: str
     remaining: int
@@ -62,10 +62,10 @@ class _Fault:
 
 
 class FakeDataproc(DataprocService):
-    """The stand-in, a context manager. It uses free ports of the loopback interface and kills its jobs at the end.
+    """The stand-in, a context manager. It uses free ports of the loopback interface and kills its jobs on exit.
 
     `directory` holds certificates, keys and the files of jobs. `bucket` is only passed on to `environment`. IAM tokens
-    live for `token_lifetime_seconds`. `settings` are those of `DataprocService`.
+    are valid for `token_lifetime_seconds`. `settings` are those of `DataprocService`.
     """
 
     def __init__(
@@ -109,15 +109,15 @@ class FakeDataproc(DataprocService):
         self._stopping.set()
         self._stack.close()
 
-    # --- What callers need
+    # --- Client configuration
 
     @property
     def service_account_key_file(self) -> Path:
-        """The authorized key, as ``yc iam key create`` writes it."""
+        """File of the authorized key, in the format of ``yc iam key create``."""
         return self.service_account.key_file
 
     def environment(self) -> dict[str, str]:
-        """The variables that make the platform use this service."""
+        """Environment variables that make the platform use this service."""
         variables = {
             "YC_API_ENDPOINT": self.endpoint,
             "YC_ROOT_CERTIFICATES_FILE": str(self.root_certificates_file),
@@ -130,14 +130,14 @@ class FakeDataproc(DataprocService):
         return variables | ({"DATAPROC_BUCKET": self.bucket} if self.bucket else {})
 
     def iam_token(self) -> str:
-        """A new token, as ``yc iam create-token`` prints one."""
+        """Issue a new IAM token, like ``yc iam create-token``."""
         with self._lock:
             token = f"t1.{secrets.token_urlsafe(64)}"
             self._tokens[token] = self.now() + self.token_lifetime_seconds
             return token
 
     def issued_tokens(self) -> list[str]:
-        """All IAM tokens issued so far, for tests that search for them in places where they must not be."""
+        """All IAM tokens issued so far, for tests that search for leaked tokens."""
         with self._lock:
             return list(self._tokens)
 
@@ -158,7 +158,7 @@ class FakeDataproc(DataprocService):
         when: Callable[[Any], bool] | None = None,
         after: bool = False,
     ) -> None:
-        """Let the next calls of a method fail, with `after` only once the call has taken effect.
+        """Make the next calls of a method fail; with `after`, only after the call has taken effect.
 
         `when` selects requests; only those count.
         """
@@ -166,7 +166,7 @@ class FakeDataproc(DataprocService):
         self._add_fault(_Fault("after" if after else "before", method, times, when, error))
 
     def delay(self, method: str, seconds: float) -> None:
-        """Let the next call of a method take so many real seconds, whatever the clock: deadlines are real, too."""
+        """Delay the next call of a method by real seconds, whatever the clock, because gRPC deadlines are real, too."""
         self._add_fault(_Fault("delay", method, 1, None, seconds))
 
     def answer(
@@ -188,8 +188,8 @@ class FakeDataproc(DataprocService):
     def _take_fault(self, kind: str, method: str, request: Any) -> Any:
         """The value of the next fault of a kind, or None."""
         for fault in self._faults:
-            fits = (fault.kind, fault.method) == (kind, method) and fault.remaining
-            if fits and (fault.when is None or fault.when(request)):
+            matches = (fault.kind, fault.method) == (kind, method) and fault.remaining
+            if matches and (fault.when is None or fault.when(request)):
                 fault.remaining -= 1
                 return fault.value
         return None
@@ -249,15 +249,15 @@ class FakeDataproc(DataprocService):
         )
 
     def _respond(self, method: Any, function: Callable[[Any], Any], request: Any, context: Any) -> bytes:
-        """Answer a call. The response is serialized under the lock, as it may be a part of the state."""
+        """Answer a call. The response is serialized under the lock, because it may be part of the state."""
         name = _name(method)
         self._advance()
         if error := self._take_fault("before", name, request):
             raise error
         if method.containing_service.name not in OPEN_SERVICES:
             self._authenticate(dict(context.invocation_metadata()))
-        if wrong := violations(request):
-            raise invalid(f"Request validation error: {'; '.join(wrong)}")
+        if errors := violations(request):
+            raise invalid(f"Request validation error: {'; '.join(errors)}")
         response = function(request)
         if error := self._take_fault("after", name, request):
             raise error
@@ -295,8 +295,8 @@ class FakeDataproc(DataprocService):
         if request.WhichOneof("identity") != "jwt":
             raise ApiError("UNAUTHENTICATED", "Only a JWT of a service account is accepted here")
         audiences = [OFFICIAL_AUDIENCE, f"https://iam.{self.endpoint}/iam/v1/tokens"]
-        if wrong := self.service_account.verify(request.jwt, audiences, self.skew_seconds):
-            raise ApiError("UNAUTHENTICATED", wrong)
+        if problem := self.service_account.verify(request.jwt, audiences, self.skew_seconds):
+            raise ApiError("UNAUTHENTICATED", problem)
         token = self.iam_token()
         response = iam_token_service_pb2.CreateIamTokenResponse(iam_token=token)
         response.expires_at.FromMilliseconds(int(self._tokens[token] * 1000))
@@ -309,7 +309,7 @@ def _name(method: Any) -> str:
 
 
 def _metadata_handler(cloud: FakeDataproc) -> type[BaseHTTPRequestHandler]:
-    """Handler of a VM's service at 169.254.169.254: tokens of its service account."""
+    """Handler of a VM's metadata service (169.254.169.254), which issues tokens of its service account."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""Processes that end with their parent, however the parent ends."""
+"""Child processes that end with their parent, however it ends."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-#: Kills the process group once the pipe from the parent breaks; an interrupted or killed parent closes it, too.
-#: The tether ignores the signals that ask the group to end.
+#: Kills the process group when the pipe from the parent closes, which it also does if the parent is killed.
+#: The tether ignores the signals that terminate the group.
 _TETHER = 'exec 3<&0 </dev/null; { trap "" INT TERM; cat <&3 >/dev/null; kill -KILL 0; } & exec 3<&-; exec "$@"'
 
-#: Length of a log's end in an error message.
+#: Bytes from the end of a log in an error message.
 LOG_TAIL_BYTES = 2000
 
 
 class TetheredProcess:
-    """A process in its own group, with its output in a file."""
+    """A process in its own process group, with its output in a file."""
 
     def __init__(self, command: Sequence[str | Path], *, log: Path, env: Mapping[str, str] | None = None) -> None:
         """Start `command` with the environment `env` (default: this process's)."""
@@ -38,14 +38,14 @@ class TetheredProcess:
 
     @property
     def pid(self) -> int:
-        """Id of the process and of its group."""
+        """Id of the process and of its process group."""
         return self._process.pid
 
     def is_running(self) -> bool:
         return self._process.poll() is None
 
     def wait_until(self, is_ready: Callable[[], bool], *, what: str, timeout_s: float = 60) -> None:
-        """Wait for `is_ready`. Raises RuntimeError, with the end of the log, if the process ends or time is up."""
+        """Wait for `is_ready`. Raises RuntimeError, with the end of the log, if the process ends or it times out."""
         deadline = time.monotonic() + timeout_s
         while not is_ready():
             if not self.is_running():
@@ -58,7 +58,7 @@ class TetheredProcess:
         return self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
 
     def wait(self) -> int:
-        """Wait for the end, kill what is left of the group, and return the exit code."""
+        """Wait for the process to end, kill the rest of its group, and return the exit code."""
         code = self._process.wait()
         self.kill()
         return code
@@ -69,7 +69,7 @@ class TetheredProcess:
             os.killpg(self.pid, signal.SIGTERM)
 
     def stop(self, *, grace_s: float = 5, to_group: bool = False) -> None:
-        """End the process and its group: by SIGTERM (`to_group`: to all of them), and by SIGKILL after `grace_s`."""
+        """End the process (with `to_group`, its whole group) by SIGTERM, and the group by SIGKILL after `grace_s`."""
         with contextlib.suppress(ProcessLookupError):
             if to_group:
                 os.killpg(self.pid, signal.SIGTERM)
@@ -80,8 +80,8 @@ class TetheredProcess:
         self.kill()
 
     def kill(self) -> None:
-        """End the process and its group by SIGKILL."""
-        # Until the pipe is closed the group has a member, so its id cannot be reused.
+        """Kill the process and its group by SIGKILL."""
+        # The tether keeps the group alive until the pipe closes, so its id cannot be reused.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -90,14 +90,14 @@ class TetheredProcess:
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
+    """A currently free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def listens(port: int) -> bool:
-    """Whether a server takes connections on a port of this machine."""
+    """True if a server accepts connections on a port of this machine."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1):
             return True

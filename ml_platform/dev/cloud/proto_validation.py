@@ -1,10 +1,10 @@
-"""Checks a request against the constraints that Yandex publishes in its .proto files.
+"""Validation of requests against the constraints in Yandex's published .proto files.
 
-The constraints are options of the fields (``yandex.cloud.validation_pb2``); those that the requests of Data Proc use
-are checked: required, length, size, pattern, value and map_key. They are read from the descriptors, so a new version of
-the protos brings its own.
+Constraints are field options (``yandex.cloud.validation_pb2``). Those used by Data Proc requests are checked: required,
+length, size, pattern, value and map_key. They are read from the descriptors, so a new version of the protos needs no
+change here.
 """
-# ruff: noqa: TID253 - loaded with the stand-in only, which needs the SDK at once
+# ruff: noqa: TID253 - only the stand-in imports this, and it needs the SDK anyway
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ BOUND = re.compile(r"(\d+)([smh]?)")
 
 
 def violations(message: Any, path: str = "") -> list[str]:
-    """The constraints that a protobuf `message` violates, each as ``field: reason``.
+    """List the constraints that a protobuf `message` violates, each as ``field: reason``.
 
-    Raises ValueError for a range whose notation is unknown.
+    Raises ValueError for a range of unknown notation.
     """
     return list(_violations(message, path))
 
@@ -43,7 +43,7 @@ def _violations(message: Any, path: str) -> Iterator[str]:
 
 def _check_repeated(field: Any, options: Any, values: Any, name: str) -> Iterator[str]:
     if (size := options[rules.size]) and not within(size)(len(values)):
-        yield f"{name}: The number of elements must be {size}, and is {len(values)}"
+        yield f"{name}: The number of elements must be {size}, is {len(values)}"
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         key_rules = options[rules.map_key]
         for key, value in values.items():
@@ -65,21 +65,21 @@ def _check_value(field: Any, options: Any, value: Any, name: str) -> Iterator[st
     elif allowed := options[rules.value]:
         number = value.seconds + value.nanos / 1e9 if isinstance(value, Duration) else value
         if not within(allowed)(number):
-            yield f"{name}: Value must be {allowed}, and is {number:g}"
+            yield f"{name}: Value must be {allowed}, is {number:g}"
 
 
 def _check_text(text: str, length: str, pattern: str, name: str) -> Iterator[str]:
     if length and not within(length)(len(text)):
-        yield f"{name}: Length must be {length}, and is {len(text)}"
+        yield f"{name}: Length must be {length}, is {len(text)}"
     if pattern and not re.fullmatch(pattern, text):
         yield f"{name}: Value must match {pattern}"
 
 
 @functools.cache
 def within(allowed: str) -> Callable[[float], bool]:
-    """Whether a number is in the range `allowed`: ``<=50``, ``<256``, ``>=1``, ``1-63``, ``1m-10m``.
+    """Predicate for the range `allowed`, such as ``<=50``, ``<256``, ``>=1``, ``1-63`` or ``1m-10m``.
 
-    Durations are compared in seconds. Raises ValueError for another notation.
+    Durations are compared in seconds. Raises ValueError for any other notation.
     """
     if match := re.fullmatch(rf"(<=|<|>=)({BOUND.pattern})", allowed):
         sign, bound = match[1], _number(match[2])

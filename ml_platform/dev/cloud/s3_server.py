@@ -1,7 +1,7 @@
 """An S3 server on this machine, for trials and tests.
 
-`S3Server` is versitygw, a real server over a directory, built once by Go. Where that cannot be built, `MotoServer` is
-the fallback: a mock, good enough for trials, but not proof. `start_s3_server` chooses between them.
+`S3Server` is versitygw, a real server over a directory, built once with Go. If it cannot be built, `MotoServer` is the
+fallback: a mock, good enough for trials but not for verification. `start_s3_server` chooses between them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def build_versitygw(cache: Path = DEFAULT_CACHE) -> Path:
         return program
     go = shutil.which("go")
     if go is None:
-        raise BuildError(f"Go is missing; it builds the S3 server (install Go, or put the program at {program})")
+        raise BuildError(f"Go is missing; the S3 server is built with it (install Go, or put the program at {program})")
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -98,7 +98,7 @@ class LocalS3(ABC):
         return f"http://127.0.0.1:{self.port}"
 
     def environment(self) -> dict[str, str]:
-        """The variables that point boto3, and so the platform, to this server."""
+        """Environment variables that point boto3, and so the platform, to this server."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -107,7 +107,7 @@ class LocalS3(ABC):
         }
 
     def client(self) -> Any:
-        """A boto3 client of this server, whatever the environment says; always the same one."""
+        """A boto3 client of this server, independent of the environment; always the same one."""
         return self._client
 
     @cached_property
@@ -124,20 +124,20 @@ class LocalS3(ABC):
 
     @abstractmethod
     def _command(self, port: int) -> list[str | Path]:
-        """The server's command line."""
+        """Command line of the server."""
 
     def _process_environment(self) -> dict[str, str] | None:
-        """The environment of the server's process, None for this process's."""
+        """Environment of the server's process; None to inherit this process's."""
         return None
 
     def _is_ready(self, port: int) -> bool:
         return listens(port)
 
     def start(self) -> None:
-        """Start, or start again after `stop` or `kill`: on the same port, with the same objects."""
+        """Start, or restart after `stop` or `kill` on the same port with the same objects."""
         attempts = 1 if self.port else START_ATTEMPTS
         for attempt in range(1, attempts + 1):
-            # Another process may take a free port before the server does.
+            # Another process may take the free port before the server does.
             port = self.port or free_port()
             command, environment = self._command(port), self._process_environment()
             process = TetheredProcess(command, log=self.directory / "log", env=environment)
@@ -152,13 +152,13 @@ class LocalS3(ABC):
                 return
 
     def stop(self) -> None:
-        """End the server; its objects stay."""
+        """Stop the server; its objects are kept."""
         if self._process is not None:
             self._process.stop()
             self._process = None
 
     def kill(self) -> None:
-        """End the server at once, as a crash does."""
+        """Kill the server, as in a crash."""
         if self._process is not None:
             self._process.kill()
             self._process = None
@@ -169,7 +169,7 @@ class LocalS3(ABC):
             client = self.client()
             for bucket in self.buckets:
                 with contextlib.suppress(
-                    # The second, because the earlier server had another access key.
+                    # The second one if the earlier server had another access key.
                     client.exceptions.BucketAlreadyOwnedByYou,
                     client.exceptions.BucketAlreadyExists,
                 ):
@@ -189,8 +189,8 @@ class LocalS3(ABC):
 class S3Server(LocalS3):
     """versitygw over `directory`: objects are files in ``directory/buckets/BUCKET``, its log ``directory/log``.
 
-    Entering it raises BuildError where versitygw cannot be built. An object's name cannot continue another's behind
-    a slash (``a`` and ``a/b``), and no part of a name is longer than a file's may be.
+    Entering it raises BuildError if versitygw cannot be built. A key cannot extend another one after a slash (``a`` and
+    ``a/b``), and no part of a key can be longer than a file name.
     """
 
     kind = "versitygw"
@@ -226,7 +226,7 @@ class MotoServer(LocalS3):
     """moto's mock of S3, in its own process. Its objects are lost when it stops; it checks no credentials."""
 
     kind = "moto"
-    region: str = "us-east-1"  # moto wants the region repeated for a bucket anywhere else
+    region: str = "us-east-1"  # elsewhere, moto requires the region when a bucket is created
 
     def _command(self, port: int) -> list[str | Path]:
         return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -235,7 +235,7 @@ class MotoServer(LocalS3):
 def start_s3_server(
     directory: Path, *, buckets: Sequence[str] = (), cache: Path = DEFAULT_CACHE
 ) -> tuple[LocalS3, str]:
-    """A server that is not yet started, and the reason why it is a mock; "" for a real one."""
+    """(server, not yet started; reason why it is a mock, or "" for a real one)."""
     try:
         build_versitygw(cache)
     except BuildError as error:
@@ -244,7 +244,7 @@ def start_s3_server(
 
 
 def _has_extended_attributes(directory: Path) -> bool:
-    """Whether the server can keep metadata with the files of a directory."""
+    """True if the server can store metadata with the files of a directory."""
     try:
         os.setxattr(directory, "user.ml_platform", b"")
     except AttributeError:  # not Linux: left to the server

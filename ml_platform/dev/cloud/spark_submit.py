@@ -1,4 +1,4 @@
-"""Runs the PySpark jobs of the stand-in for the API: spark-submit of the installed PySpark, on this machine."""
+"""PySpark jobs of the stand-in for Data Proc: spark-submit of the installed PySpark on this machine."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ml_platform.spark.session import default_spark_config
 
 #: Seconds between SIGTERM and SIGKILL.
 GRACE_SECONDS = 10.0
-#: Properties of a job that do not apply: the stand-in has one machine and no YARN.
+#: Job properties that do not apply, because the stand-in has one machine and no YARN.
 IGNORED_PROPERTIES = ("spark.master", "spark.submit.deployMode")
 FAILED_TO_START = 127
 
 
 @dataclass
 class SparkSubmit:
-    """How PySpark jobs run.
+    """Launcher of PySpark jobs.
 
     `spark_properties` are the cluster's own (S3A endpoint, jars); they must not hold credentials, since they become
     command-line arguments. `environment` is added to PATH, HOME and the like in the processes' environment: the
     cluster's S3 credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3,
-    AWS_DEFAULT_REGION), JAVA_HOME where java is not in PATH. The same credentials fetch a job's files before it starts,
-    unless `fetch` does that: given a URI and the path to write.
+    AWS_DEFAULT_REGION), JAVA_HOME if java is not in PATH. A job's files are fetched with the same credentials before it
+    starts, or by `fetch`, which takes a URI and the path to write.
     """
 
     spark_properties: Mapping[str, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class SparkSubmit:
             )
 
     def start(self, spec: Any, directory: Path) -> SparkJob:
-        """Start a job by its ``PysparkJob`` message; `directory` is for its files and its driver's log."""
+        """Start the job of a ``PysparkJob`` message; `directory` is for its files and its driver's log."""
         return SparkJob(self, spec, directory)
 
     def fetch_file(self, uri: str, target: Path) -> None:
@@ -64,7 +64,7 @@ class SparkSubmit:
         if parts.scheme == "file":
             shutil.copyfile(parts.path, target)
         elif parts.scheme in ("s3a", "s3"):
-            # Not urlsplit, which would cut the key at a question mark.
+            # Without urlsplit, which would cut the key at a question mark.
             bucket, _, key = uri.partition("://")[2].partition("/")
             self._s3().download_file(bucket, key, str(target))
         else:
@@ -82,7 +82,7 @@ class SparkSubmit:
         )
 
     def process_environment(self, directory: Path) -> dict[str, str]:
-        """The whole environment of a job's processes; nothing is inherited from the stand-in's own."""
+        """Complete environment of a job's processes; nothing is inherited from the stand-in."""
         home = self.environment.get("JAVA_HOME")
         java = f"{home}/bin/java" if home else shutil.which("java")
         if not java or not Path(java).exists():
@@ -100,18 +100,18 @@ class SparkSubmit:
         }
 
     def command(self, spec: Any, paths: Mapping[str, Path]) -> list[str]:
-        """The command line of a job, whose files are at `paths` by URI."""
+        """Command line of a job; `paths` are its local files by URI."""
 
         def local(uris: Any) -> str:
             # An archive's URI may name the directory to unpack to: venv.tar.gz#venv
-            return ",".join(f"{paths[_plain(uri)]}{''.join(uri.partition('#')[1:])}" for uri in uris)
+            return ",".join(f"{paths[_without_fragment(uri)]}{''.join(uri.partition('#')[1:])}" for uri in uris)
 
         properties = {
             **default_spark_config(self.master, self.driver_memory),
             **self.spark_properties,
             **{name: value for name, value in spec.properties.items() if name not in IGNORED_PROPERTIES},
         }
-        # Options of spark-submit would replace the cluster's own jars and packages.
+        # The options of spark-submit would replace the cluster's own jars and packages.
         for name, values in (
             ("spark.jars", [local([uri]) for uri in spec.jar_file_uris]),
             ("spark.jars.packages", spec.packages),
@@ -142,7 +142,7 @@ def spark_home() -> str:
     return next(iter(spec.submodule_search_locations))
 
 
-def _plain(uri: str) -> str:
+def _without_fragment(uri: str) -> str:
     return uri.partition("#")[0]
 
 
@@ -163,7 +163,7 @@ class SparkJob:
 
     @property
     def started(self) -> bool:
-        """Whether spark-submit was started; before, the job's files are fetched."""
+        """True once spark-submit was started; the job's files are fetched before that."""
         return self._process is not None
 
     @property
@@ -189,9 +189,9 @@ class SparkJob:
         spec = self._spec
         uris = [spec.main_python_file_uri, *spec.python_file_uris, *spec.file_uris, *spec.jar_file_uris]
         paths: dict[str, Path] = {}
-        for uri in map(_plain, [*uris, *spec.archive_uris]):
+        for uri in map(_without_fragment, [*uris, *spec.archive_uris]):
             if uri not in paths:
-                # A directory each, as two files may have the same name.
+                # One directory per file, because two files may have the same name.
                 folder = Path(tempfile.mkdtemp(prefix="file-", dir=self._directory))
                 paths[uri] = folder / uri.rsplit("/", 1)[-1]
                 self._spark.fetch_file(uri, paths[uri])
@@ -214,7 +214,7 @@ class SparkJob:
         self._thread.join(timeout=GRACE_SECONDS)
 
     def _end(self) -> TetheredProcess | None:
-        """Keep the job from starting; if it has, and runs, return its process."""
+        """Prevent the job from starting; return its process if it is running."""
         with self._lock:
             self._ended = True
             return self._process if self._exit_code is None else None
