@@ -979,7 +979,7 @@ class TestModel:
             self.trained(lake, instance, mlflow, ready[1])
         engine = FakeEngine(reload_difference=0.01, challenger_skill=0.5, champion_skill=3.0)
         result = run_assets(definitions(lake, engine, mlflow), instance, MODEL, keys=(ready[2], ready[2]))
-        assert "loaded back from MLflow" in failure_of(result, MODEL)
+        assert "reloaded from MLflow" in failure_of(result, MODEL)
         champion = mlflow.champion()
         assert (champion and champion.version) == (1 if challenger else None)
         last = mlflow.client().get_model_version("fraud_model", "2" if challenger else "1")
