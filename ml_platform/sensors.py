@@ -12,7 +12,7 @@ from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.resource import LakeResource
 from ml_platform.operations.alerts import Destination, deliver_alerts
 from ml_platform.operations.dead_runs import fail_dead_runs
-from ml_platform.operations.lasting_instance import lasting_instance
+from ml_platform.operations.shared_instance import shared_instance
 from ml_platform.planning import log_plan, plan_runs, prepare, run_requests
 from ml_platform.spark.engine import SparkEngine
 
@@ -63,7 +63,7 @@ def process_new_files_daily(
 )
 def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Evaluated where the code is, and so where the processes of the runs are."""
-    dead = fail_dead_runs(lasting_instance(context))
+    dead = fail_dead_runs(shared_instance(context))
     for run_id in dead:
         context.log.warning(f"reported run {run_id} as failed: its process died")
     return dg.SkipReason(f"reported as failed: {', '.join(dead)}" if dead else "no run's process has died")
@@ -99,7 +99,7 @@ def build_report_failed_runs(destinations: Sequence[Destination], ui_url: str | 
     def report_failed_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         if not destinations:
             return dg.SkipReason("nobody to tell: set ML_PLATFORM_ALERT_EMAIL_TO or ML_PLATFORM_ALERT_WEBHOOK_URL")
-        delivery = deliver_alerts(lasting_instance(context), destinations, context.cursor, ui_url)
+        delivery = deliver_alerts(shared_instance(context), destinations, context.cursor, ui_url)
         # A failed tick would not keep the cursor, so what failed is logged.
         for failure in delivery.failures:
             context.log.error(failure)

@@ -452,7 +452,7 @@ class TestSettings:
 def test_one_line():
     assert one_line("\n \r\n a\tb\x00c\u2028second\nthird") == "a b c"
     assert one_line("") == ""
-    assert len(one_line("x" * 9999)) == alerts.LONGEST_LINE
+    assert len(one_line("x" * 9999)) == alerts.MAX_LINE_LENGTH
 
 
 def test_headline_names_the_run():
@@ -570,7 +570,7 @@ class TestSensor:
         hook.status = 503
         first = fail(instance)
         for _ in range(2):
-            with pytest.raises(AlertError, match=r"webhook: the webhook answers 503.*The next tick tries again"):
+            with pytest.raises(AlertError, match=r"webhook: the webhook answers 503.*The next tick will try again"):
                 tick(found)
         second = fail(instance)
         hook.status, hook.posts = 200, []

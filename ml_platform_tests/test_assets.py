@@ -886,7 +886,7 @@ class TestModel:
             self.trained(bench, built[1])
         engine = FakeEngine(reload_difference=0.01, challenger_skill=0.5, champion_skill=3.0)
         result = bench.run(MODEL, keys=(built[2], built[2]), engine=engine)
-        assert "loaded back from MLflow" in failure_of(result, MODEL)
+        assert "reloaded from MLflow" in failure_of(result, MODEL)
         champion = bench.mlflow.champion()
         assert (champion and champion.version) == (1 if challenger else None)
         last = bench.mlflow.client().get_model_version("fraud_model", "2" if challenger else "1")

@@ -526,7 +526,7 @@ class TestChampion:
             ({"reload_proof": None}, "version 2 was never loaded back"),
             ({"library_version": "99.1.0"}, "version 2 was written by xgboost 99.1.0"),
             ({"model_uri": "file:///m/model", "spark_version": "4.3.0"}, "version 2 is a Spark ML pipeline"),
-            ({"features": "edited"}, "version 2 does not name its inputs"),
+            ({"features": "edited"}, "version 2 has no inputs in its tags"),
         ],
     )
     def test_a_version_that_cannot_be_champion(

@@ -71,7 +71,7 @@ def test_every_setting_shows_its_default_and_description():
 
 
 def test_what_is_no_mapping_is_named():
-    assert "takes settings" in (problem_of_run_config({"ops": {"fraud_model": {"config": [1]}}}) or "")
+    assert "must be a mapping" in (problem_of_run_config({"ops": {"fraud_model": {"config": [1]}}}) or "")
 
 
 @pytest.mark.parametrize(("settings", "told"), WRONG[:2])

@@ -86,13 +86,13 @@ def _move_alias(settings: Settings, version: str, who: str | None, why: str) -> 
     from mlflow.exceptions import MlflowException
 
     from ml_platform.model.gate import PROOF_TAG, champion_problem, champion_tags
-    from ml_platform.model.mlflow import MODEL_NAME, NOT_THERE
+    from ml_platform.model.mlflow import MODEL_NAME, NOT_FOUND_CODES
 
     resource = mlflow_of(settings)
     try:
         candidate = resource.client().get_model_version(MODEL_NAME, version)
     except MlflowException as error:
-        if error.error_code not in NOT_THERE:
+        if error.error_code not in NOT_FOUND_CODES:
             raise
         raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
     if not why.strip():

@@ -1,1 +1,1 @@
-"""The way of a model: configuration, evaluation, promotion, registry."""
+"""Model lifecycle: configuration, training, evaluation, promotion, registry."""

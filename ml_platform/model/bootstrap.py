@@ -1,4 +1,4 @@
-"""Average precision and ROC AUC of one or two models on the same rows, with intervals from resampled customers."""
+"""Average precision and ROC AUC of one or two models on the same rows, with bootstrap intervals over customers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Clusters(NamedTuple):
-    """The units of resampling: the cluster of each row, the number of clusters, and how many are known customers."""
+    """Resampling units: the cluster of each row, the number of clusters, and the number of known customers."""
 
     codes: Integers
     number: int
@@ -24,7 +24,7 @@ class Clusters(NamedTuple):
 
 
 def customer_clusters(label: Array, models: Sequence[Array], customer_id: Array) -> Clusters:
-    """Rows of one customer form a cluster; a row without a customer (NaN) is a cluster of its own.
+    """Assign rows to clusters: one per customer, and one per row without a customer (NaN).
 
     `models` are the scores of one or two models.
     """
@@ -34,7 +34,7 @@ def customer_clusters(label: Array, models: Sequence[Array], customer_id: Array)
     unknown = np.isnan(customer_id)
     known, codes[~unknown] = np.unique(customer_id[~unknown], return_inverse=True)
     single = np.flatnonzero(unknown)
-    # Number single rows by their content: rows that tie on all of it are interchangeable, so file order has no effect.
+    # Number single rows by content, so that file order has no effect; rows with equal content are interchangeable.
     ranks = [_dense_rank(scores[single]) for scores in models]
     order = np.lexsort((ranks[0], ranks[0] + ranks[-1], label[single]))
     codes[single[order]] = len(known) + np.arange(len(single))
@@ -53,19 +53,19 @@ def bootstrap_figures(
     """``average_precision`` and ``roc_auc``, each also with ``…_lower``, ``…_upper``, ``…_standard_error``.
 
     With two models, the challenger's scores come first; ``champion_…`` and ``…_difference`` (challenger minus
-    champion) are added. ``replicates`` is the number of replicates in which the figures were defined, that is, with
-    frauds and genuine rows; `label` must have both.
+    champion) are added. ``replicates`` is the number of replicates with both frauds and genuine rows, in which the
+    figures are defined; `label` must have both.
 
     Each replicate gives every customer a weight drawn from a Poisson distribution of mean 1, the same for both
-    models, and all the customer's rows get it. That is the bootstrap (Efron, 1979,
+    models, which applies to all rows of the customer. This is the bootstrap (Efron, 1979,
     https://doi.org/10.1214/aos/1176344552; percentile interval: Efron and Tibshirani, An Introduction to the
     Bootstrap, 1993, chapter 13) with the multinomial numbers of draws replaced by their limit, independent Poisson
     draws (Hanley and MacGibbon, 2006, https://doi.org/10.1016/j.cmpb.2006.04.006; Chamandy, Muralidharan, Najmi and
-    Naidu, Estimating Uncertainty for Massive Data Streams, Google, 2012). It lets each model's scores be sorted once:
-    a replicate is a gather and one pass of sums. The interval lies between the percentiles (1 ± confidence) / 2.
+    Naidu, Estimating Uncertainty for Massive Data Streams, Google, 2012). Each model's scores are sorted only once: a
+    replicate is a gather and one pass of sums. The interval lies between the percentiles (1 ± confidence) / 2.
 
-    The order of the rows has no effect: weights belong to customers in the order of their ids, and to rows without a
-    customer in the order of their labels and scores.
+    The order of the rows has no effect: weights are assigned to customers by id, and to rows without a customer by
+    label and scores.
     """
     import numpy as np
 
@@ -96,16 +96,16 @@ def bootstrap_figures(
 
 
 def poisson_weights(clusters: int, replicates: int, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """For each replicate, a Poisson(1) weight for each cluster."""
+    """Yield, for each replicate, a Poisson(1) weight per cluster."""
     import numpy as np
 
-    # The inverse of the distribution function, on a grid of 65,536 steps.
+    # Inverse distribution function on a grid of 65,536 steps.
     table = np.zeros(1 << 16, np.uint8)
     below = 0.0
     for value in range(20):
         table[round(below * (1 << 16)) :] = value
         below += math.exp(-1) / math.factorial(value)
-    # Raw words of a named generator, because numpy keeps these the same from version to version.
+    # Raw words of a specific generator, which numpy guarantees to be stable across versions.
     generator = np.random.PCG64(seed)
     for _ in range(replicates):
         words = generator.random_raw(clusters // 4 + 1).astype("<u8", copy=False)
@@ -116,8 +116,8 @@ class Ranking(NamedTuple):
     """Rows in descending order of one model's scores, and the positions of the frauds in that order.
 
     Both figures depend only on groups of equal scores that contain a fraud, and on the total weight of the rows
-    between them. `cuts` are the positions where such groups begin or end, without the end of the last row; `begin`
-    and `end` index each group's bounds in the running sums at the cuts.
+    between them. `cuts` are the positions where such groups begin or end, excluding the end of the last row; `begin`
+    and `end` index each group's bounds in the cumulative sums at the cuts.
     """
 
     order: Integers
@@ -129,7 +129,7 @@ class Ranking(NamedTuple):
 
     @staticmethod
     def of(label: Array, scores: Array) -> Ranking:
-        """Rank the rows; `label` is 1 for a fraud."""
+        """Create a ranking; `label` is 1 for a fraud."""
         import numpy as np
 
         rows = len(label)
@@ -175,14 +175,14 @@ class Ranking(NamedTuple):
         )
 
 
-def same_ranking(ours: Array, theirs: Array) -> bool:
-    """Whether two models put all rows in the same order, disregarding the last digits of the scores."""
+def same_ranking(scores: Array, other: Array) -> bool:
+    """Return True if two models rank all rows alike, up to rounding errors of the scores."""
     import numpy as np
 
-    # Sums of floats differ in the last digits when Spark adds them up in another order.
-    if np.allclose(ours, theirs, rtol=1e-9, atol=1e-12):
+    # Float sums depend on the order of addition, which varies in Spark.
+    if np.allclose(scores, other, rtol=1e-9, atol=1e-12):
         return True
-    return bool(np.array_equal(_dense_rank(ours), _dense_rank(theirs)))
+    return bool(np.array_equal(_dense_rank(scores), _dense_rank(other)))
 
 
 def _dense_rank(values: Array) -> Integers:

@@ -1,4 +1,4 @@
-"""The model card: what a version's description in MLflow says to people."""
+"""Model card: the human-readable description of a version in MLflow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ml_platform.escaping import printable
 from ml_platform.lake.reports import TrainingReport
 from ml_platform.model.promotion import Decision
 
-#: Figures of the held-out week, as people call them.
-FIGURES = {
+#: Labels of the held-out metrics in the card.
+METRIC_LABELS = {
     "average_precision": "average precision",
     "roc_auc": "ROC AUC",
     "card_precision_at_100": "card precision@100",
@@ -18,15 +18,15 @@ FIGURES = {
 }
 
 LIMITS = """\
-**Limits.** The held-out week is one week: figures of others differ by more than the interval says if frauds change.
-Labels count as known after the delay above. The model knows terminals and customers by their recent past alone; a new
-terminal's first frauds cannot be seen. Scores are probabilities as far as the share of frauds stays what it was."""
+**Limits.** The held-out period is a single week: if fraud patterns change, other weeks differ by more than the interval
+says. Labels are treated as known after the delay. The model knows terminals and customers only by their recent history,
+so it cannot detect a new terminal's first frauds. Scores are calibrated as long as the share of frauds is unchanged."""
 
 
 def model_card(report: TrainingReport, decision: Decision, rows_by_partition: Mapping[str, int]) -> str:
-    """Markdown: data, windows, learner, figures with intervals, the gate's decision, limits.
+    """Model card as Markdown: data, windows, learner, metrics with intervals, promotion decision, limits.
 
-    `report` is that of a trained model, `rows_by_partition` the rows of each partition that it was trained on.
+    `report` is the report of a trained model, `rows_by_partition` has the rows of each training partition.
     """
     best, keys = report.best, list(rows_by_partition)
     assert best is not None  # noqa: S101 - narrows the type
@@ -65,13 +65,13 @@ def _sampling(report: TrainingReport) -> str:
 
 def _figures(report: TrainingReport, decision: Decision) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for name, words in FIGURES.items():
+    for name, label in METRIC_LABELS.items():
         value = report.metrics.get(f"test_{name}")
         if value is not None:
-            ends = [
+            bounds = [
                 f"{decision.figures[key]:.3f}" for key in (f"{name}_lower", f"{name}_upper") if key in decision.figures
             ]
-            rows.append((words, f"{value:.3f}", " to ".join(ends)))
+            rows.append((label, f"{value:.3f}", " to ".join(bounds)))
     return rows
 
 

@@ -1,7 +1,7 @@
-"""How good the scores of held-out rows are: metrics, curves, daily alert budgets, with intervals.
+"""Evaluation of the scores of held-out rows: metrics, curves and daily alert budgets, with intervals.
 
-Everything works on one frame of scores: the lake's ``test_scores`` as `read_test_scores` returns them. A held-out week
-of the full data set has eleven million rows, 0.7 GB in memory.
+All functions work on one DataFrame of scores: the lake's ``test_scores`` as returned by `read_test_scores`. A held-out
+week of the full data set has eleven million rows, 0.7 GB in memory.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
-#: Cards that are checked each day in the card precision of the handbook.
+#: Cards checked per day in the handbook's card precision.
 CARDS_PER_DAY = 100
 
-#: Alerts per day in the table of thresholds.
+#: Daily alert budgets in the table ``thresholds``.
 BUDGETS = (10, 20, 50, 100, 200, 500)
 
-#: Most points of a curve, and bins of the distributions.
+#: Maximum number of points per curve, and numbers of bins.
 CURVE_POINTS = 200
 HISTOGRAM_BINS = 20
 CALIBRATION_BINS = 10
 
-#: Of the intervals of shares.
+#: Confidence of the intervals of shares.
 CONFIDENCE = 0.95
 
 DAY_US = 86_400_000_000
@@ -40,10 +40,10 @@ Table = list[dict[str, Any]]
 
 
 def read_test_scores(store: Store, name: str) -> pd.DataFrame:
-    """The held-out rows of a training, in order of transaction_id, from the Parquet directory `name` of the lake.
+    """Read the held-out rows of a training, sorted by transaction_id, from the Parquet directory `name` of the lake.
 
-    Columns: those of ``test_scores`` (customer_id as float, NaN where unknown; champion_score NaN without a champion)
-    and ``day``, days since 1970-01-01 UTC in place of tx_datetime.
+    Columns: those of ``test_scores`` (customer_id as float, NaN if unknown; champion_score NaN without a champion),
+    with ``day``, days since 1970-01-01 UTC, instead of tx_datetime.
     """
     import io
 
@@ -51,7 +51,7 @@ def read_test_scores(store: Store, name: str) -> pd.DataFrame:
     from pyarrow import parquet
 
     parts = sorted(part.name for part in store.list_directory(name) if part.name.startswith("part-"))
-    # Microseconds reach from year 1 to 9999; pandas' nanoseconds do not.
+    # Microseconds cover the years 1 to 9999; pandas' nanoseconds do not.
     table = pa.concat_tables(
         [
             parquet.read_table(io.BytesIO(store.read(f"{name}/{part}")), coerce_int96_timestamp_unit="us")
@@ -66,11 +66,11 @@ def read_test_scores(store: Store, name: str) -> pd.DataFrame:
 
 
 def evaluate(scores: pd.DataFrame, score: str = "score", alerts_per_day: int = 100) -> dict[str, Any]:
-    """The metrics of one column of scores.
+    """Compute the metrics of one score column.
 
     ``average_precision`` and ``roc_auc`` are scikit-learn's; ``card_precision_at_100``: see `card_precision`;
     ``precision_at_budget`` and ``recall_at_budget``: see `with_ranks`; ``rows``, ``frauds``. A metric that is not
-    defined on these rows (for instance without frauds) is None.
+    defined on these rows (for example without frauds) is None.
     """
     ranked = with_ranks(scores, score)
     alerts = ranked[ranked["rank"] <= alerts_per_day]
@@ -87,7 +87,7 @@ def evaluate(scores: pd.DataFrame, score: str = "score", alerts_per_day: int = 1
 
 
 def _ranking(label: pd.Series, score: pd.Series) -> dict[str, float | None]:
-    """Average precision (step-wise, ties enter together) and ROC AUC; None of one class alone."""
+    """Average precision (step-wise, ties counted together) and ROC AUC; None if there is only one class."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     if label.sum() in (0, len(label)):
@@ -99,10 +99,10 @@ def _ranking(label: pd.Series, score: pd.Series) -> dict[str, float | None]:
 
 
 def with_ranks(scores: pd.DataFrame, score: str = "score") -> pd.DataFrame:
-    """The rows with their ``rank`` within the day, from 1: highest score first, of equals the lower transaction_id.
+    """Add a ``rank`` within the day, starting at 1: by descending score, ties by ascending transaction_id.
 
-    With a budget of k alerts a day, the rows with rank <= k are the alerts. Over all days together, precision is the
-    share of frauds among the alerts, and recall the share of the frauds that are alerts (precision and recall at k).
+    With a budget of k alerts per day, the rows with rank <= k are the alerts. Over all days together, precision is the
+    share of frauds among the alerts, and recall the share of frauds that are alerts (precision and recall at k).
     """
     import numpy as np
 
@@ -115,21 +115,21 @@ def with_ranks(scores: pd.DataFrame, score: str = "score") -> pd.DataFrame:
 
 
 def card_precision(scores: pd.DataFrame, score: str = "score", cards_per_day: int = CARDS_PER_DAY) -> float | None:
-    """Card precision@k: mean over the days of the share of compromised cards among the k most suspicious.
+    """Card precision@k: daily mean of the share of compromised cards among the k most suspicious.
 
     As in the Fraud Detection Handbook, chapter 4, "Precision top-k metrics"
     (https://fraud-detection-handbook.github.io/fraud-detection-handbook/Chapter_4_PerformanceMetrics/TopKBased.html):
-    a card's score of a day is the highest of its rows, a card is compromised on a day that has a fraud of it, and
-    compromised cards that were among the k are left out on later days. The divisor is k also on days with fewer cards.
-    Equal scores are ordered by customer_id, which the handbook leaves to chance. Rows without a customer do not count.
+    a card's score for a day is the maximum of its rows, a card is compromised on a day on which it has a fraud, and
+    compromised cards that were among the k are excluded on later days. The divisor is k even on days with fewer cards.
+    Ties are ordered by customer_id; the handbook does not specify their order. Rows without a customer are ignored.
     None if no row has a customer.
     """
     cards = scores.groupby(["day", "customer_id"], as_index=False).agg(score=(score, "max"), fraud=("tx_fraud", "max"))
     caught: set[float] = set()
     shares = []
     for _, day in cards.groupby("day"):
-        left = day[~day["customer_id"].isin(caught)]
-        top = left.sort_values(["score", "customer_id"], ascending=[False, True]).head(cards_per_day)
+        remaining = day[~day["customer_id"].isin(caught)]
+        top = remaining.sort_values(["score", "customer_id"], ascending=[False, True]).head(cards_per_day)
         compromised = top.loc[top["fraud"] == 1, "customer_id"]
         shares.append(len(compromised) / cards_per_day)
         caught.update(compromised)
@@ -137,13 +137,13 @@ def card_precision(scores: pd.DataFrame, score: str = "score", cards_per_day: in
 
 
 def evaluation_tables(scores: pd.DataFrame, alerts_per_day: int = 100) -> dict[str, Table]:
-    """Tables of the column ``score``, each a list of flat dicts for the report.
+    """Compute the report's tables for the column ``score``, each a list of flat dicts.
 
     ``roc`` (``false_positive_rate``, ``true_positive_rate``) and ``precision_recall`` (``recall``, ``precision``): at
     most `CURVE_POINTS` points of scikit-learn's curves; empty if there is only one class.
     ``score_histogram`` (``lower``, ``upper``, ``genuine``, ``frauds``): `HISTOGRAM_BINS` equal bins over [0, 1].
     ``calibration`` (``mean_score``, ``fraud_share``, ``rows``): up to `CALIBRATION_BINS` bins of equal size by rank,
-    lowest scores first; equal scores are in one bin.
+    lowest scores first; equal scores share a bin.
     ``per_day`` (``date``, ``rows``, ``frauds``, ``average_precision``, ``roc_auc``, ``precision_at_budget``,
     ``recall_at_budget``), ``per_scenario`` (``scenario``, ``frauds``, ``caught``, ``recall_at_budget``): see
     `with_ranks`; ``thresholds`` (``alerts_per_day``, ``precision``, ``recall``, ``amount_caught``: tx_amount of the
@@ -172,13 +172,13 @@ def _curves(label: pd.Series, score: pd.Series) -> dict[str, Table]:
         return {"roc": [], "precision_recall": []}
 
     def thinned(position: Floats) -> npt.NDArray[np.intp]:
-        """Indices of points in even steps along a curve, the first and the last included."""
+        """Indices of evenly spaced points along a curve, including the first and the last."""
         return np.unique(np.searchsorted(position, np.linspace(position[0], position[-1], CURVE_POINTS)))
 
     false_positives, true_positives, _ = roc_curve(label, score, drop_intermediate=False)
     roc = thinned((false_positives + true_positives) / 2)
     precision, recall, _ = precision_recall_curve(label, score)
-    # By rising recall, without the end that scikit-learn adds; of each recall the highest precision.
+    # By ascending recall, without scikit-learn's artificial end point; for each recall the highest precision.
     recall, first = np.unique(recall[-2::-1], return_index=True)
     precision = precision[-2::-1][first]
     points = thinned(recall)
@@ -197,7 +197,7 @@ def _histogram(scores: pd.DataFrame) -> Table:
 
 
 def _calibration(scores: pd.DataFrame) -> Table:
-    # The mean rank of equal scores puts them into one bin.
+    # Equal scores have the same mean rank, and therefore the same bin.
     bins = (scores["score"].rank() - 0.5) * CALIBRATION_BINS // len(scores)
     table = scores.groupby(bins).agg(
         mean_score=("score", "mean"), fraud_share=("tx_fraud", "mean"), rows=("score", "size")
@@ -240,7 +240,7 @@ def _threshold(ranked: pd.DataFrame, budget: int) -> dict[str, Any]:
 
 
 def _share(name: str, rows: pd.DataFrame, part: pd.Series, whole: pd.Series) -> dict[str, float | None]:
-    """The share sum(part) / sum(whole) with its interval; rows of one customer are not independent of each other."""
+    """Share sum(part) / sum(whole) with its interval; rows are clustered by customer, as they are not independent."""
     import numpy as np
 
     counted = (whole > 0).to_numpy()
@@ -249,7 +249,7 @@ def _share(name: str, rows: pd.DataFrame, part: pd.Series, whole: pd.Series) -> 
     names = (name, f"{name}_lower", f"{name}_upper")
     if total == 0:
         return dict.fromkeys(names)
-    # A row without a customer is a customer of its own.
+    # Each row without a customer is a separate cluster.
     customers = np.unique(rows["customer_id"].to_numpy()[counted], return_inverse=True, equal_nan=False)[1]
     x, y = np.bincount(customers, x), np.bincount(customers, y)
     share = x.sum() / total
@@ -259,15 +259,15 @@ def _share(name: str, rows: pd.DataFrame, part: pd.Series, whole: pd.Series) -> 
 
 
 def share_interval(share: float, variance: float, *, customers: int, rows: int) -> tuple[float, float]:
-    """The interval of a share, sum of x over sum of y of customers c with 0 <= x_c <= y_c.
+    """Interval of a share, the sum of x over the sum of y of customers c with 0 <= x_c <= y_c.
 
-    It is Wilson's for as many draws as would have the same variance, at most `rows`; times (t_{rows-1} /
-    t_{customers-1})^2 of Student's distribution, for few customers tell little of their variance: Korn and Graubard's
-    effective sample size, 1998, Survey Methodology 24, 193 to 201. Where nothing or everything is found, and of one
-    customer, each customer is one draw.
+    This is Wilson's interval for the number of independent draws with the same variance, at most `rows`, multiplied by
+    (t_{rows-1} / t_{customers-1})^2 of Student's distribution, because few customers give a poor variance estimate:
+    Korn and Graubard's effective sample size, 1998, Survey Methodology 24, 193 to 201. If the share is 0 or 1, or there
+    is only one customer, each customer counts as one draw.
 
-    `variance` is C / (C - 1) times the sum of (x_c - share * y_c)^2 over (sum of y)^2, C the number of `customers`:
-    that of a ratio of sums over independent customers (Cochran, Sampling Techniques, 1977, chapter 6).
+    `variance` is C / (C - 1) times the sum of (x_c - share * y_c)^2 over (sum of y)^2, where C is `customers`: the
+    variance of a ratio of sums over independent customers (Cochran, Sampling Techniques, 1977, chapter 6).
     """
     from scipy.stats import t
 
@@ -279,7 +279,7 @@ def share_interval(share: float, variance: float, *, customers: int, rows: int) 
 
 
 def wilson_interval(share: float, draws: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share of so many independent draws, which need not be a whole number.
+    """Wilson's 95 % score interval of a share of `draws` independent draws; `draws` need not be an integer.
 
     Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953.
     """
@@ -287,11 +287,11 @@ def wilson_interval(share: float, draws: float) -> tuple[float, float]:
     scale = 1 + z * z / draws
     middle = (share + z * z / (2 * draws)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / draws + (z / (2 * draws)) ** 2)
-    # At 0 and 1, rounding would put the bound a hair beyond the share.
+    # At 0 and 1, rounding errors could put a bound on the wrong side of the share.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def _records(**columns: npt.NDArray[Any]) -> Table:
-    """Columns as rows of plain Python numbers."""
+    """Convert columns to rows of plain Python numbers."""
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in values]

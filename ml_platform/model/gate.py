@@ -1,4 +1,4 @@
-"""What stands before the alias ``champion``: facts for the comparison, the champion's health, proof of the reload."""
+"""Gate for the alias ``champion``: inputs of the comparison, champion health, reload verification."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     import pandas
     from mlflow.entities.model_registry import ModelVersion
 
-#: Scores that a reloaded model may differ by.
-SAME_SCORE = 1e-9
+#: Maximum difference between scores before and after reloading.
+SCORE_TOLERANCE = 1e-9
 
-#: Tag of a version that was loaded back from MLflow and scored rows as it did when it was trained.
+#: Tag of a version that was reloaded from MLflow and reproduced its training scores.
 PROOF_TAG = "reload_proof"
 
-#: Tags that hold an instant: since when a version is champion, and when a challenger was last compared with it.
+#: Tags with timestamps: when a version became champion, and when a challenger was last compared with it.
 SINCE_TAG = "champion_since"
 COMPARED_TAG = "champion_compared"
 INSTANT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def facts_of(report: TrainingReport, champion: ModelVersion | None) -> Facts:
-    """What the decision takes beside the scores."""
-    known: dict[str, Any] = {
+    """Facts for the promotion decision, from the report and the champion's tags."""
+    facts: dict[str, Any] = {
         "challenger_features": tuple(report.features),
         "challenger_train_last_date": date.fromisoformat(report.windows["train"].last_date),
         "test_first_date": date.fromisoformat(report.windows["test"].first_date),
     }
     if champion is None:
-        return Facts(**known)
+        return Facts(**facts)
     scoring = report.champion
-    if scoring is None:  # its tags already told the request that it cannot score
+    if scoring is None:  # it was left out of the request because of its tags
         error, newer_library = champion_problem(champion), False
     else:
         error = None if scoring.status == "scored" else scoring.error
@@ -55,21 +55,21 @@ def facts_of(report: TrainingReport, champion: ModelVersion | None) -> Facts:
         champion_newer_library=newer_library,
         champion_features=tuple(features_of(champion)) or None,
         champion_train_last_date=_last_date_of(champion),
-        **known,
+        **facts,
     )
 
 
 def champion_request(champion: ModelVersion | None) -> dict[str, Any] | None:
-    """The champion as the training job takes it; None if its tags do not name its model."""
+    """The champion in the format of the training job's request; None if its tags lack the model file or inputs."""
     uri = champion.tags.get("model_uri", "") if champion is not None else ""
-    # Before 0.2 it was the directory of a Spark ML pipeline.
+    # Before 0.2, model_uri was the directory of a Spark ML pipeline.
     if champion is None or not uri.endswith(".json") or not features_of(champion):
         return None
     return {"version": str(champion.version), "model_uri": uri, "features": features_of(champion)}
 
 
 def features_of(version: ModelVersion) -> list[str]:
-    """The inputs of a version, by its tag; none where that does not name them, for anybody may edit it in MLflow."""
+    """Inputs of a version from its tag; empty if the tag is missing or malformed (anyone can edit it in MLflow)."""
     try:
         features = json.loads(version.tags["features"])
     except (KeyError, ValueError):
@@ -78,7 +78,7 @@ def features_of(version: ModelVersion) -> list[str]:
 
 
 def champion_problem(version: ModelVersion) -> str | None:
-    """Why a version cannot score with this platform, by its tags; None if nothing in them speaks against it."""
+    """Reason why this platform cannot score with a version, by its tags; None if they show no problem."""
     name = f"version {version.version}"
     if not version.tags.get("model_uri", "").endswith(".json"):
         if "spark_version" in version.tags:
@@ -86,23 +86,23 @@ def champion_problem(version: ModelVersion) -> str | None:
                 f"{name} is a Spark ML pipeline of an earlier version of ml_platform, with which this one "
                 "cannot score; the next run trains a successor"
             )
-        return f"{name} does not name its model file in its tags"
+        return f"{name} has no model file in its tags"
     if not features_of(version):
-        return f"{name} does not name its inputs in its tags"
+        return f"{name} has no inputs in its tags"
     learner = LEARNERS.get(version.tags.get("learner", ""))
     if learner is not None and learner.library is not None:
-        wrote, own = version.tags.get("library_version", ""), installed_version(learner.library)
-        with suppress(ModelError):  # anybody may have edited the tag
-            if is_newer(wrote, own):
+        written_by, installed = version.tags.get("library_version", ""), installed_version(learner.library)
+        with suppress(ModelError):  # anyone can edit the tag
+            if is_newer(written_by, installed):
                 return (
-                    f"{name} was written by {learner.library} {wrote}, which the older {own} at hand would misread: "
-                    f"install {learner.library} {wrote}, or choose another version"
+                    f"{name} was written by {learner.library} {written_by}, which version {installed} may misread: "
+                    f"install {learner.library} {written_by}, or choose another version"
                 )
     return None
 
 
 def _last_date_of(version: ModelVersion) -> date | None:
-    """The last day that a version was trained on, by its tag; None where that does not name it."""
+    """Last day that a version was trained on, from its tag; None if the tag is missing or malformed."""
     try:
         return date.fromisoformat(version.tags["train_last_date"])
     except (KeyError, ValueError):
@@ -110,13 +110,13 @@ def _last_date_of(version: ModelVersion) -> date | None:
 
 
 def verify_reload(mlflow: MlflowResource, version: ModelVersion, sample: pandas.DataFrame) -> None:
-    """Load a registered version back from MLflow, score held-out rows again, and record the result as PROOF_TAG.
+    """Reload a registered version from MLflow, score held-out rows again, and record the result in PROOF_TAG.
 
-    `sample` has the inputs and the ``score`` of the training. Only the model file is read: whatever else is in MLflow
-    may have been put there by anybody.
+    `sample` has the inputs and the ``score`` from training. Only the model file is read, because other files in MLflow
+    are not trusted.
 
     Raises:
-        dagster.Failure: the version does not load, or scores differ.
+        dagster.Failure: the version does not load, or its scores differ.
     """
     import mlflow as mlflow_api
     import numpy as np
@@ -132,14 +132,14 @@ def verify_reload(mlflow: MlflowResource, version: ModelVersion, sample: pandas.
             scorer = Scorer.from_json(read_model_file(Path(path)))
         except (OSError, ModelError) as error:
             raise dg.Failure(
-                f"version {version.version} does not load back from MLflow: {error}; the champion stays",
+                f"version {version.version} cannot be reloaded from MLflow: {error}; the champion stays",
                 allow_retries=False,
             ) from None
     differences = np.abs(scorer.score(matrix_of(sample, scorer.features)) - sample["score"].to_numpy())
-    if len(differences) == 0 or not differences.max() <= SAME_SCORE:  # NaN fails, too
+    if len(differences) == 0 or not differences.max() <= SCORE_TOLERANCE:  # also fails for NaN
         raise dg.Failure(
-            f"version {version.version}, loaded back from MLflow, scores {len(differences)} rows by up to "
-            f"{differences.max(initial=0)} otherwise than when it was trained; the champion stays",
+            f"version {version.version}, reloaded from MLflow, scores {len(differences)} rows with a difference of up "
+            f"to {differences.max(initial=0)} from training; the champion stays",
             allow_retries=False,
         )
     proof = f"{len(differences)} rows scored again, largest difference {differences.max()}"
@@ -154,10 +154,10 @@ def champion_health(
     reason: str,
     average_precision: float | None = None,
 ) -> str | None:
-    """Why the champion that stays needs a look: weak, unreadable, not compared for too long; None if it does not.
+    """Problem with a champion that stays: weak, unreadable or not compared for too long; None if it is healthy.
 
-    `outcome` and `reason` are the decision's, or the training's where there was no challenger; `average_precision` the
-    champion's on the held-out rows.
+    `outcome` and `reason` come from the decision, or from the training if there was no challenger; `average_precision`
+    is the champion's on the held-out rows.
     """
     name, floor = f"the champion, version {champion.version}", config.min_champion_average_precision
     if average_precision is not None and average_precision < floor:
@@ -171,21 +171,21 @@ def champion_health(
 
 
 def _days_without_comparison(champion: ModelVersion) -> int:
-    # A version that was made the champion in MLflow itself has none of our tags.
+    # A version promoted in MLflow's UI has none of these tags.
     instants = [datetime.fromtimestamp(champion.creation_timestamp / 1000, timezone.utc)]
     for tag in (SINCE_TAG, COMPARED_TAG):
-        with suppress(KeyError, ValueError):  # anybody may have edited them
+        with suppress(KeyError, ValueError):  # anyone can edit them
             instants.append(datetime.strptime(champion.tags[tag], INSTANT).replace(tzinfo=timezone.utc))
     return (datetime.now(timezone.utc) - max(instants)).days
 
 
 def compared_tags(outcome: str) -> dict[str, str]:
-    """Tags of a champion after a decision: when a challenger was last compared with it."""
+    """Tags of a champion after a decision: the time of the comparison, if there was one."""
     return {COMPARED_TAG: _now()} if outcome in DECIDED_BY_FIGURES else {}
 
 
 def champion_tags(*, who: str, why: str) -> dict[str, str]:
-    """Tags of a version that becomes the champion: since when, by whom and why."""
+    """Tags of a version that becomes the champion: when, by whom and why."""
     return {SINCE_TAG: _now(), "champion_by": who, "champion_why": why[:1000]}
 
 

@@ -1,4 +1,4 @@
-"""MLflow: one MLflow run per Dagster run, models registered as versions, the alias ``champion``."""
+"""MLflow resource: one MLflow run per Dagster run, registered model versions, the alias ``champion``."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ MODEL_NAME = "fraud_model"
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 
-#: Characters that MLflow's database keeps of a version's description.
+#: Maximum length of a version's description in MLflow's database.
 MAX_DESCRIPTION = 5000
 
-#: Error codes of MLflow for a version, an alias or a model that is not there, whatever the store.
-NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+#: MLflow's error codes, across store types, for a version, alias or model that does not exist.
+NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 class MlflowResource(dg.ConfigurableResource):
-    """dagster-mlflow's tracking resource, set up only when a step uses it: importing MLflow takes seconds."""
+    """dagster-mlflow's tracking resource, initialized lazily, because importing MLflow takes seconds."""
 
-    tracking_uri: str = Field(description="Tracking server or database; the model registry is the same.")
+    tracking_uri: str = Field(description="Tracking server or database, also used as the model registry.")
     artifact_root: str | None = Field(
-        default=None, description="Artifacts of a new experiment; default: the server's choice."
+        default=None, description="Artifact root of a new experiment; default: the server's choice."
     )
 
     ui_url: str | None = Field(
-        default=None, description="MLflow's UI, for links; default: the tracking URI, if that is a server's."
+        default=None, description="URL of MLflow's UI, for links; default: the tracking URI if it is a server."
     )
 
     _init_context: dg.InitResourceContext | None = PrivateAttr(default=None)
@@ -44,34 +44,34 @@ class MlflowResource(dg.ConfigurableResource):
         self._init_context = context
 
     def client(self) -> Any:
-        """An MlflowClient of the tracking store and its registry."""
+        """Create an MlflowClient for the tracking store and registry."""
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
 
     def artifact_location(self) -> str | None:
-        """Where the artifacts of the next run go; None if only that run will tell. Makes nothing."""
+        """Artifact location of the next run; None if it is not known before that run. Has no side effects."""
         client = self.client()
         if experiment := client.get_experiment_by_name(EXPERIMENT):
             return str(experiment.artifact_location)
         if self.artifact_root:
             return self.artifact_root
-        # The experiment comes with its first run. A server puts it beside the one that it has from the beginning.
+        # The experiment is created with its first run; a server stores it next to the default experiment.
         default = client.get_experiment_by_name("Default")
         return str(default.artifact_location) if default else None
 
     @contextmanager
     def run(self, tags: Mapping[str, str]) -> Generator[MlFlow]:
-        """The MLflow run of this Dagster run, active inside the block; failed if the block raises.
+        """Activate the MLflow run of this Dagster run; it is marked as failed if the block raises.
 
-        What it yields has all of ``mlflow``'s functions. MLflow's logged parameters are final, so a step that is
-        executed again in the same Dagster run gets the same MLflow run.
+        The yielded object has all functions of ``mlflow``. A step that is retried in the same Dagster run gets the same
+        MLflow run, whose logged parameters cannot be changed.
         """
         import dagster_mlflow
         import mlflow
 
         if self._init_context is None:
-            raise RuntimeError("the resource is used outside a Dagster run")
+            raise RuntimeError("the MLflow resource is used outside a Dagster run")
         mlflow.set_tracking_uri(self.tracking_uri)
         mlflow.set_registry_uri(self.tracking_uri)
         if mlflow.get_experiment_by_name(EXPERIMENT) is None:
@@ -95,31 +95,31 @@ class MlflowResource(dg.ConfigurableResource):
             run.end_run(status="FINISHED")
 
     def champion(self) -> ModelVersion | None:
-        """The version that has the alias ``champion``; None if there is none."""
+        """Version with the alias ``champion``; None if there is no champion."""
         from mlflow.exceptions import MlflowException
 
         try:
             return self.client().get_model_version_by_alias(MODEL_NAME, CHAMPION)
         except MlflowException as error:
-            if error.error_code in NOT_THERE:
+            if error.error_code in NOT_FOUND_CODES:
                 return None
             raise
 
     def set_champion(self, version: str, tags: Mapping[str, str]) -> None:
-        """Give a version the alias ``champion``, and tags that say since when and why."""
+        """Move the alias ``champion`` to a version, and set tags that record when and why."""
         previous = self.champion()
-        # Of some stores a version's number is an integer.
+        # Some stores return the version number as an integer.
         if previous is not None and str(previous.version) != str(version):
             tags = {**tags, "champion_before": str(previous.version)}
         self.tag_version(version, tags)
         self.client().set_registered_model_alias(MODEL_NAME, CHAMPION, version)
 
     def set_challenger(self, version: str) -> None:
-        """Give a version that did not win the alias ``challenger``."""
+        """Move the alias ``challenger`` to a version that was not promoted."""
         self.client().set_registered_model_alias(MODEL_NAME, CHALLENGER, version)
 
     def register(self, run: MlFlow, tags: Mapping[str, str], description: str) -> ModelVersion:
-        """Register the artifact ``model`` of an MLflow run as a version."""
+        """Register the artifact ``model`` of an MLflow run as a model version."""
         uri = f"runs:/{run.active_run().info.run_id}/model"
         version: ModelVersion = run.register_model(uri, MODEL_NAME, tags=dict(tags))
         self.client().update_model_version(MODEL_NAME, version.version, description[:MAX_DESCRIPTION])
@@ -132,17 +132,17 @@ class MlflowResource(dg.ConfigurableResource):
             client.set_model_version_tag(MODEL_NAME, version, name, value)
 
     def run_url(self, run: Any) -> str | None:
-        """Address of an MLflow run in MLflow's UI; None if there is no UI that we know of."""
+        """URL of an MLflow run in MLflow's UI; None if the UI's URL is not known."""
         base = self.ui_url or self.tracking_uri
         if not re.match(r"https?://", base):
             return None
-        # Without the parameter MLflow 3 opens its page for language models.
+        # Without this parameter MLflow 3 opens its GenAI page.
         page = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
         return f"{base.rstrip('/')}/#/{page}"
 
 
 def hide_progress_bars() -> None:
-    """Let MLflow draw none for artifacts: one is two dozen lines of a log. Who wants them sets MLflow's variable."""
+    """Disable MLflow's artifact progress bars, which flood logs, unless MLflow's own variable is set."""
     from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR as PROGRESS_BAR
 
     if not PROGRESS_BAR.is_set():

@@ -1,4 +1,4 @@
-"""The MLflow model of a model file: scores anywhere, with the requirements it names, without Java, Spark or pickles."""
+"""MLflow packaging of a model file: needs only its pinned requirements, no Java, Spark or pickles."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from spark_jobs.training.learners import LEARNERS, Scorer
 if TYPE_CHECKING:
     import pandas
 
-#: Modules of `spark_jobs.training` that the model carries; the last is the one that MLflow loads.
-CARRIED = ("learners.py", "pyfunc.py")
+#: Modules of `spark_jobs.training` packaged with the model; MLflow loads the last one.
+PACKAGED_MODULES = ("learners.py", "pyfunc.py")
 
-#: Where there is a wheel of XGBoost without code for GPUs; as in pyproject.toml.
+#: Platforms with and without a CPU-only wheel of XGBoost; as in pyproject.toml.
 HAS_CPU_WHEEL = "sys_platform == 'win32' or (sys_platform == 'linux' and platform_machine == 'x86_64')"
 HAS_NO_CPU_WHEEL = "sys_platform != 'win32' and (sys_platform != 'linux' or platform_machine != 'x86_64')"
 
-#: What every model needs, and what those of each library do.
-COMMON = ("mlflow", "numpy", "pandas")
-OF_LIBRARY: Mapping[str, tuple[str, ...]] = {
+#: Requirements of every model, and additional ones per library.
+COMMON_REQUIREMENTS = ("mlflow", "numpy", "pandas")
+LIBRARY_REQUIREMENTS: Mapping[str, tuple[str, ...]] = {
     "xgboost": (
         f"xgboost-cpu=={{xgboost}} ; {HAS_CPU_WHEEL}",
         f"xgboost=={{xgboost}} ; {HAS_NO_CPU_WHEEL}",
@@ -38,11 +38,11 @@ EXAMPLE_ROWS = 5
 
 
 def save_model(target: Path, model_file: bytes, example: pandas.DataFrame) -> None:
-    """Make `target` an MLflow model (flavour ``python_function``) of a model file.
+    """Package a model file as an MLflow model (flavour ``python_function``).
 
     Args:
-        target: directory to make.
-        model_file: what `Scorer.to_json` wrote.
+        target: directory to create.
+        model_file: output of `Scorer.to_json`.
         example: held-out rows with the model's inputs.
     """
     import mlflow
@@ -62,7 +62,7 @@ def save_model(target: Path, model_file: bytes, example: pandas.DataFrame) -> No
         data.write_bytes(model_file)
         mlflow.pyfunc.save_model(
             str(target),
-            loader_module=f"{package.name}.{Path(CARRIED[-1]).stem}",
+            loader_module=f"{package.name}.{Path(PACKAGED_MODULES[-1]).stem}",
             data_path=str(data),
             code_paths=[str(package)],
             signature=signature,
@@ -75,23 +75,23 @@ _REASON_COLUMNS = (("reason", "string"), ("contribution", "double"))
 
 
 def requirements(learner: str) -> list[str]:
-    """What pip is to install for a model of `learner`, pinned to the versions at hand."""
+    """Pip requirements of a model of `learner`, pinned to the installed versions."""
     library = LEARNERS[learner].library
-    pinned = [f"{name}=={version(name)}" for name in COMMON]
+    pinned = [f"{name}=={version(name)}" for name in COMMON_REQUIREMENTS]
     if library is not None:
         import importlib
 
         versions = {library: importlib.import_module(library).__version__, "scipy": version("scipy")}
-        pinned += [line.format(**versions) for line in OF_LIBRARY[library]]
+        pinned += [line.format(**versions) for line in LIBRARY_REQUIREMENTS[library]]
     return pinned
 
 
 def _package(directory: Path) -> Path:
-    """The carried modules as a package, under a name that other code of the same process does not have.
+    """Create a package of the model's modules, with a name derived from their content.
 
-    A process may load models of several versions of the platform; each finds its own modules.
+    A process may load models of several versions of the platform; the unique name keeps their modules apart.
     """
-    sources = [Path(training.__file__).parent / name for name in CARRIED]
+    sources = [Path(training.__file__).parent / name for name in PACKAGED_MODULES]
     name = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     package = directory / f"fraud_scorer_{name}"
     package.mkdir()
@@ -102,12 +102,12 @@ def _package(directory: Path) -> Path:
 
 
 def read_model_file(directory: Path) -> bytes:
-    """The model file in a downloaded MLflow model. Nothing of the model is run. Raises FileNotFoundError."""
+    """Read the model file of a downloaded MLflow model without running its code. Raises FileNotFoundError."""
     return (directory / "data" / "model.json").read_bytes()
 
 
 def partition_datasets(partitions: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list[dict[str, str]]]:
-    """The partitions that a model was trained on as MLflow's datasets, and tags of each.
+    """Training partitions as MLflow datasets, with tags for each.
 
     `partitions`: key → ``uri`` of its features, ``rows``, and ``fingerprint`` of its raw file.
     """
@@ -119,9 +119,9 @@ def partition_datasets(partitions: Mapping[str, Mapping[str, Any]]) -> tuple[lis
     datasets, tags = [], []
     for key, partition in partitions.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a local path might be of two kinds, which are one
+            warnings.simplefilter("ignore")  # MLflow warns that a local path matches two equivalent source types
             source = resolve_dataset_source(partition["uri"].replace("s3a://", "s3://", 1))
-        # A digest has 36 characters at most.
+        # MLflow limits a digest to 36 characters.
         digest = hashlib.sha256(partition["fingerprint"].encode()).hexdigest()[:32]
         datasets.append(MetaDataset(source, name=key, digest=digest))  # type: ignore[abstract]
         tags.append({"fingerprint": partition["fingerprint"], "rows": str(partition["rows"])})

@@ -1,7 +1,7 @@
-"""Pictures of a training report, and the report as Markdown with these pictures in it.
+"""Plots of a training report, and a Markdown summary with these plots.
 
-The pictures use matplotlib's object-oriented interface on the Agg canvas: no display, no pyplot, no global state.
-Texts from data are shown literally: never as math text, HTML or Markdown.
+The plots use matplotlib's object-oriented interface on the Agg canvas: no display, no pyplot, no global state.
+Text from data is shown literally, never interpreted as math text, HTML or Markdown.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Row = Mapping[str, Any]
 Intervals = Mapping[str, tuple[float, float]]
 Panel = Callable[["Axes", Report, Intervals], None]
 
-#: Most features and candidates in a picture, and most days with a label: more cannot be read.
+#: Maximum numbers of features, candidates and date labels in a plot; more would be unreadable.
 MAX_FEATURES = 10
 MAX_CANDIDATES = 20
 MAX_DATES = 7
 
-# Okabe and Ito, "Color Universal Design" (https://jfly.uni-koeln.de/color/): distinct with any colour vision.
+# Okabe and Ito, "Color Universal Design" (https://jfly.uni-koeln.de/color/): safe for colour-blind readers.
 BLUE, VERMILION, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#222222", "#666666", "#DDDDDD"
 
-#: Columns of the tables ``per_day`` and ``thresholds`` that are drawn, with label, colour and marker.
+#: Plotted columns of the tables ``per_day`` and ``thresholds``, with label, colour and marker.
 PER_DAY = {
     "average_precision": ("average precision", BLUE, "o"),
     "roc_auc": ("ROC AUC", GREEN, "s"),
@@ -49,11 +49,11 @@ THRESHOLDS = {
 
 
 def draw_figures(report: Report, *, intervals: Intervals | None = None) -> dict[str, bytes]:
-    """Draw the pictures of a training report as PNG: name → bytes, the most useful first.
+    """Draw the plots of a training report as PNG: name → bytes, the most useful first.
 
     ``overview`` has up to six panels (precision and recall, alert budgets, figures per day, scores, calibration,
-    importances); ``per_scenario``, ``grid`` (the candidates of the search) and ``roc`` have a picture each. A panel
-    without data is left out, because an empty axis would look like a result. The same report gives the same bytes.
+    importances); ``per_scenario``, ``grid`` (the candidates of the search) and ``roc`` are separate plots. A panel
+    without data is omitted, because an empty axis would look like a result. The same report gives the same bytes.
 
     Args:
         report: report of the job ``train_model``; `ml_platform.model.evaluation` documents its tables.
@@ -63,13 +63,13 @@ def draw_figures(report: Report, *, intervals: Intervals | None = None) -> dict[
 
 
 def build_figures(report: Report, intervals: Intervals) -> dict[str, Figure]:
-    """The pictures of `draw_figures` as matplotlib figures."""
+    """Build the plots of `draw_figures` as matplotlib figures."""
     data = {**report.get("tables", {}), **{name: report.get(name) for name in ("grid", "feature_importances")}}
     figures = {}
     panels = [panel for name, panel in OVERVIEW.items() if data.get(name)]
     if panels:
         figures["overview"] = _figure(report, width=12, height=6.8)
-        # Subfigures have layouts of their own: long names in one panel do not narrow the panel above it.
+        # Subfigures have separate layouts, so that long names in one panel do not narrow the panel above it.
         for panel, cell in zip(panels, figures["overview"].subfigures(2, 3, squeeze=False).flat, strict=False):
             panel(_styled(cell.subplots()), report, intervals)
     for name, panel in DETAILS.items():
@@ -82,17 +82,17 @@ def build_figures(report: Report, intervals: Intervals) -> dict[str, Figure]:
 def markdown_summary(
     report: Report, pngs: Mapping[str, bytes], *, intervals: Intervals | None = None, limit: int = 100_000
 ) -> str:
-    """A training report as Markdown, for the metadata of a Dagster asset.
+    """Summarize a training report as Markdown, for the metadata of a Dagster asset.
 
-    It has tables of the metrics, with their intervals and the champion's, and of the alert budgets, then the pictures
+    Contains tables of the metrics, with intervals and the champion's values, and of the alert budgets, then the plots
     as ``data:`` URIs. Dagster stores metadata in its database and loads it with every page that shows it, so the text
-    stays within `limit` bytes: pictures that do not fit are named instead. The tables alone take less than 5 kB.
+    stays within `limit` bytes: plots that do not fit are only named. The tables alone take less than 5 kB.
 
     Args:
         report: report of the job ``train_model``, of any outcome.
-        pngs: the pictures of `draw_figures`.
+        pngs: the plots of `draw_figures`.
         intervals: as in `draw_figures`.
-        limit: most bytes of the text.
+        limit: maximum size of the text in bytes.
     """
     if report["outcome"] != "trained":
         return f"No model: {markdown(_short(report['reason'], 500))}\n"
@@ -104,18 +104,18 @@ def markdown_summary(
         _metrics_table(report, intervals or {}),
         _thresholds_table(report.get("tables", {}).get("thresholds", [])),
     ]
-    # 200 bytes are for the line that names the pictures left out.
-    room = limit - 200 - sum(len(part.encode()) + 2 for part in parts)
-    left_out = []
+    # Reserve 200 bytes for the line that names omitted plots.
+    remaining = limit - 200 - sum(len(part.encode()) + 2 for part in parts)
+    omitted = []
     for name, png in pngs.items():
-        picture = f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
-        if len(picture) + 2 <= room:
-            room -= len(picture) + 2
-            parts.append(picture)
+        image = f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
+        if len(image) + 2 <= remaining:
+            remaining -= len(image) + 2
+            parts.append(image)
         else:
-            left_out.append(name)
-    if left_out:
-        parts.append(f"Only in MLflow, to keep this entry small: {', '.join(left_out)}.")
+            omitted.append(name)
+    if omitted:
+        parts.append(f"Only in MLflow, to keep this entry small: {', '.join(omitted)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -124,7 +124,7 @@ def markdown_summary(
 
 def _precision_recall(ax: Axes, report: Report, intervals: Intervals) -> None:
     curve, budgets = report["tables"]["precision_recall"], report["tables"]["thresholds"]
-    # Average precision is the area under these steps: a precision holds from the recall before it.
+    # Average precision is the area under these steps: each precision applies from the previous recall.
     ax.plot(_column(curve, "recall"), _column(curve, "precision"), color=BLUE, drawstyle="steps-pre", label="model")
     base_rate = report["metrics"]["test_frauds"] / report["metrics"]["test_rows"]
     ax.axhline(base_rate, color=GREY, linewidth=1, linestyle="--", label=f"no skill ({100 * base_rate:.2g} % frauds)")
@@ -154,7 +154,7 @@ def _per_day(ax: Axes, report: Report, intervals: Intervals) -> None:
         ax.axhspan(*intervals["test_average_precision"], color=BLUE, alpha=0.12, linewidth=0)
         title += "\nBand: interval of the average precision"
     shown = range(0, len(days), math.ceil(len(days) / MAX_DATES))
-    # Without the year, which is in the caption.
+    # The year is in the caption.
     dates = [f"{_short(days[place]['date'][5:], 10)}\n{days[place]['frauds']:,}" for place in shown]
     ax.set_xticks(shown, dates, parse_math=False)
     _label(ax, title, "day (UTC) and its number of frauds", "")
@@ -177,12 +177,12 @@ def _score_histogram(ax: Axes, report: Report, intervals: Intervals) -> None:
 def _calibration(ax: Axes, report: Report, intervals: Intervals) -> None:
     bins = report["tables"]["calibration"]
     scores, shares, rows = (_column(bins, name) for name in ("mean_score", "fraud_share", "rows"))
-    # Rows count as independent here, which several of one card are not quite.
+    # Rows are treated as independent, although rows of one card are correlated.
     lower, upper = zip(*(wilson_interval(share, count) for share, count in zip(shares, rows, strict=True)), strict=True)
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfect calibration")
     ax.vlines(scores, lower, upper, color=BLUE, linewidth=1.2, label="95 % interval")
     ax.plot(scores, shares, "o", color=BLUE, markersize=5, label="bin of rows")
-    # Most scores are far below 1 %, and bins without frauds are at 0.
+    # A symmetric log scale, because most scores are far below 1 % and bins without frauds are at 0.
     for set_scale in (ax.set_xscale, ax.set_yscale):
         set_scale("symlog", linthresh=1e-4, linscale=0.4)
     limits, ticks = (-2e-5, min(1, 2 * max(*scores, *upper))), (0, 1e-4, 1e-3, 1e-2, 0.1, 1)
@@ -217,7 +217,7 @@ def _per_scenario(ax: Axes, report: Report, intervals: Intervals) -> None:
     for place, row in enumerate(rows):
         _note(ax, f"{row['caught']:,} of {row['frauds']:,}", (upper[place], place))
     _name_rows(ax, [f"scenario {row['scenario']}" for row in rows])
-    # Room for the counts to the right of a full bar.
+    # Leave room for the counts to the right of a full bar.
     ax.set(xlim=(0, 1.2), xticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
     _percent(ax.xaxis)
     title = "Frauds caught per scenario at the daily alert budget (lines: 95 % intervals)"
@@ -225,7 +225,7 @@ def _per_scenario(ax: Axes, report: Report, intervals: Intervals) -> None:
 
 
 def _grid(ax: Axes, report: Report, intervals: Intervals) -> None:
-    # The sort is stable: of equals, the candidate that the search tried first.
+    # The sort is stable: ties keep the search order.
     grid = sorted(report["grid"], key=lambda candidate: -candidate["validation_average_precision"])
     best = grid[:MAX_CANDIDATES]
     scores = _column(best, "validation_average_precision")
@@ -234,13 +234,13 @@ def _grid(ax: Axes, report: Report, intervals: Intervals) -> None:
     labels = []
     for place, candidate in enumerate(best):
         _note(ax, f"{scores[place]:.4f}", (scores[place], place))
-        # Only the parameters in which the learner's candidates differ tell them apart.
+        # Show only the parameters in which the learner's candidates differ.
         others = [other["params"] for other in grid if other["learner"] == candidate["learner"]]
         params = candidate["params"].items()
         varied = [f"{name} {value}" for name, value in params if any(other.get(name) != value for other in others)]
         labels.append(candidate["learner"] + (f": {', '.join(varied)}" if varied else ""))
     _name_rows(ax, labels)
-    # Room for the numbers beside the points.
+    # Leave room for the numbers next to the points.
     spread = max(scores[0] - scores[-1], 0.01)
     ax.set_xlim(scores[-1] - 0.1 * spread, scores[0] + 0.25 * spread)
     title = f"Search: best {len(best)} of {len(grid)} candidates"
@@ -258,7 +258,7 @@ def _roc(ax: Axes, report: Report, intervals: Intervals) -> None:
     _legend(ax, "lower right")
 
 
-#: Tables of the report and their panels, in the order of reading: those of the overview, and pictures of their own.
+#: Tables of the report and their panels in reading order: those in the overview, and separate plots.
 OVERVIEW: dict[str, Panel] = {
     "precision_recall": _precision_recall,
     "thresholds": _thresholds,
@@ -270,7 +270,7 @@ OVERVIEW: dict[str, Panel] = {
 DETAILS: dict[str, Panel] = {"per_scenario": _per_scenario, "grid": _grid, "roc": _roc}
 
 
-# --- Parts of pictures ------------------------------------------------------------------------------------------------
+# --- Plot elements ----------------------------------------------------------------------------------------------------
 
 
 def _figure(report: Report, width: float, height: float) -> Figure:
@@ -282,7 +282,7 @@ def _figure(report: Report, width: float, height: float) -> Figure:
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure as PNG without metadata, and with a palette, which takes a third of the bytes of true colour."""
+    """Render a figure as PNG without metadata, with a palette: a third of the size of true colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -310,7 +310,7 @@ def _label(ax: Axes, title: str, x: str, y: str) -> None:
 
 
 def _title(name: str, metric: str, report: Report, intervals: Intervals) -> str:
-    """A metric with its interval and the champion's value, where they are known."""
+    """Title of a metric with its interval and the champion's value, if known."""
     title = f"{name} {report['metrics'][metric]:.3f}"
     if metric in intervals:
         title += " ({:.3f} to {:.3f})".format(*intervals[metric])
@@ -333,12 +333,12 @@ def _legend(ax: Axes, place: str, columns: int = 1) -> None:
 
 
 def _note(ax: Axes, text: str, point: tuple[float, float], offset: tuple[int, int] = (6, 0), color: str = INK) -> None:
-    """A number to the right of a point."""
+    """Annotate a point with text to its right."""
     ax.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=7.5, color=color, va="center")
 
 
 def _name_rows(ax: Axes, names: Sequence[str], limit: int = 58) -> None:
-    """Rows from the top downwards, each with a name."""
+    """Label rows with names, from top to bottom."""
     ax.set_yticks(range(len(names)), [_short(name, limit) for name in names], fontsize=7.5, parse_math=False)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(False, axis="y")
@@ -347,7 +347,7 @@ def _name_rows(ax: Axes, names: Sequence[str], limit: int = 58) -> None:
 def _share_lines(
     ax: Axes, rows: Sequence[Row], columns: Mapping[str, tuple[str, str, str]], draw_intervals: Callable[..., Any]
 ) -> None:
-    """Lines of shares with their intervals, and the legend below 0, where it hides no line."""
+    """Plot lines of shares with their intervals; the legend is below 0, where it covers no line."""
     places = range(len(rows))
     for column, (label, colour, marker) in columns.items():
         ax.plot(places, _column(rows, column), color=colour, marker=marker, markersize=4.5, label=label)
@@ -365,12 +365,12 @@ def _percent(*axes: Any) -> None:
 
 
 def _column(rows: Sequence[Row], name: str) -> list[float]:
-    """A column of a table; undefined values are NaN, which is not drawn."""
+    """Column of a table; undefined values become NaN, which matplotlib does not draw."""
     return [math.nan if row[name] is None else row[name] for row in rows]
 
 
 def _short(text: str, limit: int) -> str:
-    """`text` in printable characters, at most `limit` of them."""
+    """Escape non-printable characters in `text` and truncate it to `limit` characters."""
     text = printable(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -1,15 +1,15 @@
-"""The promotion rule: whether a new model (the challenger) replaces the model in service (the champion).
+"""Promotion rule: decides whether a new model (challenger) replaces the model in service (champion).
 
-Both models have scored the same held-out rows. The deciding figure is the difference of their average precisions; its
-uncertainty comes from a paired bootstrap over customers, because the rows of one customer are not independent. The
+Both models have scored the same held-out rows. The decision is based on the difference of their average precisions; its
+uncertainty is estimated by a paired bootstrap over customers, because the rows of one customer are not independent. The
 challenger is promoted if the lower bound of the interval is above a margin, so a tie keeps the champion. Only rankings
-are compared: scores on another scale are the same model here.
+are compared; the scale of the scores does not matter.
 
-Not covered: rows of one terminal count as independent, the held-out days as typical of the days to come, and the
-challenger as the only one tried on these rows. Of many tried on the same rows, one wins by chance more often than the
-confidence says.
+Assumptions: rows of one terminal are independent, the held-out days are typical of future days, and the challenger is
+the only one tried on these rows. If many are tried on the same rows, one wins by chance more often than the confidence
+says.
 
-Nothing here does I/O. The same arguments give the same decision, whatever the order of the rows.
+This module does no I/O and is deterministic; the order of the rows does not matter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
     Figures = dict[str, float | int]
 
-#: The cases that `decide` distinguishes; see there.
+#: Outcomes of `decide`, documented there.
 Outcome = Literal[
     "first_model",
     "champion_newer_library",
@@ -43,34 +43,32 @@ Outcome = Literal[
     "better",
 ]
 
-#: Outcomes that rest on a comparison, or need none.
+#: Outcomes that are based on a comparison, or need none.
 DECIDED_BY_FIGURES: tuple[Outcome, ...] = ("first_model", "better", "not_better", "no_difference")
 
-#: With fewer customers that have a fraud there is nothing to resample, however many frauds they have.
+#: With fewer customers that have a fraud, the bootstrap has too few units to resample, regardless of the frauds.
 MIN_FRAUD_CUSTOMERS = 10
 
-#: With fewer replicates beyond each bound of an interval, the bound is mostly chance.
+#: With fewer replicates beyond each bound of an interval, the bound is mostly noise.
 MIN_TAIL_REPLICATES = 5
 
 
 class PromotionRule(dg.Config):
-    """When a challenger is promoted."""
+    """Settings of the promotion rule."""
 
-    mode: Literal["enforce", "dry_run"] = Field(default="enforce", description="enforce; dry_run leaves the champion.")
-    margin: float = Field(
-        default=0.0, ge=0, lt=1, description="Average precision by which it must be better, at the least."
-    )
-    confidence: float = Field(default=0.95, gt=0, lt=1, description="Of the interval whose lower bound decides.")
+    mode: Literal["enforce", "dry_run"] = Field(default="enforce", description="enforce; dry_run keeps the champion.")
+    margin: float = Field(default=0.0, ge=0, lt=1, description="Minimum improvement in average precision.")
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="Confidence level of the deciding interval.")
     replicates: int = Field(default=1000, ge=100, description="Bootstrap replicates.")
-    min_frauds: int = Field(default=50, ge=2, description="Held-out frauds below which models are not compared.")
+    min_frauds: int = Field(default=50, ge=2, description="Minimum held-out frauds to compare models.")
 
     @model_validator(mode="after")
     def _has_enough_replicates(self) -> PromotionRule:
-        # The tolerance is for shares such as 0.95, whose complement is not an exact binary number.
+        # The tolerance covers confidences such as 0.95, whose complement has no exact binary representation.
         needed = math.ceil(2 * MIN_TAIL_REPLICATES / (1 - self.confidence) - 1e-6)
         if self.replicates < needed:
             raise ValueError(
-                f"replicates is {self.replicates}: an interval with confidence {self.confidence:g} takes "
+                f"replicates is {self.replicates}: an interval with confidence {self.confidence:g} needs "
                 f"{needed:,} or more"
             )
         return self
@@ -78,13 +76,13 @@ class PromotionRule(dg.Config):
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The held-out rows: arrays with one element per row.
+    """Labels and scores of the held-out rows: arrays with one element per row.
 
     Attributes:
         label: 1 for a fraud, 0 for a genuine transaction.
         challenger: the challenger's scores; higher means more suspicious.
         customer_id: numbers, NaN where the customer is unknown.
-        champion: the champion's scores of the same rows; None if there are none.
+        champion: the champion's scores of the same rows; None if it has not scored them.
 
     Raises:
         ValueError: there are no rows, a label is neither 0 nor 1, or a score is not finite.
@@ -99,9 +97,9 @@ class Scores:
         import numpy as np
 
         if len(self.label) == 0:
-            raise ValueError("there are no held-out rows to decide by; train the model again")
+            raise ValueError("no held-out rows; train the model again")
         if not np.isin(self.label, (0, 1)).all():
-            raise ValueError("a label of the held-out rows is neither 0 nor 1; train the model again")
+            raise ValueError("a held-out row has a label that is neither 0 nor 1; train the model again")
         for name, scores in (("challenger", self.challenger), ("champion", self.champion)):
             if scores is not None and not np.isfinite(scores).all():
                 raise ValueError(
@@ -111,12 +109,12 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of the two models beside their scores.
+    """Facts about the two models other than their scores.
 
     Attributes:
         champion: the champion's version; None if there is no champion.
         champion_error: why the champion could not score the rows; None if it could.
-        champion_newer_library: whether the reason is that a newer library wrote it than the one at hand.
+        champion_newer_library: True if the reason is that it was written by a newer library than the installed one.
         champion_features, challenger_features: names of their inputs; None if unknown.
         champion_train_last_date, challenger_train_last_date: last day of the rows used to fit or select the model;
             None if unknown.
@@ -139,13 +137,13 @@ class Decision:
 
     Attributes:
         outcome: the case; see `decide`.
-        promote: whether the rule promotes the challenger.
-        apply: whether to move the alias: `promote`, unless the rule is a dry run.
-        reasons: sentences for people, the decisive one first.
-        figures: the numbers behind them, JSON-able and without null; undefined ones are left out.
+        promote: True if the rule promotes the challenger.
+        apply: True if the alias is to be moved: `promote`, unless the rule is a dry run.
+        reasons: human-readable sentences, the decisive one first.
+        figures: the numbers behind them, JSON-serializable and without null; undefined ones are omitted.
 
             * ``rows``, ``frauds``, ``customers`` (known ones), ``unknown_customer_rows``, ``fraud_customers``
-              (customers with a fraud; a row of an unknown one counts as one), ``fraud_share``
+              (customers with a fraud; a row of an unknown customer counts as one), ``fraud_share``
             * ``margin``, ``confidence``, ``seed``, ``replicates`` (those in which the figures were defined)
             * ``average_precision`` and ``roc_auc`` of the challenger, ``champion_average_precision``,
               ``champion_roc_auc``, and the differences (challenger minus champion)
@@ -165,30 +163,30 @@ def decide(rule: PromotionRule, scores: Scores, facts: Facts, seed: int = 0) -> 
 
     The first of these cases that applies is the outcome:
 
-    ``first_model``: there is no champion. Promote: any model serves better than none, and the figures say how
+    ``first_model``: there is no champion. Promote: any model is better than none, and the figures say how
         good it is.
     ``no_difference``: both models rank all rows alike (a retrain on the same data). Keep.
-    ``not_comparable``: the challenger has seen the held-out rows, so its figures flatter it. Keep.
+    ``not_comparable``: the challenger has seen the held-out rows, so its figures are too good. Keep.
     ``too_few_frauds``: there are fewer frauds or genuine rows than the rule's `min_frauds`, or fewer customers with
-        a fraud than `MIN_FRAUD_CUSTOMERS`. Keep: an interval from so few would be an accident.
-    ``champion_newer_library``: a newer library wrote the champion than the one that was to score with it. Keep: it is
-        as good as it was, and still serves wherever that library is installed. The library can be changed, or the
+        a fraud than `MIN_FRAUD_CUSTOMERS`. Keep: an interval from so few would be mostly noise.
+    ``champion_newer_library``: the champion was written by a newer library than the installed one. Keep: it is as
+        good as before, and still usable where that library is installed. Install that library, or change the
         champion by hand.
-    ``champion_unreadable``, ``champion_other_features``: the champion gave no scores, in the second case because it
-        needs features that the challenger's do not include. A champion that cannot be loaded serves nobody, so the
-        challenger need not beat it, but it must be clearly better than chance: promote if both lower bounds are above
-        those of a random order, average precision above the share of frauds and ROC AUC above 0.5. A broken
-        challenger does not displace a champion that may still be repaired.
+    ``champion_unreadable``, ``champion_other_features``: the champion could not score the rows, in the second case
+        because it needs features that are no longer built. Such a champion is unusable, so the challenger need not
+        beat it, but must be clearly better than chance: promote if both lower bounds are above those of a random
+        order, average precision above the share of frauds and ROC AUC above 0.5. A broken challenger does not replace
+        a champion that may still be repaired.
     ``better``: the lower bound of the difference in average precision is above the margin. Promote, even if the
-        champion has seen the held-out rows: that flatters the champion, and the challenger beat it nevertheless.
-    ``not_comparable``: otherwise, if the champion has or may have seen the held-out rows and may owe its figures to
-        that. Keep; later rows will tell.
+        champion has seen the held-out rows: that favours the champion, and the challenger still beat it.
+    ``not_comparable``: otherwise, if the champion has or may have seen the held-out rows, which may explain its
+        figures. Keep; compare again on later rows.
     ``not_better``: otherwise. Keep.
 
-    A champion with other features that did score the rows is compared like any other; a reason mentions it.
+    A champion with different features that did score the rows is compared like any other; a reason mentions it.
 
     Raises:
-        ValueError: there are scores of a champion that could not score or does not exist, or none of one that could.
+        ValueError: the scores include a champion that does not exist or could not score, or lack one that could.
     """
     could_score = facts.champion is not None and facts.champion_error is None
     if could_score != (scores.champion is not None):
@@ -203,7 +201,7 @@ def decide(rule: PromotionRule, scores: Scores, facts: Facts, seed: int = 0) -> 
 
 
 def _outcome(rule: PromotionRule, figures: Figures, facts: Facts, *, alike: bool) -> tuple[Outcome, bool]:
-    """The first case of `decide` that applies, and whether it promotes; `alike`: both models rank all rows alike."""
+    """First case of `decide` that applies, and whether it promotes; `alike`: both models rank all rows alike."""
     if facts.champion is None:
         return "first_model", True
     if alike:
@@ -226,7 +224,7 @@ def _outcome(rule: PromotionRule, figures: Figures, facts: Facts, *, alike: bool
 def _figures(rule: PromotionRule, scores: Scores, seed: int) -> Figures:
     import numpy as np
 
-    models = [each for each in (scores.challenger, scores.champion) if each is not None]
+    models = [model for model in (scores.challenger, scores.champion) if model is not None]
     clusters = customer_clusters(scores.label, models, scores.customer_id)
     rows, frauds = len(scores.label), int(scores.label.sum())
     figures: Figures = {
@@ -248,19 +246,19 @@ def _figures(rule: PromotionRule, scores: Scores, seed: int) -> Figures:
 
 
 def _has_seen(train_last: date | None, facts: Facts) -> bool | None:
-    """Whether a model trained up to `train_last` has seen held-out rows; None if a date is unknown."""
+    """True if a model trained up to `train_last` has seen held-out rows; None if a date is unknown."""
     if train_last is None or facts.test_first_date is None:
         return None
     return train_last >= facts.test_first_date
 
 
 def _shortage(rule: PromotionRule, figures: Figures) -> str | None:
-    """What the held-out rows have too few of for a comparison; None if they have enough."""
+    """Reason why the held-out rows are too few for a comparison; None if they are enough."""
     if figures["frauds"] < rule.min_frauds:
         return f"The held-out rows have {figures['frauds']:,} frauds, fewer than {rule.min_frauds:,}"
     if figures["fraud_customers"] < MIN_FRAUD_CUSTOMERS:
         return (
-            f"The {figures['frauds']:,} held-out frauds are of {figures['fraud_customers']} customers, fewer than "
+            f"The {figures['frauds']:,} held-out frauds come from {figures['fraud_customers']} customers, fewer than "
             f"{MIN_FRAUD_CUSTOMERS}"
         )
     genuine = figures["rows"] - figures["frauds"]
@@ -268,7 +266,7 @@ def _shortage(rule: PromotionRule, figures: Figures) -> str | None:
 
 
 def _beats_chance(figures: Figures) -> bool:
-    # Average precision alone proves little: one lucky fraud at the top lifts it far above the share of frauds.
+    # Average precision alone is not enough: one lucky fraud at the top raises it far above the share of frauds.
     return (
         "average_precision" in figures
         and figures["average_precision_lower"] > figures["fraud_share"]
@@ -277,7 +275,7 @@ def _beats_chance(figures: Figures) -> bool:
 
 
 def _lost_features(facts: Facts) -> list[str]:
-    """Features that the champion needs and the challenger's do not include."""
+    """Features that the champion needs and the challenger does not have."""
     return _difference(facts.champion_features, facts.challenger_features)
 
 
@@ -286,13 +284,13 @@ def _difference(names: tuple[str, ...] | None, others: tuple[str, ...] | None) -
 
 
 def _reasons(outcome: Outcome, promote: bool, rule: PromotionRule, figures: Figures, facts: Facts) -> list[str]:
-    """The decision in sentences, the decisive one first."""
+    """Explain the decision in sentences, the decisive one first."""
     champion = f"champion (version {facts.champion})"
     not_scored = f"The {champion} could not score the held-out rows: {facts.champion_error}"
     if outcome == "first_model":
         reasons = ["There is no champion, so the first model becomes it.", _quality(rule, figures)]
         if not _beats_chance(figures):
-            reasons.append("It is not clearly better than a random order: look at it before you rely on it.")
+            reasons.append("It is not clearly better than a random order: review it before you rely on it.")
     elif outcome == "no_difference":
         reasons = [f"The challenger ranks all {figures['rows']:,} held-out rows as the {champion} does: no difference."]
     elif outcome == "not_comparable" and _has_seen(facts.challenger_train_last_date, facts):
@@ -307,7 +305,7 @@ def _reasons(outcome: Outcome, promote: bool, rule: PromotionRule, figures: Figu
     elif outcome == "champion_newer_library":
         reasons = [
             not_scored,
-            "The champion stays: it may be better, and serves wherever the newer library is installed. Train with that "
+            "The champion stays: it may be better, and is usable where the newer library is installed. Train with that "
             "library, or make another version the champion by hand (ml-platform champion set).",
             _quality(rule, figures),
         ]
@@ -315,7 +313,7 @@ def _reasons(outcome: Outcome, promote: bool, rule: PromotionRule, figures: Figu
         lost = _lost_features(facts)
         reasons = [
             not_scored + (f" It needs features that are no longer built: {', '.join(lost)}." if lost else ""),
-            "The challenger is clearly better than a random order and replaces a champion that serves nobody."
+            "The challenger is clearly better than a random order and replaces a champion that cannot be used."
             if promote
             else "The challenger is not clearly better than a random order, so the champion stays: repair one of them.",
             _quality(rule, figures),
@@ -323,7 +321,7 @@ def _reasons(outcome: Outcome, promote: bool, rule: PromotionRule, figures: Figu
     else:
         reasons = [_comparison(promote, rule, figures, champion), *_caveats(promote, facts)]
     if rule.mode == "dry_run":
-        reasons.append("The rule is a dry run: the champion is left as it is.")
+        reasons.append("The rule is a dry run: the champion stays.")
     return reasons
 
 
@@ -340,7 +338,7 @@ def _comparison(promote: bool, rule: PromotionRule, figures: Figures, champion: 
 
 
 def _caveats(promote: bool, facts: Facts) -> list[str]:
-    """Circumstances of a comparison: held-out rows that the champion has seen, and different features."""
+    """Caveats of a comparison: held-out rows that the champion has seen, and different features."""
     caveats = []
     seen = _has_seen(facts.champion_train_last_date, facts)
     if seen is not False:
@@ -351,25 +349,25 @@ def _caveats(promote: bool, facts: Facts) -> list[str]:
             else "It is not known whether the champion has seen the held-out rows: a window's dates are missing"
         )
         caveats.append(
-            f"{when}. That could only flatter it, and the challenger won nevertheless."
+            f"{when}. That can only favour the champion, and the challenger still won."
             if promote
-            else f"{when}. It may owe its figures to that; compare again on later rows."
+            else f"{when}. That may explain its figures; compare again on later rows."
         )
     gained = _difference(facts.challenger_features, facts.champion_features)
     lists = (("only the challenger", gained), ("only the champion", _lost_features(facts)))
-    listed = "; ".join(f"{whose}: {', '.join(names)}" for whose, names in lists if names)
+    listed = "; ".join(f"{model}: {', '.join(names)}" for model, names in lists if names)
     if listed:
-        caveats.append(f"The models have different features ({listed}). Both scored the same rows, so they compare.")
+        caveats.append(f"The models have different features ({listed}), but both scored the same rows.")
     return caveats
 
 
 def _quality(rule: PromotionRule, figures: Figures) -> str:
     if "average_precision" not in figures:
-        return f"Its quality cannot be told from {_basis(figures)}."
+        return f"Its quality cannot be measured on {_basis(figures)}."
     chances = (("average precision", figures["fraud_share"]), ("ROC AUC", 0.5))
     parts = [
         f"{name} {figures[key]:.4f} ({100 * rule.confidence:g} % interval {figures[f'{key}_lower']:.4f} to "
-        f"{figures[f'{key}_upper']:.4f}; of a random order {chance:.4f})"
+        f"{figures[f'{key}_upper']:.4f}; random order: {chance:.4f})"
         for key, (name, chance) in zip(("average_precision", "roc_auc"), chances, strict=True)
     ]
     return f"On {_basis(figures)}, it has {' and '.join(parts)}."

@@ -1,4 +1,4 @@
-"""The way of a model: train, evaluate, decide, register, prove, promote."""
+"""Training workflow: train, evaluate, decide, register, verify, promote."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities.model_registry import ModelVersion
 
-#: Bytes of the summary in the asset's metadata, which Dagster keeps in its database.
+#: Maximum bytes of the summary in the asset's metadata, which Dagster stores in its database.
 SUMMARY_LIMIT = 100_000
 
 
 @dataclass(frozen=True)
 class TrainingPartition:
-    """A partition that a model is trained on: fingerprint of its raw file, rows and address of its features."""
+    """A training partition: fingerprint of its raw file, number of rows and URI of its features."""
 
     fingerprint: str
     rows: int
@@ -54,13 +54,13 @@ class TrainingPartition:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What became of a training. `decision`, `version` and `summary` are those of a trained model.
+    """Result of a training. `decision`, `version` and `summary` are set only if a model was trained.
 
     Attributes:
-        report: the job's, with the metrics and tables of the held-out rows.
-        champion_problem: why the champion needs a look (see `champion_health`); None if it does not.
-        champion_version: version in service after the training; None if there is none.
-        mlflow_run: entity of the MLflow run.
+        report: the job's report, with metrics and tables of the held-out rows.
+        champion_problem: problem with the champion (see `champion_health`); None if there is no problem.
+        champion_version: version in service after the training; None if there is no champion.
+        mlflow_run: the MLflow run entity.
     """
 
     report: TrainingReport
@@ -74,7 +74,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Training:
-    """One training up to a cut-off, within the active MLflow run `run` (MLflow's functions)."""
+    """A training up to a cut-off in the active MLflow run; `run` has MLflow's functions."""
 
     context: dg.AssetExecutionContext
     config: FraudModelConfig
@@ -87,16 +87,16 @@ class Training:
 
     @cached_property
     def directory(self) -> str:
-        """Name of the model's directory in the lake."""
+        """Directory of the model in the lake."""
         return f"models/{self.cutoff}/{self.context.run.run_id}"
 
     @cached_property
     def champion(self) -> ModelVersion | None:
-        """The version in service when the training began."""
+        """Version in service when the training started."""
         return self.mlflow.champion()
 
     def execute(self) -> TrainingResult:
-        """All steps, in order. The alias moves last: whatever fails before leaves the champion as it is."""
+        """Run all steps. The alias moves last, so that a failure in an earlier step leaves the champion unchanged."""
         report = self.train()
         self.log_training(report)
         if report.outcome != "trained":
@@ -111,7 +111,7 @@ class Training:
         decision = self.decide(report, scores)
         summary = self.log_evaluation(report, decision)
         version = self.register(report, decision)
-        # Every version, because each can be made the champion by hand later.
+        # Verify every version, because any of them can be made the champion by hand later.
         verify_reload(self.mlflow, version, self.sample)
         problem = self.check_champion(
             decision.outcome,
@@ -139,9 +139,7 @@ class Training:
         return TrainingReport.model_validate(report)
 
     def log_training(self, report: TrainingReport) -> None:
-        """Log data, settings and outcome to MLflow; of a model also every candidate: a parameter names it, a metric
-        is its score.
-        """
+        """Log data, settings and outcome to MLflow; for a model also each candidate's parameters and score."""
         run, data_set = self.run, {key: asdict(partition) for key, partition in self.partitions.items()}
         datasets, dataset_tags = partition_datasets(data_set)
         run.log_inputs(datasets, ["training"] * len(datasets), dataset_tags)
@@ -174,20 +172,20 @@ class Training:
         )
 
     def evaluate(self, report: TrainingReport, scores: pd.DataFrame) -> TrainingReport:
-        """The report with metrics and tables of the held-out rows, which is kept beside the model."""
+        """Add metrics and tables of the held-out rows to the report, and store it next to the model."""
         budget = self.config.alerts_per_day
         metrics = {f"test_{name}": value for name, value in evaluate(scores, "score", budget).items()}
         if report.champion is not None and report.champion.status == "scored":
-            of_champion = evaluate(scores, "champion_score", budget)
+            champion = evaluate(scores, "champion_score", budget)
             metrics |= {
-                f"champion_test_{name}": value for name, value in of_champion.items() if name not in ("rows", "frauds")
+                f"champion_test_{name}": value for name, value in champion.items() if name not in ("rows", "frauds")
             }
         report = report.model_copy(update={"metrics": metrics, "tables": evaluation_tables(scores, budget)})
         self.lake.write_json(f"{self.directory}/{REPORT_NAME}", report.model_dump(mode="json"))
         return report
 
     def decide(self, report: TrainingReport, scores: pd.DataFrame) -> Decision:
-        """Hold the model against the champion on the same rows."""
+        """Compare the model with the champion on the same rows."""
         facts = facts_of(report, self.champion)
         compared = facts.champion is not None and facts.champion_error is None
         return decide(
@@ -203,7 +201,7 @@ class Training:
         )
 
     def log_evaluation(self, report: TrainingReport, decision: Decision) -> str:
-        """Log report, pictures and decision to MLflow; returns the summary for people, as Markdown."""
+        """Log report, figures and decision to MLflow; returns a summary as Markdown."""
         run, figures, content = self.run, decision.figures, report.model_dump(mode="json")
         intervals = {
             f"test_{name}": (float(figures[f"{name}_lower"]), float(figures[f"{name}_upper"]))
@@ -224,7 +222,7 @@ class Training:
 
     @cached_property
     def sample(self) -> pd.DataFrame:
-        """Held-out rows with ids, inputs and scores, which the job left beside the model."""
+        """Sample of held-out rows with ids, inputs and scores, written by the job."""
         import io
 
         import pandas as pd
@@ -232,7 +230,7 @@ class Training:
         return pd.read_parquet(io.BytesIO(self.lake.store.read(f"{self.directory}/{SAMPLE_FILE}")))
 
     def register(self, report: TrainingReport, decision: Decision) -> ModelVersion:
-        """Log the model file as an MLflow model and register it, with a description for people."""
+        """Log the model file as an MLflow model and register it with a model card."""
         assert report.best is not None  # noqa: S101 - narrows the type
         with tempfile.TemporaryDirectory(prefix="ml-platform-") as directory:
             target = Path(directory) / "model"
@@ -256,7 +254,7 @@ class Training:
     def check_champion(
         self, outcome: str, reason: str, *, replaced: bool = False, average_precision: float | None = None
     ) -> str | None:
-        """See `champion_health`; also tags a champion with which a challenger was compared."""
+        """See `champion_health`; also tags the champion with the time of the comparison."""
         if self.champion is None or replaced:
             return None
         problem = champion_health(
@@ -267,7 +265,7 @@ class Training:
         return problem
 
     def promote(self, version: ModelVersion, decision: Decision) -> None:
-        """Give the version the alias that it has earned."""
+        """Set the version's alias: ``champion`` or ``challenger``."""
         if decision.apply:
             self.mlflow.set_champion(version.version, champion_tags(who="fraud_model", why=decision.reasons[0]))
         else:

@@ -1,7 +1,7 @@
-"""Alerts: what is said of failed runs, and the two ways to say it, e-mail and webhook.
+"""Alerts about failed runs, by e-mail and webhook.
 
-A message goes to people outside, so it holds one line of each error and never a traceback; what is wrong with a
-destination is said without its secrets.
+Messages may be read by outsiders, so they contain one line of each error and never a traceback. Errors of a destination
+do not contain its secrets.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from ml_platform.escaping import chat
 from ml_platform.lake.partitions import PARTITION_TAG, RANGE_END_TAG, RANGE_START_TAG
 from ml_platform.settings import AlertSettings, SettingsError
 
-#: Of one exchange with a server. A tick of a sensor has a minute.
+#: Timeout of one exchange with a server; a sensor tick must finish within a minute.
 TIMEOUT_S = 10
 
-#: Lines of errors are cut here, and so many failed steps are named.
-LONGEST_LINE = 500
-STEPS_NAMED = 10
+#: Maximum length of an error line, and maximum number of failed steps in an alert.
+MAX_LINE_LENGTH = 500
+MAX_STEPS = 10
 
-#: Dagster's words around the reason of a step that failed on purpose.
+#: Dagster's prefix of the message of a dagster.Failure.
 _FAILURE_PREFIX = "dagster._core.definitions.events.Failure: "
 
 _PORTS = {"starttls": 587, "tls": 465, "none": 25}
 
 
 class AlertError(Exception):
-    """An alert cannot be delivered; the message says what to do and holds no secret."""
+    """An alert cannot be delivered; the message says what to do and contains no secrets."""
 
 
 @dataclass(frozen=True)
 class FailedRun:
-    """A failed run as an alert shows it; `steps` are (step, first line of its error)."""
+    """A failed run as shown in an alert; `steps` are (step, first line of its error)."""
 
     run_id: str
     job: str
@@ -59,7 +59,7 @@ class FailedRun:
 
 
 class Destination(Protocol):
-    """Where alerts go."""
+    """A destination of alerts."""
 
     name: str
 
@@ -67,22 +67,22 @@ class Destination(Protocol):
         """Deliver one message about `runs`. Raises AlertError or SettingsError."""
 
     def check(self) -> str:
-        """Go as far as possible without sending anything, and say what was found. Raises as `send` does."""
+        """Test the connection without sending anything, and describe the result. Raises as `send` does."""
 
 
 def one_line(text: str) -> str:
-    """The first line of `text` with something on it, without control characters, cut where it gets long."""
+    """First non-blank line of `text`, without control characters, truncated to `MAX_LINE_LENGTH`."""
     lines = ("".join(char if char.isprintable() else " " for char in line).strip() for line in text.splitlines())
     line = next(filter(None, lines), "")
-    return line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + "…"
+    return line if len(line) <= MAX_LINE_LENGTH else line[: MAX_LINE_LENGTH - 1] + "…"
 
 
 def describe_failed_run(
     instance: dg.DagsterInstance, event: dg.EventLogEntry, run: dg.DagsterRun, ui_url: str | None
 ) -> FailedRun:
-    """What Dagster knows of a failed run, given the event of its failure."""
+    """Collect the details of a failed run from Dagster, given its failure event."""
     steps = []
-    records = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=STEPS_NAMED)
+    records = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=MAX_STEPS)
     for record in records.records:
         if step := record.event_log_entry.dagster_event:
             steps.append((step.step_key or "?", _first_line(step.step_failure_data)))
@@ -100,24 +100,24 @@ def describe_failed_run(
 
 
 def _first_line(failure: Any) -> str:
-    """First line of what the step's own code raised; Dagster wraps it."""
+    """First line of the step's original error, which Dagster wraps."""
     error = failure.error
     if error is None:
-        return "no error was recorded"
+        return "no error recorded"
     while error.cause is not None:
         error = error.cause
     return one_line(error.message.removeprefix(_FAILURE_PREFIX)) or one_line(error.cls_name or "")
 
 
 def headline(runs: Sequence[FailedRun]) -> str:
-    """One line about all of `runs`."""
+    """One-line summary of `runs`."""
     if len(runs) == 1:
         return f"ml_platform: a run of {runs[0].job} failed ({runs[0].partitions})"
     return f"ml_platform: {len(runs)} runs failed"
 
 
 def as_text(runs: Sequence[FailedRun]) -> str:
-    """`runs` as plain text."""
+    """Format `runs` as plain text."""
     blocks = []
     for run in runs:
         lines = [
@@ -133,17 +133,17 @@ def as_text(runs: Sequence[FailedRun]) -> str:
 
 
 def build_destinations(settings: AlertSettings) -> list[Destination]:
-    """The destinations that are configured; none where nothing is."""
-    found: list[Destination] = []
+    """Create the configured destinations; empty if alerts are off."""
+    destinations: list[Destination] = []
     if settings.email_to:
-        found.append(Email(settings))
+        destinations.append(Email(settings))
     if settings.webhook_url or settings.webhook_url_file:
-        found.append(Webhook(settings))
-    return found
+        destinations.append(Webhook(settings))
+    return destinations
 
 
 class Email:
-    """One plain-text message to all recipients, by SMTP."""
+    """Sends one plain-text message to all recipients by SMTP."""
 
     name = "email"
 
@@ -161,7 +161,7 @@ class Email:
         message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no out-of-office replies
         message.set_content(as_text(runs))
         with self._connection() as server:
-            # Some recipients refused is no reason to send it to the others again and again.
+            # Ignore refused recipients if others accept: a retry would send to the others again.
             server.send_message(message)
 
     def check(self) -> str:
@@ -172,11 +172,11 @@ class Email:
 
     @contextmanager
     def _connection(self) -> Generator[smtplib.SMTP]:
-        """A connection that is ready to take a message; errors are AlertErrors."""
+        """Open an SMTP connection that is ready to send; errors are raised as AlertError."""
         settings = self._settings
         security, host = settings.smtp_security, str(settings.smtp_host)
         port = settings.smtp_port or _PORTS[security]
-        where = f"the SMTP server {host}:{port}"
+        target = f"the SMTP server {host}:{port}"
         password = settings.read_smtp_password()
         try:
             context = ssl.create_default_context()
@@ -194,43 +194,43 @@ class Email:
                         raise AlertError("the SMTP user and password take ASCII characters only") from None
                 yield server
         except smtplib.SMTPAuthenticationError as error:
-            # Not what the server says: it may repeat what it was told.
+            # Leave out the server's reply: it may contain the credentials.
             raise AlertError(
-                f"{where} refuses the login ({error.smtp_code}): check ML_PLATFORM_ALERT_SMTP_USER and "
+                f"{target} refuses the login ({error.smtp_code}): check ML_PLATFORM_ALERT_SMTP_USER and "
                 "ML_PLATFORM_ALERT_SMTP_PASSWORD"
             ) from None
         except smtplib.SMTPNotSupportedError:
             raise AlertError(
-                f"{where} does not offer {'STARTTLS' if security == 'starttls' else 'what is needed'}: check "
+                f"{target} does not offer {'STARTTLS' if security == 'starttls' else 'a required feature'}: check "
                 "ML_PLATFORM_ALERT_SMTP_SECURITY and ML_PLATFORM_ALERT_SMTP_USER"
             ) from None
         except smtplib.SMTPRecipientsRefused as error:
             refused = "; ".join(f"{to}: {code} {_reply(text)}" for to, (code, text) in error.recipients.items())
-            raise AlertError(f"{where} refuses all recipients (ML_PLATFORM_ALERT_EMAIL_TO): {refused}") from None
+            raise AlertError(f"{target} refuses all recipients (ML_PLATFORM_ALERT_EMAIL_TO): {refused}") from None
         except smtplib.SMTPResponseException as error:
-            raise AlertError(f"{where} answers {error.smtp_code} {_reply(error.smtp_error)}") from None
+            raise AlertError(f"{target} answers {error.smtp_code} {_reply(error.smtp_error)}") from None
         except smtplib.SMTPServerDisconnected:
-            raise AlertError(f"{where} ends the connection, or does not answer within {TIMEOUT_S} s") from None
+            raise AlertError(f"{target} closed the connection or does not answer within {TIMEOUT_S} s") from None
         except (smtplib.SMTPException, OSError) as error:
             raise AlertError(
-                f"{where} {_network_problem(error)}: check ML_PLATFORM_ALERT_SMTP_HOST, _PORT and _SECURITY"
+                f"{target} {_network_problem(error)}: check ML_PLATFORM_ALERT_SMTP_HOST, _PORT and _SECURITY"
             ) from None
 
 
 def _reply(text: str | bytes) -> str:
-    """What an SMTP server says, on one line."""
+    """Reply of an SMTP server on one line."""
     return one_line(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would arrive as a GET, without its content, perhaps unencrypted."""
+    """Disables redirects: a redirected POST becomes a GET without content, possibly unencrypted."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class Webhook:
-    """One POST of JSON: ``text`` (which Slack, Mattermost and others show) and ``runs``, the same as data."""
+    """Sends one POST of JSON: ``text`` (shown by Slack, Mattermost and others) and ``runs`` (structured data)."""
 
     name = "webhook"
 
@@ -253,7 +253,7 @@ class Webhook:
             problem = f"answers {error.code}"
             error.close()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            # Not the error's text: it may quote the address, which is a secret.
+            # Leave out the error's text: it may contain the URL, which is a secret.
             problem = _network_problem(error)
         raise AlertError(f"the webhook {problem}: check ML_PLATFORM_ALERT_WEBHOOK_URL")
 
@@ -271,14 +271,14 @@ class Webhook:
 
 
 def _network_problem(error: Exception) -> str:
-    """What is wrong with a connection, without the address that a library may have put into the error."""
+    """Describe a connection error without the URL that the error's text may contain."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, TimeoutError):
         return f"does not answer within {TIMEOUT_S} s"
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return "has a certificate that is not trusted (for a private authority, set SSL_CERT_FILE to its certificate)"
+        return "has a certificate that is not trusted (for a private CA, set SSL_CERT_FILE to its certificate)"
     if isinstance(cause, ssl.SSLError):
-        return "does not speak TLS as expected"
+        return "failed the TLS handshake"
     if isinstance(cause, socket.gaierror):
         return "has a host name that does not resolve"
     if isinstance(cause, OSError) and cause.strerror:
@@ -286,13 +286,13 @@ def _network_problem(error: Exception) -> str:
     return f"cannot be used ({type(cause).__name__})"
 
 
-#: Failed runs in one message; the next tick reports the next.
+#: Maximum failed runs per message; the next tick reports the rest.
 RUNS_PER_ALERT = 25
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What became of the alerts of one tick: what was sent, what failed, and how far each destination has come."""
+    """Result of the alerts of one tick: sent messages, failures, and the cursor with each destination's position."""
 
     done: list[str]
     failures: list[str]
@@ -304,40 +304,40 @@ def deliver_alerts(
 ) -> Delivery:
     """Report the runs that failed since the `cursor` to each destination.
 
-    Dagster's own run failure sensors count a run as reported even if the report raised. This keeps, per destination,
-    how far the reports were delivered, and goes on from there at the next tick.
+    Dagster's run failure sensors consider a run reported even if the report raised. This function keeps a position per
+    destination, and the next tick continues from there.
 
-    Raises AlertError: something failed, and nothing new is to be kept.
+    Raises AlertError if a delivery failed and the cursor has not changed.
     """
-    delivered = _delivered(cursor)
+    positions = _parse_cursor(cursor)
     newest = _newest_failure(instance)
     done, failures = [], []
     for destination in destinations:
         name = destination.name
-        # A new destination starts with what fails from now on. Ids start anew where all runs were deleted.
-        delivered[name] = min(delivered.get(name, newest), newest)
+        # A new destination starts with future failures. Event ids restart if all runs were deleted.
+        positions[name] = min(positions.get(name, newest), newest)
         try:
-            runs, last = _failed_runs(instance, delivered[name], ui_url)
+            runs, last = _failed_runs(instance, positions[name], ui_url)
             if runs:
                 destination.send(runs)
                 done.append(f"{name}: {len(runs)} failed runs reported")
-            delivered[name] = last
+            positions[name] = last
         except Exception as error:
-            # Of any kind: the failure of one destination must not repeat the messages of the other.
-            known = isinstance(error, (AlertError, SettingsError))
-            failures.append(f"{name}: {error}" if known else f"{name}: {type(error).__name__}")
-    new_cursor = json.dumps(delivered, sort_keys=True)
+            # Catch everything: one destination's failure must not repeat the other's messages.
+            is_safe = isinstance(error, (AlertError, SettingsError))  # other messages may contain secrets
+            failures.append(f"{name}: {error}" if is_safe else f"{name}: {type(error).__name__}")
+    new_cursor = json.dumps(positions, sort_keys=True)
     if failures and new_cursor == cursor:
-        raise AlertError(f"{'; '.join(failures)}. The next tick tries again.")
+        raise AlertError(f"{'; '.join(failures)}. The next tick will try again.")
     return Delivery(done, failures, new_cursor)
 
 
-def _delivered(cursor: str | None) -> dict[str, int]:
+def _parse_cursor(cursor: str | None) -> dict[str, int]:
     try:
-        found = json.loads(cursor or "{}")
+        positions = json.loads(cursor or "{}")
     except ValueError:
         return {}
-    return {name: last for name, last in found.items() if type(last) is int} if isinstance(found, dict) else {}
+    return {name: last for name, last in positions.items() if type(last) is int} if isinstance(positions, dict) else {}
 
 
 def _newest_failure(instance: dg.DagsterInstance) -> int:
@@ -346,12 +346,12 @@ def _newest_failure(instance: dg.DagsterInstance) -> int:
 
 
 def _failed_runs(instance: dg.DagsterInstance, after: int, ui_url: str | None) -> tuple[list[FailedRun], int]:
-    """The next failed runs after an event, and the last event that was looked at. A deleted run is left out."""
+    """Next failed runs after an event, and the id of the last event read. Deleted runs are skipped."""
     newer = dg.RunStatusChangeRecordsFilter(dg.DagsterEventType.RUN_FAILURE, after_storage_id=after)
     records = instance.fetch_run_status_changes(newer, limit=RUNS_PER_ALERT, ascending=True).records
-    found = []
+    runs = []
     for record in records:
         event = record.event_log_entry
         if run := instance.get_run_by_id(event.run_id):
-            found.append(describe_failed_run(instance, event, run, ui_url))
-    return found, records[-1].storage_id if records else after
+            runs.append(describe_failed_run(instance, event, run, ui_url))
+    return runs, records[-1].storage_id if records else after

@@ -1,8 +1,8 @@
-"""Runs whose process died without reporting it (SIGKILL, out of memory, power): Dagster would wait for them for hours.
+"""Detection of runs whose process died without reporting it (SIGKILL, out of memory, power failure).
 
-Nothing watches a run that was started from a command line, or whose code server died with it, and with one run at a
-time it would hold up all later ones. So a run records its process in a tag, and the sensor ``dead_runs`` on the same
-host reports the run as failed once that process is gone.
+Dagster does not monitor a run that was started from a command line, or whose code server died with it, and with one run
+at a time it would block all later ones for hours. So a run records its process in a tag, and the sensor ``dead_runs``
+on the same host reports the run as failed once that process is gone.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from pathlib import Path
 
 import dagster as dg
 
-#: Its value is host:pid:start time.
+#: Run tag with the value host:pid:start time.
 PROCESS_TAG = "ml_platform/process"
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started, in the kernel's clock ticks, which tells a reused pid apart; None without the process."""
+    """Start time of a process in clock ticks, to detect reused pids; None if it does not exist or is a zombie."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # proc(5): the fields after the program's name in parentheses are state, ppid, ...; starttime is the 22nd of all.
+    # proc(5): the fields after the parenthesized program name are state, ppid, ...; starttime is field 22.
     fields = status.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
 
 
 def record_process(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Tag a run with this process, on systems that have /proc."""
+    """Tag a run with this process, on systems with /proc."""
     if start_time := _start_time(os.getpid()):
         instance.add_run_tags(run_id, {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}:{start_time}"})
 
 
 def _is_dead(run: dg.DagsterRun) -> bool:
-    """Whether the run's process is known to be gone. Processes of other hosts are unknown."""
+    """Return True if the run's process is known to be gone; processes on other hosts cannot be checked."""
     host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
     pid, _, start_time = process.partition(":")
     return host == socket.gethostname() and _start_time(int(pid)) != start_time
 
 
 def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Report runs as failed whose process died; returns their ids."""
+    """Report runs with a dead process as failed; returns their ids."""
     active = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])
     dead = [run for run in instance.get_runs(active) if _is_dead(run)]
     for run in dead:

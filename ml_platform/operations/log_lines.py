@@ -1,4 +1,4 @@
-"""Log lines of MLflow's server, in the format that ML_PLATFORM_LOG_FORMAT names."""
+"""Log formatter of MLflow's server, by ML_PLATFORM_LOG_FORMAT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ml_platform.settings import load_settings
 
 
 def formatter() -> logging.Formatter:
-    """For the configuration of Python's logging: text, or a JSON object a line with the keys of Dagster's servers."""
+    """Create a formatter for a logging configuration: text, or JSON lines with the same keys as Dagster's servers."""
     if load_settings().log_format == "text":
         return logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
     from structlog import processors as p
