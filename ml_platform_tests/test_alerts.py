@@ -1,4 +1,4 @@
-"""Alerts of failed runs: real SMTP and HTTP servers on this machine, and what happens when they are not well."""
+"""Alerts of failed runs: real SMTP and HTTP servers on this machine, and their failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from aiosmtpd.smtp import SMTP, AuthResult
 
 from ml_platform.dev.cloud.credentials import issue_certificates
 from ml_platform.operations import alerts
-from ml_platform.operations.alerts import AlertError, FailedRun, as_text, build_destinations, headline, one_line
+from ml_platform.operations.alerts import AlertError, FailedRun, as_text, build_destinations, one_line
 from ml_platform.sensors import build_report_failed_runs
 from ml_platform.settings import AlertSettings, SettingsError, load_alert_settings
 
@@ -231,7 +231,7 @@ class TestEmail:
         assert len(mailbox.letters) == 1
 
     @pytest.mark.parametrize("password", [f"{PASSWORD}x", "naïve-5f2c"])
-    def test_wrong_password(self, mailbox: Mailbox, trusted: ssl.SSLContext, password: str):
+    def test_a_wrong_password_is_named_but_not_shown(self, mailbox: Mailbox, trusted: ssl.SSLContext, password: str):
         with smtp_server(mailbox, trusted, authenticator=checks_password, auth_required=True) as port:
             (destination,) = build_destinations(
                 email_settings(port, smtp_security="starttls", smtp_user="me", smtp_password=password)
@@ -243,7 +243,7 @@ class TestEmail:
         assert mailbox.letters == []
 
     @pytest.mark.parametrize("security", ["starttls", "tls"])
-    def test_a_certificate_that_nobody_trusts(
+    def test_an_untrusted_certificate_is_refused(
         self, mailbox: Mailbox, trusted: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, security: str
     ):
         monkeypatch.delenv("SSL_CERT_FILE")
@@ -254,7 +254,7 @@ class TestEmail:
         assert mailbox.letters == []
 
     def test_a_server_without_starttls_gets_nothing(self, mailbox: Mailbox):
-        """Whoever sits on the line may hide the offer."""
+        """An attacker in between may hide the offer."""
         with smtp_server(mailbox) as port:
             (destination,) = build_destinations(
                 email_settings(port, smtp_security="starttls", smtp_user="me", smtp_password=PASSWORD)
@@ -263,18 +263,18 @@ class TestEmail:
                 destination.send([RUN])
         assert mailbox.letters == []
 
-    def test_nobody_there(self):
+    def test_an_unreachable_server_is_named(self):
         (destination,) = build_destinations(email_settings(closed_port()))
         for act in (lambda: destination.send([RUN]), destination.check):
             with pytest.raises(AlertError, match=r"cannot be reached \(Connection refused\)"):
                 act()
 
-    def test_somebody_who_says_nothing(self, silent_port: int, short_timeout: None):
+    def test_a_silent_server_is_named(self, silent_port: int, short_timeout: None):
         (destination,) = build_destinations(email_settings(silent_port))
         with pytest.raises(AlertError, match=r"does not answer within 0.3 s"):
             destination.send([RUN])
 
-    def test_refusals(self, mailbox: Mailbox):
+    def test_refused_letters_and_recipients_are_named(self, mailbox: Mailbox):
         with smtp_server(mailbox) as port:
             (destination,) = build_destinations(email_settings(port))
             mailbox.refuse_data = "554 looks like\x1b spam"
@@ -289,7 +289,7 @@ class TestEmail:
             destination.send([RUN])
         assert [recipients for recipients, _ in mailbox.letters] == [["boss@example.com"]]
 
-    def test_errors_cannot_write_headers(self, mailbox: Mailbox):
+    def test_texts_of_errors_add_no_header(self, mailbox: Mailbox):
         bad = "x\r\nBcc: thief@example.com\r\n\r\n<script>\x00\x1b[31m"
         run = FailedRun("1", bad, bad, "now", bad, [(bad, bad)], None)
         with smtp_server(mailbox) as port:
@@ -328,7 +328,7 @@ class TestWebhook:
         assert len(hook.posts) == 1
 
     @pytest.mark.parametrize("status", [400, 404, 500])
-    def test_a_refusal(self, hook: Hook, status: int):
+    def test_an_error_status_is_named(self, hook: Hook, status: int):
         hook.status = status
         (destination,) = build_destinations(settings(webhook_url=hook.url))
         with pytest.raises(AlertError, match=f"the webhook answers {status}: check ML_PLATFORM_ALERT_WEBHOOK_URL"):
@@ -341,7 +341,7 @@ class TestWebhook:
             destination.send([RUN])
         assert [path for path, *_ in hook.posts] == [SECRET_PATH]
 
-    def test_nobody_there_and_nobody_answering(self, hook: Hook, short_timeout: None):
+    def test_unreachable_and_silent_servers_are_named(self, hook: Hook, short_timeout: None):
         url = f"http://localhost:{closed_port()}{SECRET_PATH}"
         (destination,) = build_destinations(settings(webhook_url=url))
         for act in (lambda: destination.send([RUN]), destination.check):
@@ -354,7 +354,7 @@ class TestWebhook:
             destination.send([RUN])
 
     def test_the_address_is_in_no_traceback(self, tmp_path: Path):
-        """What Dagster keeps of an error is the chain of its messages."""
+        """Dagster stores the messages of the whole chain of errors."""
         from dagster_shared.error import SerializableErrorInfo
 
         (destination,) = build_destinations(settings(webhook_url=f"http://localhost:{closed_port()}{SECRET_PATH}"))
@@ -370,9 +370,6 @@ def _traceback(error: BaseException) -> Any:
 
 
 class TestSettings:
-    def test_nothing_is_configured(self):
-        assert build_destinations(load_alert_settings()) == []
-
     def test_secrets_in_files(self, tmp_path: Path):
         url, password = tmp_path / "url", tmp_path / "password"
         url.write_text(f"https://localhost{SECRET_PATH}\n")
@@ -397,7 +394,7 @@ class TestSettings:
         assert "very-secret" not in shown
 
     @pytest.mark.parametrize("content", [None, b"", b" \n", b"\xff\xfe"])
-    def test_files_that_cannot_be_used(self, tmp_path: Path, content: bytes | None):
+    def test_unusable_files_are_named(self, tmp_path: Path, content: bytes | None):
         path = tmp_path / "url"
         if content is not None:
             path.write_bytes(content)
@@ -419,7 +416,7 @@ class TestSettings:
         ],
     )
     @pytest.mark.parametrize("in_file", [False, True])
-    def test_addresses_that_cannot_be_used(self, tmp_path: Path, url: str, in_file: bool):
+    def test_unusable_addresses_are_refused_but_not_shown(self, tmp_path: Path, url: str, in_file: bool):
         (tmp_path / "url").write_text(url)
         with pytest.raises(SettingsError, match=r"^ML_PLATFORM_ALERT_WEBHOOK_URL.*takes https://host/path") as caught:
             settings(webhook_url_file=tmp_path / "url").read_webhook_url() if in_file else settings(webhook_url=url)
@@ -442,7 +439,7 @@ class TestSettings:
             ({"smtp_security": "ssl"}, "SMTP_SECURITY: "),
         ],
     )
-    def test_what_does_not_fit(self, values: dict[str, Any], says: str):
+    def test_missing_and_contradicting_settings_are_named(self, values: dict[str, Any], says: str):
         with pytest.raises(SettingsError) as caught:
             settings(**values)
         assert says in str(caught.value)
@@ -453,10 +450,6 @@ def test_one_line():
     assert one_line("\n \r\n a\tb\x00c\u2028second\nthird") == "a b c"
     assert one_line("") == ""
     assert len(one_line("x" * 9999)) == alerts.MAX_LINE_LENGTH
-
-
-def test_headline_names_the_run():
-    assert headline([RUN]) == "ml_platform: a run of process_new_files failed (a to b)"
 
 
 @dg.op
@@ -495,10 +488,12 @@ class Ticks:
     """The sensor as the daemon runs it: the cursor of a tick that raised is not kept."""
 
     def __init__(self, instance: dg.DagsterInstance) -> None:
-        self.instance, self.cursor = instance, None
+        self.instance, self.cursor, self.settings = instance, None, load_alert_settings()
 
-    def __call__(self, found: AlertSettings) -> str:
-        sensor = build_report_failed_runs(build_destinations(found), "https://dagster.example/")
+    def __call__(self, found: AlertSettings | None = None) -> str:
+        """One tick, with the settings of the tick before unless others are given."""
+        self.settings = found or self.settings
+        sensor = build_report_failed_runs(build_destinations(self.settings), "https://dagster.example/")
         context = dg.build_sensor_context(instance=self.instance, cursor=self.cursor)
         result = sensor(context)
         self.cursor = context.cursor
@@ -511,10 +506,16 @@ class TestSensor:
     def tick(self, instance: dg.DagsterInstance) -> Ticks:
         return Ticks(instance)
 
-    def test_reported_once(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance):
+    @pytest.fixture
+    def ticked(self, hook: Hook, tick: Ticks) -> Ticks:
+        """The sensor of a webhook after its first tick."""
+        tick(settings(webhook_url=hook.url))
+        return tick
+
+    def test_a_failed_run_is_reported_once(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance):
         found = settings(webhook_url=hook.url)
         fail(instance)
-        assert tick(found) == "no run has failed"  # before anybody asked for reports
+        assert tick(found) == "no run has failed"  # it failed before the first tick
         run_id = fail(instance, **{"dagster/partition": "2019-08-22"})
         all_is_well.execute_in_process(instance=instance)
         assert tick(found) == "webhook: 1 failed runs reported"
@@ -533,52 +534,50 @@ class TestSensor:
         assert "Traceback" not in body.decode()
         assert "password" not in body.decode()
 
-    def test_ranges_and_runs_without_steps(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance):
-        found = settings(webhook_url=hook.url)
-        tick(found)
+    def test_ranges_and_runs_without_steps(self, hook: Hook, ticked: Ticks, instance: dg.DagsterInstance):
         tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
         run = instance.create_run_for_job(two_failures, tags=tags)
         instance.report_run_failed(run, "its process died\nBcc: thief@example.com")
-        tick(found)
+        ticked()
         (shown,) = json.loads(hook.posts[0][2])["runs"]
         assert "thief" not in hook.posts[0][2].decode()
         assert (shown["partitions"], shown["reason"], shown["steps"]) == ("a to c", "its process died", {})
 
-    def test_a_partition_that_is_no_key(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance):
-        """Anybody who may start runs may tag them."""
-        found = settings(webhook_url=hook.url)
-        tick(found)
+    def test_a_hostile_partition_tag_is_reported_as_one_line(
+        self, hook: Hook, ticked: Ticks, instance: dg.DagsterInstance
+    ):
+        """Users who can start runs can tag them."""
         fail(instance, **{"dagster/partition": "a\x1b[31m\nrun: forged"})
-        tick(found)
+        ticked()
         (shown,) = json.loads(hook.posts[0][2])["runs"]
         assert shown["partitions"] == "a [31m"
 
     def test_nothing_in_a_chat_is_a_link_or_calls_everybody(
-        self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance
+        self, hook: Hook, ticked: Ticks, instance: dg.DagsterInstance
     ):
-        found = settings(webhook_url=hook.url)
-        tick(found)
         fail(instance, **{"dagster/partition": "<!channel> @all ![x](https://evil.example/p.png)"})
-        tick(found)
+        ticked()
         body = json.loads(hook.posts[0][2])
         assert not re.search(r"[<>@]|\]\(", body["text"])
         assert body["runs"][0]["partitions"].startswith("<!channel>")
 
-    def test_a_destination_that_is_down_loses_nothing(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance):
-        found = settings(webhook_url=hook.url)
-        tick(found)
+    def test_runs_are_reported_once_the_destination_is_up_again(
+        self, hook: Hook, ticked: Ticks, instance: dg.DagsterInstance
+    ):
         hook.status = 503
         first = fail(instance)
         for _ in range(2):
             with pytest.raises(AlertError, match=r"webhook: the webhook answers 503.*The next tick will try again"):
-                tick(found)
+                ticked()
         second = fail(instance)
         hook.status, hook.posts = 200, []
-        assert tick(found) == "webhook: 2 failed runs reported"
+        assert ticked() == "webhook: 2 failed runs reported"
         assert [run["run_id"] for run in json.loads(hook.posts[0][2])["runs"]] == [first, second]
 
-    def test_one_of_two_is_down(self, mailbox: Mailbox, hook: Hook, tick: Ticks, instance: dg.DagsterInstance):
-        """Nobody is told twice, and the trouble is seen: as the reason of the tick, then as failed ticks."""
+    def test_a_destination_that_is_down_does_not_stop_the_other(
+        self, mailbox: Mailbox, hook: Hook, tick: Ticks, instance: dg.DagsterInstance
+    ):
+        """Nothing is sent twice; the error is the reason of the first tick, and fails the next ones."""
         with smtp_server(mailbox) as port:
             found = email_settings(port, webhook_url=hook.url)
             tick(found)
@@ -593,7 +592,7 @@ class TestSensor:
             assert tick(found) == "webhook: 1 failed runs reported"
             assert (len(mailbox.letters), len(hook.posts)) == (1, 1)
 
-    def test_any_error_of_one_spares_the_other(
+    def test_an_unexpected_error_of_one_destination_does_not_stop_the_other(
         self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         found = email_settings(closed_port(), webhook_url=hook.url)
@@ -610,38 +609,34 @@ class TestSensor:
         assert PASSWORD not in str(caught.value)
         assert len(hook.posts) == 1
 
-    def test_many_are_told_in_portions(
-        self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+    def test_many_runs_are_reported_in_portions(
+        self, hook: Hook, ticked: Ticks, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setattr(alerts, "RUNS_PER_ALERT", 2)
-        found = settings(webhook_url=hook.url)
-        tick(found)
         ids = [fail(instance) for _ in range(3)]
-        assert tick(found) == "webhook: 2 failed runs reported"
-        assert tick(found) == "webhook: 1 failed runs reported"
+        assert ticked() == "webhook: 2 failed runs reported"
+        assert ticked() == "webhook: 1 failed runs reported"
         assert [run["run_id"] for *_, body in hook.posts for run in json.loads(body)["runs"]] == ids
 
-    def test_a_deleted_run_is_left_out(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance):
-        found = settings(webhook_url=hook.url)
-        tick(found)
+    def test_a_deleted_run_is_left_out(self, hook: Hook, ticked: Ticks, instance: dg.DagsterInstance):
         instance.delete_run(fail(instance))
         kept = fail(instance)
-        tick(found)
+        ticked()
         assert [run["run_id"] for *_, body in hook.posts for run in json.loads(body)["runs"]] == [kept]
 
     @pytest.mark.parametrize("cursor", ["", "{", "[1]", '{"webhook": "x"}', '{"webhook": 99999}', "null"])
-    def test_a_strange_cursor(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance, cursor: str):
+    def test_an_unreadable_cursor_is_replaced(self, hook: Hook, tick: Ticks, instance: dg.DagsterInstance, cursor: str):
         found = settings(webhook_url=hook.url)
         tick.cursor = cursor
         tick(found)
         fail(instance)
         assert tick(found) == "webhook: 1 failed runs reported"
 
-    def test_nothing_configured(self, tick: Ticks, instance: dg.DagsterInstance):
+    def test_a_tick_without_destinations_says_what_to_set(self, tick: Ticks, instance: dg.DagsterInstance):
         fail(instance)
         assert "set ML_PLATFORM_ALERT_EMAIL_TO or ML_PLATFORM_ALERT_WEBHOOK_URL" in tick(load_alert_settings())
 
-    def test_on_only_where_somebody_is_to_be_told(self, hook: Hook):
+    def test_the_sensor_runs_only_with_a_destination(self, hook: Hook):
         stopped, running = dg.DefaultSensorStatus.STOPPED, dg.DefaultSensorStatus.RUNNING
         assert build_report_failed_runs([], None).default_status == stopped
         destinations = build_destinations(settings(webhook_url=hook.url))

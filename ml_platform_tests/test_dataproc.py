@@ -74,7 +74,7 @@ def driver_log(platform: Platform, result: Result) -> str:
 
 
 def leave(content: str | bytes) -> Arrange:
-    """Let the next job be DONE with `content` as its report."""
+    """Let the next job end as DONE with `content` as its report."""
 
     def arrange(platform: Platform) -> None:
         def effect() -> None:
@@ -115,7 +115,7 @@ class TestARun:
         assert len(platform.accepted("ClusterService.Delete")) == 1
         assert platform.cloud.clusters == {}
 
-    def test_without_work_it_asks_for_nothing(self, platform: Platform):
+    def test_a_run_without_work_makes_no_call(self, platform: Platform):
         succeed(platform)
         calls = len(platform.cloud.journal)
         # Everything is clean: the asset has no job for Spark.
@@ -151,7 +151,7 @@ class TestARun:
         chosen = [line for line in result.log if "the cluster gets" in line]
         assert len(chosen) == (1 if set(settings) - {"cluster"} else 0), chosen
 
-    def test_a_resource_that_is_opened_again_makes_no_cluster(self, platform: Platform):
+    def test_opening_the_resource_makes_no_cluster(self, platform: Platform):
         # `dagster job execute` opens a run's resources twice.
         engine = platform.engine()
         for _ in range(2):
@@ -160,7 +160,7 @@ class TestARun:
                 pass
         assert platform.cloud.journal == []
 
-    def test_identity_is_recorded_before_the_wait(self, platform: Platform):
+    def test_the_clusters_name_and_id_are_recorded_before_the_wait(self, platform: Platform):
         tags: list[dict[str, str]] = []
 
         def look(request: Any) -> bool:
@@ -207,13 +207,13 @@ class TestARun:
         assert any(re.search(r"is deleted; it used 0\.\d\d node-hours, \d\.\d\d EUR", line) for line in result.log)
 
     @pytest.mark.parametrize("prices", [{}, {"s3-c2-m8": 10.0, "network-ssd": 0.02}], ids=["no table", "gaps"])
-    def test_a_price_that_is_not_known_is_not_made_up(self, platform: Platform, prices: dict[str, float]):
+    def test_unknown_prices_give_no_cost(self, platform: Platform, prices: dict[str, float]):
         result = platform.run(prices=prices)
         metadata = recorded(platform.instance, "cleaned_transactions", result.run_id)["a"]
         assert metadata["cluster_node_hours"] > 0
         assert "cluster_cost" not in metadata
 
-    def test_the_driver_log_comes_as_it_grows_and_is_kept(self, platform: Platform):
+    def test_the_driver_log_is_followed_and_kept(self, platform: Platform):
         lines = [(second, f"line at {second}\n") for second in range(0, 60, 15)]
         platform.jobs.changes.append({"log": lines})
         result = platform.run(poll_s=10)
@@ -226,14 +226,14 @@ class TestARun:
         running = [line for line in log if re.match(r"job \S+: RUNNING", line)]
         assert len(running) == 1, "transitions, not polls"
 
-    def test_a_huge_driver_log(self, platform: Platform):
+    def test_a_huge_driver_log_is_kept_whole(self, platform: Platform):
         text = "".join(f"{number:07} héllo\n" for number in range(100_000))
         platform.jobs.changes.append({"log": text})
         result = succeed(platform)
         assert driver_log(platform, result) == text
         assert max(map(len, result.log)) <= 20_000
 
-    def test_what_a_job_is_given(self, platform: Platform):
+    def test_a_job_gets_its_code_request_and_properties(self, platform: Platform):
         result = platform.run(job_properties={"spark.executor.memory": "3g"})
         (job,) = platform.accepted("JobService.Create")
         directory = f"{platform.lake.store.spark_uri('_code')}/{content_hash(build_archive())}"
@@ -251,7 +251,7 @@ class TestARun:
         code = local_path(platform.lake.store.spark_uri("_code"))
         files = {path: path.stat().st_mtime_ns for path in code.glob("*/*")}
         jobs, (name, content) = content_hash(build_archive()), library_archive()
-        # The library goes along with a run's first job, which does not need it: a run without it is in vain.
+        # The first job does not need the library; it is uploaded now so that a run that lacks it fails early.
         assert {str(path.relative_to(code)) for path in files} == {
             f"{jobs}/spark_jobs.zip",
             f"{jobs}/clean_transactions.py",
@@ -272,7 +272,7 @@ class TestARun:
         assert "clusters need xgboost-cpu==2.1.4" in result.errors
         assert platform.accepted("ClusterService.Create") == []
 
-    def test_code_that_is_damaged_is_mended(self, platform: Platform):
+    def test_damaged_code_is_uploaded_again(self, platform: Platform):
         directory = local_path(platform.lake.store.spark_uri(f"_code/{content_hash(build_archive())}"))
         directory.mkdir(parents=True)
         (directory / "spark_jobs.zip").write_bytes(b"half an upl")
@@ -303,7 +303,7 @@ def log_pages(answer: Callable[[Any], Any]) -> Arrange:
 
 SURVIVED = [
     *[
-        # A short outage of whatever is called must not cost a run.
+        # A short outage of any method must not cost a run.
         fault(f"unavailable for 3 calls: {method}", fail(method, "UNAVAILABLE", times=3))
         for method in (
             *("ApiEndpointService.List", "IamTokenService.Create", "OperationService.Get"),
@@ -312,7 +312,7 @@ SURVIVED = [
         )
     ],
     *[
-        # The call worked and nobody heard of it: a second one must find what the first has made.
+        # The call worked, but its answer was lost: the next call must find what the first has made.
         fault(f"answer lost: {method}", fail(method, code, after=True))
         for method, code in (
             ("ClusterService.Create", "UNAVAILABLE"),
@@ -323,20 +323,20 @@ SURVIVED = [
             ("ClusterService.Delete", "UNAVAILABLE"),
         )
     ],
-    # Only the operation says why a creation fails, but the cluster's state says whether.
+    # Only the operation says why a creation failed, but the cluster's state says that it did.
     fault("operations may not be read", fail("OperationService.Get", "PERMISSION_DENIED", times=1000)),
-    # The outcome of a job does not hang on its log.
+    # A job's outcome does not depend on its log.
     fault("no log page", fail("JobService.ListLog", "NOT_FOUND", times=1000)),
-    fault("log pages away for a while", fail("JobService.ListLog", "UNAVAILABLE", times=3)),
+    fault("log pages unavailable for a while", fail("JobService.ListLog", "UNAVAILABLE", times=3)),
     fault("a log page that leads to itself", log_pages(lambda page: type(page)(content="x", next_page_token="again"))),
     fault("a log page that shrinks", log_pages(lambda page: type(page)(content=page.content[:3]))),
     fault("a garbled log page", log_pages(lambda page: type(page)(content="\x00\ufffd\x1b[31m" + page.content))),
     fault("deletion refused twice", fail("ClusterService.Delete", "INTERNAL", times=2)),
     fault("deletion conflicts twice", fail("ClusterService.Delete", "FAILED_PRECONDITION", times=2)),
     fault("deletion fails twice", lambda p: p.cloud.script_delete(Outcome(error="INTERNAL"), times=2)),
-    fault("deleted by somebody else meanwhile", vanish_at_end),
+    fault("deleted by another program meanwhile", vanish_at_end),
     # Signed in by the key, the client gets itself another token.
-    fault("token expires in mid-run", next_job(seconds=3 * HOUR), poll_s=120),
+    fault("token expires during the run", next_job(seconds=3 * HOUR), poll_s=120),
 ]
 
 
@@ -350,7 +350,7 @@ def test_a_run_survives(platform: Platform, arrange: Arrange, settings: dict[str
     assert len(platform.cloud.jobs) == 1
 
 
-def test_a_lost_answer_is_found_in_the_log(platform: Platform):
+def test_the_log_tells_of_a_cluster_found_after_a_lost_answer(platform: Platform):
     platform.cloud.fail("ClusterService.Create", "UNAVAILABLE", after=True)
     result = platform.run()
     assert [call["code"] for call in platform.cloud.calls("ClusterService.Create")] == ["UNAVAILABLE", "ALREADY_EXISTS"]
@@ -372,7 +372,7 @@ FATAL = [
     ),
     fault("create denied", fail("ClusterService.Create", "PERMISSION_DENIED"), "create .*PERMISSION_DENIED.*roles"),
     *[
-        fault(f"{method} away for good", fail(method, "UNAVAILABLE", times=1000), "UNAVAILABLE.*YC_API_ENDPOINT")
+        fault(f"{method} unavailable for good", fail(method, "UNAVAILABLE", times=1000), "UNAVAILABLE.*YC_API_ENDPOINT")
         for method in ("ClusterService.Create", "ApiEndpointService.List")
     ],
     fault(
@@ -410,7 +410,7 @@ FATAL = [
     fault("job fails", next_job(status="ERROR", effect=None), "job clean-transactions-1 ended as ERROR; .*driver.log"),
     fault("no report", next_job(effect=None), "is DONE, but left no readable report .*FileNotFoundError"),
     fault("half a report", leave('{"run_id": '), "is DONE, but left no readable report .*JSONDecodeError"),
-    fault("a report that is no text", leave(b"\xff\xfe\x00"), "is DONE, but left no readable report"),
+    fault("a binary report", leave(b"\xff\xfe\x00"), "is DONE, but left no readable report"),
     fault("another run's report", leave('{"run_id": "other", "partitions": {}}'), "is not of this run"),
     fault("a report that is a list", leave("[]"), "is not of this run"),
 ]
@@ -453,7 +453,7 @@ def test_a_hanging_job_is_cancelled(platform: Platform, clock: FakeClock, settin
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["deletable while creating", "not deletable while creating"])
-def test_a_creation_that_takes_too_long(platform: Platform, late: bool):
+def test_a_creation_that_takes_too_long_leaves_no_cluster(platform: Platform, late: bool):
     platform.cloud.delete_while_creating = late
     platform.cloud.script_create(Outcome(seconds=1000))
     result = platform.run(create_timeout_s=600)
@@ -475,7 +475,7 @@ def test_a_deletion_that_is_denied_is_reported_and_left_to_the_sensor(platform: 
     assert platform.cloud.clusters == {}
 
 
-def test_a_deletion_that_never_ends(platform: Platform):
+def test_a_deletion_that_hangs_is_reported(platform: Platform):
     platform.cloud.script_delete(Outcome(seconds=10 * HOUR))
     result = platform.run()
     assert any("MAY STILL BE THERE AND COST MONEY" in line and "timed out after 900 s" in line for line in result.log)
@@ -483,7 +483,7 @@ def test_a_deletion_that_never_ends(platform: Platform):
 
 @pytest.mark.parametrize("label", ["owner", "deployment", "lake", "dagster-run-id"])
 @pytest.mark.parametrize("code", ["", "UNAVAILABLE"], ids=["", "answer lost"])
-def test_a_name_that_is_taken_by_somebody_elses_cluster(platform: Platform, label: str, code: str):
+def test_another_owners_cluster_of_the_same_name_is_left_alone(platform: Platform, label: str, code: str):
     taken = cluster_name("test", RUN_ID, 1)
     cluster_id = platform.cloud.add_cluster(taken, platform.engine().labels(RUN_ID, 0) | {label: "other"})
     if code:
@@ -538,7 +538,7 @@ def test_a_cluster_of_an_ended_run_is_deleted_and_waited_for_if_it_runs_a_job(
         assert left not in deleted
 
 
-def test_the_cluster_of_a_run_whose_process_is_gone(platform: Platform):
+def test_the_cluster_of_a_run_whose_process_is_gone_is_deleted(platform: Platform):
     """The run still counts as started."""
     left = left_over(platform, dg.DagsterRunStatus.STARTED, job="RUNNING")
     platform.instance.add_run_tags(RUN_ID, {PROCESS_TAG: f"{socket.gethostname()}:{2**22}:1"})
@@ -556,8 +556,8 @@ def test_a_cluster_that_its_ended_run_is_deleting_is_left_alone(platform: Platfo
 
 
 @pytest.mark.parametrize("job", ["RUNNING", "DONE"])
-def test_a_cluster_of_an_ended_run_that_cannot_be_deleted(platform: Platform, job: str):
-    """Nothing is written while its job may be writing, too; without one it costs, but does no harm."""
+def test_an_undeletable_cluster_stops_a_run_only_while_its_job_runs(platform: Platform, job: str):
+    """Its running job may still write; without one, the cluster only costs money."""
     left = left_over(platform, dg.DagsterRunStatus.FAILURE, job=job)
     platform.cloud.fail(
         "ClusterService.Delete", "PERMISSION_DENIED", "not you", times=9, when=lambda call: call.cluster_id == left
@@ -594,7 +594,9 @@ def refuse(monkeypatch: pytest.MonkeyPatch, verb: str, names: str) -> None:
         ("GetObject", "_runs/.*report.json", 1),
     ],
 )
-def test_s3_refuses(platform: Platform, monkeypatch: pytest.MonkeyPatch, verb: str, names: str, clusters: int):
+def test_a_file_that_s3_refuses_fails_the_run_and_leaves_no_cluster(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, verb: str, names: str, clusters: int
+):
     refuse(monkeypatch, verb, names)
     result = platform.run()
     assert not result.success
@@ -603,7 +605,7 @@ def test_s3_refuses(platform: Platform, monkeypatch: pytest.MonkeyPatch, verb: s
     assert platform.cloud.clusters == {}
 
 
-def test_a_driver_log_that_s3_refuses_fails_no_run(platform: Platform, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_survives_a_driver_log_that_s3_refuses(platform: Platform, monkeypatch: pytest.MonkeyPatch):
     refuse(monkeypatch, "PutObject", "driver.log")
     succeed(platform)
 
@@ -614,14 +616,16 @@ def s3_lake(s3_server: LocalS3, lake: LakeResource, monkeypatch: pytest.MonkeyPa
     return LakeResource(raw_uri=lake.raw_uri, lake_uri=f"s3://{bucket}/lake", epoch=lake.epoch)
 
 
-def test_a_bucket_that_is_not_there(platform: Platform, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_bucket_is_named_before_any_call(
+    platform: Platform, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
+):
     result = platform.run(lake=s3_lake(s3_server, platform.lake, monkeypatch, "nobodys-bucket"))
     assert not result.success
     assert "bucket nobodys-bucket does not exist: create it" in result.errors
     assert platform.cloud.journal == []
 
 
-def test_a_bucket_that_is_gone_when_the_job_is_done(
+def test_a_bucket_that_vanished_under_the_job_is_named(
     platform: Platform, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
 ):
     bucket, client = "gone-while-the-job-ran", s3_server.client()
@@ -645,7 +649,7 @@ def test_a_bucket_that_is_gone_when_the_job_is_done(
 # --- Who calls the API
 
 
-def test_an_iam_token_that_expires_says_so(platform: Platform):
+def test_an_expired_token_is_named(platform: Platform):
     token = platform.cloud.iam_token()
     platform.jobs.changes.append({"seconds": 2 * HOUR})
     result = platform.run(service_account_key_file=None, iam_token=token, poll_s=120)
@@ -703,7 +707,7 @@ def test_no_credential_leaves_the_process(
 # --- Two at a time, clocks
 
 
-def test_two_runs_at_the_same_time(tmp_path: Path, lake: LakeResource, clock: FakeClock):
+def test_two_runs_at_the_same_time_have_a_cluster_each(tmp_path: Path, lake: LakeResource, clock: FakeClock):
     (tmp_path / "dagster").mkdir()
     with (
         dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance,
@@ -728,7 +732,7 @@ def test_two_runs_at_the_same_time(tmp_path: Path, lake: LakeResource, clock: Fa
 
 
 @pytest.mark.parametrize("skew", [-86400.0, 86400.0], ids=["a day behind", "a day ahead"])
-def test_the_clock_of_the_api_does_not_matter(
+def test_the_api_may_have_another_clock(
     tmp_path: Path, lake: LakeResource, instance: dg.DagsterInstance, clock: FakeClock, skew: float
 ):
     settings = {"skew_seconds": skew, "token_lifetime_seconds": 100 * HOUR}
@@ -866,18 +870,18 @@ MOMENTS: dict[str, tuple[dict[str, Any], Callable[[RunProcess], None]]] = {
     ],
     ids=lambda value: value if isinstance(value, str) else signal.Signals(value).name,
 )
-def test_a_process_that_is_terminated_clears_up(run_process: Callable[..., RunProcess], moment: str, number: int):
+def test_a_terminated_process_deletes_its_cluster(run_process: Callable[..., RunProcess], moment: str, number: int):
     settings, wait = MOMENTS[moment]
     run = run_process(**settings, run_job=jobs_of(0 if moment == "deleting" else math.inf))
     wait(run)
     run.send(number)
     assert len(run.cloud.calls("ClusterService.Create")) == 1
     if moment == "deleting":
-        # It was asked for first, and goes on without anybody who waits.
+        # The deletion was requested before, and goes on without the process.
         run.wait_for_no_cluster()
         assert len(run.cloud.calls("ClusterService.Delete")) == 1
         assert list(run.lake.reports(CleanedReport)) == ["a"]
-        # One that was not heard ends as if nobody had told it.
+        # A run that lost the signal ends normally.
         expected = dg.DagsterRunStatus.SUCCESS if run.lost_signals() else dg.DagsterRunStatus.FAILURE
         assert run.status() == expected, run.log.read_text()
     else:

@@ -84,7 +84,7 @@ def executable(path: Path, script: str) -> Path:
     return path
 
 
-def with_real_go_missing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+def without_go(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """A PATH with the system's tools, and no `go` but the one that `path` may hold."""
     tools = path / "tools"
     tools.mkdir(parents=True)
@@ -94,7 +94,7 @@ def with_real_go_missing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 class TestServer:
-    def test_its_secret_is_nowhere_to_be_seen(self, real_s3: S3Server):
+    def test_its_secret_is_in_no_repr_argument_or_log(self, real_s3: S3Server):
         assert real_s3._process is not None
         arguments = Path(f"/proc/{real_s3._process.pid}/cmdline").read_text()
         for secret in (real_s3.secret_key, real_s3.access_key):
@@ -103,14 +103,7 @@ class TestServer:
             assert secret not in (real_s3.directory / "log").read_text()
         assert "versitygw" in arguments
 
-    def test_another_server_on_the_same_directory_has_the_same_objects(self, tmp_path: Path):
-        for body in (b"first", b"second"):
-            with S3Server(tmp_path, ("bucket",)) as server:
-                server.client().put_object(Bucket="bucket", Key=body.decode(), Body=body)
-        with S3Server(tmp_path, ("bucket",)) as server:
-            assert server.client().get_object(Bucket="bucket", Key="first")["Body"].read() == b"first"
-
-    def test_it_ends_with_a_process_that_is_killed(self, tmp_path: Path, s3_server: LocalS3):
+    def test_it_ends_with_its_owner_even_if_that_is_killed(self, tmp_path: Path, s3_server: LocalS3):
         program = (
             "import sys, pathlib, time; from ml_platform.dev.cloud import s3_server as s\n"
             f"server = s.{type(s3_server).__name__}(pathlib.Path(sys.argv[1]))\n"
@@ -133,7 +126,7 @@ class TestServer:
             port = server.port
         assert not listens(port)
 
-    def test_metadata_beside_the_files_where_they_can_hold_none(
+    def test_metadata_without_extended_attributes(
         self, tmp_path: Path, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
     ):
         if s3_server.kind != S3Server.kind:
@@ -153,21 +146,21 @@ class TestServer:
 
 
 class TestBuild:
-    def test_without_go_there_is_the_mock_and_the_reason(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        with_real_go_missing(monkeypatch, tmp_path / "bin")
+    def test_without_go_the_mock_starts_and_the_reason_is_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        without_go(monkeypatch, tmp_path / "bin")
         server, reason = start_s3_server(tmp_path / "s3", cache=tmp_path / "cache")
         assert server.kind == "moto"
         assert "Go is missing" in reason
 
-    def test_a_build_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        with_real_go_missing(monkeypatch, tmp_path / "bin")
+    def test_a_failed_build_falls_back_to_the_mock(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        without_go(monkeypatch, tmp_path / "bin")
         executable(tmp_path / "bin" / "go", "echo one >&2; echo no such module >&2; exit 1")
         with pytest.raises(BuildError, match=r"versitygw@v[0-9.]+ failed: no such module"):
             build_versitygw(tmp_path / "cache")
         assert start_s3_server(tmp_path / "s3", cache=tmp_path / "cache")[0].kind == "moto"
 
     def test_two_at_once_build_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        with_real_go_missing(monkeypatch, tmp_path / "bin")
+        without_go(monkeypatch, tmp_path / "bin")
         builds = tmp_path / "builds"
         executable(tmp_path / "bin" / "go", f'echo build >> "{builds}"; sleep 0.3; echo program > "$GOBIN/versitygw"')
         with ThreadPoolExecutor(4) as pool:
@@ -179,7 +172,7 @@ class TestBuild:
 
 
 class TestStore:
-    def test_more_than_a_page_while_objects_come_and_go(self, s3: LocalS3, bucket: str):
+    def test_several_pages_are_listed_while_objects_come_and_go(self, s3: LocalS3, bucket: str):
         client = s3.client()
         lake = LakeResource(raw_uri=f"s3://{bucket}/raw", lake_uri=f"s3://{bucket}/lake", epoch="2020-01-01")
         names = [f"file-{number:04}.txt" for number in range(1_010)]
@@ -272,9 +265,9 @@ WRONG: dict[str, tuple[dict[str, str | None], str]] = {
     ),
     "half of the credentials": ({"AWS_SECRET_ACCESS_KEY": None}, "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
     "no such profile": ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE"),
-    "nobody listens": ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}, "AWS_ENDPOINT_URL_S3"),
+    "connection refused": ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}, "AWS_ENDPOINT_URL_S3"),
     "no such host": ({"AWS_ENDPOINT_URL_S3": "http://s3.invalid"}, "AWS_ENDPOINT_URL_S3"),
-    "no URL": ({"AWS_ENDPOINT_URL_S3": "127.0.0.1:9"}, "AWS_ENDPOINT_URL_S3"),
+    "not a URL": ({"AWS_ENDPOINT_URL_S3": "127.0.0.1:9"}, "AWS_ENDPOINT_URL_S3"),
     "no such bucket": (
         {"ML_PLATFORM_LAKE_URI": "s3://no-such-bucket", "ML_PLATFORM_RAW_URI": "s3://no-such-bucket"},
         "bucket no-such-bucket does not exist",
@@ -305,7 +298,7 @@ class TestErrors:
                 monkeypatch.setenv(name, value)
         return words
 
-    def test_of_every_operation(self, wrong: str, tmp_path: Path):
+    def test_every_operation_names_the_fault(self, wrong: str, tmp_path: Path):
         (tmp_path / "source").mkdir()
         (tmp_path / "source" / "a").touch()
         store = open_store(os.environ["ML_PLATFORM_RAW_URI"])
@@ -329,7 +322,7 @@ class TestErrors:
             assert os.environ.get("AWS_SECRET_ACCESS_KEY", "no secret") not in str(error.value)
 
     @pytest.mark.parametrize("wrong", NOT_FOUND_OR_REFUSED, indirect=True)
-    def test_of_a_tick(self, wrong: str):
+    def test_a_tick_names_the_fault(self, wrong: str):
         lake = LakeResource(
             raw_uri=os.environ["ML_PLATFORM_RAW_URI"], lake_uri=os.environ["ML_PLATFORM_LAKE_URI"], epoch="2020-01-01"
         )
@@ -341,7 +334,9 @@ class TestErrors:
 
     @pytest.mark.parametrize("wrong", NOT_FOUND_OR_REFUSED, indirect=True)
     @pytest.mark.parametrize("command", ["sync", "doctor"])
-    def test_of_a_command(self, wrong: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
+    def test_a_command_names_the_fault(
+        self, wrong: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    ):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
         monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
@@ -357,7 +352,7 @@ class TestErrors:
         assert lines
         assert "Traceback" not in output.err
 
-    def test_a_server_that_hangs(self, s3: LocalS3, monkeypatch: pytest.MonkeyPatch):
+    def test_a_server_that_hangs_is_given_up(self, s3: LocalS3, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(storage, "READ_TIMEOUT_S", 0.2)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -370,7 +365,7 @@ class TestErrors:
         waits = storage.S3_ATTEMPTS * storage.READ_TIMEOUT_S
         assert waits <= 55
 
-    def test_a_private_authority(self, s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_a_private_certificate_authority(self, s3: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for url in tls_endpoint(tmp_path):
             monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
             with pytest.raises(StorageError, match="AWS_CA_BUNDLE"):
@@ -380,7 +375,7 @@ class TestErrors:
                 open_store("s3://some-bucket").read("a")
 
 
-def test_mlflow_keeps_artifacts_there(s3: LocalS3, bucket: str, tmp_path: Path, empty_mlflow_store: Path):
+def test_mlflow_keeps_artifacts_in_a_bucket(s3: LocalS3, bucket: str, tmp_path: Path, empty_mlflow_store: Path):
     """MLflow's client needs no settings beyond those of boto3."""
     resource = MlflowResource(tracking_uri=f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}")
     client = resource.client()
@@ -391,7 +386,7 @@ def test_mlflow_keeps_artifacts_there(s3: LocalS3, bucket: str, tmp_path: Path, 
     assert client.list_artifacts(run.info.run_id, "model")[0].path == "model/MLmodel"
 
 
-def test_mlflows_artifacts_are_tried_there(s3: LocalS3, bucket: str):
+def test_a_bucket_for_artifacts_is_probed(s3: LocalS3, bucket: str):
     probe_artifacts(f"s3://{bucket}/artifacts", "sqlite://")
     assert "Contents" not in s3.client().list_objects_v2(Bucket=bucket)
     with pytest.raises(CommandError, match=r"in s3://no-such-bucket/x: .*NoSuchBucket.*AWS_ENDPOINT_URL_S3") as failure:
@@ -404,25 +399,24 @@ class TestConnection:
     def no_profiles(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
 
-    def test_default_is_aws(self):
-        assert s3a.S3Connection.from_boto3() == s3a.S3Connection(None, "us-east-1")
+    @pytest.mark.parametrize("region", ["", "eu-north-1"])
+    def test_the_default_is_aws(self, monkeypatch: pytest.MonkeyPatch, region: str):
+        if region:
+            monkeypatch.setenv("AWS_DEFAULT_REGION", region)
+        assert s3a.S3Connection.from_boto3() == s3a.S3Connection(None, region or "us-east-1")
 
     @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
-    def test_of_the_environment(self, name: str, monkeypatch: pytest.MonkeyPatch):
+    def test_it_is_read_from_the_environment(self, name: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, "https://s3.example.org")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "ru-central1")
         assert s3a.S3Connection.from_boto3() == CONNECTION
 
-    def test_of_a_profile(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_it_is_read_from_a_profile(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / ".aws").mkdir()
         text = "[profile fraud]\nregion = ru-central1\nendpoint_url = https://s3.example.org\n"
         (tmp_path / ".aws" / "config").write_text(text)
         monkeypatch.setenv("AWS_PROFILE", "fraud")
         assert s3a.S3Connection.from_boto3() == CONNECTION
-
-    def test_a_region_of_aws(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-north-1")
-        assert s3a.S3Connection.from_boto3() == s3a.S3Connection(None, "eu-north-1")
 
 
 class TestProperties:
@@ -441,7 +435,7 @@ class TestProperties:
         assert tuple(found.get(f"spark.hadoop.fs.s3a.{name}") for name in names) == expected
         assert found["spark.hadoop.fs.s3a.endpoint.region"] == "r"
 
-    def test_no_secret_is_among_them(self, s3: LocalS3):
+    def test_properties_hold_no_secret(self, s3: LocalS3):
         found = json.dumps(s3a.s3a_properties(s3a.S3Connection.from_boto3()))
         assert s3.endpoint_url in found
         assert s3.secret_key not in found
@@ -473,7 +467,7 @@ class TestJars:
         log = spark_home / "bin" / "spark-submit.calls"
         return len(log.read_text().splitlines()) if log.exists() else 0
 
-    def test_are_resolved_once_however_many_ask(self, spark_home: Path, tmp_path: Path):
+    def test_jars_are_resolved_once_for_all_callers(self, spark_home: Path, tmp_path: Path):
         with ThreadPoolExecutor(3) as pool:
             found = list(pool.map(lambda _: s3a.connector_jars(cache=tmp_path / "cache"), range(3)))
         assert [jar.name for jar in found[0]] == ["another.jar", "org.apache.hadoop_hadoop-aws-3.5.0.jar"]
@@ -485,7 +479,7 @@ class TestJars:
         assert "software.amazon.awssdk:s3:2.35.4" in packages
         assert "software.amazon.awssdk:bundle" in arguments[arguments.index("--exclude-packages") + 1]
 
-    def test_where_packages_come_from(self, spark_home: Path, tmp_path: Path):
+    def test_ivy_settings_are_handed_on(self, spark_home: Path, tmp_path: Path):
         config = {"spark.jars.ivySettings": "/etc/ivy.xml", "spark.jars.ivy": "/x", "spark.executor.memory": "1g"}
         s3a.connector_jars(config, cache=tmp_path / "cache")
         arguments = (spark_home / "bin" / "spark-submit.arguments").read_text()
@@ -493,22 +487,22 @@ class TestJars:
         assert "spark.jars.ivy=/x" not in arguments
         assert "memory" not in arguments
 
-    def test_beside_the_jars_of_the_user(self, spark_home: Path, tmp_path: Path):
+    def test_jars_of_the_user_are_kept(self, spark_home: Path, tmp_path: Path):
         found = s3a.connector_properties({"spark.jars": "/own.jar"}, cache=tmp_path / "cache")
         assert found["spark.jars"].split(",")[0] == "/own.jar"
         assert "hadoop-aws" in found["spark.jars"]
 
     @pytest.mark.parametrize("name", ["spark.jars", "spark.jars.packages"])
-    def test_none_where_the_user_brings_the_connector(self, spark_home: Path, tmp_path: Path, name: str):
+    def test_no_jars_where_the_user_brings_the_connector(self, spark_home: Path, tmp_path: Path, name: str):
         assert s3a.connector_properties({name: "org.apache.hadoop:hadoop-aws:3.5.0"}, cache=tmp_path) == {}
         assert self.calls(spark_home) == 0
 
-    def test_none_where_spark_has_the_connector(self, spark_home: Path, tmp_path: Path):
+    def test_no_jars_where_spark_has_the_connector(self, spark_home: Path, tmp_path: Path):
         (spark_home / "jars" / "hadoop-aws-3.5.0.jar").touch()
         assert s3a.connector_properties(cache=tmp_path) == {}
         assert self.calls(spark_home) == 0
 
-    def test_of_a_hadoop_nobody_knows(self, spark_home: Path, tmp_path: Path):
+    def test_an_unknown_hadoop_is_named(self, spark_home: Path, tmp_path: Path):
         (spark_home / "jars" / "hadoop-client-api-3.5.0.jar").rename(
             spark_home / "jars" / "hadoop-client-api-9.9.9.jar"
         )
@@ -529,7 +523,7 @@ class TestJars:
         assert len(s3a.connector_jars(cache=tmp_path / "cache")) == 2
 
     @pytest.mark.spark
-    def test_what_ivy_says_is_one_sentence_without_the_password(self, tmp_path: Path):
+    def test_an_error_of_ivy_is_one_line_without_the_password(self, tmp_path: Path):
         settings = tmp_path / "ivy.xml"
         settings.write_text(
             '<ivysettings><settings defaultResolver="mirror"/><resolvers><ibiblio name="mirror" m2compatible="true" '
@@ -549,7 +543,7 @@ class TestJars:
 def test_an_endpoint_that_dies_leaves_no_partition(
     real_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Credentials, region and endpoint are in files alone: Python and Java find them there."""
+    """Python and Java find credentials, region and endpoint in the files of the AWS profile."""
     use(real_s3, monkeypatch)
     file = simulated(0)
     real_s3.client().put_object(Bucket="own-bucket", Key=f"raw/{file.name}", Body=file.content)
@@ -585,7 +579,7 @@ def test_an_endpoint_that_dies_leaves_no_partition(
     store = open_store(user.settings["ML_PLATFORM_LAKE_URI"])
     with pytest.raises(FileNotFoundError):
         store.read(report)
-    # Nothing of what lies there now is in the way.
+    # What the interrupted job left is not in the way.
     printed += user.materialize(CLEANED, file.key, file.key)
     assert_counts(json.loads(store.read(report)), file.truth)
     assert real_s3.secret_key not in printed

@@ -92,7 +92,7 @@ def test_no_name_leads_out_of_a_store(tmp_path: Path, name: str, kind: str):
     assert not {"get_object", "put_object", "upload_file", "download_file"} & {call[0] for call in client.method_calls}
 
 
-def test_the_lake_has_no_partitions_but_those_of_keys(lake: LakeResource, tmp_path: Path):
+def test_directories_of_hostile_keys_are_no_partitions(lake: LakeResource, tmp_path: Path):
     report = cleaned_report("good")
     put_report(lake, CLEANED_TABLE, "good", report)
     for key in ("..", "a b", "\x1b[2Jgone", "new\nline", "[red]", "<b>", ".hidden", "x" * 101, "a...b"):
@@ -118,7 +118,7 @@ def test_the_lake_has_no_partitions_but_those_of_keys(lake: LakeResource, tmp_pa
         "n" * 200,
     ],
 )
-def test_a_raw_file_of_such_a_name_is_left_alone(lake: LakeResource, instance: dg.DagsterInstance, name: str):
+def test_raw_files_with_hostile_names_are_ignored(lake: LakeResource, instance: dg.DagsterInstance, name: str):
     lake.raw.write(f"{name}.txt", b"")
     files, ignored = lake.list_raw_files()
     assert (files, list(ignored)) == ({}, [f"{name}.txt"])
@@ -133,8 +133,8 @@ def files_beside(lake: LakeResource, root: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file() and runs not in path.parents}
 
 
-def test_keys_that_were_registered_by_hand(lake: LakeResource, instance: dg.DagsterInstance, tmp_path: Path):
-    """They fail, and nothing is read, written or deleted on their behalf."""
+def test_hostile_keys_fail_and_touch_no_file(lake: LakeResource, instance: dg.DagsterInstance, tmp_path: Path):
+    """Such keys can be registered by hand."""
     put_raw(lake, "good", raw_spec(0))
     put_cleaned(lake, "good")
     outside = tmp_path / "outside"
@@ -165,7 +165,7 @@ def rendered(text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
-def test_markdown_shows_the_text(text: str):
+def test_hostile_text_in_markdown_stays_plain_text(text: str):
     shown = escaping.markdown(f"model: {text}")
     assert {token.type for token in rendered(shown)} <= {"paragraph_open", "paragraph_close", "inline", "text"}
     plain = "".join(token.content for token in rendered(shown) if token.type == "text")
@@ -187,7 +187,7 @@ def test_nothing_in_a_chat_is_a_link_or_a_mention():
     assert escaping.chat("run: 1\nstep a: it broke (b/c.txt)") == "run: 1\nstep a: it broke (b/c.txt)"
 
 
-def test_what_a_check_says_is_text():
+def test_the_description_of_a_check_is_plain_text():
     """Dagster's UI reads the description of a check as Markdown."""
     context = mock.Mock(partition_keys=["a"])
     result = check_partitions(
@@ -247,7 +247,7 @@ UNSAFE_CALLS = re.compile(
 )
 
 
-def test_nothing_runs_what_data_say():
+def test_no_module_calls_what_runs_code_from_data():
     """Functions and modules that do are banned in pyproject.toml."""
     found = [
         (path.name, line.strip())
@@ -255,7 +255,7 @@ def test_nothing_runs_what_data_say():
         for line in path.read_text().splitlines()
         if UNSAFE_CALLS.search(line)
     ]
-    # The function that looks before it loads: see the test below.
+    # This function inspects the schema before it loads: see the test below.
     assert found == [("runtime.py", "frame = spark.read.parquet(*[literal_path(uri) for uri in uris])")]
 
 
@@ -278,7 +278,7 @@ def test_nothing_runs_what_data_say():
         ("booster.load_model(x)", False),
     ],
 )
-def test_such_calls_are_seen(line: str, unsafe: bool):
+def test_unsafe_calls_are_recognised(line: str, unsafe: bool):
     assert bool(UNSAFE_CALLS.search(line)) is unsafe
 
 
@@ -294,7 +294,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.spark
-def test_parquet_that_names_a_class(spark: Any, tmp_path: Path, trap: Path):
+def test_a_class_that_parquet_names_is_not_imported(spark: Any, tmp_path: Path, trap: Path):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -312,7 +312,7 @@ def test_parquet_that_names_a_class(spark: Any, tmp_path: Path, trap: Path):
     assert spark.read.schema("score double").parquet(uri).collect()[0].score == 0.5
     assert parquet.read_table(tmp_path / "rows" / "part-0.parquet").column("score").to_pylist() == [0.5]
     assert not trap.exists()
-    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever becomes of it, PySpark alone walks into it
+    with pytest.raises(Exception):  # noqa: B017, PT011 - any error will do: PySpark itself imports the class
         _ = spark.read.parquet(uri).schema.fields[0].dataType.no_such_attribute
     assert trap.exists()
 
@@ -320,7 +320,7 @@ def test_parquet_that_names_a_class(spark: Any, tmp_path: Path, trap: Path):
 def test_code_in_mlflow_is_never_run(
     lake: LakeResource, empty_mlflow_store: Path, tmp_path: Path, trap: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The reload proof reads the model file alone, whatever else somebody has put beside it."""
+    """The reload proof reads only the model file, not the code beside it."""
     import mlflow
     import pandas as pd
 
@@ -342,13 +342,13 @@ def test_code_in_mlflow_is_never_run(
     verify_reload(resource, version, sample)
     assert "100 rows" in resource.client().get_model_version("fraud_model", version.version).tags["reload_proof"]
     assert not trap.exists()
-    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever becomes of it, MLflow itself walks into it
+    with pytest.raises(Exception):  # noqa: B017, PT011 - any error will do: MLflow itself runs the code
         mlflow.pyfunc.load_model(str(model)).predict(None)
     assert trap.exists()
 
 
 @pytest.mark.spark
-def test_what_raw_lines_say_stays_among_the_rejects(spark: Any, tmp_path: Path):
+def test_texts_of_raw_lines_reach_only_the_rejects(spark: Any, tmp_path: Path):
     from spark_jobs import clean_transactions
 
     lines = [*HOSTILE_TEXTS, '=HYPERLINK("https://evil.example","x")', "\x1b[2J,1,2", "' OR 1=1 --,x"]
@@ -393,7 +393,7 @@ def tracked_files() -> list[Path]:
     """Text files of the repository."""
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        pytest.skip("this is no clone of the repository")
+        pytest.skip("this is not a clone of the repository")
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
@@ -433,7 +433,7 @@ def test_secrets_are_recognised(text: str):
 
 
 def test_nothing_listens_to_the_world():
-    """But in containers, of which compose.yaml publishes ports on 127.0.0.1 alone (test_deploy.py)."""
+    """Containers may: compose.yaml publishes their ports on 127.0.0.1 only."""
     found = {
         str(path.relative_to(ROOT))
         for path in tracked_files()
