@@ -297,13 +297,13 @@ class TestThroughDagster:
     ):
         instance.add_dynamic_partitions("raw_files", ["file-3"])
         evaluation = evaluate(instance, lake, "rows_add_up", (three[2], "file-3"))
-        assert evaluation.metadata["problems"].value == {"file-3": "it has no report"}
+        assert evaluation.metadata["problems"].value == {"file-3": "no report"}
 
     @pytest.mark.parametrize(
         ("counts", "problem"),
         [
             ({"unusable_rows": 2}, "2 rows have unusable features"),
-            ({"rows": 19_999}, "19999 rows of features for 20000 clean rows"),
+            ({"rows": 19_999}, "19999 feature rows for 20000 clean rows"),
         ],
     )
     def test_unusable_features(

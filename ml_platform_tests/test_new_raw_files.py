@@ -150,7 +150,7 @@ class TestNothingNew:
     def test_skips_with_the_reason(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         result = tick(instance, lake)
         assert ranges_of(result.run_requests or []) == []
-        assert reason_of(result) == "4 raw files, every one has a cleaned counterpart"
+        assert reason_of(result) == "4 raw files, all have a cleaned counterpart"
 
     def test_storage_decides_not_dagsters_memory(
         self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]
@@ -450,7 +450,7 @@ class TestSchedule:
     def test_skips_with_the_reason(self, instance: dg.DagsterInstance, lake: LakeResource, done: list[str]):
         skip = self.evaluate(instance, lake)
         assert isinstance(skip, dg.SkipReason)
-        assert skip.skip_message == "4 raw files, every one has a cleaned counterpart"
+        assert skip.skip_message == "4 raw files, all have a cleaned counterpart"
 
     def test_names_what_it_ignores(
         self,
