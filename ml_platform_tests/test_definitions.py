@@ -179,7 +179,7 @@ with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as
 """
     done = run_python(code, tmp_path, ML_PLATFORM_LOG_FORMAT=log_format)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "there is no such file" in line]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "file not found in" in line]
     assert lines
     assert lines[0].startswith("{") is is_json
     if is_json:
