@@ -1,6 +1,6 @@
-"""Checks of cleaned files and features, from the jobs' reports. They stop a run before it trains on wrong data.
+"""Asset checks of cleaned files and features, based on the jobs' reports. They block training on bad data.
 
-The checks of `fraud_model` are results of the asset itself.
+The checks of `fraud_model` are defined in the asset itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,19 +32,19 @@ def _check(
     problem_of: Callable[[str], str | None],
     measure: Callable[[str], Mapping[str, Any]] = lambda key: {},
 ) -> dg.AssetCheckResult:
-    """Check the run's partitions by their reports; a missing report is a problem, too."""
+    """Check the run's partitions by their reports; a missing report is also a problem."""
     (check,) = context.op_execution_context.selected_asset_check_keys
     return check_partitions(
         context,
         check,
-        lambda key: problem_of(key) if key in reports else "it has no report",
+        lambda key: problem_of(key) if key in reports else "no report",
         lambda key: measure(key) if key in reports else {},
     )
 
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
 def rows_add_up(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
-    """Every raw row is a clean, a duplicate or a rejected row."""
+    """Every raw row is a clean, duplicate or rejected row."""
     cleaned = lake.reports(CleanedReport)
     return _check(context, cleaned, lambda key: row_count_mismatch(cleaned[key]))
 
@@ -53,7 +53,7 @@ def rows_add_up(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> d
 def reject_rate(
     context: dg.AssetCheckExecutionContext, lake: LakeResource, limits: QualityLimits
 ) -> dg.AssetCheckResult:
-    """Few rows are rejected."""
+    """The share of rejected rows is small."""
     cleaned = lake.reports(CleanedReport)
 
     def measure(key: str) -> Mapping[str, float]:
@@ -77,7 +77,7 @@ def fraud_rate(
 
 @dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
 def unique_ids(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
-    """No transaction_id range overlaps that of another file."""
+    """The transaction_id range does not overlap that of another file."""
     cleaned = lake.reports(CleanedReport)
     return _check(context, cleaned, lambda key: overlapping_ids(key, cleaned))
 
@@ -86,7 +86,7 @@ def unique_ids(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg
 def time_range(
     context: dg.AssetCheckExecutionContext, lake: LakeResource, limits: QualityLimits
 ) -> dg.AssetCheckResult:
-    """The times of a file fit its place among the others."""
+    """The time range is plausible, matches the file name, and does not overlap other files."""
     cleaned = lake.reports(CleanedReport)
     return _check(context, cleaned, lambda key: implausible_time_range(key, cleaned, limits))
 
@@ -100,7 +100,7 @@ def usable_features(context: dg.AssetCheckExecutionContext, lake: LakeResource) 
         counts = features[key].counts
         clean_rows = cleaned[key].counts.clean_rows if key in cleaned else None
         if counts.rows != clean_rows:
-            return f"{counts.rows} rows of features for {clean_rows} clean rows"
+            return f"{counts.rows} feature rows for {clean_rows} clean rows"
         return f"{counts.unusable_rows} rows have unusable features" if counts.unusable_rows else None
 
     return _check(context, features, problem_of)

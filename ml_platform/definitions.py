@@ -37,7 +37,7 @@ from ml_platform.spark.engine import LocalSparkEngine, SparkEngine
 
 
 def build_engine(settings: Settings) -> SparkEngine:
-    """Where Spark runs in the deployment of `settings`."""
+    """Create the Spark engine of the deployment."""
     if settings.deployment == "local":
         return LocalSparkEngine(
             master=settings.spark_master,
@@ -51,18 +51,18 @@ def build_engine(settings: Settings) -> SparkEngine:
         lake_uri=settings.lake_uri,
         cluster=cluster.model_dump(include=set(ClusterSpec.model_fields)),
         **cluster.model_dump(include=set(ClusterOptions.model_fields), exclude={"iam_token"}),
-        # By the variable's name, so that Dagster shows the name and not the token.
+        # An EnvVar, so that Dagster's UI shows the variable's name and not the token.
         iam_token=dg.EnvVar("YC_IAM_TOKEN") if cluster.iam_token else None,
     )
 
 
 def build_resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
-    """The resources that `settings` ask for; the same keys in every deployment."""
+    """Create the resources; their keys are the same in every deployment."""
     return {
         "lake": LakeResource(raw_uri=settings.raw_uri, lake_uri=settings.lake_uri, epoch=settings.epoch.isoformat()),
         "spark": build_engine(settings),
         "mlflow": MlflowResource(
-            # By the variable's name where it is set: it may hold a password, and Dagster shows what it is given.
+            # An EnvVar if set: the URI may contain a password, and Dagster's UI shows plain values.
             tracking_uri=dg.EnvVar("MLFLOW_TRACKING_URI") if settings.mlflow_tracking_uri else settings.tracking_uri,
             artifact_root=settings.artifact_root,
             ui_url=settings.mlflow_ui_url,
@@ -71,15 +71,15 @@ def build_resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
     }
 
 
-#: What the sensor's daily look and the run itself add to the age of the newest data.
-LATE_AFTER_DAYS = 2
+#: Allowance for the sensor's daily interval and the run itself.
+FRESHNESS_SLACK_DAYS = 2
 
 
 def freshness_policy(files_every_days: int) -> dg.FreshnessPolicy:
-    """Late (WARN) when the next file should have been processed; overdue (FAIL) when that after it should have."""
+    """Freshness policy: WARN when the next file is overdue, FAIL when the one after it is overdue, too."""
     return dg.FreshnessPolicy.time_window(
-        warn_window=timedelta(days=files_every_days + LATE_AFTER_DAYS),
-        fail_window=timedelta(days=2 * files_every_days + LATE_AFTER_DAYS),
+        warn_window=timedelta(days=files_every_days + FRESHNESS_SLACK_DAYS),
+        fail_window=timedelta(days=2 * files_every_days + FRESHNESS_SLACK_DAYS),
     )
 
 

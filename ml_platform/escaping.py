@@ -1,17 +1,17 @@
-"""Escapes text that others may have written, such as a name, a note or an error, for the place where it is shown."""
+"""Escaping of untrusted text, such as names, notes and errors, for terminals, Markdown and chats."""
 
 from __future__ import annotations
 
 import re
 
-#: Invisible; ends a word for readers that turn bare addresses into links.
+#: Invisible word break that stops the autolinking of bare URLs.
 _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` with every control and format character escaped, except for those in `keep`.
+    """Escape all control and format characters in `text`, except those in `keep`.
 
-    A terminal obeys such characters: they move the cursor, change the title, reverse the direction of writing.
+    A terminal interprets such characters: they can move the cursor, change the title or reverse the text direction.
     """
     return "".join(
         char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
@@ -19,10 +19,10 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def markdown(text: str) -> str:
-    """Markdown that shows `text` as it stands, on one line: no link, no image, no HTML.
+    """Escape `text` as Markdown that shows it literally on one line: no links, images or HTML.
 
-    Dagster's UI reads descriptions as Markdown. Bare addresses become links even where they are escaped, so zero-width
-    spaces interrupt them.
+    Dagster's UI renders descriptions as Markdown. Bare URLs become links even if escaped, so zero-width spaces break
+    them up.
     """
     line = printable(" ".join(text.split()))
     line = re.sub(r"[\\`*\[\]<>&~|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
@@ -30,8 +30,8 @@ def markdown(text: str) -> str:
 
 
 def chat(text: str) -> str:
-    """`text` for a chat that takes ``<...>``, ``[...](...)`` and ``@...`` for links, images and mentions of everybody.
+    """Neutralize ``<...>``, ``[...](...)`` and ``@...`` in `text`, which chats render as links, images and mentions.
 
-    Chats differ in their escapes, so look-alikes replace these characters.
+    Chats differ in their escape syntax, so these characters are replaced by look-alikes.
     """
     return text.translate(str.maketrans("<>@", "‹›＠")).replace("](", "] (")

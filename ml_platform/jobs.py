@@ -1,4 +1,4 @@
-"""Jobs. A run is one process with one Spark session, hence the in-process executor."""
+"""Jobs. They use the in-process executor, because a run is one process with one Spark session."""
 
 from typing import Any
 
@@ -19,34 +19,34 @@ process_new_files = dg.define_asset_job(
 
 
 def run_config() -> dict[str, Any]:
-    """Run config of the runs that a sensor, a schedule or a command starts: that of ML_PLATFORM_RUN_CONFIG.
+    """Run config of runs started by a sensor, the schedule or a command, from ML_PLATFORM_RUN_CONFIG.
 
     Raises:
-        SettingsError: the file cannot be read, is no YAML, or says something impossible about training.
+        SettingsError: the file cannot be read, is not YAML, or contains invalid training settings.
     """
-    # The logger by its name: otherwise Dagster takes its own default and not that of the definitions.
+    # Name the logger explicitly; otherwise Dagster uses its default instead of the logger in the definitions.
     config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
     path = load_settings().run_config_file
     if path is not None:
         try:
             config |= dg.config_from_files([str(path)])
-        except Exception as error:  # whatever is wrong with a file that people write
+        except Exception as error:  # a hand-written file may fail in many ways
             raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: cannot read {path}: {error}") from None
         if problem := problem_of_run_config(config):
             raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: {path}: fraud_model: {problem}")
     return config
 
 
-@dg.op(description="Ask for the deletion of clusters whose run has ended, is unknown, or is past their lifetime.")
+@dg.op(description="Request the deletion of clusters whose run has ended or is unknown, or whose lifetime is over.")
 def delete_clusters(context: dg.OpExecutionContext, spark: dg.ResourceParam[SparkEngine]) -> None:
     if not isinstance(spark, DataprocEngine):
-        raise dg.Failure("this deployment makes no clusters (ML_PLATFORM_DEPLOYMENT)", allow_retries=False)
+        raise dg.Failure("this deployment does not use clusters (ML_PLATFORM_DEPLOYMENT)", allow_retries=False)
     context.log.info(delete_orphans(context.instance, spark, lambda: context.log))
 
 
 @dg.job(
     executor_def=dg.in_process_executor,
-    description="What the sensor orphaned_clusters does, by hand.",
+    description="Manual equivalent of the sensor orphaned_clusters.",
 )
 def delete_orphaned_clusters() -> None:
     delete_clusters()

@@ -1,4 +1,4 @@
-"""Sensors and the schedule. What they do is elsewhere: planning, dead runs, orphaned clusters, alerts."""
+"""Sensors and the schedule. Their logic is in the modules for planning, dead runs, orphaned clusters and alerts."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ from ml_platform.spark.engine import SparkEngine
 DAY_S = 24 * 60 * 60
 REAPER_INTERVAL_S = 5 * 60
 ALERT_INTERVAL_S = 60
-#: As often as Dagster's own monitoring looks (run_monitoring in dagster.yaml).
+#: Same interval as Dagster's run monitoring (run_monitoring in dagster.yaml).
 DEAD_RUNS_INTERVAL_S = 30
 
 
@@ -27,7 +27,7 @@ DEAD_RUNS_INTERVAL_S = 30
     job=process_new_files,
     minimum_interval_seconds=DAY_S,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Once a day: registers new raw files and starts a run for those without a cleaned counterpart.",
+    description="Registers new raw files once a day and starts runs for those without a cleaned counterpart.",
 )
 def new_raw_files(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg.SensorResult:
     plan = plan_runs(context.instance, lake)
@@ -45,7 +45,7 @@ def new_raw_files(context: dg.SensorEvaluationContext, lake: LakeResource) -> dg
     job=process_new_files,
     cron_schedule="0 6 * * *",
     execution_timezone="UTC",
-    description="What the sensor new_raw_files does, at a fixed hour. Turn one of the two on.",
+    description="Same as the sensor new_raw_files, at a fixed hour. Enable only one of the two.",
 )
 def process_new_files_daily(
     context: dg.ScheduleEvaluationContext, lake: LakeResource
@@ -59,10 +59,10 @@ def process_new_files_daily(
 @dg.sensor(
     minimum_interval_seconds=DEAD_RUNS_INTERVAL_S,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Reports runs as failed whose process died, so that the queue goes on and Dagster can retry them.",
+    description="Reports runs whose process died as failed, so that the queue continues and Dagster can retry them.",
 )
 def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-    """Evaluated where the code is, and so where the processes of the runs are."""
+    """Evaluated in the code server, and so on the host of the run processes."""
     dead = fail_dead_runs(shared_instance(context))
     for run_id in dead:
         context.log.warning(f"reported run {run_id} as failed: its process died")
@@ -70,26 +70,26 @@ def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 
 
 def build_orphaned_clusters(default_status: dg.DefaultSensorStatus) -> dg.SensorDefinition:
-    """The sensor ``orphaned_clusters``, which is on by default where clusters are made.
+    """Create the sensor ``orphaned_clusters``, enabled by default in deployments that use clusters.
 
-    It asks for deletions itself: a run would wait in the queue behind the very run whose cluster is left over.
+    It requests deletions itself instead of in a run, which would be queued behind the run that left the cluster.
     """
 
     @dg.sensor(
         minimum_interval_seconds=REAPER_INTERVAL_S,
         default_status=default_status,
-        description="Deletes clusters whose run has ended, is unknown, or is past their lifetime. Starts no run.",
+        description="Deletes clusters whose run has ended or is unknown, or whose lifetime is over. Starts no run.",
     )
     def orphaned_clusters(context: dg.SensorEvaluationContext, spark: dg.ResourceParam[SparkEngine]) -> dg.SkipReason:
         if not isinstance(spark, DataprocEngine):
-            return dg.SkipReason("this deployment makes no clusters (ML_PLATFORM_DEPLOYMENT)")
+            return dg.SkipReason("this deployment does not use clusters (ML_PLATFORM_DEPLOYMENT)")
         return dg.SkipReason(delete_orphans(context.instance, spark, lambda: context.log))
 
     return orphaned_clusters
 
 
 def build_report_failed_runs(destinations: Sequence[Destination], ui_url: str | None) -> dg.SensorDefinition:
-    """The sensor ``report_failed_runs``, which is on by default where alerts have a destination."""
+    """Create the sensor ``report_failed_runs``, enabled by default if alerts have a destination."""
 
     @dg.sensor(
         minimum_interval_seconds=ALERT_INTERVAL_S,
@@ -98,9 +98,9 @@ def build_report_failed_runs(destinations: Sequence[Destination], ui_url: str | 
     )
     def report_failed_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         if not destinations:
-            return dg.SkipReason("nobody to tell: set ML_PLATFORM_ALERT_EMAIL_TO or ML_PLATFORM_ALERT_WEBHOOK_URL")
+            return dg.SkipReason("no destination: set ML_PLATFORM_ALERT_EMAIL_TO or ML_PLATFORM_ALERT_WEBHOOK_URL")
         delivery = deliver_alerts(shared_instance(context), destinations, context.cursor, ui_url)
-        # A failed tick would not keep the cursor, so what failed is logged.
+        # Log failures instead of raising: a failed tick would not save the cursor.
         for failure in delivery.failures:
             context.log.error(failure)
         context.update_cursor(delivery.cursor)

@@ -1,6 +1,6 @@
-"""The platform's settings, the cluster's specification included.
+"""Settings of the platform, including the cluster specification.
 
-No other module reads the environment; boto3 and MLflow read their own variables.
+No other module reads the environment, except that boto3 and MLflow read their own variables.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
-#: boto3 takes an empty, `.` or `..` part of a key as it stands; Hadoop's paths do not.
+#: boto3 takes empty, `.` or `..` parts of a key literally; Hadoop normalizes them.
 _INVALID_KEY_PARTS = {"", ".", ".."}
 _EMAIL_ADDRESS = re.compile(r"[!-~]+@[A-Za-z0-9.-]+")
 
 
 class SettingsError(Exception):
-    """A setting is missing or unusable; the message names the variable and says what it takes."""
+    """A setting is missing or invalid; the message names the variable and the expected value."""
 
 
 def _from_json(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        raise ValueError("takes JSON") from None
+        raise ValueError("must be JSON") from None
 
 
 def _split_at_commas(value: Any) -> Any:
@@ -48,25 +48,25 @@ def _split_at_commas(value: Any) -> Any:
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-#: In the environment, a list is comma-separated; a mapping is JSON.
+#: In environment variables, lists are comma-separated and mappings are JSON.
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_split_at_commas)]
 Mapping = Annotated[dict[str, str], NoDecode, BeforeValidator(_from_json)]
 
 
 class Settings(BaseSettings):
-    """Settings, each read from the environment variable that its alias names."""
+    """Settings, each read from the environment variable in its alias."""
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
 
     deployment: Literal["local", "yandex"] = Field(
         "local",
         alias="ML_PLATFORM_DEPLOYMENT",
-        description="Where Spark runs: local (embedded, or the cluster of SPARK_MASTER), or an ephemeral cluster.",
+        description="Where Spark runs: local (embedded, or cluster at SPARK_MASTER), or yandex (ephemeral clusters).",
     )
     deployment_name: str | None = Field(
         None,
         alias="ML_PLATFORM_DEPLOYMENT_NAME",
-        description="Name of this deployment among those that share a folder of the cloud; default: the deployment.",
+        description="Name of this deployment, unique within its cloud folder; default: the deployment.",
     )
     raw_uri: str = Field(
         "data/raw",
@@ -82,44 +82,44 @@ class Settings(BaseSettings):
     mlflow_tracking_uri: str | None = Field(
         None,
         alias="MLFLOW_TRACKING_URI",
-        description="MLflow's tracking server or database; default: an SQLite file beside the lake.",
+        description="MLflow's tracking server or database; default: an SQLite file next to the lake.",
     )
     mlflow_ui_url: str | None = Field(
         None,
         alias="MLFLOW_UI_URL",
-        description="MLflow's UI, for links, where a browser reaches it by another address than MLFLOW_TRACKING_URI.",
+        description="URL of MLflow's UI, for links, if browsers cannot use MLFLOW_TRACKING_URI.",
     )
     spark_master: str = Field(
         "local[*]",
         alias="SPARK_MASTER",
-        description="Master of the local engine: local[*], spark://host:port, yarn.",
+        description="Spark master of the local engine: local[*], spark://host:port, yarn.",
     )
-    java_home: Path | None = Field(None, alias="JAVA_HOME", description="Where Java is, for Spark.")
+    java_home: Path | None = Field(None, alias="JAVA_HOME", description="Java installation for Spark.")
     spark_driver_memory: str | None = Field(
         None,
         alias="SPARK_DRIVER_MEMORY",
-        description="Memory of the embedded Spark, e.g. 4g; default: a third of the machine's, from 1 to 8 GB.",
+        description="Driver memory of the embedded Spark, e.g. 4g; default: a third of the machine's, from 1 to 8 GB.",
     )
     spark_properties: Mapping = Field(
         {},
         alias="SPARK_PROPERTIES",
-        description="More Spark properties of the local engine, JSON; they win over the platform's own.",
+        description="Additional Spark properties of the local engine (JSON); they override the platform's.",
     )
-    dagster_home: Path | None = Field(None, alias="DAGSTER_HOME", description="Directory of Dagster's own storage.")
-    dagster_ui_url: str | None = Field(None, alias="DAGSTER_UI_URL", description="Dagster's UI, for links in alerts.")
+    dagster_home: Path | None = Field(None, alias="DAGSTER_HOME", description="Directory of Dagster's storage.")
+    dagster_ui_url: str | None = Field(None, alias="DAGSTER_UI_URL", description="Dagster UI, for links in alerts.")
     run_config_file: Path | None = Field(
         None,
         alias="ML_PLATFORM_RUN_CONFIG",
-        description="YAML file with run config for the runs that a sensor, the schedule or process-new-files starts.",
+        description="YAML file with run config for runs started by a sensor, the schedule or process-new-files.",
     )
     log_format: Literal["text", "json"] = Field(
-        "text", alias="ML_PLATFORM_LOG_FORMAT", description="What runs write to their process's output."
+        "text", alias="ML_PLATFORM_LOG_FORMAT", description="Log format of run processes."
     )
     files_every_days: int = Field(
         30,
         ge=1,
         alias="ML_PLATFORM_FILES_EVERY_DAYS",
-        description="Days from one raw file to the next; the freshness policies count by it.",
+        description="Days between raw files; used by the freshness policies.",
     )
 
     @field_validator("raw_uri", "lake_uri")
@@ -128,25 +128,25 @@ class Settings(BaseSettings):
         if "://" in value:
             value = value.rstrip("/")
             if not _S3_URI.fullmatch(value) or _INVALID_KEY_PARTS.intersection(value.split("/")[3:]):
-                raise ValueError("takes a directory or s3://bucket/prefix")
+                raise ValueError("must be a directory or s3://bucket/prefix")
             return value
         if "?" in value:
-            raise ValueError("takes no path with a '?', which the address of an SQLite file cannot hold")
+            raise ValueError("must not contain '?', which is not allowed in an SQLite URL")
         return str(Path(value).expanduser().absolute())
 
     @field_validator("mlflow_tracking_uri", "mlflow_ui_url", "dagster_ui_url")
     @classmethod
-    def _shown_address(cls, value: str | None, info: ValidationInfo) -> str | None:
-        """Refuses an address of HTTP with a password: MLflow prints it, errors repeat it, links hold it."""
+    def _no_credentials(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Reject an HTTP URL with credentials, which would leak into logs, errors and links."""
         if value and re.match("(?i)https?://", value) and "@" in urlsplit(value).netloc:
-            of_client = info.field_name == "mlflow_tracking_uri"
-            advice = "; they go into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if of_client else ""
-            raise ValueError(f"takes an address without user and password{advice}")
+            is_client = info.field_name == "mlflow_tracking_uri"
+            advice = "; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if is_client else ""
+            raise ValueError(f"must be a URL without user and password{advice}")
         return value
 
     @property
     def default_mlflow_directory(self) -> Path:
-        """Where MLflow's own files are by default: beside a lake on this machine, otherwise ./data."""
+        """Default directory of MLflow's files: next to a local lake, otherwise ./data."""
         return Path("data").absolute() if self.lake_uri.startswith("s3://") else Path(self.lake_uri).parent
 
     @property
@@ -156,12 +156,12 @@ class Settings(BaseSettings):
 
     @property
     def artifact_root(self) -> str | None:
-        """Where MLflow keeps the artifacts of the default store; None where the server decides."""
+        """Artifact root of the default store; None if MLFLOW_TRACKING_URI is set."""
         return None if self.mlflow_tracking_uri else (self.default_mlflow_directory / "mlflow-artifacts").as_uri()
 
 
 class InitializationAction(BaseModel):
-    """A script that each host of the cluster runs before it is used."""
+    """An initialization script that runs on each host of the cluster."""
 
     uri: str
     args: list[str] = []
@@ -170,7 +170,7 @@ class InitializationAction(BaseModel):
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Hosts of one kind. `role` is master, data or compute."""
+    """A group of identical hosts. `role` is master, data or compute."""
 
     role: str
     preset: str
@@ -180,50 +180,50 @@ class NodeGroup:
 
 
 class ClusterSpec(BaseModel):
-    """What a cluster consists of. The defaults are those of the Airflow pipeline that this project replaced."""
+    """Composition of a cluster. The defaults come from the Airflow pipeline that this project replaced."""
 
-    folder_id: str = Field(description="Folder of the cloud that the cluster is made in.")
+    folder_id: str = Field(description="Cloud folder of the cluster.")
     zone: str = Field("ru-central1-a", description="Availability zone.")
     subnet_id: str = Field(description="Subnet of the cluster's hosts; it needs a NAT gateway.")
     security_group_ids: Texts = Field([], description="Security groups of the hosts.")
-    service_account_id: str = Field(description="Service account of the cluster: it reads and writes the buckets.")
-    autoscaling_service_account_id: str = Field("", description="Service account that resizes the cluster.")
-    ssh_public_key: str = Field("", description="Public key that opens the hosts.")
-    bucket: str = Field("", description="Bucket for the logs that the service itself keeps.")
+    service_account_id: str = Field(description="Service account of the cluster; reads and writes the buckets.")
+    autoscaling_service_account_id: str = Field("", description="Service account for autoscaling.")
+    ssh_public_key: str = Field("", description="Public SSH key for access to the hosts.")
+    bucket: str = Field("", description="Bucket for the service's own logs.")
     description: str = Field("Made by ml_platform for one run; deleted at its end.", max_length=256)
-    labels: Mapping = Field({}, description="More labels of the cluster; the platform's own win.")
+    labels: Mapping = Field({}, description="Additional labels of the cluster; the platform's own take precedence.")
 
-    image_version: str = Field("2.0", description="Version of the image.")
-    services: Texts = Field(["YARN", "SPARK", "HDFS", "MAPREDUCE"], description="Services of the cluster.")
-    properties: Mapping = Field({}, description="Properties of the services, e.g. spark:spark.sql.x.")
+    image_version: str = Field("2.0", description="Image version.")
+    services: Texts = Field(["YARN", "SPARK", "HDFS", "MAPREDUCE"], description="Hadoop services of the cluster.")
+    properties: Mapping = Field({}, description="Service properties, e.g. spark:spark.sql.x.")
     initialization_actions: Annotated[list[InitializationAction], BeforeValidator(_from_json)] = Field(
-        [], description="Scripts that each host runs."
+        [], description="Initialization scripts of the hosts."
     )
-    oslogin: bool = Field(False, description="Open the hosts by OS Login.")
-    ui_proxy: bool = Field(True, description="Show the services' UIs through the cloud's proxy.")
+    oslogin: bool = Field(False, description="Allow access to the hosts by OS Login.")
+    ui_proxy: bool = Field(True, description="Make the services' UIs available through the cloud's proxy.")
     log_group_id: str = Field("", description="Cloud Logging group of the cluster.")
-    host_group_ids: Texts = Field([], description="Dedicated hosts.")
+    host_group_ids: Texts = Field([], description="Groups of dedicated hosts.")
     public_ip: bool = Field(False, description="Give the master a public address.")
     environment: Literal["", "PRODUCTION", "PRESTABLE"] = Field("", description="Environment of the cluster.")
 
-    master_preset: str = Field("s3-c2-m8", description="Size of the master.")
+    master_preset: str = Field("s3-c2-m8", description="Preset of the master.")
     master_disk_type: str = Field("network-ssd")
     master_disk_size_gb: int = Field(40, ge=1)
-    data_preset: str = Field("s3-c4-m16", description="Size of a data node.")
+    data_preset: str = Field("s3-c4-m16", description="Preset of a data node.")
     data_disk_type: str = Field("network-hdd")
     data_disk_size_gb: int = Field(128, ge=1)
     data_count: int = Field(3, ge=0, le=32, description="Data nodes; 0 for a cluster without HDFS.")
-    compute_preset: str = Field("s3-c4-m16", description="Size of a compute node.")
+    compute_preset: str = Field("s3-c4-m16", description="Preset of a compute node.")
     compute_disk_type: str = Field("network-hdd")
     compute_disk_size_gb: int = Field(128, ge=1)
     compute_count: int = Field(0, ge=0, le=32, description="Compute nodes.")
-    compute_max_count: int = Field(0, ge=0, le=100, description="Compute nodes that autoscaling may go up to; 0: none.")
-    compute_preemptible: bool = Field(False, description="Cheap nodes that the cloud may take away.")
-    compute_measurement_s: int = Field(60, ge=60, le=600, description="Autoscaling: load is averaged over so long.")
-    compute_warmup_s: int = Field(60, ge=0, le=600, description="Autoscaling: a new node's load counts after so long.")
-    compute_stabilization_s: int = Field(120, ge=60, le=1800, description="Autoscaling: no decision for so long.")
-    compute_cpu_target: float = Field(0, ge=0, le=100, description="Autoscaling: aim of CPU load in %; 0: by YARN.")
-    compute_decommission_s: int = Field(120, ge=0, le=86400, description="Autoscaling: a node may finish for so long.")
+    compute_max_count: int = Field(0, ge=0, le=100, description="Maximum compute nodes for autoscaling; 0: off.")
+    compute_preemptible: bool = Field(False, description="Use preemptible compute nodes.")
+    compute_measurement_s: int = Field(60, ge=60, le=600, description="Autoscaling: averaging period of the load.")
+    compute_warmup_s: int = Field(60, ge=0, le=600, description="Autoscaling: warm-up time of a new node.")
+    compute_stabilization_s: int = Field(120, ge=60, le=1800, description="Autoscaling: stabilization period.")
+    compute_cpu_target: float = Field(0, ge=0, le=100, description="Autoscaling: target CPU load in %; 0: by YARN.")
+    compute_decommission_s: int = Field(120, ge=0, le=86400, description="Autoscaling: decommission timeout of a node.")
 
     @model_validator(mode="after")
     def _autoscaling_has_nodes(self) -> ClusterSpec:
@@ -234,7 +234,7 @@ class ClusterSpec(BaseModel):
         return self
 
     def node_groups(self) -> list[NodeGroup]:
-        """The groups that have hosts: the master first."""
+        """Non-empty node groups, the master first."""
         groups = [
             NodeGroup("master", self.master_preset, self.master_disk_type, self.master_disk_size_gb, 1),
             NodeGroup("data", self.data_preset, self.data_disk_type, self.data_disk_size_gb, self.data_count),
@@ -246,32 +246,30 @@ class ClusterSpec(BaseModel):
 
 
 class ClusterOptions(BaseModel):
-    """How the API is called, how long things may take, how a cluster follows its work, and what it costs."""
+    """API access, timeouts, cluster sizing and prices."""
 
     service_account_key_file: str | None = Field(
-        None, description="Authorized key to call the API with; default: the token, or the VM's account."
+        None, description="Authorized key for the API; default: the token, or the VM's account."
     )
-    iam_token: str | None = Field(None, repr=False, description="IAM token to call the API with.")
-    api_endpoint: str | None = Field(None, description="host:port of another installation of the API.")
-    root_certificates_file: str | None = Field(
-        None, description="Authorities of that installation's certificate (PEM)."
-    )
-    console_url: str = Field("https://console.yandex.cloud", description="Where links to the console lead.")
-    create_timeout_s: Seconds = Field(1800, description="Longest wait for a cluster.")
-    job_timeout_s: Seconds = Field(4 * 3600, description="Longest time of a job; then it is cancelled.")
-    max_lifetime_s: Seconds = Field(8 * 3600, description="A cluster older than this is deleted.")
-    delete_timeout_s: Seconds = Field(900, description="Longest wait for a cluster to be gone.")
-    poll_s: Seconds = Field(10, description="Longest pause between two polls.")
-    data_max_count: int = Field(0, ge=0, le=32, description="Most data nodes of a run with much work; 0: data_count.")
-    target_s: Seconds = Field(900, description="Time that a run's work on data should take, as far as nodes allow.")
-    job_properties: Mapping = Field({}, description="More Spark properties of each job.")
+    iam_token: str | None = Field(None, repr=False, description="IAM token for the API.")
+    api_endpoint: str | None = Field(None, description="host:port of a non-default API endpoint.")
+    root_certificates_file: str | None = Field(None, description="CA certificates for that endpoint (PEM).")
+    console_url: str = Field("https://console.yandex.cloud", description="Base URL of links to the console.")
+    create_timeout_s: Seconds = Field(1800, description="Timeout for the creation of a cluster.")
+    job_timeout_s: Seconds = Field(4 * 3600, description="Timeout of a job, after which it is cancelled.")
+    max_lifetime_s: Seconds = Field(8 * 3600, description="Maximum lifetime of a cluster, after which it is deleted.")
+    delete_timeout_s: Seconds = Field(900, description="Timeout for the deletion of a cluster.")
+    poll_s: Seconds = Field(10, description="Maximum polling interval.")
+    data_max_count: int = Field(0, ge=0, le=32, description="Maximum data nodes for a large run; 0: data_count.")
+    target_s: Seconds = Field(900, description="Target time of a run's data work, within the limits on nodes.")
+    job_properties: Mapping = Field({}, description="Additional Spark properties of each job.")
     prices: Annotated[dict[str, Price], BeforeValidator(_from_json)] = Field(
-        {}, description="Per hour: of a host of a preset, of a GB of a disk type."
+        {}, description="Hourly prices: per host by preset, per GB by disk type."
     )
     currency: str = Field("RUB", description="Currency of the prices.")
 
 
-#: Fields of `ClusterSettings` whose variables begin with YC_; those of the others begin with DATAPROC_.
+#: Fields of `ClusterSettings` with the variable prefix YC_; the others have DATAPROC_.
 _YC_FIELDS = {
     *("folder_id", "zone", "subnet_id", "security_group_ids", "service_account_id", "ssh_public_key"),
     *("service_account_key_file", "iam_token", "api_endpoint", "root_certificates_file", "console_url"),
@@ -303,24 +301,24 @@ class ClusterSettings(ClusterSpec, ClusterOptions, BaseSettings):
 
 
 def _webhook_url(value: str) -> str:
-    """`value`, if it is an address that a secret may be sent to; the message never repeats it."""
+    """Return `value` if secrets may be sent to this URL; otherwise raise ValueError without repeating it."""
     try:
         parts = urlsplit(value)
         host = parts.hostname
         _ = parts.port
     except ValueError:
-        raise ValueError("takes https://host/path") from None
+        raise ValueError("must be https://host/path") from None
     if not value.isascii() or not value.isprintable() or " " in value or not host:
-        raise ValueError("takes https://host/path")
+        raise ValueError("must be https://host/path")
     if parts.scheme != "https" and not (parts.scheme == "http" and host in ("localhost", "127.0.0.1", "::1")):
-        raise ValueError("takes https://host/path, or http:// of this machine alone")
+        raise ValueError("must be https://host/path; http:// is allowed only on localhost")
     return value
 
 
 class AlertSettings(BaseSettings):
-    """Where failed runs are reported: by e-mail, to a webhook, both, or (nothing set) nowhere.
+    """Destinations of alerts about failed runs: e-mail, webhook, both, or none if nothing is set.
 
-    Secrets come from a variable or from the file that a variable names; a file is read when it is needed.
+    Secrets come from a variable or from a file named by a variable; the file is read on each use.
     """
 
     model_config = SettingsConfigDict(
@@ -334,19 +332,19 @@ class AlertSettings(BaseSettings):
     email_from: str | None = Field(None, description="Sender.")
     smtp_host: str | None = Field(None, description="SMTP server.")
     smtp_port: int | None = Field(None, ge=1, le=65535, description="Default: 587, 465 or 25, by smtp_security.")
-    smtp_security: Literal["starttls", "tls", "none"] = Field("starttls", description="How the connection is secured.")
-    smtp_user: str | None = Field(None, description="User, if the server asks for one.")
-    smtp_password: SecretStr | None = Field(None, description="The user's password.")
-    smtp_password_file: Path | None = Field(None, description="File that holds it.")
-    webhook_url: SecretStr | None = Field(None, description="Address that takes a POST of JSON.")
-    webhook_url_file: Path | None = Field(None, description="File that holds it.")
+    smtp_security: Literal["starttls", "tls", "none"] = Field("starttls", description="Encryption of the connection.")
+    smtp_user: str | None = Field(None, description="SMTP user, if the server requires a login.")
+    smtp_password: SecretStr | None = Field(None, description="Password of the SMTP user.")
+    smtp_password_file: Path | None = Field(None, description="File with the password.")
+    webhook_url: SecretStr | None = Field(None, description="URL that accepts a POST of JSON.")
+    webhook_url_file: Path | None = Field(None, description="File with the URL.")
 
     @field_validator("email_to", "email_from")
     @classmethod
     def _addresses(cls, value: Any) -> Any:
         for address in [value] if isinstance(value, str) else value or []:
             if not _EMAIL_ADDRESS.fullmatch(address):
-                raise ValueError("takes addresses like me@example.com")
+                raise ValueError("must be addresses like me@example.com")
         return value
 
     @field_validator("webhook_url")
@@ -361,24 +359,24 @@ class AlertSettings(BaseSettings):
             if getattr(self, secret) and getattr(self, f"{secret}_file"):
                 raise ValueError(f"set {name}{secret.upper()} or {name}{secret.upper()}_FILE, not both")
         if (self.email_to or self.smtp_host) and not (self.email_to and self.email_from and self.smtp_host):
-            raise ValueError(f"alerts by e-mail need {name}EMAIL_TO, {name}EMAIL_FROM and {name}SMTP_HOST")
+            raise ValueError(f"e-mail alerts need {name}EMAIL_TO, {name}EMAIL_FROM and {name}SMTP_HOST")
         if bool(self.smtp_user) != bool(self.smtp_password or self.smtp_password_file):
             raise ValueError(f"{name}SMTP_USER and {name}SMTP_PASSWORD (or …_FILE) go together")
         if self.smtp_user and self.smtp_security == "none":
-            raise ValueError(f"{name}SMTP_SECURITY=none would send the password readable for all: starttls or tls")
+            raise ValueError(f"{name}SMTP_SECURITY=none would send the password unencrypted: use starttls or tls")
         return self
 
     def read_smtp_password(self) -> str | None:
-        """The password; None if the server asks for none. Raises SettingsError: its file cannot be used."""
+        """Return the SMTP password; None if no password is set. Raises SettingsError if its file cannot be used."""
         return self._read("smtp_password")
 
     def read_webhook_url(self) -> str | None:
-        """The webhook's address; None if there is none. Raises SettingsError: its file cannot be used."""
+        """Return the webhook URL; None if no webhook is set. Raises SettingsError if its file cannot be used."""
         url = self._read("webhook_url")
         try:
             return url and _webhook_url(url)
         except ValueError as error:
-            raise SettingsError(f"ML_PLATFORM_ALERT_WEBHOOK_URL_FILE: its file {error}") from None
+            raise SettingsError(f"ML_PLATFORM_ALERT_WEBHOOK_URL_FILE: the file's content {error}") from None
 
     def _read(self, name: str) -> str | None:
         secret: SecretStr | None = getattr(self, name)
@@ -391,14 +389,14 @@ class AlertSettings(BaseSettings):
         except OSError as error:
             raise SettingsError(f"{variable}: cannot read {file}: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise SettingsError(f"{variable}: {file} is no text") from None
+            raise SettingsError(f"{variable}: {file} is not a text file") from None
         if not content:
             raise SettingsError(f"{variable}: {file} is empty")
         return content
 
 
 def load_alert_settings() -> AlertSettings:
-    """Read the settings of alerts from the environment; raises SettingsError as `load_settings` does."""
+    """Read the alert settings from the environment; raises SettingsError as `load_settings` does."""
     return _load(AlertSettings)
 
 
@@ -406,17 +404,17 @@ def load_settings() -> Settings:
     """Read the settings from the environment.
 
     Raises:
-        SettingsError: a variable has an unusable value. The message does not repeat the value.
+        SettingsError: a variable has an invalid value. The message does not repeat the value.
     """
     settings = _load(Settings)
     if settings.deployment == "yandex":
-        here = [
+        local = [
             name
             for name, uri in (("ML_PLATFORM_RAW_URI", settings.raw_uri), ("ML_PLATFORM_LAKE_URI", settings.lake_uri))
             if not uri.startswith("s3://")
         ]
-        if here:
-            raise SettingsError(f"{', '.join(here)}: a cluster reaches no directory; set s3://bucket/prefix")
+        if local:
+            raise SettingsError(f"{', '.join(local)}: clusters cannot access local directories; set s3://bucket/prefix")
     return settings
 
 

@@ -418,7 +418,7 @@ class TestSettings:
     @pytest.mark.parametrize("in_file", [False, True])
     def test_unusable_addresses_are_refused_but_not_shown(self, tmp_path: Path, url: str, in_file: bool):
         (tmp_path / "url").write_text(url)
-        with pytest.raises(SettingsError, match=r"^ML_PLATFORM_ALERT_WEBHOOK_URL.*takes https://host/path") as caught:
+        with pytest.raises(SettingsError, match=r"^ML_PLATFORM_ALERT_WEBHOOK_URL.*must be https://host/path") as caught:
             settings(webhook_url_file=tmp_path / "url").read_webhook_url() if in_file else settings(webhook_url=url)
         assert "secret" not in str(caught.value)
 
@@ -432,9 +432,9 @@ class TestSettings:
             ({"smtp_password": PASSWORD, "smtp_password_file": "/x", "smtp_user": "me"}, "not both"),
             ({"webhook_url": "https://x.example/y", "webhook_url_file": "/x"}, "not both"),
             ({"smtp_password": PASSWORD, "smtp_user": "me", "smtp_security": "none"}, "SMTP_SECURITY=none"),
-            ({"email_to": "ops@example.com\nBcc: x@example.com"}, "EMAIL_TO: takes addresses like"),
-            ({"email_to": "Ops <ops@example.com>"}, "EMAIL_TO: takes addresses like"),
-            ({"email_from": "nobody"}, "EMAIL_FROM: takes addresses like"),
+            ({"email_to": "ops@example.com\nBcc: x@example.com"}, "EMAIL_TO: must be addresses like"),
+            ({"email_to": "Ops <ops@example.com>"}, "EMAIL_TO: must be addresses like"),
+            ({"email_from": "nobody"}, "EMAIL_FROM: must be addresses like"),
             ({"smtp_port": 0}, "SMTP_PORT: "),
             ({"smtp_security": "ssl"}, "SMTP_SECURITY: "),
         ],

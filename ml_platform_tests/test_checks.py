@@ -268,13 +268,13 @@ class TestThroughDagster:
     def test_a_partition_without_a_report_is_a_problem(self, checks: Checks):
         checks.instance.add_dynamic_partitions("raw_files", ["file-3"])
         evaluation = checks.evaluate("rows_add_up", "file-2", "file-3")
-        assert evaluation.metadata["problems"].value == {"file-3": "it has no report"}
+        assert evaluation.metadata["problems"].value == {"file-3": "no report"}
 
     @pytest.mark.parametrize(
         ("counts", "problem"),
         [
             ({"unusable_rows": 2}, "2 rows have unusable features"),
-            ({"rows": 19_999}, "19999 rows of features for 20000 clean rows"),
+            ({"rows": 19_999}, "19999 feature rows for 20000 clean rows"),
         ],
     )
     def test_unusable_features(self, checks: Checks, counts: dict[str, int], problem: str):

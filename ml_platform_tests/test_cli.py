@@ -140,10 +140,10 @@ class TestErrors:
             ({"ML_PLATFORM_LAKE_URI": "s3://"}, "summary", "ML_PLATFORM_LAKE_URI: "),
             ({"DAGSTER_HOME": None}, "sync", "DAGSTER_HOME is not set: "),
             ({"DAGSTER_HOME": None}, "process-new-files", "DAGSTER_HOME is not set: "),
-            ({"DAGSTER_HOME": "here"}, "sync", "DAGSTER_HOME takes an absolute path"),
+            ({"DAGSTER_HOME": "here"}, "sync", "DAGSTER_HOME must be an absolute path"),
             ({}, "simulate --fault-rate 5000", "fault_rate is 5000"),
-            ({}, "clusters list", "this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex"),
-            ({}, "clusters delete --orphaned", "this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex"),
+            ({}, "clusters list", "this deployment does not use clusters: set ML_PLATFORM_DEPLOYMENT=yandex"),
+            ({}, "clusters delete --orphaned", "this deployment does not use clusters: set ML_PLATFORM_DEPLOYMENT"),
         ],
     )
     def test_an_error_is_one_line(
@@ -175,7 +175,7 @@ class TestErrors:
         error, hint = err.splitlines()
         assert error.startswith("error: NotADirectoryError: ")
         assert str(tmp_path / "file") in error
-        assert hint == "(ml-platform --traceback … shows where it happened)"
+        assert hint == "(use ml-platform --traceback … to see where it happened)"
         with pytest.raises(NotADirectoryError):
             run_cli("--traceback", "simulate")
 
@@ -221,7 +221,7 @@ def test_summary(run_cli: RunCli, mlflow_ready: None):
 def doctor_rows(out: str) -> dict[str, tuple[str, str]]:
     """Verdict and text of each check in the doctor's table."""
     cells = [[cell.strip() for cell in re.split("[│┃|]", line)[1:-1]] for line in out.splitlines()]
-    return {row[0]: (row[1], row[2]) for row in cells if len(row) == 3 and row[1] in ("ok", "wrong")}
+    return {row[0]: (row[1], row[2]) for row in cells if len(row) == 3 and row[1] in ("ok", "failed")}
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def faults(
         """`alerts` are the checks after the usual ones."""
         code, out, err = run_cli("doctor")
         rows = doctor_rows(out)
-        faults = {name: text for name, (verdict, text) in rows.items() if verdict == "wrong"}
+        faults = {name: text for name, (verdict, text) in rows.items() if verdict == "failed"}
         # MLflow says where its artifacts go.
         artifacts = [] if "MLflow" in faults else ["artifacts"]
         assert list(rows) == ["settings", "Java", "raw files", "lake", "MLflow", *artifacts, "Dagster", *alerts]
@@ -311,7 +311,7 @@ class TestDoctorAndMlflow:
         directory.touch()
         ((name, text),) = faults().items()
         assert name == "artifacts"
-        assert f"nothing can be written in {directory.as_uri()}: " in text
+        assert f"artifacts cannot be written in {directory.as_uri()}: " in text
         # A new experiment would be a row of MLflow's UI.
         experiments = MlflowResource(tracking_uri=load_settings().tracking_uri).client().search_experiments()
         assert [experiment.name for experiment in experiments] == ["Default"]
@@ -360,7 +360,7 @@ class TestDoctor:
             # To list is one permission of S3, to read another.
             (storage.LocalStore, "read_start", storage.StorageError("S3 denies"), "raw files", "S3 denies"),
             (MlflowResource, "champion", RuntimeError("no MLflow\nwith details"), "MLflow", "no MLflow"),
-            (MlflowResource, "champion", lambda: time.sleep(5), "MLflow", "no answer within 1 s: check its address "),
+            (MlflowResource, "champion", lambda: time.sleep(5), "MLflow", "timed out after 1 s: check its address "),
             (MlflowResource, "champion", lambda: SPARK_ML, "MLflow", "the champion, version 3 is a Spark ML pipeline"),
         ],
     )
@@ -445,10 +445,10 @@ class TestProbeOfArtifacts:
         monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", lambda self, path: None)
         uri = tmp_path.as_uri()
         for location, tracking_uri, message in (
-            (f"{uri}/file", "sqlite://", f"^nothing can be written in {uri}/file: .*a directory of this machine"),
-            ("mlflow-artifacts:/1", "http://127.0.0.1:9", "^nothing can be written in .*--artifacts-destination"),
+            (f"{uri}/file", "sqlite://", f"^artifacts cannot be written in {uri}/file: .*a directory of this machine"),
+            ("mlflow-artifacts:/1", "http://127.0.0.1:9", "^artifacts cannot be written in .*--artifacts-destination"),
             # As in a bucket where the key may write and not delete, which MLflow's S3 client does not report.
-            (f"{uri}/a", "sqlite://", rf"^nothing can be deleted in {uri}/a: ml-platform-doctor-\w+ is still there"),
+            (f"{uri}/a", "sqlite://", rf"^artifacts cannot be deleted in {uri}/a: ml-platform-doctor-\w+ still exists"),
         ):
             with pytest.raises(CommandError, match=message):
                 doctor.probe_artifacts(location, tracking_uri)
@@ -523,7 +523,7 @@ class TestChampion:
     @pytest.mark.parametrize(
         ("tags", "message"),
         [
-            ({"reload_proof": None}, "version 2 was never loaded back"),
+            ({"reload_proof": None}, "version 2 was never verified"),
             ({"library_version": "99.1.0"}, "version 2 was written by xgboost 99.1.0"),
             ({"model_uri": "file:///m/model", "spark_version": "4.3.0"}, "version 2 is a Spark ML pipeline"),
             ({"features": "edited"}, "version 2 has no inputs in its tags"),
@@ -609,13 +609,13 @@ class TestClusters:
         assert set(lines) == {"busy", "done", "lost"}
         assert all(ids[name] in line for name, line in lines.items())
         assert "in use" in lines["busy"]
-        assert "left over: its run done-run has ended (SUCCESS)" in lines["done"]
-        assert "left over: its run lost-run is unknown" in lines["lost"]
+        assert "orphaned: its run done-run has ended (SUCCESS)" in lines["done"]
+        assert "orphaned: its run lost-run is unknown" in lines["lost"]
         assert cloud.calls("ClusterService.Delete") == []
 
     def test_a_deployment_without_clusters(self, run_cli: RunCli, cloud: FakeDataproc):
         assert only_line(run_cli("clusters", "list")[1]) == "This deployment has no clusters."
-        assert only_line(run_cli("clusters", "delete", "--orphaned")[1]) == "No cluster is left over."
+        assert only_line(run_cli("clusters", "delete", "--orphaned")[1]) == "No orphaned clusters."
 
     def test_only_orphaned_clusters_are_deleted(self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str]):
         code, out, _ = run_cli("clusters", "delete", "--orphaned")
@@ -631,7 +631,7 @@ class TestClusters:
         for force in ([], ["--force"]):
             code, _, err = run_cli("clusters", "delete", ids["lost"], ids[name], *force)
             assert code == 1
-            assert only_line(err) == f"error: no cluster of this deployment: {ids[name]}; nothing was deleted"
+            assert only_line(err) == f"error: not a cluster of this deployment: {ids[name]}; nothing was deleted"
         assert set(cloud.clusters) == set(ids.values())
 
     def test_a_cluster_in_use_needs_force(self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str]):

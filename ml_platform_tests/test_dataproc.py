@@ -368,7 +368,7 @@ FATAL = [
     fault(
         "quota",
         lambda p: setattr(p.cloud, "quotas", Quotas(hosts=2)),
-        "RESOURCE_EXHAUSTED: The limit on maximum number of hosts.*ask for more",
+        "RESOURCE_EXHAUSTED: The limit on maximum number of hosts.*request an increase",
     ),
     fault("create denied", fail("ClusterService.Create", "PERMISSION_DENIED"), "create .*PERMISSION_DENIED.*roles"),
     *[

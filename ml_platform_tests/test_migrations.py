@@ -247,13 +247,13 @@ class TestCommand:
         code, out = migrate("--dry-run")
         assert code == 0
         assert "can be moved to 2" in out
-        assert "without --dry-run it is done" in out
+        assert "run without --dry-run to apply it" in out
         assert content(lake) == before
         code, out = migrate()
         assert code == 0
         assert "was moved to 2" in out
         assert list(lake.reports(CleanedReport)) == ["a", "b"]
-        assert migrate() == (0, f"Nothing of an older version is in {lake.lake_uri}.\n")
+        assert migrate() == (0, f"{lake.lake_uri} has no data of an older version.\n")
 
     def test_not_while_a_run_writes(self, lake: LakeResource, migrate: Callable[..., tuple[int, str]]):
         """A job deletes the report first: to write it back would mark half a partition as complete."""

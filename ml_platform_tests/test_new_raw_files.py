@@ -178,7 +178,7 @@ class TestNothingNew:
     def test_skips_with_the_reason(self, planner: Planner, done: list[str]):
         result = planner.tick()
         assert ranges_of(result.run_requests or []) == []
-        assert reason_of(result) == "4 raw files, every one has a cleaned counterpart"
+        assert reason_of(result) == "4 raw files, all have a cleaned counterpart"
 
     def test_the_lake_decides_what_is_done_not_dagster(self, planner: Planner, done: list[str]):
         assert planner.ranges() == []
@@ -413,7 +413,7 @@ class TestSchedule:
     def test_skips_with_the_reason(self, planner: Planner, done: list[str]):
         skip = self.evaluate(planner)
         assert isinstance(skip, dg.SkipReason)
-        assert skip.skip_message == "4 raw files, every one has a cleaned counterpart"
+        assert skip.skip_message == "4 raw files, all have a cleaned counterpart"
 
     def test_names_what_it_ignores(
         self, planner: Planner, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]

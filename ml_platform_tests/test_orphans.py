@@ -211,7 +211,7 @@ def test_an_api_that_refuses_is_an_error_of_the_tick(orphans: Orphans):
 
 
 def test_a_deployment_without_clusters(orphans: Orphans):
-    assert "makes no clusters" in orphans.tick(FakeEngine())
+    assert "does not use clusters" in orphans.tick(FakeEngine())
 
 
 @pytest.mark.parametrize("refused", [False, True])

@@ -66,7 +66,7 @@ def test_the_champion_is_named_that_cannot_score(state: State, capsys: pytest.Ca
 def test_doctor_and_champion_set_say_so(state: State):
     with pytest.raises(CommandError, match=SPARK_ML):
         doctor._check_mlflow(load_settings())
-    with pytest.raises(CommandError, match=r"version 2 is a Spark ML pipeline .* The champion is as it was"):
+    with pytest.raises(CommandError, match=r"version 2 is a Spark ML pipeline .* The champion is unchanged"):
         set_champion("2", "try it")
     champion = mlflow_of(state).champion()
     assert champion is not None

@@ -1,1 +1,1 @@
-"""The command ``ml-platform``."""
+"""Command-line interface ``ml-platform``."""

@@ -1,4 +1,4 @@
-"""The commands ``ml-platform champion``: see and move the alias."""
+"""Commands ``ml-platform champion``: show and move the alias."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ml_platform.settings import Settings, load_settings
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-app = typer.Typer(help="See and move the alias champion of the fraud model.", no_args_is_help=True)
+app = typer.Typer(help="Show and move the alias champion of the fraud model.", no_args_is_help=True)
 
-Why = Annotated[str, typer.Option(help="Why; it is recorded with the version.")]
-Who = Annotated[str | None, typer.Option(help="Who decides; default: the user who runs this.")]
+Why = Annotated[str, typer.Option(help="Reason, recorded with the version.")]
+Who = Annotated[str | None, typer.Option(help="Who made the decision; default: the current user.")]
 
 
 @app.command("show")
 def show_champion() -> None:
-    """Who is champion, since when, on what data, and why."""
+    """Show the champion, since when and why it is the champion, its data and its metrics."""
     print_champion(load_settings())
 
 
@@ -54,7 +54,7 @@ def print_champion(settings: Settings) -> None:
 
 
 def print_champion_problem(champion: ModelVersion | None) -> None:
-    """Say so if the champion cannot score with this version of the platform."""
+    """Print a warning if this version of the platform cannot score with the champion."""
     from ml_platform.model.gate import champion_problem
 
     if champion is not None and (problem := champion_problem(champion)):
@@ -65,18 +65,18 @@ def print_champion_problem(champion: ModelVersion | None) -> None:
 def set_champion(
     version: Annotated[str, typer.Argument(help="Version of the registered model.")], why: Why, who: Who = None
 ) -> None:
-    """Make a version the champion by hand; one that this platform cannot score with is refused."""
+    """Make a version the champion by hand. Versions that this platform cannot score with are refused."""
     _move_alias(load_settings(), version, who, why)
 
 
 @app.command("rollback")
 def roll_back(why: Why, who: Who = None) -> None:
-    """Give the alias back to the version that was champion before."""
+    """Move the alias back to the previous champion."""
     settings = load_settings()
     champion = mlflow_of(settings).champion()
     previous = champion.tags.get("champion_before") if champion else None
     if previous is None:
-        raise CommandError("there is no earlier champion to go back to; ml-platform champion set VERSION names one")
+        raise CommandError("there is no earlier champion to roll back to; use ml-platform champion set VERSION")
     _move_alias(settings, previous, who, why)
 
 
@@ -96,14 +96,14 @@ def _move_alias(settings: Settings, version: str, who: str | None, why: str) -> 
             raise
         raise CommandError(f"{MODEL_NAME} has no version {version!r}; MLflow's UI lists the versions") from None
     if not why.strip():
-        raise CommandError("--why is empty: give the reason, which is recorded with the version")
-    # Versions that were promoted before the tag existed were verified by the gate; no others were.
+        raise CommandError("--why is empty: give a reason; it is recorded with the version")
+    # Versions promoted before the tag existed were verified by the gate; other versions without it were not.
     if PROOF_TAG not in candidate.tags and candidate.tags.get("champion_by") != "fraud_model":
         raise CommandError(
-            f"version {version} was never loaded back from MLflow and compared with its own scores (it has no tag "
-            f"{PROOF_TAG}): materialize fraud_model for a version that was. The champion is as it was"
+            f"version {version} was never verified by reloading it from MLflow (it has no tag {PROOF_TAG}): "
+            "materialize fraud_model to train a verified version. The champion is unchanged"
         )
     if problem := champion_problem(candidate):
-        raise CommandError(f"{problem}. The champion is as it was")
+        raise CommandError(f"{problem}. The champion is unchanged")
     resource.set_champion(version, champion_tags(who=who or getpass.getuser(), why=why))
     say(f"version {version} is the champion of {MODEL_NAME}")

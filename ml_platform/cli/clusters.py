@@ -1,4 +1,4 @@
-"""Commands on the cloud: ``ml-platform clusters`` lists and deletes clusters, ``dev-cloud`` runs a local stand-in."""
+"""Cloud commands: ``ml-platform clusters`` lists and deletes clusters, ``dev-cloud`` runs a local emulation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ml_platform.settings import Settings, load_settings
 if TYPE_CHECKING:
     from ml_platform.dataproc.engine import DataprocEngine
 
-app = typer.Typer(help="Clusters that this deployment made.", no_args_is_help=True)
+app = typer.Typer(help="List and delete clusters of this deployment.", no_args_is_help=True)
 
 
 def dataproc_engine(settings: Settings) -> DataprocEngine:
-    """The engine of this deployment. Raises CommandError where Spark runs without clusters of Data Proc."""
+    """Create the engine of this deployment. Raises CommandError if the deployment does not use Data Proc clusters."""
     from dagster import EnvVar
 
     from ml_platform.dataproc.engine import DataprocEngine
@@ -27,29 +27,29 @@ def dataproc_engine(settings: Settings) -> DataprocEngine:
     engine = build_engine(settings)
     if not isinstance(engine, DataprocEngine):
         raise CommandError(
-            "this deployment makes no clusters: set ML_PLATFORM_DEPLOYMENT=yandex, and YC_* as in .env.example"
+            "this deployment does not use clusters: set ML_PLATFORM_DEPLOYMENT=yandex, and YC_* as in .env.example"
         )
     if isinstance(engine.iam_token, EnvVar):
-        # Dagster resolves variables for runs, sensors and jobs only.
+        # Dagster resolves an EnvVar only in runs, sensors and jobs.
         return DataprocEngine(**engine.model_dump() | {"iam_token": engine.iam_token.get_value()})
     return engine
 
 
 @app.command("list")
 def list_clusters() -> None:
-    """Show the clusters, their runs, and which of them are left over."""
+    """Show the clusters, their runs, and which clusters are orphaned."""
     from datetime import datetime, timezone
 
     from ml_platform.dataproc.orphans import orphan_reason
 
     settings = load_settings()
-    table = Table("cluster", "id", "state", "made", "run", "", title="Clusters of this deployment")
+    table = Table("cluster", "id", "state", "created", "run", "", title="Clusters of this deployment")
     clusters = dataproc_engine(settings).clusters()
     with dagster_instance(settings) as instance:
         for cluster in clusters:
             reason = orphan_reason(instance, cluster)
             created = datetime.fromtimestamp(cluster.created_at, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-            verdict = plain(f"left over: {reason}", "red") if reason else plain("in use", "green")
+            verdict = plain(f"orphaned: {reason}", "red") if reason else plain("in use", "green")
             run_id = cluster.labels.get("dagster-run-id", "")
             table.add_row(plain(cluster.name), plain(cluster.id), cluster.status, created, plain(run_id), verdict)
     console.print(table if clusters else "This deployment has no clusters.")
@@ -57,21 +57,21 @@ def list_clusters() -> None:
 
 @app.command("delete")
 def delete_clusters(
-    cluster_ids: Annotated[list[str] | None, typer.Argument(help="Ids of clusters.")] = None,
-    orphaned: Annotated[bool, typer.Option("--orphaned", help="All that are left over.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Even a cluster whose run still needs it.")] = False,
+    cluster_ids: Annotated[list[str] | None, typer.Argument(help="Cluster ids.")] = None,
+    orphaned: Annotated[bool, typer.Option("--orphaned", help="Delete all orphaned clusters.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also delete clusters that a run still needs.")] = False,
 ) -> None:
     """Delete clusters of this deployment, and wait until they are gone."""
     from ml_platform.dataproc.orphans import orphan_reason
 
     if bool(cluster_ids) == orphaned:
-        raise CommandError("name clusters (ml-platform clusters list shows them), or give --orphaned")
+        raise CommandError("name clusters (see ml-platform clusters list), or give --orphaned")
     settings = load_settings()
     engine = dataproc_engine(settings)
     clusters = {cluster.id: cluster for cluster in engine.clusters()}
     unknown = [cluster_id for cluster_id in cluster_ids or [] if cluster_id not in clusters]
     if unknown:
-        raise CommandError(f"no cluster of this deployment: {', '.join(unknown)}; nothing was deleted")
+        raise CommandError(f"not a cluster of this deployment: {', '.join(unknown)}; nothing was deleted")
     with dagster_instance(settings) as instance:
         reasons = {cluster_id: orphan_reason(instance, cluster) for cluster_id, cluster in clusters.items()}
     selected = cluster_ids or [cluster_id for cluster_id, reason in reasons.items() if reason]
@@ -84,7 +84,7 @@ def delete_clusters(
         _wait_until_deleted(engine, cluster_id)
         say(f"deleted {clusters[cluster_id].name} ({cluster_id}): {reasons[cluster_id] or 'by force'}")
     if not selected:
-        say("No cluster is left over.")
+        say("No orphaned clusters.")
 
 
 def _wait_until_deleted(engine: DataprocEngine, cluster_id: str) -> None:
@@ -98,27 +98,27 @@ def _wait_until_deleted(engine: DataprocEngine, cluster_id: str) -> None:
 
 
 def dev_cloud(
-    directory: Annotated[Path, typer.Option(help="Where its data and keys are kept.")] = Path("data/dev-cloud"),
-    create_seconds: Annotated[float, typer.Option(min=0, help="How long a cluster takes to be created.")] = 10,
+    directory: Annotated[Path, typer.Option(help="Directory for its data and keys.")] = Path("data/dev-cloud"),
+    create_seconds: Annotated[float, typer.Option(min=0, help="Time to create a cluster.")] = 10,
 ) -> None:
-    """A stand-in for the cloud on this machine: the Data Proc API and an S3 server. Runs until it is interrupted."""
+    """Run a local emulation of the cloud, the Data Proc API and an S3 server, until interrupted."""
     import time
 
     from ml_platform.dev.cloud import DevCloud
 
     with (
-        console.status("starting; the first time, the S3 server is built"),
+        console.status("starting (the first start builds the S3 server)"),
         DevCloud(directory, create_seconds=create_seconds) as cloud,
     ):
         path = cloud.write_environment()
-        console.print("The cloud is up. In another shell:\n")
+        console.print("The cloud is running. In another shell:\n")
         say(f"  set -a; . {path}; set +a")
-        console.print("\nThen ml-platform doctor, simulate, process-new-files … work on it.")
+        console.print("\nThen ml-platform doctor, simulate, process-new-files … use it.")
         if cloud.mock_reason:
-            say(f"S3 is only a mock, and empty after Ctrl-C: {cloud.mock_reason}", "yellow")
+            say(f"S3 is only a mock, whose data are lost on Ctrl-C: {cloud.mock_reason}", "yellow")
         else:
-            say("It runs until Ctrl-C; what is in its buckets stays.", "dim")
+            say("Stop it with Ctrl-C; its buckets are kept.", "dim")
         if (Path.cwd() / ".env").exists():
-            say("There is a .env here: its settings win over the cloud's.", "red")
+            say("The .env in this directory overrides the cloud's settings.", "red")
         while True:
             time.sleep(3600)

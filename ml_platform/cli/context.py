@@ -1,4 +1,4 @@
-"""What the commands share: how they print, how they fail, and the resources that the settings describe."""
+"""Helpers shared by the commands: output, errors, and resources created from the settings."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ errors = Console(stderr=True)
 
 
 class CommandError(Exception):
-    """A problem that the user can fix; the message says how."""
+    """An error that the user can fix; the message says how."""
 
 
 def plain(text: str, style: str = "") -> Text:
-    """`text` as it stands: neither rich nor the terminal interprets any of it."""
+    """Create literal text: neither rich nor the terminal interprets it."""
     return Text(printable(text), style=style)
 
 
@@ -42,7 +42,7 @@ def warn(text: str, style: str = "yellow") -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its type if it has none."""
+    """First line of an error's message, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -60,16 +60,16 @@ def mlflow_of(settings: Settings) -> MlflowResource:
 
 @contextmanager
 def dagster_instance(settings: Settings) -> Generator[dg.DagsterInstance]:
-    """Dagster's instance in DAGSTER_HOME. Raises CommandError without one: a temporary instance would be lost."""
+    """Open the Dagster instance in DAGSTER_HOME. Raises CommandError if not set: a temporary instance would be lost."""
     import dagster as dg
 
     if settings.dagster_home is None:
         raise CommandError(
-            "DAGSTER_HOME is not set: name a directory for Dagster's storage, e.g. "
+            "DAGSTER_HOME is not set: set it to a directory for Dagster's storage, e.g. "
             "export DAGSTER_HOME=$PWD/.dagster_home (make sets it)"
         )
     if not settings.dagster_home.is_absolute():
-        raise CommandError("DAGSTER_HOME takes an absolute path")
+        raise CommandError("DAGSTER_HOME must be an absolute path")
     settings.dagster_home.mkdir(parents=True, exist_ok=True)
     with dg.DagsterInstance.get() as instance:
         yield instance

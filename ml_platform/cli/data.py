@@ -1,4 +1,4 @@
-"""Commands on raw files and the lake: simulate, sync, process-new-files, summary, migrate."""
+"""Commands for raw files and the lake: simulate, sync, process-new-files, summary, migrate."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 def simulate(
     files: Annotated[int, typer.Option(min=1, help="Number of raw files.")] = 3,
-    first_file: Annotated[int, typer.Option(min=0, help="Number of the first one; earlier files are not made.")] = 0,
-    days_per_file: Annotated[int, typer.Option(min=1, help="Days that a file covers.")] = 30,
+    first_file: Annotated[int, typer.Option(min=0, help="Index of the first file; earlier files are skipped.")] = 0,
+    days_per_file: Annotated[int, typer.Option(min=1, help="Days per file.")] = 30,
     customers: Annotated[int, typer.Option(min=1, help="Number of customers.")] = 2_500,
     terminals: Annotated[int, typer.Option(min=1, help="Number of terminals.")] = 5_000,
     fault_rate: Annotated[
-        float, typer.Option(min=0, help="How many times more faults than in real files; 0 for none.")
+        float, typer.Option(min=0, help="Fault rate as a multiple of the real files' rate; 0 for none.")
     ] = 50.0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same files.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Make a file again that is there.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed produces the same files.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Overwrite existing files.")] = False,
 ) -> None:
-    """Make raw files by a public simulation method, faults included, in ML_PLATFORM_RAW_URI."""
+    """Simulate raw files, including faults, by a published method, in ML_PLATFORM_RAW_URI."""
     from ml_platform.dev.simulator import Simulation
     from ml_platform.lake.storage import open_store
 
@@ -75,7 +75,7 @@ def _warn_of_ignored_files(ignored: Mapping[str, str]) -> None:
 
 
 def sync() -> None:
-    """Register the raw files as partitions, so that Dagster's commands and UI know them."""
+    """Register the raw files as partitions, so that Dagster's commands and UI show them."""
     from ml_platform.assets.raw import raw_file_observation
     from ml_platform.lake.partitions import raw_files
 
@@ -92,7 +92,7 @@ def sync() -> None:
 
 
 def process_new_files() -> None:
-    """Do now, in this process, what the sensor new_raw_files would start: one run per range of new files."""
+    """Run now, in this process, what the sensor new_raw_files would start: one run per range of new files."""
     settings = load_settings()
     with dagster_instance(settings) as instance:
         from ml_platform.definitions import defs
@@ -113,13 +113,11 @@ def process_new_files() -> None:
             if not result.success:
                 failed.append(result.run_id)
     if failed:
-        raise CommandError(
-            f"{len(failed)} of {len(plan.ranges)} runs failed: {', '.join(failed)}; the log above says why"
-        )
+        raise CommandError(f"{len(failed)} of {len(plan.ranges)} runs failed: {', '.join(failed)}; see the log above")
 
 
 def summary() -> None:
-    """Show what is in the lake, and the champion."""
+    """Show the contents of the lake and the champion."""
     from ml_platform.lake.reports import CleanedReport, FeaturesReport
 
     settings = load_settings()
@@ -139,9 +137,9 @@ def summary() -> None:
 
 
 def migrate(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done without doing it.")] = False,
 ) -> None:
-    """Move what an older version left in the lake to this version, after an upgrade. May be run again at any time."""
+    """Migrate the lake to this version after an upgrade. Safe to run again at any time."""
     from ml_platform.lake.migrations import migrate_lake
     from ml_platform.planning import has_active_runs
 
@@ -149,7 +147,7 @@ def migrate(
     if not dry_run:
         with dagster_instance(settings) as instance:
             if has_active_runs(instance):
-                raise CommandError("runs are queued or running: wait for them, or stop them, and try again")
+                raise CommandError("runs are queued or running: wait for them or stop them, then try again")
     table = Table("table", "raw file", "schema", "", title="Partitions of an older version")
     outcomes = list(migrate_lake(lake_of(settings), dry_run=dry_run))
     for item in outcomes:
@@ -157,7 +155,7 @@ def migrate(
     if outcomes:
         console.print(table)
     else:
-        say(f"Nothing of an older version is in {settings.lake_uri}.")
+        say(f"{settings.lake_uri} has no data of an older version.")
     if dry_run and any(item.can_move for item in outcomes):
-        say("This was a dry run: without --dry-run it is done.")
+        say("This was a dry run; run without --dry-run to apply it.")
     print_champion_problem(mlflow_of(settings).champion())

@@ -1,4 +1,4 @@
-"""The command ``ml-platform doctor``: one check of each thing that the platform needs, with advice where it fails."""
+"""Command ``ml-platform doctor``: checks everything that the platform needs, with advice if a check fails."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from ml_platform.cli.clusters import dataproc_engine
 from ml_platform.cli.context import CommandError, console, dagster_instance, first_line, lake_of, mlflow_of, plain
 from ml_platform.settings import Settings, SettingsError, load_settings
 
-#: Longer than any check waits by itself; the slowest is an S3 endpoint that does not answer.
+#: Longer than any check's own timeouts; the slowest is an S3 endpoint that does not answer.
 CHECK_TIMEOUT_S = 75
 
-#: What to look at if artifacts cannot be kept, by the scheme of their address.
+#: Advice if artifacts cannot be stored, by URI scheme.
 ARTIFACTS_ADVICE = {
-    "mlflow-artifacts": "MLflow's server keeps them: see its log, its --artifacts-destination, and what its key may do",
-    "s3": "this machine keeps them itself: check AWS_ENDPOINT_URL_S3 and the key, and what the key may do",
+    "mlflow-artifacts": "MLflow's server stores them: check its log, its --artifacts-destination and its permissions",
+    "s3": "this machine stores them itself: check AWS_ENDPOINT_URL_S3, and the key and its permissions",
     "file": "a directory of this machine: check its owner and the free space",
 }
 
 
 def doctor() -> None:
-    """Check settings, Java, storage, MLflow, its artifacts, Dagster and alerts; say what is wrong and what to do."""
+    """Check settings, Java, storage, MLflow, its artifacts, Dagster and alerts, with advice for each failed check."""
     checks = _checks(load_settings())
-    table = Table("what", "", "found", show_lines=False)
+    table = Table("check", "", "result", show_lines=False)
     failed: list[str] = []
     for name, check in checks.items():
         if name == "artifacts" and "MLflow" in failed:
-            table.add_row(name, "", "not checked, as MLflow does not say where they go")
+            table.add_row(name, "", "not checked: MLflow is needed to find their location")
             continue
         try:
             with console.status(f"checking {name}"):
                 result, verdict = _with_timeout(check), "[green]ok[/green]"
         except Exception as error:
             failed.append(name)
-            result, verdict = first_line(error), "[red]wrong[/red]"
-        # The address of MLflow's database may hold a password.
+            result, verdict = first_line(error), "[red]failed[/red]"
+        # MLflow's database URL may contain a password.
         table.add_row(name, verdict, plain(re.sub(r"//\S*@", "//", result)))
     console.print(table)
     if failed:
@@ -54,7 +54,7 @@ def doctor() -> None:
 
 
 def _checks(settings: Settings) -> dict[str, Callable[[], str]]:
-    """The checks of this deployment by name. Each returns its result, or raises an error that says what is wrong."""
+    """Checks of this deployment by name. Each returns its result or raises an error that says what is wrong."""
     checks: dict[str, Callable[[Settings], str]] = {"settings": _check_settings}
     if settings.deployment == "yandex":
         checks |= {"Data Proc": _check_dataproc, "library": _check_library}
@@ -68,7 +68,7 @@ def _checks(settings: Settings) -> dict[str, Callable[[], str]]:
 
 
 def _alert_checks() -> dict[str, Callable[[], str]]:
-    """One check of each destination of alerts, or a failing one if their settings cannot be used."""
+    """One check per alert destination, or a failing check if the alert settings are invalid."""
     from ml_platform.operations.alerts import build_destinations
     from ml_platform.settings import load_alert_settings
 
@@ -85,7 +85,7 @@ def _alert_checks() -> dict[str, Callable[[], str]]:
 
 
 def _with_timeout(check: Callable[[], str]) -> str:
-    """The result of `check`. Raises CommandError if it takes too long: some libraries wait for hours."""
+    """Run `check`. Raises CommandError if it takes too long: some libraries wait for hours."""
     future: Future[str] = Future()
 
     def run() -> None:
@@ -94,16 +94,16 @@ def _with_timeout(check: Callable[[], str]) -> str:
         except BaseException as error:
             future.set_exception(error)
 
-    # An executor's thread would keep the command from ending.
+    # A daemon thread, because an executor's thread would keep the process alive.
     Thread(target=run, daemon=True).start()
     if not wait([future], CHECK_TIMEOUT_S).done:
-        raise CommandError(f"no answer within {CHECK_TIMEOUT_S:g} s: check its address and the network")
+        raise CommandError(f"timed out after {CHECK_TIMEOUT_S:g} s: check its address and the network")
     return future.result()
 
 
 def _check_settings(settings: Settings) -> str:
     yandex = settings.deployment == "yandex"
-    spark = "clusters made for each run" if yandex else f"Spark on {settings.spark_master}"
+    spark = "one cluster per run" if yandex else f"Spark on {settings.spark_master}"
     return f"deployment {settings.deployment}, {spark}"
 
 
@@ -111,8 +111,8 @@ def _check_java(settings: Settings) -> str:
     home = settings.java_home
     java = shutil.which("java", path=str(home / "bin")) if home else shutil.which("java")
     if java is None:
-        where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java in PATH"
-        raise CommandError(f"{where}; Spark needs Java 17 or 21, e.g. apt-get install openjdk-17-jre-headless")
+        problem = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java in PATH"
+        raise CommandError(f"{problem}; Spark needs Java 17 or 21, e.g. apt-get install openjdk-17-jre-headless")
     output = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=30, check=False).stderr
     version = next((line for line in output.splitlines() if " version " in line), "of unknown version")
     if not re.search(r'"(17|21)\b', version):
@@ -121,7 +121,7 @@ def _check_java(settings: Settings) -> str:
 
 
 def _check_library(_: Settings) -> str:
-    """Whether the library that clusters get with the code can be packed here."""
+    """Check that the learners' library for clusters can be packaged here."""
     from ml_platform.spark.code_archive import library_archive
 
     name, content = library_archive()
@@ -141,14 +141,14 @@ def _check_raw_files(settings: Settings) -> str:
     files, ignored = lake.list_raw_files()
     if not files:
         raise CommandError(
-            f"no raw file (*.txt) in {settings.raw_uri}: put some there, run ml-platform simulate, "
+            f"no raw files (*.txt) in {settings.raw_uri}: add some, run ml-platform simulate, "
             "or set ML_PLATFORM_RAW_URI"
         )
     # S3 has separate permissions to list and to read.
-    if filled := [file.key for file in files.values() if file.size]:
-        lake.raw.read_start(f"{filled[0]}{RAW_SUFFIX}")
+    if non_empty := [file.key for file in files.values() if file.size]:
+        lake.raw.read_start(f"{non_empty[0]}{RAW_SUFFIX}")
     size = sum(file.size for file in files.values()) / 1e6
-    return f"{len(files)} files, {size:,.1f} MB in {settings.raw_uri}, {len(ignored)} with unusable names"
+    return f"{len(files)} files, {size:,.1f} MB in {settings.raw_uri}, {len(ignored)} with invalid names"
 
 
 def _check_lake(settings: Settings) -> str:
@@ -157,7 +157,7 @@ def _check_lake(settings: Settings) -> str:
     lake = lake_of(settings)
     lake.write_json("_runs/doctor.json", {"written_by": "ml-platform doctor"})
     if lake.read_json("_runs/doctor.json")["written_by"] != "ml-platform doctor":
-        raise CommandError(f"what was written to {settings.lake_uri} could not be read back")
+        raise CommandError(f"{settings.lake_uri} returns different content than was written")
     cleaned, outdated = lake.split_reports(CleanedReport)
     older = f", {len(outdated)} of an older version (ml-platform migrate)" if outdated else ""
     return f"writable, {len(cleaned)} cleaned partitions in {settings.lake_uri}{older}"
@@ -168,7 +168,7 @@ def _check_mlflow(settings: Settings) -> str:
     if scheme in ("postgresql", "mysql", "mssql"):
         _check_database(settings.tracking_uri)
     elif scheme.startswith("http"):
-        _limit_mlflows_retries()
+        _limit_mlflow_retries()
     from ml_platform.model.gate import champion_problem
 
     champion = mlflow_of(settings).champion()
@@ -180,7 +180,7 @@ def _check_mlflow(settings: Settings) -> str:
 
 
 def _check_database(url: str) -> None:
-    """Connect once: MLflow itself tries for minutes."""
+    """Connect once; MLflow itself would retry for minutes."""
     from sqlalchemy import create_engine
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -192,14 +192,14 @@ def _check_database(url: str) -> None:
     except ImportError as error:
         raise CommandError(f"MLFLOW_TRACKING_URI needs the driver {error.name}: install it") from None
     except SQLAlchemyError as error:
-        # Never the error's own text, which may hold the address.
+        # Leave out the error's text: it may contain the URL.
         cause = getattr(error, "orig", None)
         reason = first_line(cause) if cause else type(error).__name__
-        raise CommandError(f"the database of MLFLOW_TRACKING_URI refuses: {reason}") from None
+        raise CommandError(f"cannot connect to the database in MLFLOW_TRACKING_URI: {reason}") from None
 
 
-def _limit_mlflows_retries() -> None:
-    """Let MLflow's client give up on a server within the time of a check: by default it tries for minutes."""
+def _limit_mlflow_retries() -> None:
+    """Make MLflow's client fail within the check's timeout; by default it retries for minutes."""
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
     for variable, value in ((MLFLOW_HTTP_REQUEST_MAX_RETRIES, "1"), (MLFLOW_HTTP_REQUEST_TIMEOUT, "15")):
@@ -211,13 +211,13 @@ def _check_artifacts(settings: Settings) -> str:
     resource = mlflow_of(settings)
     location = resource.artifact_location()
     if location is None:
-        return "where they go is known with the first run"
+        return "their location is not known before the first run"
     probe_artifacts(location, resource.tracking_uri)
     return f"can be written, read and deleted in {location}"
 
 
 def probe_artifacts(location: str, tracking_uri: str) -> None:
-    """Write a small artifact below `location`, read it back and delete it; nothing of it is left there.
+    """Write a small artifact below `location`, read it back and delete it without leaving anything behind.
 
     Raises:
         CommandError: one of these steps failed.
@@ -228,7 +228,7 @@ def probe_artifacts(location: str, tracking_uri: str) -> None:
 
     name = f"ml-platform-doctor-{uuid4().hex}"
     scheme = location.partition(":")[0] if ":" in location else "file"
-    advice = ARTIFACTS_ADVICE.get(scheme, "check this address")
+    advice = ARTIFACTS_ADVICE.get(scheme, "check this location")
     problems: list[str] = []
 
     @contextmanager
@@ -236,14 +236,14 @@ def probe_artifacts(location: str, tracking_uri: str) -> None:
         try:
             yield
         except Exception as error:
-            # The cause stands at the end of a long sentence about the address.
+            # The cause is at the end of a long message about the URL.
             cause = first_line(error).rpartition("(Caused by ")[2][:300]
-            problems.append(f"nothing can be {verb} in {location}: {cause} ({advice})")
+            problems.append(f"artifacts cannot be {verb} in {location}: {cause} ({advice})")
 
     hide_progress_bars()
     repository = get_artifact_repository(location, tracking_uri=tracking_uri)
-    directory = getattr(repository, "artifact_dir", None)  # of a local repository
-    new = [path for path in (Path(directory), *Path(directory).parents) if not path.exists()] if directory else []
+    directory = getattr(repository, "artifact_dir", None)  # only local repositories have it
+    created = [path for path in (Path(directory), *Path(directory).parents) if not path.exists()] if directory else []
     with tempfile.TemporaryDirectory(prefix="ml-platform-") as temporary:
         probe, copy = Path(temporary, "probe.txt"), Path(temporary, "copy")
         probe.write_text(name)
@@ -254,13 +254,13 @@ def probe_artifacts(location: str, tracking_uri: str) -> None:
             with step("read"):
                 content = Path(repository.download_artifacts(f"{name}/{probe.name}", str(copy))).read_text()
                 if content != name:
-                    raise CommandError("what was written is not what is read")
+                    raise CommandError("the content read differs from what was written")
         with step("deleted"):
             repository.delete_artifacts(name)
-            # MLflow ignores S3's list of objects that were not deleted.
+            # MLflow ignores S3's response about objects that could not be deleted.
             if repository.list_artifacts(name):
-                raise CommandError(f"{name} is still there")
-    for path in new:
+                raise CommandError(f"{name} still exists")
+    for path in created:
         with suppress(OSError):
             path.rmdir()
     if problems:
@@ -277,7 +277,7 @@ def _check_dagster(settings: Settings) -> str:
     except CommandError:
         raise
     except Exception as error:
-        # Dagster hides the database's message behind "too many retries".
+        # Dagster wraps the database's error in "too many retries".
         cause = error.__cause__ or error.__context__ or error
         cause = getattr(cause, "orig", None) or cause
         raise CommandError(f"{first_line(cause)}: check storage in {settings.dagster_home}/dagster.yaml") from error

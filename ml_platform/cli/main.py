@@ -1,4 +1,4 @@
-"""The command ``ml-platform``: its subcommands, and how it reports errors."""
+"""Entry point of ``ml-platform``: subcommands and error reporting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# In the order of --help.
+# In the order shown by --help.
 app.command()(data.simulate)
 app.command()(data.sync)
 app.command()(data.process_new_files)
@@ -35,20 +35,20 @@ def _options(
     context: typer.Context,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
 ) -> None:
-    # The file wins over the environment, as in Dagster's own commands.
+    # .env overrides the environment, as in Dagster's commands.
     from dotenv import load_dotenv
 
     load_dotenv(Path.cwd() / ".env", override=True)
 
 
 def main() -> None:
-    """Run a command. An error becomes one line that says what to do; ``--traceback`` shows where it was raised."""
+    """Run a command. Errors are printed as one line; ``--traceback`` shows the traceback."""
     try:
         app()
     except Exception as error:
         if "--traceback" in sys.argv:
             raise
-        # Here, because a command that succeeds need not wait for these imports.
+        # Imported here to keep successful commands fast.
         from ml_platform.dataproc.api import DataprocError
         from ml_platform.lake.resource import SchemaVersionError
         from ml_platform.lake.storage import StorageError
@@ -63,7 +63,7 @@ def main() -> None:
             warn(f"error: {first_line(error)}", "red")
         else:
             warn(f"error: {type(error).__name__}: {first_line(error)}", "red")
-            warn("(ml-platform --traceback … shows where it happened)", "dim")
+            warn("(use ml-platform --traceback … to see where it happened)", "dim")
         sys.exit(1)
 
 

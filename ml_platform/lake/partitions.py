@@ -33,7 +33,7 @@ def partition_key(object_name: str) -> str:
     if len(key) > MAX_KEY_LENGTH:
         raise ValueError(f"it is longer than {MAX_KEY_LENGTH} characters")
     if "..." in key:
-        raise ValueError("Dagster uses '...' for ranges of partitions")
+        raise ValueError("'...' is reserved for Dagster's partition ranges")
     return key
 
 

@@ -1,1 +1,1 @@
-"""What keeps a deployment healthy: alerts, dead runs, the web server, logs."""
+"""Operations of a deployment: alerts, dead runs, web server, logs."""
