@@ -59,7 +59,7 @@ class LakeFiles:
 
 
 def assert_same_tables(lake: LakeFiles, expected: LakeFiles, keys: list[str]) -> None:
-    """The same rows, and the same reports but for what differs from run to run."""
+    """The same rows, and the same reports except for what differs from run to run."""
 
     def comparable(report: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in report.items() if name not in {"run_id", "seconds", "raw", "inputs"}}

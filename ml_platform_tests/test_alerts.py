@@ -314,7 +314,7 @@ class TestWebhook:
         assert content["runs"][0]["run_id"] == "1234"
         assert content["runs"][0]["steps"] == {"clean": "boom"}
 
-    def test_https(self, trusted: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch):
+    def test_https_needs_a_trusted_certificate(self, trusted: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch):
         with serving(Hook(trusted)) as hook:
             (destination,) = build_destinations(settings(webhook_url=hook.url))
             destination.check()

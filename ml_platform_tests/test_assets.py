@@ -635,20 +635,6 @@ class TestModel:
             "partitions": data_set,
         }
         assert json.loads((artifacts / "report.json").read_text())["outcome"] == "trained"
-        found = {
-            str(path.relative_to(artifacts / "model")) for path in (artifacts / "model").rglob("*") if path.is_file()
-        }
-        (package,) = {Path(name).parts[1] for name in found if name.startswith("code/")}
-        assert found == {
-            "MLmodel",
-            *(f"code/{package}/{name}" for name in ("__init__.py", "learners.py", "pyfunc.py")),
-            "conda.yaml",
-            "data/model.json",
-            "input_example.json",
-            "python_env.yaml",
-            "requirements.txt",
-            "serving_input_example.json",
-        }
         assert (artifacts / "model/data/model.json").read_bytes() == bench.lake.store.read(
             f"models/{built[2]}/{result.run_id}/model.json"
         )

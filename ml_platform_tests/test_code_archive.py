@@ -41,7 +41,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def test_holds_every_module_and_nothing_else():
+def test_the_archive_holds_every_module_and_nothing_else():
     with zipfile.ZipFile(io.BytesIO(build_archive())) as archive:
         assert archive.testzip() is None
         contents = {name: archive.read(name) for name in archive.namelist()}
@@ -53,7 +53,7 @@ def test_holds_every_module_and_nothing_else():
 
 def test_the_same_code_gives_the_same_bytes(copy: Path):
     original = build_archive()
-    # Another time, other permissions, another order in the directory, leavings of an interpreter and an editor.
+    # Other times, permissions and order in the directory, and files of an interpreter and an editor.
     for path in sorted(copy.rglob("*.py"), reverse=True):
         content = path.read_bytes()
         path.unlink()
@@ -145,14 +145,14 @@ def test_a_process_that_has_only_the_archive_loads_the_library_from_it(tmp_path:
     assert done.stdout.startswith(f"{tmp_path}/ml-platform-"), done.stderr
 
 
-def test_another_kind_of_machine_fetches_the_same_archive(other_machine: None):
+def test_other_machines_fetch_the_same_library(other_machine: None):
     fetched = library_archive()
     library_archive.cache_clear()
     with mock.patch.object(code_archive, "this_platform", return_value=code_archive.CLUSTER_PLATFORM):
         assert library_archive() == fetched
 
 
-def test_what_cannot_be_fetched_is_said(other_machine: None, monkeypatch: pytest.MonkeyPatch):
+def test_a_library_that_cannot_be_fetched_is_named(other_machine: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(code_archive, "version", lambda name: "0.0.1")
     with pytest.raises(
         CodeArchiveError, match=r"need xgboost-cpu==0\.0\.1 for Linux .*\(Darwin arm64\).* cannot download: "

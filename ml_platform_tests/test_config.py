@@ -1,4 +1,4 @@
-"""Run configuration of a training: what it may say, and that a run looks at it before anything else."""
+"""Run configuration of a training: what it may contain, and that a run checks it first."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("settings", "told"), WRONG)
-def test_what_is_wrong_is_named(settings: dict[str, Any], told: str):
+def test_wrong_settings_are_named(settings: dict[str, Any], told: str):
     assert told in (problem_of_run_config(config_of(**settings)) or "")
     with pytest.raises(ValidationError):
         FraudModelConfig(**settings)
@@ -56,7 +56,7 @@ def test_what_is_wrong_is_named(settings: dict[str, Any], told: str):
         config_of(candidates=[{"learner": "xgboost", "grid": {"rounds": [10]}}], train_each=True),
     ],
 )
-def test_what_is_right_or_of_something_else_is_no_problem(config: dict[str, Any]):
+def test_valid_and_unrelated_settings_are_accepted(config: dict[str, Any]):
     assert problem_of_run_config(config) is None
 
 
@@ -70,12 +70,12 @@ def test_every_setting_shows_its_default_and_description():
     assert {**DEFAULTS, **FraudModelConfig().as_request()} == DEFAULTS
 
 
-def test_what_is_no_mapping_is_named():
+def test_settings_that_are_not_a_mapping_are_named():
     assert "must be a mapping" in (problem_of_run_config({"ops": {"fraud_model": {"config": [1]}}}) or "")
 
 
 @pytest.mark.parametrize(("settings", "told"), WRONG[:2])
-def test_the_file_of_a_deployment_is_looked_at_when_it_is_read(
+def test_the_deployments_file_is_checked_when_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], told: str
 ):
     import yaml
@@ -89,8 +89,8 @@ def test_the_file_of_a_deployment_is_looked_at_when_it_is_read(
 
 
 @pytest.mark.parametrize("first", [CLEANED, FEATURES])
-def test_a_runs_first_step_looks_at_it(lake: LakeResource, instance: dg.DagsterInstance, first: str):
-    """Dagster looks at an asset's configuration when its own step starts: on a cluster that has cleaned by then."""
+def test_the_first_step_of_a_run_checks_the_training_too(lake: LakeResource, instance: dg.DagsterInstance, first: str):
+    """Dagster itself checks an asset's configuration only when its own step starts."""
     put_raw(lake, "a", raw_spec(0))
     if first == FEATURES:
         put_cleaned(lake, "a")

@@ -715,7 +715,7 @@ def test_a_metadata_service_that_has_answered_before_is_waited_for(
     monkeypatch.setenv("YC_METADATA_ADDR", cloud.metadata_address)
     api = api_of(cloud, clock, service_account_key_file=None)
     assert api.get_cluster(cluster_id) is not None
-    # A token is used for some seconds; then, and by a new connection, there is nobody to give another.
+    # A new connection needs a new token, and the service that gives it is away.
     api._sdk = None
     dataproc_api._sdk.cache_clear()
     monkeypatch.setenv("YC_METADATA_ADDR", "127.0.0.1:9")
@@ -731,7 +731,7 @@ def test_a_metadata_service_that_has_answered_before_is_waited_for(
         ({"root_certificates_file": None}, "UNAVAILABLE: .*YC_ROOT_CERTIFICATES_FILE"),
         ({"endpoint": "localhost:9"}, "UNAVAILABLE: .*YC_API_ENDPOINT"),
     ],
-    ids=["no such file", "unknown authority", "nobody there"],
+    ids=["no such file", "unknown authority", "connection refused"],
 )
 def test_an_unreachable_or_untrusted_api_is_named(
     cloud: FakeDataproc, clock: FakeClock, settings: dict[str, Any], error: str

@@ -43,7 +43,7 @@ def run_python(code: str, cwd: Path, **environment: str) -> subprocess.Completed
     )
 
 
-def test_loadable():
+def test_definitions_are_loadable():
     dg.Definitions.validate_loadable(defs)
 
 
@@ -162,7 +162,7 @@ with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as
 
 
 @pytest.mark.parametrize("deployment", ["local", "yandex"])
-def test_deployments(tmp_path: Path, deployment: str):
+def test_each_deployment_has_its_engine(tmp_path: Path, deployment: str):
     """Each has the same resources; only one with clusters runs the sensor of clusters."""
     code = """
 import json, sys
@@ -222,7 +222,7 @@ def test_asset(name: str):
 
 
 @pytest.mark.parametrize(("upstream", "downstream"), zip(ASSETS, BUILT, strict=False))
-def test_the_chain(upstream: str, downstream: str):
+def test_each_asset_depends_on_the_one_before(upstream: str, downstream: str):
     graph = defs.resolve_asset_graph()
     assert {key.to_user_string() for key in graph.get(dg.AssetKey(downstream)).parent_keys} == {upstream}
     mapping = graph.get_partition_mapping(dg.AssetKey(downstream), dg.AssetKey(upstream))

@@ -58,7 +58,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_is_watched_limited_and_has_few_rights(name: str) -> None:
+def test_a_service_is_checked_limited_and_unprivileged(name: str) -> None:
     service = SERVICES[name]
     assert re.search(r":\d+\.\d+[\w.-]*$", VARIABLE.sub(r"\3", service["image"]))
     assert service["restart"] == "unless-stopped"
@@ -135,7 +135,7 @@ def test_browsers_find_mlflow_and_a_restarted_container_finds_its_runs() -> None
     assert code["stop_grace_period"] == "2m"
 
 
-def test_docker_compose_accepts_it(tmp_path: Path) -> None:
+def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     compose = shutil.which("docker-compose")
     if not compose:
         pytest.skip("docker-compose is not installed")
@@ -243,7 +243,7 @@ def test_ci_names_last_what_it_did_not_check(
     assert last in done.stdout.splitlines()[-1]
 
 
-def test_entrypoint_hands_on_the_password_of_a_file(tmp_path: Path) -> None:
+def test_entrypoint_passes_on_the_password_of_a_file(tmp_path: Path) -> None:
     password = "a'b \"c$d\\"
     file = tmp_path / "password"
     file.write_text(password + "\n")
@@ -268,7 +268,7 @@ def test_entrypoint_refuses(environment: dict[str, str], words: list[str], says:
     assert "secret" not in done.stderr
 
 
-def test_entrypoint_knows_what_dagster_calls_text() -> None:
+def test_entrypoint_translates_the_log_format_text() -> None:
     words = ("a b", "--log-format=text", "--log-format=json", "text", "")
     done = run(DEPLOY / "entrypoint.sh", "printf", "<%s>", *words)
     assert done.stdout == "<a b><--log-format=colored><--log-format=json><text><>"

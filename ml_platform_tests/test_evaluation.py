@@ -103,7 +103,7 @@ class TestMetrics:
         ("labels", "undefined"),
         [([0, 0], {"average_precision", "roc_auc", "recall_at_budget"}), ([1, 1], {"average_precision", "roc_auc"})],
     )
-    def test_what_one_class_leaves_undefined(self, labels: list[int], undefined: set[str]):
+    def test_metrics_that_one_class_leaves_undefined(self, labels: list[int], undefined: set[str]):
         metrics = evaluate(frame(labels, [0.1, 0.2]), alerts_per_day=1)
         assert {name for name, value in metrics.items() if value is None} == undefined
 
@@ -142,7 +142,7 @@ class TestCardPrecision:
         scores = frame([1, 1, 0] * 2, [0.9, 0.8, 0.7] * 2, day=[0] * 3 + [1] * 3, customer_id=[1.0, 2.0, 3.0] * 2)
         assert evaluation.card_precision(scores, cards_per_day=1) == 1.0
 
-    def test_no_card_no_metric(self):
+    def test_without_cards_there_is_no_metric(self):
         assert evaluation.card_precision(frame([1], [0.5], customer_id=[math.nan])) is None
 
 
@@ -247,7 +247,7 @@ class TestTables:
             check_share(entry, "amount_share", caught, frauds, of=lambda row: row["tx_amount"])
         assert table[-1]["recall"] == table[-1]["amount_share"] == 1
 
-    def test_nothing_to_find(self):
+    def test_budgets_without_frauds(self):
         entry = evaluation_tables(frame([0], [0.5]))["thresholds"][0]
         assert (entry["precision"], entry["precision_lower"], entry["amount_caught"]) == (0.0, 0.0, 0.0)
         assert entry["precision_upper"] == pytest.approx(0.793450685622763)  # z^2 / (1 + z^2)
@@ -265,7 +265,7 @@ class TestIntervalsOfShares:
         assert evaluation.wilson_interval(successes / trials, trials) == pytest.approx((low, high), abs=5e-5)
 
     @pytest.mark.parametrize(("share", "customers"), [(0.0, 4), (1.0, 4), (0.3, 1)])
-    def test_where_nothing_or_everything_is_found_and_of_one_customer(self, share: float, customers: int):
+    def test_extreme_shares_and_one_customer_have_wilsons_interval(self, share: float, customers: int):
         found = evaluation.share_interval(share, 0.0, customers=customers, rows=10)
         assert found == evaluation.wilson_interval(share, customers)
 
@@ -275,7 +275,7 @@ class TestIntervalsOfShares:
         assert evaluation.share_interval(0.2, 0.0, customers=5, rows=10) == (lower, upper)
 
     @pytest.mark.parametrize(("customers", "alike"), [(3, False), (8, False), (60, True)])
-    def test_cover_the_share(self, customers: int, alike: bool):
+    def test_intervals_cover_the_share(self, customers: int, alike: bool):
         """Customers have two to six rows, each found by itself, or all of a customer's or none: `alike`."""
         draw = random.Random(7)
         covered = 0

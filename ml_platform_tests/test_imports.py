@@ -1,4 +1,4 @@
-"""What the Spark jobs may rely on, as far as import-linter and ruff (pyproject.toml) cannot say it."""
+"""What the Spark jobs may rely on, where import-linter and ruff (pyproject.toml) cannot check it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: The images have these, but for XGBoost, which comes with the code.
+#: The images have these, except XGBoost, which comes with the code.
 ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "pyarrow", "sklearn", "xgboost"}
 
 

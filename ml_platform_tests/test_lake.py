@@ -331,7 +331,7 @@ class TestReports:
 
     def test_a_report_that_vanishes_while_they_are_read_is_left_out(self, site: Site, lake: LakeResource):
         class Vanishing:
-            """A store whose listing names a report that somebody deletes before it is read."""
+            """A store whose listing names a report that is deleted before it is read."""
 
             def list_reports(self, name: str) -> Iterator[StoredFile]:
                 yield from store.list_reports(name)

@@ -67,7 +67,7 @@ def test_java_takes_the_archive_of_this_environment() -> None:
     assert "Mapped dynamic" in done.stdout, done.stdout
 
 
-def test_other_jars_go_without_it(tmp_path: Path) -> None:
+def test_other_jars_run_without_the_archive(tmp_path: Path) -> None:
     if java_options(CLASS_ARCHIVE) == GARBAGE_COLLECTOR:
         pytest.skip("no archive was made in this environment: make classes")
     command = java_command(default_spark_config("local[2]"))
@@ -79,7 +79,7 @@ def test_other_jars_go_without_it(tmp_path: Path) -> None:
     assert "archive" not in done.stdout + done.stderr
 
 
-def test_a_failure_is_said_in_one_line_and_remembered(
+def test_a_failure_is_one_line_and_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "no java"))

@@ -16,7 +16,7 @@ def line(message: str, *values: object) -> str:
     return formatter().format(logging.LogRecord("uvicorn.access", logging.INFO, __file__, 1, message, values, error))
 
 
-def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ML_PLATFORM_LOG_FORMAT", "json")
     entry = json.loads(line('GET "%s"\n%d', "/é", 200))
     assert entry.pop("timestamp").endswith("Z")
@@ -29,6 +29,6 @@ def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "RuntimeError: it broke" in json.loads(with_traceback)["exception"]
 
 
-def test_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ML_PLATFORM_LOG_FORMAT", "text")
     assert line("GET %s", "/").endswith(" - uvicorn.access - INFO - GET /")

@@ -124,7 +124,9 @@ class TestNewer:
 
 
 class TestOlder:
-    def test_it_is_made_again(self, lake: LakeResource, instance: dg.DagsterInstance, upgraded: Callable[[], None]):
+    def test_an_older_lake_is_built_again(
+        self, lake: LakeResource, instance: dg.DagsterInstance, upgraded: Callable[[], None]
+    ):
         fill(lake, "a", "b")
         assert process(instance, lake, "a", "b").success
         upgraded()
@@ -135,7 +137,7 @@ class TestOlder:
         assert versions(lake, CLEANED) == versions(lake, FEATURES) == {"a": NEWER, "b": NEWER}
         assert ranges(tick(instance, lake)) == []
 
-    def test_features_beyond_the_run_are_made_again(
+    def test_features_beyond_the_run_are_built_again(
         self, lake: LakeResource, instance: dg.DagsterInstance, upgraded: Callable[[], None]
     ):
         fill(lake, "a", "b")
@@ -145,7 +147,7 @@ class TestOlder:
         assert process(instance, lake, "b").success
         assert versions(lake, FEATURES) == {"a": NEWER, "b": NEWER}
 
-    def test_what_cannot_be_made_again_is_named(
+    def test_a_partition_without_its_raw_file_is_named(
         self, lake: LakeResource, instance: dg.DagsterInstance, upgraded: Callable[[], None]
     ):
         fill(lake, "a", "b")
@@ -170,7 +172,7 @@ class TestMigrate:
         upgraded()
         return lake
 
-    def test_moved(self, lake: LakeResource, instance: dg.DagsterInstance):
+    def test_reports_are_moved(self, lake: LakeResource, instance: dg.DagsterInstance):
         old = lake.outdated_reports(CleanedReport)
         outcomes = migrate_lake(lake, steps={OLDER: add_currency})
         assert [(item.table, item.key, item.version, item.can_move, item.outcome) for item in outcomes] == [
@@ -183,7 +185,7 @@ class TestMigrate:
         assert lake.reports(CleanedReport) == cleaned_reports(*moved.values())
         assert ranges(tick(instance, lake)) == []
 
-    def test_interrupted_and_again_and_again(self, lake: LakeResource):
+    def test_an_interrupted_migration_can_be_repeated(self, lake: LakeResource):
         work = migrate_lake(lake, steps={OLDER: add_currency})
         assert next(work).key == "a"
         work.close()
@@ -194,14 +196,14 @@ class TestMigrate:
         assert not any(item.can_move for item in migrate_lake(lake, steps={OLDER: add_currency}))
         assert content(lake) == after
 
-    def test_without_a_step(self, lake: LakeResource):
+    def test_without_a_step_nothing_is_moved(self, lake: LakeResource):
         before = content(lake)
         outcomes = {(item.table, item.key): item.outcome for item in migrate_lake(lake, steps={})}
         assert outcomes[CLEANED, "a"] == "the next run makes it again"
         assert "its raw file, from which it could be made again, is gone" in outcomes[CLEANED, "b"]
         assert content(lake) == before
 
-    def test_two_steps(self, lake: LakeResource, monkeypatch: pytest.MonkeyPatch):
+    def test_reports_are_moved_by_two_steps(self, lake: LakeResource, monkeypatch: pytest.MonkeyPatch):
         for module in (lake_module, migrations):
             monkeypatch.setattr(module, "SCHEMA_VERSION", 3)
         monkeypatch.setattr(lake_module, "_report_cache", {})
@@ -242,7 +244,7 @@ class TestCommand:
 
         return run
 
-    def test_dry_run_then_done(self, lake: LakeResource, migrate: Callable[..., tuple[int, str]]):
+    def test_a_dry_run_changes_nothing(self, lake: LakeResource, migrate: Callable[..., tuple[int, str]]):
         before = content(lake)
         code, out = migrate("--dry-run")
         assert code == 0
@@ -255,7 +257,7 @@ class TestCommand:
         assert list(lake.reports(CleanedReport)) == ["a", "b"]
         assert migrate() == (0, f"{lake.lake_uri} has no data of an older version.\n")
 
-    def test_not_while_a_run_writes(self, lake: LakeResource, migrate: Callable[..., tuple[int, str]]):
+    def test_nothing_is_moved_while_a_run_is_active(self, lake: LakeResource, migrate: Callable[..., tuple[int, str]]):
         """A job deletes the report first: to write it back would mark half a partition as complete."""
         before = content(lake)
         Path(os.environ["DAGSTER_HOME"]).mkdir()

@@ -120,7 +120,7 @@ def test_reasons_come_with_their_contributions(model: Path, scorer: Scorer):
                 assert value == parts[row, FEATURES.index(name)] > 0
 
 
-def test_what_is_missing_is_said(model: Path):
+def test_missing_inputs_are_named(model: Path):
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -133,7 +133,7 @@ def test_what_is_missing_is_said(model: Path):
         pyfunc.FraudModel(Scorer.from_json(read_model_file(model))).predict(rows().drop(columns="risk"))
 
 
-def test_has_a_signature_an_example_and_no_pickle(model: Path):
+def test_a_model_has_a_signature_and_an_example_and_no_pickle(model: Path):
     import mlflow
 
     info = mlflow.models.Model.load(str(model))
@@ -148,7 +148,7 @@ def test_has_a_signature_an_example_and_no_pickle(model: Path):
     assert not [path for path in model.rglob("*") if path.suffix in (".pkl", ".pickle", ".joblib", ".bin")]
 
 
-def test_requirements_name_what_is_needed_for_this_and_other_machines(model: Path):
+def test_requirements_serve_all_kinds_of_machines(model: Path):
     lines = (model / "requirements.txt").read_text().splitlines()
     names = {line.split("==")[0] for line in lines}
     trees = {"xgboost", "xgboost-cpu", "scipy"} if model.name == "xgboost" else set()
@@ -213,7 +213,7 @@ class TestElsewhere:
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
 
-    def test_it_loads_with_its_own_requirements_alone(
+    def test_it_loads_with_only_its_own_requirements(
         self, environment: Path, clean: dict[str, str], model: Path, scorer: Scorer, tmp_path: Path
     ):
         data = tmp_path / "rows.json"
@@ -275,8 +275,8 @@ def test_spark_scores_with_it(spark: SparkSession, models: dict[str, Path]):
 
 
 @pytest.mark.e2e
-def test_a_file_of_a_really_newer_library_is_refused(tmp_path: Path):
-    """Two versions are installed: the newer one writes, ours is asked to read, and would misread without a word."""
+def test_a_file_that_a_newer_library_wrote_is_refused(tmp_path: Path):
+    """Without the check, the older library would misread the file silently."""
     import xgboost
 
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -290,7 +290,7 @@ def test_a_file_of_a_really_newer_library_is_refused(tmp_path: Path):
     assert written["library"]["version"] == version
     with pytest.raises(NewerModelError, match=f"xgboost {version} wrote the model, and the older xgboost"):
         Scorer.from_json(done.stdout)
-    # Also if somebody edits the header: the library has noted its version, too.
+    # Also with an edited header: the library itself notes its version.
     written["library"]["version"] = xgboost.__version__
     with pytest.raises(NewerModelError, match=f"xgboost {version} wrote the model"):
         Scorer.from_json(json.dumps(written))

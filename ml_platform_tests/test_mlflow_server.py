@@ -42,7 +42,7 @@ printf '%s\\n' "$0 $*" >>'{machine}/arguments'
 exec '{program}' "$@"
 """
 
-#: Without the script's mistakes being hidden: a service that runs is not started twice, one that does not is no error.
+#: It hides no mistake of the script: a second `start` starts a second server. Stopping what does not run is fine.
 SYSTEMCTL = """#!/bin/bash
 set -eu
 cd '{machine}'
@@ -205,7 +205,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         # A wrong password: see test_a_server_is_installed_once_and_brought_up_to_date_by_the_next_run.
     ],
 )
-def test_a_database_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, address: str, says: str) -> None:
+def test_an_error_of_the_database_is_one_line(monkeypatch: pytest.MonkeyPatch, address: str, says: str) -> None:
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", address)
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
     with pytest.raises(SystemExit) as end:
@@ -224,7 +224,7 @@ def test_a_database_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, ad
         ("setting", "no database: set MLFLOW_BACKEND_STORE_URI"),
     ],
 )
-def test_what_is_lacking_is_said_before_anything_is_done(
+def test_missing_conditions_are_named_before_anything_is_done(
     machine: Machine, database: Database, lacks: str, says: str
 ) -> None:
     if lacks == "root":

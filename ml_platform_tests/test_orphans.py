@@ -1,6 +1,6 @@
 """Orphaned clusters: which count as orphaned, and what the sensor and the job do about them.
 
-A cluster that is wrongly deleted costs a run, one that is wrongly kept costs money until somebody looks.
+A cluster wrongly deleted costs a run; one wrongly kept costs money until it is noticed.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def test_a_cluster_of_an_unknown_run_is_an_orphan(orphans: Orphans, labels: dict
 def test_a_cluster_past_its_lifetime_is_an_orphan_even_of_an_unfinished_run(
     orphans: Orphans, expires_at: str | None, is_orphan: bool
 ):
-    """A lifetime that cannot be read does not end."""
+    """An unreadable lifetime never ends."""
     run_id = orphans.add_run()
     cluster_id = orphans.add_cluster(run_id, expires_at=expires_at)
     reason = f"it is past its lifetime, though its run {run_id} is STARTED"
@@ -135,7 +135,7 @@ def test_a_cluster_past_its_lifetime_is_an_orphan_even_of_an_unfinished_run(
     [
         pytest.param({"owner": None, "deployment": None, "lake": None, "dagster_run_id": None}, id="no labels"),
         pytest.param({"owner": None}, id="no owner"),
-        pytest.param({"owner": "somebody"}, id="another owner"),
+        pytest.param({"owner": "other"}, id="another owner"),
         pytest.param({"owner": "ml-platform-2"}, id="a similar owner"),
         pytest.param({"deployment": "other"}, id="another deployment"),
         pytest.param({"deployment": None}, id="no deployment"),
@@ -143,7 +143,7 @@ def test_a_cluster_past_its_lifetime_is_an_orphan_even_of_an_unfinished_run(
         pytest.param({"deployment": "test-2"}, id="a deployment with a similar name"),
     ],
 )
-def test_other_peoples_clusters_are_never_touched(orphans: Orphans, labels: dict[str, Any]):
+def test_foreign_clusters_are_never_touched(orphans: Orphans, labels: dict[str, Any]):
     cluster_id = orphans.add_cluster(left_s=-HOUR, **labels)
     assert orphans.delete() == "no orphans"
     assert orphans.cloud.clusters[cluster_id].state == "RUNNING"
@@ -175,7 +175,7 @@ def test_each_orphan_is_tried_and_a_refused_one_again_at_the_next_tick(orphans: 
     assert orphans.cloud.clusters == {}
 
 
-def test_a_restarted_daemon_needs_no_memory(orphans: Orphans, lake: LakeResource):
+def test_a_restarted_daemon_deletes_each_orphan_once(orphans: Orphans, lake: LakeResource):
     orphans.add_cluster()
     for expected in ("requested deletion of 1 clusters", "no orphans", "no orphans"):
         engine = engine_of(orphans.cloud, lake, orphans.engine._clock)
@@ -183,7 +183,7 @@ def test_a_restarted_daemon_needs_no_memory(orphans: Orphans, lake: LakeResource
     assert len(orphans.cloud.calls("ClusterService.Delete")) == 1
 
 
-def test_many_clusters(orphans: Orphans):
+def test_orphans_are_found_among_many_clusters(orphans: Orphans):
     kept = [orphans.add_cluster(orphans.add_run()) for _ in range(5)]
     kept += [orphans.cloud.add_cluster(f"stranger-{number}") for number in range(200)]
     for _ in range(5):
@@ -210,12 +210,12 @@ def test_an_api_that_refuses_is_an_error_of_the_tick(orphans: Orphans):
         orphans.tick()
 
 
-def test_a_deployment_without_clusters(orphans: Orphans):
+def test_a_tick_without_clusters_says_so(orphans: Orphans):
     assert "does not use clusters" in orphans.tick(FakeEngine())
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_the_job(orphans: Orphans, refused: bool):
+def test_the_job_deletes_only_orphans(orphans: Orphans, refused: bool):
     cluster_id, own = orphans.add_cluster(), orphans.add_cluster(orphans.add_run())
     if refused:
         orphans.cloud.fail("ClusterService.Delete", "PERMISSION_DENIED", "not you")

@@ -9,21 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ml_platform.lake.partitions import (
-    PARTITION_TAG,
-    contiguous_ranges,
-    keys_of_run,
-    partition_key,
-    range_tags,
-    raw_files,
-)
+from ml_platform.lake.partitions import PARTITION_TAG, contiguous_ranges, keys_of_run, partition_key, range_tags
 
 names = st.text(st.characters() | st.sampled_from("ab09._-/ \n*"), max_size=130)
 registered_keys = st.lists(st.text("abc01", min_size=1, max_size=4), unique=True, max_size=30)
-
-
-def test_name():
-    assert raw_files.name == "raw_files"
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_texts_from_data_are_drawn_literally(report: dict[str, Any]):
         "x" * 5000,
     ],
 )
-def test_texts_from_data_are_no_markup(report: dict[str, Any], text: str):
+def test_texts_from_data_stay_plain_text(report: dict[str, Any], text: str):
     summary = plots.markdown_summary(hostile(report, [text]) | {"tables": {}}, {})
     tokens = [token for token in rendered(summary) if token.type not in ("inline", "text", "code_inline")]
     assert {token.tag for token in tokens} == {"p", "table", "thead", "tbody", "tr", "th", "td"}

@@ -126,7 +126,7 @@ CASES = [
     # The same ranking comes first: neither few frauds nor held-out rows that were seen matter then.
     ("identical", IDENTICAL, COMPARABLE, "no_difference", KEEP, "ranks all 4,000 held-out rows as the champion"),
     ("identical, other scale", SIGMOID, COMPARABLE, "no_difference", KEEP, "no difference"),
-    ("identical, but for last digits", last_digits(), COMPARABLE, "no_difference", KEEP, "no difference"),
+    ("identical except for last digits", last_digits(), COMPARABLE, "no_difference", KEEP, "no difference"),
     ("identical, few", against(FEW, FEW["challenger"]), COMPARABLE, "no_difference", KEEP, "no difference"),
     ("identical, seen", IDENTICAL, challenger_seen(TEST_STARTS), "no_difference", KEEP, "no difference"),
     # A challenger that has seen held-out rows proves nothing.
@@ -144,7 +144,7 @@ CASES = [
     ("newer library, few", alone(FEW), NEWER, "too_few_frauds", KEEP, f"49 frauds|{ERROR}"),
     # A champion that is as good as it was elsewhere stays, however good the challenger is.
     ("newer library", alone(STRONG), NEWER, "champion_newer_library", KEEP, f"{FAILED}|champion set|precision 0."),
-    # A champion that serves nobody gives way to a challenger that beats chance by both figures.
+    # A champion that cannot score gives way to a challenger that beats chance by both figures.
     ("unreadable", alone(EQUAL), UNREADABLE, "champion_unreadable", PROMOTE, REPLACED),
     ("unreadable, random", alone(RANDOM), UNREADABLE, "champion_unreadable", KEEP, STAYS),
     ("unreadable, reversed", alone(scored_week(23, challenger=-1)), UNREADABLE, "champion_unreadable", KEEP, STAYS),
@@ -267,7 +267,7 @@ def test_figures_are_complete_and_plain():
         ({"mode": "off"}, "mode"),
     ],
 )
-def test_a_rule_that_makes_no_sense_is_refused(values: dict[str, Any], message: str):
+def test_an_impossible_rule_is_refused(values: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         PromotionRule(**values)
 

@@ -278,7 +278,7 @@ def test_an_unusable_value_of_the_cluster_is_named(yandex: pytest.MonkeyPatch, v
 @pytest.mark.parametrize(
     ("variables", "error"),
     [
-        # Without compute nodes, autoscaling would have no effect, and nobody would notice.
+        # Without compute nodes, autoscaling would silently have no effect.
         ({"DATAPROC_COMPUTE_MAX_COUNT": "5"}, "DATAPROC_COMPUTE_MAX_COUNT .* need DATAPROC_COMPUTE_COUNT"),
         ({"DATAPROC_COMPUTE_PREEMPTIBLE": "true"}, "DATAPROC_COMPUTE_PREEMPTIBLE need DATAPROC_COMPUTE_COUNT"),
         (

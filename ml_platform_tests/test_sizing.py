@@ -32,7 +32,7 @@ def test_the_fewest_nodes_that_reach_the_target_are_chosen():
     assert sizing.seconds == pytest.approx(FIXED_S + work / (4 * sizing.nodes))
 
 
-def test_cleaning_reckons_with_the_features_that_follow():
+def test_cleaning_allows_for_the_features_that_follow():
     one = choose_nodes("clean_transactions", 10**8, cores=1, least=1, most=1, target_s=1)
     assert one.seconds == pytest.approx(FIXED_S + 100 * (CLEAN + 3 * FEATURES))
 
@@ -53,7 +53,7 @@ def test_a_job_takes_its_fixed_time_and_a_share_of_each_core():
     assert expected_seconds("clean_transactions", 10**6, 0) == pytest.approx(FIXED_S + CLEAN)
 
 
-def test_a_training_is_expected_to_fit_no_more_rows_than_it_may():
+def test_a_training_fits_at_most_its_limit_of_rows():
     def seconds(rows):
         return expected_seconds("train_model", rows, cores=10**9) - FIXED_S
 

@@ -1,4 +1,7 @@
-"""Upgrades from revision 9606026, whose models are Spark ML pipelines: the lake is read, its champion is named."""
+"""Upgrades from revision 9606026, whose models are Spark ML pipelines.
+
+The lake is read as it is, and a champion that cannot score is named.
+"""
 
 from __future__ import annotations
 
@@ -54,16 +57,16 @@ def test_the_lake_is_read_as_it_is(state: State, capsys: pytest.CaptureFixture[s
     data.process_new_files()
     assert "3 raw files" in capsys.readouterr().out
     with dg.DagsterInstance.get() as instance:
-        assert len(instance.get_runs()) == 2, "nothing was there to do"
+        assert len(instance.get_runs()) == 2, "there was nothing to do"
 
 
 @pytest.mark.parametrize("command", [show_champion, data.summary, data.migrate])
-def test_the_champion_is_named_that_cannot_score(state: State, capsys: pytest.CaptureFixture[str], command: Any):
+def test_a_champion_that_cannot_score_is_named(state: State, capsys: pytest.CaptureFixture[str], command: Any):
     command()
     assert SPARK_ML in " ".join(capsys.readouterr().out.split())
 
 
-def test_doctor_and_champion_set_say_so(state: State):
+def test_doctor_and_champion_set_refuse_its_models(state: State):
     with pytest.raises(CommandError, match=SPARK_ML):
         doctor._check_mlflow(load_settings())
     with pytest.raises(CommandError, match=r"version 2 is a Spark ML pipeline .* The champion is unchanged"):

@@ -36,7 +36,7 @@ def test_packed_columns_come_back_in_order() -> None:
     assert found["amount"].tolist() == [0, 1 / 7, 2 / 7, 0, 1 / 7]
 
 
-def test_arrow_arrays_are_what_pyarrow_makes_of_the_same() -> None:
+def test_arrow_arrays_equal_those_of_pyarrow() -> None:
     import pyarrow
 
     numbers = np.arange(-5, 20)

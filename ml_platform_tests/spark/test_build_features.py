@@ -284,7 +284,7 @@ def test_history_may_reach_to_before_the_first_year(partitions: Partitions) -> N
     assert partitions.run(item)["new"]["status"] == "succeeded"
 
 
-def test_a_row_is_the_same_whatever_stands_beside_it(spark: SparkSession) -> None:
+def test_a_rows_features_do_not_depend_on_unrelated_rows(spark: SparkSession) -> None:
     """Bit by bit, whatever the number of other rows and of parts."""
     rows = random_transactions(300, days=50, seed=4)
     others = [{**row, "transaction_id": 10_000 + n, "customer_id": 9, "terminal_id": 9, "tx_amount": 1e6 / 7}

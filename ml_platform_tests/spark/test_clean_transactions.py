@@ -196,7 +196,7 @@ def test_the_report_has_years_in_four_digits(cleaner: Cleaner) -> None:
 
 
 def test_copies_are_kept_once_and_conflicting_rows_not_at_all(cleaner: Cleaner) -> None:
-    """Whatever ends the copies; a row that is rejected by itself conflicts with no other."""
+    """Copies may differ in their line ends; a row that is rejected anyway conflicts with no other."""
     conflict = [good(transaction_id="7", tx_amount="1"), good(transaction_id="7", tx_amount="2")]
     alone = [good(transaction_id="8"), *[good(transaction_id="8", tx_amount="-1")] * 2]
     copies = [GOOD, f"{GOOD}\r", f"{GOOD}\r\r"]
@@ -223,7 +223,7 @@ def test_many_batches_some_without_a_row_of_a_kind(
     assert (len(rows), len(rejected)) == (counts["clean_rows"], counts["rejected_rows"])
 
 
-def test_a_file_of_nothing_but_rejects_is_not_shuffled() -> None:
+def test_a_file_of_only_rejects_is_not_shuffled() -> None:
     data = np.frombuffer(bytes(PADDING) + b"x" * 1000 + bytes(PADDING), dtype="u1")
     parsed = Parser(None, 0).parse(data, np.arange(PADDING, PADDING + 1001))
     rows = duplicates.collapse_rejects(parsed)
@@ -258,7 +258,7 @@ def test_rows_are_sorted_by_day_customer_and_instant(largest_customer: int) -> N
         ([0, 10**17] * 30_000, False),
         ([], False),
     ],
-    ids=["from 0 on", "long ids", "every second is missing", "backwards", "to and fro", "none"],
+    ids=["from 0 on", "long ids", "every second one", "backwards", "alternating", "none"],
 )
 def test_ids_are_spread_evenly_where_they_grow(ids: Any, even: bool) -> None:
     content = "\n".join(good(transaction_id=str(number)) for number in ids).encode() or b"?"
@@ -312,8 +312,8 @@ def test_whole_files(cleaner: Cleaner) -> None:
         assert json.loads((directories[0] / "_report.json").read_text()) == report
 
 
-def test_an_empty_file_leaves_no_tiny_parts_to_the_next_reader(cleaner: Cleaner, spark: SparkSession) -> None:
-    """A run has one session, in which a table of 13 MB was read in 13 million parts."""
+def test_an_empty_file_leaves_no_tiny_partition_size_to_the_next_reader(cleaner: Cleaner, spark: SparkSession) -> None:
+    """The session goes on: the next table, of 13 MB, was once read in 13 million parts."""
     cleaner.clean(b"")
     assert int(spark.conf.get("spark.sql.files.maxPartitionBytes") or 0) >= 4 << 20
     runtime.configure(spark)

@@ -66,7 +66,7 @@ class TestModels:
             assert (again.contributions(matrix) == scorer.contributions(matrix)).all()
             assert again.to_json() == text
 
-    def test_a_row_has_its_score_whatever_stands_beside_it(self, scorer):
+    def test_a_rows_score_does_not_depend_on_other_rows(self, scorer):
         matrix, _ = rows(seed=1)
         scores = scorer.score(matrix)
         assert (np.concatenate([scorer.score(matrix[n : n + 1]) for n in range(100)]) == scores[:100]).all()
@@ -111,7 +111,7 @@ class TestModels:
         assert "risk" not in names[1]
         assert scorer.reasons(matrix, 9)[1].shape == (2, 3)
 
-    def test_what_is_no_number_is_named(self, scorer):
+    def test_an_input_that_is_not_a_number_is_named(self, scorer):
         matrix, _ = rows(5)
         matrix[2, 1] = np.nan
         for method in (scorer.score, scorer.contributions):
@@ -120,14 +120,14 @@ class TestModels:
             with pytest.raises(ValueError, match="takes 3 inputs"):
                 method(matrix[:, :2])
 
-    def test_beyond_32_bits_inputs_are_cut_off(self, scorer):
+    def test_inputs_beyond_32_bits_are_clipped(self, scorer):
         def score(*amounts):
             return scorer.score(np.array([[amount, 0, 0] for amount in amounts])).tolist()
 
         assert score(1e300, math.inf) == score(learners.LARGEST_INPUT, learners.LARGEST_INPUT)
         assert all(0 <= value <= 1 for value in score(1e300, -1e300, 1e-300))
 
-    def test_an_input_that_never_changes_is_fine(self, scorer):
+    def test_a_constant_input_contributes_nothing(self, scorer):
         matrix, label = rows()
         matrix[:, 2] = 7
         model = LEARNERS[scorer.learner].fit(matrix, label, np.ones(len(label)), SMALL[scorer.learner], 0, 1)
@@ -136,7 +136,7 @@ class TestModels:
 
 
 class TestModelFile:
-    def test_names_what_it_takes_to_read_it(self, scorer):
+    def test_it_names_its_schema_learner_library_and_inputs(self, scorer):
         document = json.loads(scorer.to_json())
         assert list(document) == ["schema_version", "learner", "library", "features", "model"]
         assert document["schema_version"] == learners.MODEL_SCHEMA_VERSION
@@ -164,12 +164,12 @@ class TestModelFile:
             ({"model": []}, "not a|not name"),
         ],
     )
-    def test_what_is_no_model_is_refused(self, scorer, parts, told):
+    def test_an_invalid_model_is_refused(self, scorer, parts, told):
         with pytest.raises(ModelError, match=told):
             Scorer.from_json(changed(scorer, **parts))
 
     @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"schema_version": 1}'])
-    def test_what_is_no_file_of_a_model_is_refused(self, text):
+    def test_an_invalid_file_is_refused(self, text):
         with pytest.raises(ModelError):
             Scorer.from_json(text)
 
@@ -190,7 +190,7 @@ class TestXGBoostFiles:
         return json.loads(json.dumps(document))
 
     @pytest.mark.parametrize("where", ["header", "model"])
-    def test_a_newer_librarys_is_refused_by_name(self, copy, where):
+    def test_a_file_of_a_newer_library_is_refused(self, copy, where):
         """The second is what a file of a newer library has whose header was edited."""
         if where == "header":
             copy["library"]["version"] = "99.1.0"
@@ -199,14 +199,14 @@ class TestXGBoostFiles:
         with pytest.raises(NewerModelError, match=r"xgboost 99\.1\.0 wrote the model, and the older xgboost 2\."):
             Scorer.from_json(json.dumps(copy))
 
-    def test_an_older_librarys_is_read(self, document, copy):
+    def test_a_file_of_an_older_library_is_read(self, document, copy):
         copy["library"]["version"], copy["model"]["version"] = "1.7.6", [1, 7, 6]
         matrix, _ = rows()
         scores = [Scorer.from_json(json.dumps(each)).score(matrix) for each in (document, copy)]
         assert (scores[0] == scores[1]).all()
 
     @pytest.mark.parametrize("version", [None, "", "new", 2])
-    def test_one_without_a_version_is_refused(self, copy, version):
+    def test_a_file_without_a_version_is_refused(self, copy, version):
         copy["library"]["version"] = version
         with pytest.raises(ModelError, match="version"):
             Scorer.from_json(json.dumps(copy))
@@ -225,7 +225,7 @@ class TestXGBoostFiles:
             ("default_left", lambda values: "x"),
         ],
     )
-    def test_trees_that_would_lead_out_of_memory_or_nowhere_are_refused(self, copy, part, change):
+    def test_trees_with_invalid_nodes_are_refused(self, copy, part, change):
         tree = copy["model"]["learner"]["gradient_booster"]["model"]["trees"][3]
         tree[part] = change(tree[part])
         with pytest.raises(ModelError):
@@ -246,7 +246,7 @@ class TestXGBoostFiles:
             {"max_depth": 1, "max_bin": 8, "reg_alpha": 1, "scale_pos_weight": 2},
         ],
     )
-    def test_whatever_xgboost_fits_is_loaded(self, params):
+    def test_trees_of_all_kinds_are_loaded(self, params):
         matrix, label = rows(500)
         LEARNERS["xgboost"].check(params)
         model = LEARNERS["xgboost"].fit(matrix, label, np.ones(500), {**params, "rounds": 5}, 0, 1)
@@ -255,14 +255,14 @@ class TestXGBoostFiles:
 
 
 class TestCandidates:
-    def test_the_default_is_fine_and_has_every_learner(self):
+    def test_the_default_is_valid_and_has_every_learner(self):
         learners.check_candidates(learners.DEFAULT_CANDIDATES)
         combinations = learners.grid_points(learners.DEFAULT_CANDIDATES)
         assert {learner for learner, _ in combinations} == set(LEARNERS)
         baseline = [params["C"] for learner, params in combinations if learner == "logistic_regression"]
         assert len(baseline) == 3
 
-    def test_every_combination_the_first_names_slowest(self):
+    def test_combinations_vary_the_last_parameter_first(self):
         grid = {"rounds": [1, 2], "max_depth": [3, 4]}
         found = learners.grid_points([{"learner": "xgboost", "grid": grid}, {"learner": "logistic_regression"}])
         pairs = [(1, 3), (1, 4), (2, 3), (2, 4)]
@@ -300,14 +300,14 @@ class TestCandidates:
             ("xgboost", {"rounds": []}, "no combination"),
         ],
     )
-    def test_what_a_learner_does_not_take_is_named(self, learner, grid, told):
+    def test_unknown_learners_and_parameters_are_named(self, learner, grid, told):
         with pytest.raises(ValueError, match=told):
             learners.check_candidates([{"learner": learner, "grid": grid}])
 
     @pytest.mark.parametrize(
         "candidates", [None, {}, "xgboost", ["xgboost"], [{"learner": "xgboost", "grids": {}}], []]
     )
-    def test_what_is_no_list_of_candidates_is_refused(self, candidates):
+    def test_invalid_candidates_are_refused(self, candidates):
         with pytest.raises(ValueError, match="candidate"):
             learners.check_candidates(candidates)
 

@@ -1,4 +1,4 @@
-"""The archive of the learners' library: unpacked once, whole, and only where nobody else may write."""
+"""The archive of the learners' library: unpacked once, whole, and only where no other user may write."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def archive(directory, content="VERSION = 1\n"):
     return path
 
 
-def test_is_unpacked_once_for_all_processes(tmp_path):
+def test_an_archive_is_unpacked_once_for_all_processes(tmp_path):
     path = archive(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         directories = set(pool.map(library.unpacked, [path] * 16))
@@ -47,7 +47,7 @@ def test_is_unpacked_once_for_all_processes(tmp_path):
     assert library.unpacked(archive(tmp_path, "VERSION = 2\n")) != str(directory)
 
 
-def test_what_is_not_what_its_name_says_is_refused(tmp_path):
+def test_an_archive_that_does_not_match_its_name_is_refused(tmp_path):
     path = archive(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(library.LibraryError, match="is damaged"):
@@ -60,7 +60,7 @@ def test_what_is_not_what_its_name_says_is_refused(tmp_path):
 
 
 def test_a_directory_that_others_may_write_to_is_refused(tmp_path):
-    """Whoever makes it first could give us code to run."""
+    """A user who made the directory first could plant code in it."""
     own = tmp_path / f"ml-platform-{os.getuid()}"
     own.mkdir(mode=0o700)
     own.chmod(0o777)

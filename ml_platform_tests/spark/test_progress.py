@@ -69,7 +69,7 @@ def test_nothing_is_logged_after_the_end(spark, logged):
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
 
 
-def test_no_time_left_is_estimated_at_the_very_beginning(spark):
+def test_the_time_left_is_not_estimated_at_the_very_beginning(spark):
     job = Progress(spark, "cleaning")
     job.enter("1/40: a", 0.0, 0.025)
     assert "left" not in job.line()
@@ -77,7 +77,7 @@ def test_no_time_left_is_estimated_at_the_very_beginning(spark):
     assert "left" in job.line()
 
 
-def test_the_work_goes_on_where_the_progress_cannot_be_described(spark, logged, monkeypatch):
+def test_the_work_goes_on_if_a_progress_line_fails(spark, logged, monkeypatch):
     monkeypatch.setattr(Progress, "line", lambda self: 1 / 0)
     with Progress(spark, "cleaning"):
         time.sleep(0.25)
@@ -87,5 +87,5 @@ def test_the_work_goes_on_where_the_progress_cannot_be_described(spark, logged, 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (89.6, "90 s"), (600, "10 min"), (5400, "1 h 30 min"), (7260, "2 h 1 min")]
 )
-def test_durations_are_for_people(seconds, text):
+def test_durations_are_readable(seconds, text):
     assert _duration(seconds) == text

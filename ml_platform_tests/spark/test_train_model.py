@@ -174,7 +174,7 @@ class TestWindows:
             "test": (113, 119),
         }
 
-    def test_train_starts_where_the_data_do(self):
+    def test_the_train_window_starts_with_the_data(self):
         windows = train_model.time_windows(80, 119, train_model.DEFAULTS)
         assert (windows["train"], windows["validation_train"]) == ((80, 105), (80, 91))
 
@@ -189,20 +189,16 @@ class TestWindows:
         }
         assert (windows["test"]["first_date"], windows["test"]["last_date"]) == ("2020-01-26", "2020-01-28")
 
-    def test_counts(self, trained, rows):
+    def test_windows_count_their_rows_and_frauds(self, trained, rows):
         for name in ("train", "validation_train", "validation"):
             window = trained["windows"][name]
-            inside = [
-                row[COLUMN["tx_fraud"]]
-                for row in rows
-                if window["first_day"] <= row[COLUMN["tx_time_days"]] <= window["last_day"]
-            ]
-            assert (window["rows"], window["frauds"]) == (len(inside), sum(inside))
+            frauds = [row[COLUMN["tx_fraud"]] for row in inside(rows, window)]
+            assert (window["rows"], window["frauds"]) == (len(frauds), sum(frauds))
             assert window["days"] == window["last_day"] - window["first_day"] + 1
 
 
 class TestReport:
-    def test_is_json_and_complete(self, trained):
+    def test_the_report_is_json_and_complete(self, trained):
         assert json.loads(json.dumps(trained)) == trained
         assert trained["outcome"] == "trained"
         assert trained["schema_version"] == SCHEMA_VERSION
@@ -315,7 +311,7 @@ class TestReport:
         assert sum(day[0] for day in profile["counts"]["risk"]) == pytest.approx(below, abs=1)
 
 
-def test_rows_after_the_train_window_choose_nothing(spark, train, trained, rows, tmp_path):
+def test_rows_after_the_train_window_do_not_affect_the_model(spark, train, trained, rows, tmp_path):
     """Other labels and features in the delay, the test window and after D: only the test's figures move."""
     changed = []
     for row in rows:
@@ -381,18 +377,18 @@ class TestTooLittleData:
         assert not (tmp_path / "model").exists()
         return report["reason"]
 
-    def test_days(self, tmp_path, uris):
+    def test_too_few_days(self, tmp_path, uris):
         reason = self.refused(tmp_path, uris[:1], cutoff="file0", cutoff_uri=uris[0], min_train_days=5)
         assert reason.startswith("There are 14 days of data up to 2020-01-14, and at least 15 are needed: 5 to fit")
 
-    def test_enough_days_to_the_day(self, tmp_path, uris):
+    def test_just_enough_days_but_too_few_frauds(self, tmp_path, uris):
         # 4 to fit on + 2 + 3 to choose on + 2 + 3 to test on = 14, but no window has so many frauds.
         reason = self.refused(tmp_path, uris[:1], cutoff="file0", cutoff_uri=uris[0], min_frauds=10_000)
         assert "2020-01-01 to 2020-01-09 (train) has " in reason
         assert "and at least 10000 frauds are needed" in reason
         assert all(name in reason for name in ("(validation)", "(test)"))
 
-    def test_no_genuine_rows(self, spark, tmp_path, rows):
+    def test_a_window_of_only_frauds(self, spark, tmp_path, rows):
         changed = [list(row) for row in rows]
         for row in changed:
             if 20 <= row[COLUMN["tx_time_days"]] <= 22:
@@ -423,7 +419,7 @@ class TestFits:
 
     @pytest.mark.parametrize("threads", [1, 2, 8])
     def test_threads_files_and_their_order_change_no_byte(self, spark, train, boosted, rows, tmp_path, threads):
-        """Another number of files and tasks, too, and rows in another order."""
+        """Nor do the number of files and the order of their rows."""
         uris = []
         for file in range(FILES):
             part = [tuple(row) for row in rows[file * len(rows) // FILES : (file + 1) * len(rows) // FILES]]
@@ -452,7 +448,7 @@ class TestFits:
         assert list(importances) == FEATURES
         assert importances["risk"] > importances["noise"] >= 0
 
-    def test_an_amount_beyond_32_bits_stops_nothing(self, spark, train, rows, tmp_path):
+    def test_amounts_beyond_32_bits_are_trained_on(self, spark, train, rows, tmp_path):
         changed = [list(row) for row in rows]
         for row in changed[::100]:
             row[COLUMN["tx_amount"]] = 1e300
@@ -469,7 +465,7 @@ class TestFits:
         assert report["best"]["learner"] == "logistic_regression"
         assert list(report["coefficients"]) == features
 
-    def test_a_feature_that_is_no_number_is_named(self, spark, train, rows, tmp_path):
+    def test_a_feature_that_is_not_a_number_is_named(self, spark, train, rows, tmp_path):
         changed = [list(row) for row in rows]
         changed[len(rows) // 2][COLUMN["risk"]] = None
         with pytest.raises(Exception, match="missing values in risk"):
@@ -477,7 +473,7 @@ class TestFits:
 
 
 class TestFolds:
-    def test_each_ends_validation_days_earlier_where_the_data_allow(self):
+    def test_each_fold_ends_validation_days_earlier(self):
         windows = train_model.time_windows(0, 119, train_model.DEFAULTS)
         per_day = dict.fromkeys(range(120), (100, 5))
         settings = {**train_model.DEFAULTS, "validation_folds": 3}
@@ -545,7 +541,7 @@ class TestSampling:
             for number, seed in enumerate((1, 1, 2))
         ]
 
-    def test_is_a_hard_bound_and_is_reported(self, sampled):
+    def test_the_limit_is_a_hard_bound_and_is_reported(self, sampled):
         for report in sampled:
             assert json.loads(json.dumps(report)) == report
             sampling, window = report["sampling"], report["windows"]["train"]
@@ -597,7 +593,7 @@ class TestSampling:
 
 
 class TestChampion:
-    def test_scores_the_same_rows(self, spark, train, boosted, tmp_path):
+    def test_the_champion_scores_the_same_rows(self, spark, train, boosted, tmp_path):
         """Trees as champion of a run with fewer features."""
         champion = {"model_uri": boosted["model_uri"], "features": boosted["features"], "version": "1"}
         changes = {"features": ["tx_amount", "noise"], "candidates": logistic(C=[1])}
@@ -634,9 +630,9 @@ class TestChampion:
             ({"schema_version": 99}, "newer_library", "of schema 99"),
             ("not JSON\n", "unreadable", "not JSON"),
         ],
-        ids=["no file there", "other features", "no model", "unknown learner", "newer schema", "no JSON"],
+        ids=["missing file", "other features", "not a model", "unknown learner", "newer schema", "not JSON"],
     )
-    def test_one_that_cannot_score_is_reported(self, score_beside, trained, tmp_path, changes, status, told):
+    def test_a_champion_that_cannot_score_is_reported(self, score_beside, trained, tmp_path, changes, status, told):
         path = tmp_path / "a [champion] {of} before.json"
         if isinstance(changes, dict):
             path.write_text(json.dumps({**json.loads(model_file(trained)), **changes}))
@@ -651,7 +647,7 @@ class TestChampion:
         assert scores.where("champion_score IS NOT NULL").count() == 0
         assert scores.where("score IS NOT NULL").count() > 50
 
-    def test_one_that_fails_on_some_rows_is_unreadable_too(self, score_beside, trained, tmp_path):
+    def test_a_champion_that_fails_on_some_rows_is_unreadable(self, score_beside, trained, tmp_path):
         """An input is NULL on some rows only, so the champion loads, applies, and fails while it scores."""
         document = {**json.loads(model_file(trained)), "features": ["tx_amount", "risk", "age"]}
         path = tmp_path / "champion.json"
@@ -665,12 +661,12 @@ class TestChampion:
 
 @pytest.mark.images
 class TestLibrary:
-    def test_one_that_is_missing_stops_the_job_before_it_reads_a_row(self, train, tmp_path):
+    def test_a_missing_library_stops_the_job_before_it_reads_a_row(self, train, tmp_path):
         uri = str(tmp_path / "xgboost-2.1.4-{}.zip".format("0" * 64))
         with pytest.raises(library.LibraryError, match=r"cannot be fetched from .*xgboost-2\.1\.4"):
             train(tmp_path / "model", uris=["/nowhere"], cutoff_uri="/nowhere", library_uri=uri)
 
-    def test_one_that_is_damaged_too(self, train, tmp_path):
+    def test_a_damaged_library_stops_the_job_too(self, train, tmp_path):
         path = tmp_path / "xgboost-2.1.4-{}.zip".format("1" * 64)
         path.write_bytes(b"half of an archive")
         with pytest.raises(library.LibraryError, match="is damaged: the SHA-256 of its 18 bytes is"):
