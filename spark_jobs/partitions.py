@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("spark_jobs")
 
 
+class Refused(Exception):
+    """An input that cannot be processed, however often it is tried: the message says why, in words for people."""
+
+
 #: Builds one item of a request and returns the fields of its report beyond those of all reports.
 Build = Callable[[Dict[str, Any], Progress], Dict[str, Any]]
 
@@ -43,6 +47,9 @@ def run_partitions(
             progress.enter(name, bounds[number - 1] / bounds[-1], bounds[number] / bounds[-1])
             try:
                 report = _build_partition(spark, item, request["run_id"], build, progress)
+            except Refused as error:
+                log.error("%s %s refused: %s", what, name, error)
+                results[item["partition"]] = {"status": "refused", "error": str(error)}
             except Exception as error:
                 log.exception("%s %s failed", what, name)
                 results[item["partition"]] = {"status": "failed", "error": runtime.describe(error)}

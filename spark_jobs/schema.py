@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
 #: Version of the reports, the tables and the cleaning rules. Data of an older version are rebuilt, or converted by a
 #: step of ml_platform/lake/migrations.py; a lake with data of a newer version is refused.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: File name of the report, which is written last and marks its partition as complete.
 REPORT_NAME = "_report.json"
@@ -49,10 +50,18 @@ REJECT_RULES = (
     "invalid_amount",
     "invalid_label",
     "conflicting_duplicate",
+    "out_of_range",
 )
 
 #: Rules that correct a row and keep it; each is a key of a report's ``counts``.
-FIX_RULES = ("hour_24", "wrong_seconds", "wrong_days", "unknown_terminal", "unknown_customer")
+FIX_RULES = ("hour_24", "wrong_seconds", "wrong_days", "unknown_terminal", "unknown_customer", "respelled_id")
+
+
+def version_of(report: Mapping[str, Any]) -> str:
+    """Version of a cleaned partition by its report: what its rows depend on."""
+    limit = report.get("out_of_range")
+    made_with = report["epoch"] if limit is None else "{} out_of_range={:g}".format(report["epoch"], limit)
+    return "{}/{}/{}".format(report.get("schema_version", SCHEMA_VERSION), made_with, report["raw"]["fingerprint"])
 
 
 def ddl(columns: Iterable[tuple[str, str, str]]) -> str:

@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from contextlib import contextmanager
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from spark_jobs import runtime
@@ -61,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
     "compromised_lookback_days": 7,
     "seed": 0,
     "champion": None,
+    "cutoff_last_date": None,
     "library_uri": None,
 }
 
@@ -89,6 +91,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         cutoff: key of the last partition that the model may use.
         feature_uris: directories of ``transaction_features``, Parquet.
         cutoff_uri: the one of `cutoff`; its last full day is D.
+        cutoff_last_date: null, or the last day that D may be (YYYY-MM-DD): later rows of the partition are odd ones.
         features: names of the feature columns, in the order of the model's coefficients.
         output_uri: directory for the model and the scores; its content is replaced.
         test_days, delay_days, train_days, validation_days: lengths of the windows (7, 7, 60, 7). The train
@@ -513,7 +516,12 @@ def _ends(spark: SparkSession, frame: DataFrame, settings: dict[str, Any]) -> tu
     ).collect()[0]
     if last_second is None:
         return None
-    return (last_second - 1) // 86_400, unix_epoch // 86_400
+    day_zero = unix_epoch // 86_400
+    last_day = (last_second - 1) // 86_400
+    if settings["cutoff_last_date"]:
+        last_date = date.fromisoformat(settings["cutoff_last_date"])
+        last_day = min(last_day, (last_date - date(1970, 1, 1)).days - day_zero)
+    return last_day, day_zero
 
 
 def _rows_per_day(frame: DataFrame, last_day: int) -> dict[int, tuple[int, int]]:

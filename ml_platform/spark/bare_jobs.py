@@ -57,7 +57,7 @@ def features(spark: SparkSession, cleaned: Reports, lake: Path, *, only: Iterabl
                 "cleaned_uri": partition_uri(lake, "cleaned_transactions", key),
                 "tx_datetime_min": cleaned[key]["tx_datetime"]["min"],
                 "history": [partition_uri(lake, "cleaned_transactions", earlier) for earlier in history],
-                "cleaned_bytes": sum(cleaned[part]["raw"]["size"] for part in (key, *history)),
+                "cleaned_bytes": sum(cleaned[part]["text_bytes"] for part in (key, *history)),
                 "inputs": {},
                 "output_uri": partition_uri(lake, "transaction_features", key),
             }

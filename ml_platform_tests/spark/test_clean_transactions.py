@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +16,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spark_jobs import clean_transactions, runtime
-from spark_jobs.cleaning import duplicates, rejects
+from spark_jobs.cleaning import bulk, duplicates, raw_text, rejects
 from spark_jobs.cleaning.plain_lines import PADDING, Parser
+from spark_jobs.cleaning.rules import header_line
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -46,8 +50,8 @@ class Cleaner:
         self.spark = spark
         self.directory = directory
 
-    def item(self, key: str, content: bytes) -> dict[str, Any]:
-        path = self.directory / f"{key}.txt"
+    def item(self, key: str, content: bytes, suffix: str = ".txt") -> dict[str, Any]:
+        path = self.directory / f"{key}{suffix}"
         path.write_bytes(content)
         return {
             "partition": key,
@@ -56,8 +60,8 @@ class Cleaner:
             "rejected_uri": f"file://{self.directory}/rejected/raw_file={key}",
         }
 
-    def run(self, *items: dict[str, Any]) -> dict[str, Any]:
-        request = {"run_id": "run", "epoch": EPOCH, "partitions": list(items)}
+    def run(self, *items: dict[str, Any], **request: Any) -> dict[str, Any]:
+        request = {"run_id": "run", "epoch": EPOCH, "partitions": list(items), **request}
         return clean_transactions.run(self.spark, request)["partitions"]
 
     def clean(self, content: bytes) -> tuple[dict[str, int], list[Row], list[Row]]:
@@ -135,7 +139,7 @@ def test_each_rejected_line_has_its_reasons_and_is_kept_as_it_stands(cleaner: Cl
     assert [row.transaction_id for row in rows] == [5]
     expected = sorted((line, rules.split()) for rules, line, _ in REJECTED)
     assert [(reject.raw_line, reject.reasons) for reject in rejected] == expected
-    by_rule = Counter(rule for rules, _, _ in REJECTED for rule in rules.split())
+    by_rule = Counter(rule for rules, _, _ in REJECTED for rule in rules.split())  # out_of_range has a limit
     assert {rule: counts[rule] for rule in REJECT_RULES} == {rule: by_rule[rule] for rule in REJECT_RULES}
     assert (counts["raw_rows"], counts["rejected_rows"]) == (len(REJECTED) + 1, len(REJECTED))
 
@@ -167,8 +171,14 @@ KEPT: list[tuple[dict[str, str], dict[str, Any], list[str]]] = [
         [],
     ),
     ({"terminal_id": "89518096"}, {"terminal_id": 89518096}, []),
-    *[({"terminal_id": raw}, {"terminal_id": None}, ["unknown_terminal"]) for raw in ("", "Err", "7.0", "-1")],
+    *[
+        ({"terminal_id": raw}, {"terminal_id": None}, ["unknown_terminal"])
+        for raw in ("", "Err", "7.5", "-1", "-7.0", "9.9E5")
+    ],
     *[({"customer_id": raw}, {"customer_id": None}, ["unknown_customer"]) for raw in ("", "c7", "-999999")],
+    *[({"terminal_id": raw}, {"terminal_id": 711}, ["respelled_id"]) for raw in ("711.0", "7.11E2", "\u00a0711\u2003")],
+    ({"customer_id": "711.", "terminal_id": "7.110e+02"}, {"customer_id": 711, "terminal_id": 711}, ["respelled_id"]),
+    ({"customer_id": "+0711 "}, {"customer_id": 711}, []),
     ({"transaction_id": "-8"}, {"transaction_id": -8}, []),
 ]
 
@@ -192,7 +202,8 @@ def test_faults_are_corrected_from_the_datetime_and_counted(cleaner: Cleaner) ->
 def test_the_report_has_years_in_four_digits(cleaner: Cleaner) -> None:
     lines = [good(transaction_id=year, tx_datetime=f"{year}-12-31 00:00:00") for year in ("0001", "0999")]
     report = cleaner.run(cleaner.item("file", "\n".join(lines).encode()))["file"]["report"]
-    assert report["tx_datetime"] == {"min": "0001-12-31T00:00:00Z", "max": "0999-12-31T00:00:00Z"}
+    first, last = "0001-12-31T00:00:00Z", "0999-12-31T00:00:00Z"
+    assert report["tx_datetime"] == {"min": first, "max": last, "p0_1": first, "p99_9": last}
 
 
 def test_copies_are_kept_once_and_conflicting_rows_not_at_all(cleaner: Cleaner) -> None:
@@ -262,7 +273,7 @@ def test_rows_are_sorted_by_day_customer_and_instant(largest_customer: int) -> N
 )
 def test_ids_are_spread_evenly_where_they_grow(ids: Any, even: bool) -> None:
     content = "\n".join(good(transaction_id=str(number)) for number in ids).encode() or b"?"
-    size = clean_transactions.END_BYTES
+    size = raw_text.END_BYTES
     ranges = duplicates.IdRanges(content[:size], content[-size:], len(content), 6)
     rows = np.bincount(ranges.partition(np.array(ids, dtype="i8")), minlength=6)
     assert (len(rows), rows.sum()) == (6, len(ids))
@@ -284,7 +295,11 @@ FILES = [
     (b"\xef\xbb\xbf" + GOOD.encode(), 1, 0, False, "a byte order mark before a row"),
     (HEADER + GOOD.encode() + b"\n" + HEADER * 2, 1, 2, True, "the header again further down"),
     (f"1.5{GOOD}\n{GOOD}".encode(), 1, 1, False, "a broken first row is a row, not a header"),
-    (b"\x00\xff\xfe\n\x80\x81,\x00\n", 0, 1, True, "binary content"),
+    (b"\x00\xff\xfe\n\x80\x81,\x00\n", 0, 2, False, "binary content"),
+    (good(transaction_id="").encode(), 0, 1, False, "a first row without an id"),
+    (good(transaction_id="?", tx_datetime="2019-02-30 06:51:03").encode(), 0, 1, False, "a first row of no date"),
+    (good(transaction_id="?", tx_datetime="").encode(), 0, 1, False, "a first row with nothing but an amount"),
+    (f"a,b\r{GOOD}\n{GOOD}".encode(), 1, 1, False, "a carriage return within the first line"),
     (HEADER + b"caf\xc3\xa9\ncaf\xe9\n", 0, 2, True, "text in two encodings"),
     (HEADER + f"{GOOD[:9]}\r{GOOD[9:]}".encode(), 0, 1, True, "a carriage return does not end a line"),
     (b"?\n" + b"x" * 5000 + b"\n" + GOOD.encode(), 1, 1, True, "a short header and a line longer than any row"),
@@ -360,6 +375,145 @@ def test_a_file_cleaned_again_loses_its_report_first_and_its_old_rejects(
     counts, _, rejected = cleaner.clean(HEADER + GOOD.encode())
     assert (counts["rejected_rows"], rejected) == (0, [])
     assert report.exists()
+
+
+@pytest.mark.images
+def test_a_file_that_no_row_can_be_read_from_is_refused(cleaner: Cleaner) -> None:
+    rows = "\n".join(good(transaction_id=str(number)) for number in range(1000)).encode()
+    verdicts = cleaner.run(
+        cleaner.item("cr", rows.replace(b"\n", b"\r")),
+        cleaner.item("text", rows, ".txt.gz"),
+        cleaner.item("cut", gzip.compress(rows)[:-100], ".txt.gz"),
+        cleaner.item("mixed", b"\r" + b"\n".join([rows, rows.replace(b"\n", b"\r")])),
+    )
+    assert {key: verdict["status"] for key, verdict in verdicts.items()} == {
+        **dict.fromkeys(("cr", "text", "cut"), "refused"),
+        "mixed": "succeeded",
+    }
+    assert "CR alone" in verdicts["cr"]["error"]
+    assert all("cannot be decompressed" in verdicts[key]["error"] for key in ("text", "cut"))
+    assert verdicts["mixed"]["report"]["counts"]["rejected_rows"] == 1
+
+
+@pytest.mark.images
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_compressed_files_are_cleaned_as_text(cleaner: Cleaner, suffix: str, compress: Any) -> None:
+    rows = [good(transaction_id=str(number), tx_amount=str(number % 977)) for number in range(5000)]
+    content = HEADER + "\n".join([*rows, "garbage", ""]).encode()
+    plain = cleaner.run(cleaner.item("plain", content))["plain"]["report"]
+    report = cleaner.run(cleaner.item("file", compress(content), f".txt{suffix}"))["file"]["report"]
+    assert report["counts"] == plain["counts"]
+    assert (plain["text_bytes"], report["text_bytes"]) == (len(content), len(content))
+    assert report["raw"]["size"] < len(content) / 5
+    assert len(cleaner.rows()) == 5000
+
+
+def spread(days: list[int], ids: list[int]) -> bulk.Bulk | None:
+    """The bulk of rows on some days and with some ids, as three tasks find it."""
+    seconds, numbers = np.array(days, dtype="i8") * 86400 + 5, np.array(ids, dtype="i8")
+    parts = []
+    for task in range(3):
+        own = np.flatnonzero(np.arange(len(ids)) % 3 == task)
+        own = own[np.argsort(numbers[own], kind="stable")]
+        parts.append(bulk.tails(numbers[own], seconds[own], bulk.tail_length(bulk.SHORTEST_ROW * len(ids))))
+    return bulk.bulk_of([part for part in parts if part is not None], len(ids))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1000, 4000),
+    odd=st.lists(st.tuples(st.integers(-700_000, 2_900_000), st.integers(-(2**62), 2**62)), max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_one_row_in_a_thousand_does_not_move_the_bulk(rows: int, odd: list[tuple[int, int]], seed: int) -> None:
+    odd = odd[: rows // 1000]
+    days = sorted(np.random.RandomState(seed).randint(18000, 18030, rows - len(odd)).tolist())
+    ids = list(range(7, 7 + rows - len(odd)))
+    found = spread([*days, *(day for day, _ in odd)], [*ids, *(number for _, number in odd)])
+    assert found is not None
+    assert days[0] <= found.days[0] <= found.days[1] <= days[-1]
+    assert ids[0] <= found.ids[0] <= found.ids[1] <= ids[-1]
+    in_order = np.sort([*days, *(day for day, _ in odd)])
+    assert found.days == (in_order[rows // 1000], in_order[-1 - rows // 1000])
+    in_order = np.sort([*ids, *(number for _, number in odd)])
+    assert found.ids == (in_order[rows // 1000], in_order[-1 - rows // 1000])
+    every = [*zip(days, ids), *odd]
+    width = found.usual_days[1] - found.usual_days[0] + 1
+    far = [row for row in every if not found.usual_days[0] - width <= row[0] <= found.usual_days[1] + width]
+    assert found.odd == len(far)
+    assert len(found.examples) == min(3, len(set(far)))
+
+
+@pytest.mark.images
+def test_rows_far_from_the_bulk_are_named_and_rejected_where_that_is_wanted(cleaner: Cleaner) -> None:
+    rows = [good(transaction_id=str(number)) for number in range(5000)]
+    odd = [good(transaction_id="5000", tx_datetime="2099-01-01 00:00:00"), good(transaction_id="700000000")]
+    content = HEADER + "\n".join([*rows, *odd]).encode()
+    report = cleaner.run(cleaner.item("file", content))["file"]["report"]
+    assert report["odd_rows"] == {
+        "rows": 1,
+        "usual_days": ["2019-08-22T00:00:00Z"] * 2,
+        "examples": [{"transaction_id": 5000, "tx_datetime": "2099-01-01T00:00:00Z"}],
+    }
+    assert report["transaction_id"] == {"min": 0, "max": 700000000, "p0_1": 5, "p99_9": 4996}
+    assert report["counts"]["clean_rows"] == 5002
+    report = cleaner.run(cleaner.item("file", content), out_of_range=1)["file"]["report"]
+    counts = report["counts"]
+    assert (counts["clean_rows"], counts["out_of_range"], counts["rejected_rows"]) == (5000, 2, 2)
+    assert [(row.raw_line, row.reasons) for row in cleaner.rejects()] == [(line, ["out_of_range"]) for line in odd]
+    assert report["transaction_id"]["max"] == 4999
+    assert report["out_of_range"] == 1
+
+
+@pytest.mark.images
+def test_ids_are_compared_where_the_bulks_of_two_files_overlap(cleaner: Cleaner) -> None:
+    def file(*ids: int) -> bytes:
+        return "\n".join(good(transaction_id=str(number)) for number in ids).encode()
+
+    verdicts = cleaner.run(
+        cleaner.item("even", file(*range(0, 100, 2))),
+        cleaner.item("odd", file(*range(1, 100, 2))),
+        cleaner.item("apart", file(*range(1000, 1100))),
+        cleaner.item("both", file(*range(90, 110))),
+    )
+    shared = {key: verdict["report"]["shared_ids"] for key, verdict in verdicts.items()}
+    assert shared["even"] == shared["apart"] == {}
+    version = f"{SCHEMA_VERSION}/{EPOCH}/print of even"
+    assert shared["odd"] == {"even": {"version": version, "rows": 0, "examples": []}}
+    assert {key: (found["rows"], found["examples"]) for key, found in shared["both"].items()} == {
+        "even": (5, [90, 92, 94]),
+        "odd": (5, [91, 93, 95]),
+    }
+    report = verdicts["odd"]["report"]
+    neighbour = {"version": "old", "uri": cleaner.item("odd", b"")["output_uri"], **report}
+    (verdict,) = cleaner.run(cleaner.item("late", file(97, 99)), neighbours={"odd": neighbour}).values()
+    assert verdict["report"]["shared_ids"] == {"odd": {"version": "old", "rows": 2, "examples": [97, 99]}}
+
+
+CELL = st.one_of(
+    st.sampled_from([*GOOD.split(","), "", "id", "#", "2019-99-99 99:99:99", "\x00", "7\r"]), st.text(max_size=9)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(CELL, min_size=1, max_size=10))
+def test_only_a_line_that_cannot_be_data_is_a_header(cells: list[str]) -> None:
+    line = ",".join(cells).replace("\n", "").encode().rstrip(b"\r")
+    cells = [cell.strip() for cell in line.decode().split(",")] + [""] * 9
+    header = header_line(line + b"\r\n" + GOOD.encode())
+    is_data = (
+        re.fullmatch(r"[0-9]+", cells[0])
+        or cells[1] in ("2019-08-22 06:51:03", "2019-99-99 99:99:99")
+        or re.fullmatch(r"[0-9]+\.?[0-9]*", cells[4])
+    )
+    if line and (b"\0" in line or b"\r" in line):
+        assert header is None
+    elif line.startswith(b"#"):
+        assert header == line
+    elif line and is_data:
+        assert header is None
+    elif line and not re.search(r"[0-9]", line.decode()):
+        assert header == line
 
 
 @pytest.mark.images

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from datetime import datetime, timedelta
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spark_jobs.cleaning.plain_lines import LINE_COLUMNS, PADDING, parse_lines
-from spark_jobs.cleaning.rules import Line, parse_line
+from spark_jobs.cleaning.rules import Line, key_of, parse_line
+from spark_jobs.schema import NO_KEY
 
 EPOCH = 1566432000  # 2019-08-22
 HEADER = b"# tranaction_id | tx_datetime"
@@ -53,14 +56,26 @@ ODD = st.sampled_from(
     ["", "Err", "-1", "-999999", "+7", " 5 ", "1e3", "7.", ".5", "1.2.3", "0x1", "24:00:00", "٣", "/", ":"]
 )
 SHORT = st.integers(0, 10**9).map(str)
+#: An id in the spellings of pandas, Excel and people.
+SPELLED = st.tuples(
+    st.sampled_from(["", "+", "-", "\u00a0", "\u2003 ", "\ufeff", " "]),
+    st.one_of(
+        st.integers(0, 10**20).map("{}.0".format),
+        st.integers(0, 10**20).map("{:e}".format),
+        st.decimals(0, 10**6, places=3).map("{:E}".format),
+        st.tuples(st.integers(0, 999), st.integers(-5, 30)).map("{0[0]}E{0[1]}".format),
+        st.integers(0, 10**20).map(str),
+    ),
+    st.sampled_from(["", ".", "0", "\u3000", "\xa0", "E0"]),
+).map("".join)
 AMOUNT = st.one_of(
     st.decimals(0, 10**6, places=2).map(str), st.decimals(0, 100, places=3).map(str), SHORT, st.floats().map(repr), ODD
 )
 FIELDS = st.tuples(
     st.one_of(DIGITS, SHORT, ODD),
     st.one_of(st.tuples(DAYS, TIMES).map(" ".join), st.text("0123456789-: ", min_size=18, max_size=20)),
-    st.one_of(SHORT, ODD),
-    st.one_of(SHORT, ODD),
+    st.one_of(SHORT, ODD, SPELLED),
+    st.one_of(SHORT, ODD, SPELLED),
     AMOUNT,
     st.one_of(DIGITS, SHORT, ODD),
     st.one_of(SHORT, ODD),
@@ -85,6 +100,35 @@ LINES = st.one_of(
 @example([b"5,0000-01-01 00:00:00,1,1,1,0,0,0,0", b"5,9999-12-31 23:59:59,1,1,1,0,0,0,0"])
 def test_any_lines_are_parsed_as_one_by_one(lines: list[bytes]) -> None:
     require_same(lines)
+
+
+@given(SPELLED)
+@example("9.901E+05")
+@example("9.901E+03")
+@example("0.0")
+@example("9223372036854775807.0")
+@example("9223372036854775808.0")
+@example("1.0E999999999")
+@example("0.0E-999999999")
+def test_an_id_is_read_if_its_digits_determine_an_integer(text: str) -> None:
+    key, respelled = key_of(text.encode())
+    bare = re.sub(r"[\s\ufeff]+", lambda match: " ", text).strip()
+    match = re.fullmatch(r"([+-]?)([0-9]*)\.?([0-9]*)(?:E\+?(-?[0-9]+))?", bare, re.IGNORECASE)
+    if not match:  # for instance two points
+        assert (key, respelled) == (NO_KEY, False)
+        return
+    sign, whole, fraction, exponent = match.groups()
+    shift = int(exponent or 0)
+    if shift > len(fraction):
+        assert (key, respelled) == (NO_KEY, False)
+        return
+    if abs(shift) > 1000:
+        return
+    value = Fraction(int(whole + fraction), 10 ** len(fraction)) * Fraction(10) ** shift
+    value = -value if sign == "-" else value
+    is_key = value.denominator == 1 and 0 <= value < 2**63
+    assert key == (value if is_key else NO_KEY)
+    assert respelled == (is_key and not re.fullmatch(r"[+-]?[0-9]+", text.strip(" ")))
 
 
 def usual_lines(count: int) -> list[bytes]:

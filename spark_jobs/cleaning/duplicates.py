@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from spark_jobs.cleaning import bulk
 from spark_jobs.cleaning.plain_lines import LINE_COLUMNS
 from spark_jobs.cleaning.rules import FIX_BITS, HEADER_BIT, REJECT_BITS
 from spark_jobs.io import blocks
@@ -60,11 +61,12 @@ def collapse_rejects(rows: Columns) -> Columns:
     }
 
 
-def deduplicate(rows: Columns) -> tuple[Columns, dict[str, Any]]:
+def deduplicate(rows: Columns, tail_length: int) -> tuple[Columns, dict[str, Any]]:
     """Deduplicate columns of LAYOUT that hold all rows of their ids: (rows to keep, sorted by id; tally of all rows).
 
     A tally has the counts of a report, ``rows`` (all but headers), ``header``, ``rejected``, ``min_`` and ``max_`` of
-    ``seconds`` and ``id`` (None if there are no rows), and ``conflicting_ids``, an array.
+    ``seconds`` and ``id`` (None if there are no rows), ``conflicting_ids``, an array, and ``tails`` of
+    `tail_length` rows (see bulk.tails).
     """
     import numpy as np
 
@@ -105,11 +107,12 @@ def deduplicate(rows: Columns) -> tuple[Columns, dict[str, Any]]:
     for name, values in (("seconds", kept["tx_unix_seconds"]), ("id", kept["transaction_id"])):
         tally[f"min_{name}"] = int(values.min()) if len(values) else None
         tally[f"max_{name}"] = int(values.max()) if len(values) else None
+    tally["tails"] = bulk.tails(kept["transaction_id"], kept["tx_unix_seconds"], tail_length)
     return kept, tally
 
 
 def merge_tallies(tallies: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the tallies of a file's tasks and add ``repeated_headers``.
+    """Merge the tallies of a file's tasks: ``bulk`` (see bulk.Bulk) replaces ``tails``, ``repeated_headers`` is new.
 
     A header that is repeated further down is a malformed row.
     """
@@ -118,7 +121,9 @@ def merge_tallies(tallies: list[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for name in tallies[0]:
         values: list[Any] = [tally[name] for tally in tallies if tally[name] is not None]
-        if name == "conflicting_ids":
+        if name == "tails":
+            total["bulk"] = bulk.bulk_of(values, total["clean_rows"])
+        elif name == "conflicting_ids":
             total[name] = np.sort(np.concatenate(values))
         elif name.startswith("min_"):
             total[name] = min(values, default=None)

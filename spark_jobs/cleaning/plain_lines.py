@@ -2,18 +2,21 @@
 
 A plain line has nine fields of digits only (the amount with a decimal point, the instant as YYYY-MM-DD HH:MM:SS), short
 enough for the arithmetic here: eight characters are loaded as one 64-bit word, then validated and converted together.
+Only customer and terminal may hold any text.
 All other lines go to rules.parse_line, which gives the same result for plain lines.
 """
 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from spark_jobs.cleaning.rules import FIELD_COUNT, FIX_BITS, parse_line
+from spark_jobs.cleaning.rules import FIELD_COUNT, FIX_BITS, REJECT_BITS, hash_text, key_of, parse_line
 from spark_jobs.schema import DAY_S
 
 if TYPE_CHECKING:
+    from spark_jobs.cleaning.bulk import Bounds
     from spark_jobs.io.blocks import Array, Columns
 
 #: Columns of parsed lines (see rules.Line): name, numpy type.
@@ -42,6 +45,9 @@ _MONTH_DAYS = (0, 31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 #: Mask for lengths used as table indices, so that the lengths of fields that are not plain stay in bounds.
 _LENGTHS = 31
 
+#: Longest text that `_key_and_hash` remembers: hostile ones are not to fill the memory.
+_REMEMBERED_LENGTH = 64
+
 # Words of eight equal bytes.
 _ZEROS, _SIXES, _HIGH_HALVES = 0x3030303030303030, 0x0606060606060606, 0xF0F0F0F0F0F0F0F0
 
@@ -49,17 +55,23 @@ _ZEROS, _SIXES, _HIGH_HALVES = 0x3030303030303030, 0x0606060606060606, 0xF0F0F0F
 class Parser:
     """Parser for the lines of one file, usable in any process. Hashes are comparable only within one parser.
 
-    `header` is the file's header line, `epoch` is in Unix seconds.
+    `header` is the file's header line, `epoch` is in Unix seconds. Good rows outside `bounds` are rejected.
     """
 
     def __init__(self, header: bytes | None, epoch: int) -> None:
         self.header = header
         self.epoch = epoch
+        self.bounds: Bounds | None = None
         self._seed = int.from_bytes(os.urandom(8), "little")
 
     def parse(self, data: Array, offsets: Array) -> Columns:
         """See parse_lines."""
-        return parse_lines(data, offsets, self.header, self.epoch, self._seed)
+        rows = parse_lines(data, offsets, self.header, self.epoch, self._seed)
+        if self.bounds is not None:
+            for name, (low, high) in zip(("transaction_id", "tx_unix_seconds"), self.bounds):
+                is_outside = (rows["rejected"] == 0) & ((rows[name] < low) | (rows[name] > high))
+                rows["rejected"][is_outside] = REJECT_BITS["out_of_range"]
+        return rows
 
 
 def parse_lines(data: Array, offsets: Array, header: bytes | None, epoch: int, seed: int) -> Columns:
@@ -107,14 +119,18 @@ def _plain_columns(fields: _Fields, epoch: int) -> Columns:
         "rejected": np.zeros(len(fields.plain), dtype="u1"),
         "transaction_id": fields.integer(0, 2 * WORD),
         "tx_unix_seconds": fields.instant(1),
-        "customer_id": fields.integer(2),
-        "terminal_id": fields.integer(3),
-        "tx_amount": fields.amount(4),
     }
+    values["customer_id"], customer_respelled = fields.key(2)
+    values["terminal_id"], terminal_respelled = fields.key(3)
+    values["tx_amount"] = fields.amount(4)
     seconds = values["tx_unix_seconds"] - epoch
     wrong_seconds = fields.integer(5, 2 * WORD) != seconds
     wrong_days = fields.integer(6) != seconds // DAY_S
-    values["fixes"] = wrong_seconds * FIX_BITS["wrong_seconds"] + wrong_days * FIX_BITS["wrong_days"]
+    values["fixes"] = (
+        wrong_seconds * FIX_BITS["wrong_seconds"]
+        + wrong_days * FIX_BITS["wrong_days"]
+        + (customer_respelled | terminal_respelled) * FIX_BITS["respelled_id"]
+    )
     values["tx_fraud"], values["tx_fraud_scenario"] = fields.two_digits(7, 8)
     values["content"] = fields.content
     fields.require(values["tx_fraud"] <= 1)
@@ -135,7 +151,7 @@ class _Fields:
         self._bytes = data
         # A view of the eight bytes that start at each position. Little-endian: the first character is the lowest byte.
         self._words = np.ndarray((len(data) - WORD + 1,), "<u8", data.data, strides=(1,))
-        self._begins, self._ends = begins, ends
+        self._begins, self._ends, self._seed = begins, ends, seed
         # Masks that keep the last n characters of a word, by n & _LENGTHS; from n = 8 on, all of them.
         full = (1 << 64) - 1
         last = [full ^ (full >> 8 * min(n, WORD)) for n in range(_LENGTHS + 1)]
@@ -162,6 +178,29 @@ class _Fields:
                 # As in batches with longer fields, so that copies of a line have equal hashes.
                 self._hash(np.zeros(1, dtype="u8"))
         return value
+
+    def key(self, field: int) -> tuple[Array, Array]:
+        """Read a customer or terminal in any spelling: (values, NO_KEY where it is unknown; where it is respelled).
+
+        Spellings other than up to eight digits are read one by one, but each text only once in a while.
+        """
+        import numpy as np
+
+        begin, end = self._begins[field], self._ends[field]
+        length = end - begin
+        text = self._words[end - WORD] & self._last[length & _LENGTHS]
+        digits = text ^ (np.uint64(_ZEROS) & self._last[length & _LENGTHS])
+        is_plain = ((length - 1).view("u8") < WORD) & _are_digits(digits)
+        values, respelled = _number_of(digits), np.zeros(len(text), dtype=bool)
+        others = np.flatnonzero(self.plain & ~is_plain)
+        if len(others):
+            content = self._bytes.tobytes()
+            ends = zip(begin[others].tolist(), end[others].tolist())
+            keys = [_key_and_hash(content[first:last], self._seed) for first, last in ends]
+            for column, found, kind in zip((values, respelled, text), zip(*keys), ("i8", "bool", "u8")):
+                column[others] = np.array(found, dtype=kind)
+        self._hash(text)
+        return values, respelled
 
     def two_digits(self, field: int, other: int) -> tuple[Array, Array]:
         """Read two fields of one digit each."""
@@ -237,20 +276,12 @@ class _Fields:
         return text
 
     def _value(self, text: Array, mask: Array) -> Array:
-        """Value of the characters of `text` selected by `mask`, which must be digits; the other bytes are 0.
-
-        Adjacent digits are combined into numbers below 100, then the four of these at once.
-        """
+        """Value of the characters of `text` selected by `mask`, which must be digits; the other bytes are 0."""
         import numpy as np
 
-        u = np.uint64
-        digits = text ^ (u(_ZEROS) & mask)
+        digits = text ^ (np.uint64(_ZEROS) & mask)
         self.require(_are_digits(digits))
-        pairs = digits * u(10) + (digits >> u(8))
-        even = (pairs & u(0x000000FF000000FF)) * u((1000000 << 32) + 100)
-        odd = ((pairs >> u(16)) & u(0x000000FF000000FF)) * u((10000 << 32) + 1)
-        value: Array = ((even + odd) >> u(32)).view("i8")
-        return value
+        return _number_of(digits)
 
     def _hash(self, word: Array) -> None:
         """Mix a word into the hash `content`, with the constants of MurmurHash3's finalizer."""
@@ -261,6 +292,29 @@ class _Fields:
         hashed *= np.uint64(0xC4CEB9FE1A85EC53)
         hashed ^= hashed >> np.uint64(33)
         self.content = hashed
+
+
+def _number_of(digits: Array) -> Array:
+    """Numbers of eight digits, one in each byte: adjacent ones become numbers below 100, then four of these one."""
+    import numpy as np
+
+    u = np.uint64
+    pairs = digits * u(10) + (digits >> u(8))
+    even = (pairs & u(0x000000FF000000FF)) * u((1000000 << 32) + 100)
+    odd = ((pairs >> u(16)) & u(0x000000FF000000FF)) * u((10000 << 32) + 1)
+    value: Array = ((even + odd) >> u(32)).view("i8")
+    return value
+
+
+def _key_and_hash(text: bytes, seed: int) -> tuple[int, bool, int]:
+    """(key_of(text), and a hash of the text). The memory of short texts is what makes respelled files fast."""
+    return (_remembered if len(text) <= _REMEMBERED_LENGTH else _remembered.__wrapped__)(text, seed)
+
+
+@lru_cache(maxsize=1 << 16)
+def _remembered(text: bytes, seed: int) -> tuple[int, bool, int]:
+    key, respelled = key_of(text)
+    return key, respelled, hash_text(text, seed)
 
 
 def _word_of(text: str) -> int:

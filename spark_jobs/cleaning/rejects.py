@@ -27,16 +27,21 @@ CONFLICT_BIT = 2 * HEADER_BIT
 COLLECTED_BYTES = 256 << 10
 BYTES_PER_REJECT = 64
 
+#: Characters of a line that a report shows.
+SAMPLE_LENGTH = 200
+
 
 class Collector:
     """Rejected lines of a task; empty if there are too many, or if one is too long to be held in Python."""
 
     def __init__(self) -> None:
         self.lines: list[Reject] = []
+        self.text_bytes = 0
         self._bytes_left = COLLECTED_BYTES
 
     def add(self, data: Array, offsets: Array, rows: Columns) -> None:
         """Add the lines of a text that are rejected in its parsed `rows`."""
+        self.text_bytes += int(offsets[-1] - offsets[0]) + len(offsets) - 1  # with the line ends
         if self._bytes_left < 0:
             return
         limit = self._bytes_left // BYTES_PER_REJECT + 1
@@ -80,12 +85,8 @@ def parquet_file(rejects: list[Reject], compression: str | None) -> bytes:
 
     texts, reasons, counts = [], [], [0]
     for line, bits in rejects:
-        try:
-            line.decode("utf-8")
-            texts.append(line)
-        except UnicodeDecodeError:
-            texts.append(line.decode("iso-8859-1").encode("utf-8"))
-        rules = [rule.encode() for rule, bit in REJECT_BITS.items() if bits & bit]
+        texts.append(_text_of(line).encode())
+        rules = [rule.encode() for rule in _rules_of(bits)]
         reasons += rules
         counts.append(len(rules))
     text = pyarrow.string()
@@ -95,6 +96,27 @@ def parquet_file(rejects: list[Reject], compression: str | None) -> bytes:
         [blocks.arrow_array(texts, text), lists], names=[name for name, *_ in REJECTED_COLUMNS]
     )
     return parquet_files.file_of(table, compression=compression)
+
+
+def samples_of(rejects: list[Reject]) -> dict[str, str]:
+    """The first line of each rule, cut to SAMPLE_LENGTH."""
+    samples: dict[str, str] = {}
+    for line, bits in rejects:
+        for rule in _rules_of(bits):
+            samples.setdefault(rule, _text_of(line)[:SAMPLE_LENGTH])
+    return samples
+
+
+def _rules_of(bits: int) -> list[str]:
+    return [rule for rule, bit in REJECT_BITS.items() if bits & bit]
+
+
+def _text_of(line: bytes) -> str:
+    """A line as text: as ISO 8859-1, which keeps every byte, if it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return line.decode("iso-8859-1")
 
 
 def reread(lines: DataFrame, parser: Parser, tally: dict[str, Any]) -> DataFrame:
