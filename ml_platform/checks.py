@@ -1,109 +1,135 @@
-"""Asset checks of cleaned files and features, based on the jobs' reports. They block training on bad data.
+"""Checks of cleaned files and features, from the jobs' reports.
 
-The checks of `fraud_model` are defined in the asset itself.
+They stop the partitions that they name: these get no features and train no model. All others go on in the same run,
+which the checks fail at its end. The checks of `fraud_model` are results of the asset itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
-from ml_platform.assets.outcomes import check_partitions
+from ml_platform.assets.outcomes import INTAKE_CHECKS, check_partitions, listed
+from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.quality import (
+    ADVICE,
+    CHECK_NAMES,
     QualityLimits,
+    commonest_reasons,
     fraud_rate_of,
-    high_reject_rate,
-    implausible_fraud_rate,
-    implausible_time_range,
-    overlapping_ids,
+    judge_files,
+    problem_of_features,
     reject_rate_of,
-    row_count_mismatch,
 )
 from ml_platform.lake.reports import CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
 
+DESCRIPTIONS = {
+    "rows_add_up": "Every raw row is a clean, duplicate or rejected row.",
+    "reject_rate": "The share of rejected rows is small.",
+    "fraud_rate": "The fraud rate is plausible.",
+    "known_ids": "Nearly all rows have a customer and a terminal.",
+    "time_range": "The times of a file match its name and its place among the other files.",
+    "unique_ids": "No transaction_id is in two files.",
+}
 
-def _check(
-    context: dg.AssetCheckExecutionContext,
-    reports: Mapping[str, Any],
-    problem_of: Callable[[str], str | None],
-    measure: Callable[[str], Mapping[str, Any]] = lambda key: {},
-) -> dg.AssetCheckResult:
-    """Check the run's partitions by their reports; a missing report is also a problem."""
-    (check,) = context.op_execution_context.selected_asset_check_keys
-    return check_partitions(
-        context,
-        check,
-        lambda key: problem_of(key) if key in reports else "no report",
-        lambda key: measure(key) if key in reports else {},
-    )
+#: Steps with a lower priority than others run last: they fail the run when all else is done.
+LAST = {"dagster/priority": "-1"}
 
 
-@dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
-def rows_add_up(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
-    """Every raw row is a clean, duplicate or rejected row."""
-    cleaned = lake.reports(CleanedReport)
-    return _check(context, cleaned, lambda key: row_count_mismatch(cleaned[key]))
-
-
-@dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
-def reject_rate(
+@dg.multi_asset_check(
+    name=INTAKE_CHECKS,
+    specs=[
+        dg.AssetCheckSpec(name, asset=cleaned_transactions, description=DESCRIPTIONS[name], partitions_def=raw_files)
+        for name in CHECK_NAMES
+    ],
+    can_subset=True,
+    op_tags=LAST,
+)
+def intake_checks(
     context: dg.AssetCheckExecutionContext, lake: LakeResource, limits: QualityLimits
-) -> dg.AssetCheckResult:
-    """The share of rejected rows is small."""
-    cleaned = lake.reports(CleanedReport)
+) -> Iterator[dg.AssetCheckResult]:
+    """Show the verdicts on the run's files, and fail if one is stopped or could not be cleaned."""
+    cleaned, features, uncleaned = lake.reports(CleanedReport), lake.reports(FeaturesReport), lake.uncleaned()
+    verdicts = judge_files(cleaned, features, limits)
+    not_cleaned = {
+        key: uncleaned[key].reason if key in uncleaned else "no report"
+        for key in context.partition_keys
+        if key not in cleaned
+    }
 
-    def measure(key: str) -> Mapping[str, float]:
-        return {"rate": reject_rate_of(cleaned[key]), "limit": limits.max_reject_rate}
+    def figures(check: str, key: str) -> Mapping[str, Any]:
+        if key not in cleaned:
+            return {}
+        report = cleaned[key]
+        if check == "fraud_rate":
+            return {"rate": fraud_rate_of(report)}
+        if check == "reject_rate":
+            reasons = {
+                rule: {"rows": rows, "for instance": report.reject_samples.get(rule, "")}
+                for rule, rows in commonest_reasons(report)
+            }
+            return {
+                "rate": reject_rate_of(report),
+                "limit": limits.max_reject_rate,
+                "commonest_reasons": dg.JsonMetadataValue(reasons),
+            }
+        return {}
 
-    return _check(context, cleaned, lambda key: high_reject_rate(cleaned[key], limits), measure)
+    stopped: dict[str, str] = {}
+    for check in sorted(context.selected_asset_check_keys, key=lambda check: CHECK_NAMES.index(check.name)):
+        name = check.name
+        yield check_partitions(
+            context,
+            check,
+            lambda key, name=name: not_cleaned.get(key) or verdicts.problems.get(key, {}).get(name),  # type: ignore[misc]
+            lambda key, name=name: figures(name, key),  # type: ignore[misc]
+            warning_of=lambda key, name=name: verdicts.warnings.get(key, {}).get(name),  # type: ignore[misc]
+        )
+        stopped |= {key: text for key in context.partition_keys if (text := verdicts.problems.get(key, {}).get(name))}
+    stopped = {key: verdicts.reason(key) or "" for key in stopped}
+    if bad := not_cleaned | stopped:
+        raise dg.Failure(
+            f"{len(bad)} of {len(context.partition_keys)} files are left out; everything else is done. "
+            f"{printable(listed(bad))}. {ADVICE}",
+            metadata={"left_out": dg.JsonMetadataValue(bad)},
+            allow_retries=False,
+        )
 
 
-@dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
-def fraud_rate(
+@dg.multi_asset_check(
+    name="feature_checks",
+    specs=[
+        dg.AssetCheckSpec(
+            "usable_features",
+            asset=transaction_features,
+            description="Every clean row has features, none of them NULL, NaN or infinite.",
+            partitions_def=raw_files,
+        )
+    ],
+    op_tags=LAST,
+)
+def feature_checks(
     context: dg.AssetCheckExecutionContext, lake: LakeResource, limits: QualityLimits
-) -> dg.AssetCheckResult:
-    """The share of frauds is plausible."""
-    cleaned = lake.reports(CleanedReport)
-
-    def measure(key: str) -> Mapping[str, float]:
-        return {"rate": fraud_rate_of(cleaned[key])}
-
-    return _check(context, cleaned, lambda key: implausible_fraud_rate(cleaned[key], limits), measure)
-
-
-@dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
-def unique_ids(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
-    """The transaction_id range does not overlap that of another file."""
-    cleaned = lake.reports(CleanedReport)
-    return _check(context, cleaned, lambda key: overlapping_ids(key, cleaned))
-
-
-@dg.asset_check(asset=cleaned_transactions, partitions_def=raw_files, blocking=True)
-def time_range(
-    context: dg.AssetCheckExecutionContext, lake: LakeResource, limits: QualityLimits
-) -> dg.AssetCheckResult:
-    """The time range is plausible, matches the file name, and does not overlap other files."""
-    cleaned = lake.reports(CleanedReport)
-    return _check(context, cleaned, lambda key: implausible_time_range(key, cleaned, limits))
-
-
-@dg.asset_check(asset=transaction_features, partitions_def=raw_files, blocking=True)
-def usable_features(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> dg.AssetCheckResult:
-    """Every clean row has features, none of them NULL, NaN or infinite."""
+) -> Iterator[dg.AssetCheckResult]:
+    """Check the features of the run's files that are not stopped, and fail if some are not usable."""
     cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
+    verdicts = judge_files(cleaned, features, limits)
+    (check,) = context.selected_asset_check_keys
 
     def problem_of(key: str) -> str | None:
-        counts = features[key].counts
-        clean_rows = cleaned[key].counts.clean_rows if key in cleaned else None
-        if counts.rows != clean_rows:
-            return f"{counts.rows} feature rows for {clean_rows} clean rows"
-        return f"{counts.unusable_rows} rows have unusable features" if counts.unusable_rows else None
+        if key not in cleaned:
+            return None if context.op_execution_context.job_def.has_node_named(INTAKE_CHECKS) else "no cleaned data"
+        if verdicts.reason(key):
+            return None
+        return problem_of_features(cleaned[key], features[key]) if key in features else "no report"
 
-    return _check(context, features, problem_of)
+    yield check_partitions(context, check, problem_of)
+    if bad := {key: problem for key in context.partition_keys if (problem := problem_of(key))}:
+        raise dg.Failure(f"{printable(listed(bad))}", allow_retries=False)
 
 
-ASSET_CHECKS = [rows_add_up, reject_rate, fraud_rate, unique_ids, time_range, usable_features]
+ASSET_CHECKS = [intake_checks, feature_checks]

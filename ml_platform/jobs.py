@@ -6,6 +6,7 @@ import dagster as dg
 
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.dataproc.orphans import delete_orphans
+from ml_platform.lake.quality import QualityLimits
 from ml_platform.model.config import problem_of_run_config
 from ml_platform.settings import SettingsError, load_settings
 from ml_platform.spark.engine import SparkEngine
@@ -35,6 +36,17 @@ def run_config() -> dict[str, Any]:
         if problem := problem_of_run_config(config):
             raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: {path}: fraud_model: {problem}")
     return config
+
+
+def run_limits(config: dict[str, Any]) -> QualityLimits:
+    """Quality limits of the runs with this run config. Raises SettingsError if they are invalid."""
+    options = config
+    for name in ("resources", "limits", "config"):
+        options = options.get(name) or {}
+    try:
+        return QualityLimits(**options)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: resources.limits: {error}") from None
 
 
 @dg.op(description="Request the deletion of clusters whose run has ended or is unknown, or whose lifetime is over.")

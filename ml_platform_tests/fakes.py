@@ -4,7 +4,8 @@ The fake engine's raw files hold JSON, which says what the file would have held:
 
     {"start": "2020-01-01T00:00:00Z", "days": 30, "rows": 1000, "frauds": 10, "first_id": 0}
 
-An empty file is an empty partition; ``{"error": "…"}`` is a file that cannot be cleaned.
+An empty file is an empty partition; ``{"error": "…"}`` is a file that cannot be cleaned, ``{"refused": "…"}`` one that
+never can. ``"report": {…}`` replaces fields of the report.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.spark.engine import JobCall, SparkEngine
 from spark_jobs import build_features
+from spark_jobs.partitions import Refused
 from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
 from spark_jobs.training.learners import LogisticRegressionModel, Scorer
@@ -99,17 +101,31 @@ def cleaned_report(
             "zero_amount": 0,
             **counts,
         },
-        "tx_datetime": {
-            "min": start.strftime(TIME_FORMAT) if start else None,
-            "max": end.strftime(TIME_FORMAT) if end else None,
-        },
-        "transaction_id": {
-            "min": spec["first_id"] if rows else None,
-            "max": spec["first_id"] + rows - 1 if rows else None,
-        },
+        "tx_datetime": times_between(
+            start.strftime(TIME_FORMAT) if start else None, end.strftime(TIME_FORMAT) if end else None
+        ),
+        "transaction_id": ids_between(
+            spec["first_id"] if rows else None, spec["first_id"] + rows - 1 if rows else None
+        ),
+        "odd_rows": {"rows": 0, "usual_days": [], "examples": []},
+        "out_of_range": None,
+        "text_bytes": (raw or {"size": 1})["size"],
+        "shared_ids": {},
+        "reject_samples": {},
         "spark_version": "0.0.0",
         "seconds": 0.1,
     }
+
+
+def times_between(first: str | None, last: str | None) -> dict[str, str | None]:
+    """The ``tx_datetime`` of a report, without odd rows."""
+    days = [time and f"{time[:10]}T00:00:00Z" for time in (first, last)]
+    return {"min": first, "max": last, "p0_1": days[0], "p99_9": days[1]}
+
+
+def ids_between(first: int | None, last: int | None) -> dict[str, int | None]:
+    """The ``transaction_id`` of a report, without odd rows."""
+    return {"min": first, "max": last, "p0_1": first, "p99_9": last}
 
 
 def cleaned_reports(*reports: dict[str, Any]) -> dict[str, CleanedReport]:
@@ -156,9 +172,12 @@ class FakeEngine(SparkEngine):
             spec = json.loads(content) if content else None
             if spec and "error" in spec:
                 raise RuntimeError(spec["error"])
+            if spec and "refused" in spec:
+                raise Refused(spec["refused"])
             counts = (spec or {}).get("counts", {})
             key, run_id, epoch = item["partition"], request["run_id"], request["epoch"]
-            return cleaned_report(key, spec, raw=item["raw"], run_id=run_id, epoch=epoch, **counts)
+            report = cleaned_report(key, spec, raw=item["raw"], run_id=run_id, epoch=epoch, **counts)
+            return {**report, "out_of_range": request["out_of_range"], **(spec or {}).get("report", {})}
 
         return self._verdicts(request, clean)
 
@@ -167,7 +186,8 @@ class FakeEngine(SparkEngine):
             if item["partition"] in self.no_features:
                 raise RuntimeError(self.no_features[item["partition"]])
             cleaned = json.loads((local_path(item["cleaned_uri"]) / REPORT_NAME).read_text())
-            return features_report(cleaned, item["inputs"], run_id=request["run_id"])
+            report = features_report(cleaned, item["inputs"], run_id=request["run_id"])
+            return {**report, "accepted": item["accepted"]}
 
         return self._verdicts(request, build)
 
@@ -178,6 +198,9 @@ class FakeEngine(SparkEngine):
             target = local_path(item["output_uri"]) / REPORT_NAME
             try:
                 report = work(item)
+            except Refused as error:
+                target.unlink(missing_ok=True)
+                verdicts[item["partition"]] = {"status": "refused", "error": str(error)}
             except RuntimeError as error:
                 target.unlink(missing_ok=True)
                 verdicts[item["partition"]] = {"status": "failed", "error": f"RuntimeError: {error}"}
@@ -297,6 +320,7 @@ def features_report(
         "partition": cleaned["partition"],
         "run_id": run_id,
         "inputs": inputs if isinstance(inputs, dict) else inputs.model_dump(),
+        "accepted": False,
         "features": list(build_features.MODEL_INPUTS),
         "counts": {
             "rows": cleaned["counts"]["clean_rows"],
@@ -334,11 +358,13 @@ def run_assets(
     keys: tuple[str, str],
     config: dict[str, dict[str, Any]] | None = None,
     tags: dict[str, str] | None = None,
+    limits: dict[str, Any] | None = None,
 ) -> dg.ExecuteInProcessResult:
     """Run assets, with their checks, over the partitions from the first to the second key."""
     ops = {asset: {"config": values} for asset, values in (config or {}).items()}
+    resources = {"limits": {"config": limits or {}}}
     return definitions.resolve_job_def("process_new_files").execute_in_process(
-        run_config={"ops": ops},
+        run_config={"ops": ops, "resources": resources},
         instance=instance,
         tags=range_tags(*keys) | (tags or {}),
         asset_selection=[dg.AssetKey(asset) for asset in assets],

@@ -13,24 +13,24 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 import pytest
+import yaml
 from dagster._core.definitions.observe import observe
 from sklearn.metrics import average_precision_score
 
 from ml_platform.assets.features import (
-    blocked_files,
     chronological_keys,
     expected_inputs,
     history_of,
-    source_fingerprints,
     stale_features,
 )
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
-from ml_platform.lake.quality import QualityLimits
 from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, REJECTED_TABLE, CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.withdrawal import allow_again, withdraw_file
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.model.promotion import DECIDED_BY_FIGURES
+from ml_platform.planning import plan_runs
 from ml_platform_tests.fakes import (
     FakeEngine,
     cleaned_report,
@@ -46,6 +46,7 @@ from ml_platform_tests.fakes import (
     recorded,
     requests_of,
     run_assets,
+    times_between,
 )
 from spark_jobs import build_features
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
@@ -131,6 +132,8 @@ class TestCleaned:
         assert request == {
             "run_id": result.run_id,
             "epoch": "2020-01-01",
+            "out_of_range": None,
+            "neighbours": {},
             "partitions": [
                 {
                     "partition": key,
@@ -196,8 +199,8 @@ class TestCleaned:
         outcomes = {key: value["outcome"] for key, value in done.items()}
         assert outcomes == {keys[0]: "already clean", keys[3]: "cleaned"}
         assert bench.instance.get_materialized_partitions(dg.AssetKey(CLEANED_KEY)) == set(outcomes)
-        message = failure_of(result, CLEANED_KEY)
-        assert "2 of 4 partitions of cleaned_transactions failed (2 succeeded): " in message
+        message = failure_of(result, "intake_checks")
+        assert "2 of 4 files are left out; everything else is done. " in message
         assert f"{keys[1]}: RuntimeError: not a text file" in message
         assert f"{keys[2]}: file not found in {bench.lake.raw_uri}" in message
 
@@ -212,12 +215,24 @@ class TestCleaned:
         [{"error": "not a text file"}, raw_spec(1, counts={"raw_rows": 1})],
         ids=["a file fails", "a check fails"],
     )
-    def test_features_are_not_built_after_a_failure(self, bench: Bench, keys: list[str], spec: dict[str, Any]):
+    def test_features_are_built_without_a_file_that_is_left_out(
+        self, bench: Bench, keys: list[str], spec: dict[str, Any]
+    ):
         put_raw(bench.lake, keys[1], spec)
-        result = bench.run(CLEANED_KEY, FEATURES_KEY, MODEL, keys=(keys[0], keys[-1]))
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, keys=(keys[0], keys[-1]))
         assert not result.success
-        assert bench.requests(result, "build_features") == []
-        assert bench.recorded(FEATURES_KEY) == {}
+        assert bench.sent(result, "build_features") == [keys[0], *keys[2:]]
+        assert set(bench.recorded(FEATURES_KEY)) == {keys[0], *keys[2:]}
+
+    def test_a_run_of_files_that_cannot_be_cleaned_ends_with_the_first_step(self, bench: Bench, keys: list[str]):
+        put_raw(bench.lake, keys[1], {"error": "not a text file"})
+        result = bench.run(CLEANED_KEY, FEATURES_KEY, MODEL, keys=(keys[1], keys[1]))
+        assert f"{keys[1]}: RuntimeError: not a text file" in failure_of(result, CLEANED_KEY)
+        assert bench.recorded(CLEANED_KEY) == {}
+
+    def test_a_range_without_partitions_is_an_error(self, bench: Bench, keys: list[str]):
+        result = bench.run(CLEANED_KEY, keys=(keys[2], keys[1]))
+        assert "empty or backwards" in failure_of(result, CLEANED_KEY)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +285,7 @@ class TestTime:
 
     @staticmethod
     def between(key: str, first: str, last: str) -> dict[str, CleanedReport]:
-        return cleaned_reports({**cleaned_report(key, raw_spec(0)), "tx_datetime": {"min": first, "max": last}})
+        return cleaned_reports({**cleaned_report(key, raw_spec(0)), "tx_datetime": times_between(first, last)})
 
     @staticmethod
     def features(cleaned: dict[str, CleanedReport]) -> dict[str, FeaturesReport]:
@@ -333,23 +348,6 @@ class TestTime:
         assert stale_features(features, late) == ["c"]
         assert stale_features({**features, "gone": features["a"]}, inputs) == []
 
-    @pytest.mark.parametrize(
-        ("name", "value", "judged"),
-        [("schema_version", 99, False), ("epoch", "2018-04-01", False), ("raw", "a/b-2", True)],
-    )
-    def test_only_another_file_is_judged_again(self, name: str, value: Any, judged: bool):
-        """The file holds nothing but frauds, as it did when its features were built."""
-        cleaned = self.cleaned(a=0, c=2) | cleaned_reports(cleaned_report("b", raw_spec(1, frauds=20_000)))
-        features = self.features(cleaned)
-        cleaned = self.changed(cleaned, "b", name, value)
-        assert sorted(stale_features(features, expected_inputs(cleaned))) == ["b", "c"]
-        built_from = source_fingerprints(features, {})
-        assert list(blocked_files("abc", built_from, cleaned, QualityLimits())) == ["b"] * judged
-        for outdated in ({}, {"b": {"schema_version": 0}}, {"b": {"inputs": {}}}):
-            unknown = source_fingerprints({key: features[key] for key in "ac"}, outdated)
-            (problem,) = blocked_files("abc", unknown, cleaned, QualityLimits()).values()
-            assert "100.000% of the rows are frauds" in problem
-
     def test_training_partitions_cover_the_window(self):
         cleaned = self.cleaned(d=0, b=1, c=2, a=3, empty=None)
         features = self.features(cleaned)
@@ -404,6 +402,7 @@ class TestFeatures:
             "history": [f"{uri}x", f"{uri}y"],
             "cleaned_bytes": sum(files[key].size for key in "wxy"),
             "inputs": expected_inputs(bench.lake.reports(CleanedReport))["w"].model_dump(),
+            "accepted": False,
             "output_uri": f"file://{bench.lake.lake_uri}/{FEATURES_TABLE}/raw_file=w",
         }
         metadata = bench.recorded(FEATURES_KEY)
@@ -460,13 +459,14 @@ class TestFeatures:
         put_raw(bench.lake, built[1], raw_spec(1, frauds=15_000))
         bad = bench.run(CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
         assert {item.check_name for item in bad.get_asset_check_evaluations() if not item.passed} == {"fraud_rate"}
+        # The others' history uses the bad file's cleaned data, because it is complete.
+        assert bench.sent(bad, "build_features") == built[2:4]
         if lost:
             shutil.rmtree(bench.partition(FEATURES_TABLE, built[1]))
         before = bench.modified(FeaturesReport)
         other = bench.run(FEATURES_KEY, keys=(built[3], built[3]))
         assert other.success
-        # The others' history uses the bad file's cleaned data, because it is complete.
-        assert bench.sent(other, "build_features") == built[2:4]
+        assert bench.requests(other, "build_features") == []
         assert bench.modified(FeaturesReport).get(built[1]) == before.get(built[1])
         put_raw(bench.lake, built[1], raw_spec(1, rows=15_000))
         mended = bench.run(CLEANED_KEY, FEATURES_KEY, keys=(built[1], built[1]))
@@ -542,6 +542,7 @@ class TestModel:
             "run_id": result.run_id,
             "cutoff": built[2],
             "cutoff_uri": f"{uri}/{FEATURES_TABLE}/raw_file={built[2]}",
+            "cutoff_last_date": "2020-03-30",
             "feature_uris": [f"{uri}/{FEATURES_TABLE}/raw_file={key}" for key in built[:3]],
             "features": list(build_features.MODEL_INPUTS),
             "output_uri": output,
@@ -780,7 +781,7 @@ class TestModel:
         assert metadata["left_out"] == [keys[1]]
         assert list(metadata["trained_on"]) == keys[2:4]
         result = bench.run(MODEL, keys=(keys[1], keys[3]))
-        assert f"features are missing or stale for {keys[1]};" in failure_of(result, MODEL)
+        assert f"nothing to train on: {keys[1]}: fraud_rate: 75.000%" in failure_of(result, MODEL)
 
     def test_empty_files_alone_make_no_model(self, bench: Bench):
         bench.put({"a": None, "b": None})
@@ -950,3 +951,139 @@ def test_the_address_of_an_mlflow_run_is_that_of_its_web_page():
     for tracking_uri in ("http://mlflow:5000", "sqlite:////tmp/mlflow.db"):
         shown = url(tracking_uri, "http://127.0.0.1:5001")
         assert shown == "http://127.0.0.1:5001/#/experiments/7/runs/abc?workflowType=machine_learning"
+
+
+ALL = (CLEANED_KEY, FEATURES_KEY, MODEL)
+
+
+class TestIntake:
+    """One bad file among good ones: the run goes on without it, fails at its end, and is not started again."""
+
+    @pytest.fixture
+    def bench(self, bench: Bench, mlflow: MlflowResource) -> Bench:
+        bench.mlflow = mlflow
+        return bench
+
+    @staticmethod
+    def materialized(bench: Bench) -> list[set[str]]:
+        return [set(bench.instance.get_materialized_partitions(dg.AssetKey(asset))) for asset in ALL]
+
+    @pytest.mark.parametrize(
+        ("spec", "is_cleaned", "reason"),
+        [
+            (raw_spec(1, frauds=20_000), True, "fraud_rate: 100.000% of the rows are frauds"),
+            (raw_spec(1, days=150), True, "time_range: it spans 149 days"),
+            (raw_spec(1, counts={"unknown_terminal": 20_000}), True, "known_ids: 100.00% of the clean rows have no"),
+            ({"refused": "its lines end with CR alone"}, False, "its lines end with CR alone"),
+            ({"error": "the raw file is changing"}, False, "RuntimeError: the raw file is changing"),
+        ],
+        ids=["fraud rate", "time range", "ids", "refused", "changing"],
+    )
+    def test_the_run_goes_on_with_the_others(
+        self, bench: Bench, keys: list[str], spec: dict[str, Any], is_cleaned: bool, reason: str
+    ):
+        put_raw(bench.lake, keys[1], spec)
+        good = [keys[0], *keys[2:]]
+        result = bench.run(*ALL, keys=(keys[0], keys[-1]))
+        assert {event.step_key for event in result.get_step_failure_events()} == {"intake_checks"}
+        message = failure_of(result, "intake_checks")
+        assert f"1 of 4 files are left out; everything else is done. {keys[1]}: {reason}" in message
+        assert self.materialized(bench) == [set(keys) if is_cleaned else set(good), set(good), set(good)]
+        (request,) = bench.requests(result, "train_model")
+        # The first file is older than the window.
+        assert request["feature_uris"] == [bench.lake.partition_uri(FEATURES_TABLE, key) for key in good[1:]]
+        assert bench.recorded(MODEL)[good[-1]]["outcome"] == "trained"
+        failed = {(one.check_name, one.partition) for one in result.get_asset_check_evaluations() if not one.passed}
+        assert {key for _, key in failed if key} == {keys[1]}
+
+        plan = plan_runs(bench.instance, bench.lake)
+        again = [] if "error" not in spec else [(keys[1], keys[1])]
+        assert plan.ranges == again
+        if not again:
+            assert f"1 left out: {keys[1]}: {reason}" in plan.reason
+        put_raw(bench.lake, keys[1], raw_spec(1))
+        assert plan_runs(bench.instance, bench.lake).ranges == [(keys[1], keys[1])]
+        mended = bench.run(*ALL, keys=(keys[1], keys[1]))
+        assert mended.success
+        assert plan_runs(bench.instance, bench.lake).ranges == []
+
+    def test_a_stopped_cut_off_trains_no_model(self, bench: Bench, keys: list[str]):
+        put_raw(bench.lake, keys[3], raw_spec(3, frauds=20_000))
+        result = bench.run(*ALL, keys=(keys[0], keys[-1]))
+        (request,) = bench.requests(result, "train_model")
+        assert request["cutoff"] == keys[2]
+        alone = bench.run(*ALL, keys=(keys[3], keys[3]))
+        assert {event.step_key for event in alone.get_step_failure_events()} == {"intake_checks"}
+        assert bench.requests(alone, "train_model") == []
+        assert [keys[3] in made for made in self.materialized(bench)] == [True, False, False]
+
+    def test_an_accepted_file_is_trained_on_until_it_changes(self, bench: Bench, keys: list[str]):
+        put_raw(bench.lake, keys[1], raw_spec(1, frauds=20_000))
+        assert not bench.run(*ALL, keys=(keys[0], keys[-1])).success
+        refused = bench.run(FEATURES_KEY, keys=(keys[1], keys[1]))
+        assert f"{keys[1]}: fraud_rate" in failure_of(refused, FEATURES_KEY)
+        accepted = bench.run(FEATURES_KEY, keys=(keys[1], keys[1]), config={FEATURES_KEY: {"accept": True}})
+        assert accepted.success
+        assert bench.lake.reports(FeaturesReport)[keys[1]].accepted
+        result = bench.run(*ALL, keys=(keys[1], keys[1]))
+        assert result.success
+        assert bench.requests(result, "train_model")[0]["cutoff"] == keys[1]
+        # Built again for another reason, it stays accepted.
+        put_raw(bench.lake, keys[0], raw_spec(0, rows=15_000))
+        assert bench.run(*ALL, keys=(keys[0], keys[0])).success
+        assert bench.lake.reports(FeaturesReport)[keys[1]].accepted
+        put_raw(bench.lake, keys[1], raw_spec(1, frauds=19_999))
+        assert not bench.run(*ALL, keys=(keys[1], keys[1])).success
+
+    def test_a_limit_that_rejects_odd_rows_cleans_the_stopped_files_again_and_only_them(
+        self, bench: Bench, keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        put_raw(bench.lake, keys[1], raw_spec(1, days=150))
+        assert not bench.run(*ALL, keys=(keys[0], keys[-1])).success
+        assert plan_runs(bench.instance, bench.lake).ranges == []
+        limits = {"limits": {"config": {"out_of_range": 2.0}}}
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump({"resources": limits}))
+        monkeypatch.setenv("ML_PLATFORM_RUN_CONFIG", str(file))
+        plan = plan_runs(bench.instance, bench.lake)
+        assert plan.ranges == [(keys[1], keys[1])]
+        result = bench.run(*ALL, keys=(keys[0], keys[-1]), limits={"out_of_range": 2.0})
+        assert bench.sent(result, "clean_transactions") == [keys[1]]
+        assert bench.requests(result, "clean_transactions")[0]["out_of_range"] == 2
+        # The same limit does not clean it again.
+        assert plan_runs(bench.instance, bench.lake).ranges == []
+
+    def test_rows_of_files_that_share_ids_are_no_history(self, bench: Bench, keys: list[str]):
+        put_raw(bench.lake, keys[1], raw_spec(1, first_id=0))
+        result = bench.run(*ALL, keys=(keys[0], keys[-1]))
+        assert "unique_ids: its ids overlap those of file-1" in failure_of(result, "intake_checks")
+        assert bench.sent(result, "build_features") == keys[2:]
+        features = bench.lake.reports(FeaturesReport)
+        assert features[keys[2]].inputs.history == {}
+        # A file with another date is history, although it is stopped.
+        put_raw(bench.lake, keys[1], raw_spec(1, frauds=20_000))
+        result = bench.run(*ALL, keys=(keys[0], keys[-1]))
+        assert list(bench.lake.reports(FeaturesReport)[keys[2]].inputs.history) == keys[:2]
+
+    def test_a_withdrawn_file_is_not_cleaned_by_hand(self, bench: Bench, keys: list[str]):
+        assert bench.run(*ALL, keys=(keys[0], keys[-1])).success
+        effects = withdraw_file(bench.lake, keys[1])
+        assert f"features of {keys[2]}, {keys[3]} become stale; the next run builds them again" in effects
+        assert f"models/{keys[-1]}/" in effects[1]
+        assert not bench.partition(CLEANED_TABLE, keys[1]).exists()
+        assert plan_runs(bench.instance, bench.lake).ranges == []
+        put_raw(bench.lake, keys[1], raw_spec(1, rows=15_000))
+        assert plan_runs(bench.instance, bench.lake).ranges == []
+        assert "it was withdrawn" in failure_of(bench.run(*ALL, keys=(keys[1], keys[1])), CLEANED_KEY)
+        assert allow_again(bench.lake, keys[1])
+        assert not allow_again(bench.lake, keys[1])
+        assert plan_runs(bench.instance, bench.lake).ranges == [(keys[1], keys[1])]
+
+    def test_keys_that_lie_between_and_are_not_in_the_run_are_named(self, bench: Bench, keys: list[str]):
+        bench.put({"file-0-late": 9})
+        result = bench.run(CLEANED_KEY, keys=(keys[0], keys[-1]))
+        logs = bench.instance.all_logs(result.run_id)
+        assert any("not part of this run" in log.user_message and "file-0-late" in log.user_message for log in logs)
+        run = bench.instance.get_run_by_id(result.run_id)
+        assert run is not None
+        assert run.tags["ml_platform/partitions"] == ",".join(keys)

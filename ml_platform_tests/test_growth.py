@@ -91,7 +91,8 @@ def test_new_raw_files(home: Path, lake: LakeResource, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(LocalStore, "list_directory", count)
     assert_nothing_grows(new_raw_files, home, {"lake": lake})
-    assert listings == {Path(lake.raw_uri): WARM_UP + TICKS}
+    directories = (Path(lake.raw_uri), Path(lake.lake_uri, "_withdrawn"), Path(lake.lake_uri, "_uncleaned"))
+    assert listings == dict.fromkeys(directories, WARM_UP + TICKS)
 
 
 def test_report_failed_runs(home: Path):

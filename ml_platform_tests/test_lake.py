@@ -15,7 +15,7 @@ import pytest
 from ml_platform.dev.cloud.s3_server import LocalS3
 from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
-from ml_platform.lake.storage import LocalStore, Store, StoredFile, open_store
+from ml_platform.lake.storage import LocalStore, S3Store, Store, StoredFile, open_store
 from ml_platform_tests.fakes import cleaned_report, features_report
 from spark_jobs.schema import SCHEMA_VERSION
 
@@ -134,10 +134,11 @@ class TestStore:
     def test_list_directory_is_not_recursive(self, site: Site, store: Store):
         for name in ("top.txt", "a/one.txt", "a/two.txt", "a/b/deep.txt", "ab/other.txt"):
             site.put(name, b"x" * len(name))
-        assert {(file.name, file.size) for file in store.list_directory()} == {("top.txt", 7)}
+        assert {(file.name, file.size) for file in store.list_directory()} == {("top.txt", 7), ("a/", 0), ("ab/", 0)}
         assert {(file.name, file.size) for file in store.list_directory("a")} == {
             ("one.txt", 9),
             ("two.txt", 9),
+            ("b/", 0),
         }
 
     def test_fingerprint_tells_contents_apart(self, site: Site, store: Store):
@@ -224,9 +225,25 @@ class TestRawFiles:
         assert file.fingerprint.startswith("1-")
 
     def test_only_text_files_of_the_directory_itself_are_listed(self, site: Site, lake: LakeResource):
-        for name in ("a.txt", "b.csv", "c.TXT", "d.txt.gz", "sub/e.txt", "f.txt/inside"):
+        for name in ("a.txt", "b.csv", "c.TXT", "d.txt.gz", "e.txt.bz2", "sub/e.txt", "f.txt/inside", "g.gz"):
             site.put(name, b"x")
-        assert lake.list_raw_files() == ({"a": lake.list_raw_files()[0]["a"]}, {})
+        files, ignored = lake.list_raw_files()
+        assert list(files) == ["a", "d", "e"]
+        assert files["d"].uri.endswith("/d.txt.gz")
+        assert (files["a"].text_bytes, files["d"].text_bytes, files["e"].text_bytes) == (1, 3, 4)
+        suffix, directory = "it does not end with .txt, .txt.gz, .txt.bz2", "directories are not searched"
+        assert ignored == dict.fromkeys(("b.csv", "c.TXT", "g.gz"), suffix) | dict.fromkeys(
+            ("sub/", "f.txt/"), directory
+        )
+
+    def test_two_files_of_one_partition_are_both_left_out(self, site: Site, lake: LakeResource):
+        """`gunzip -k` makes such pairs."""
+        for name in ("a.txt", "a.txt.gz", "b.txt"):
+            site.put(name, b"x")
+        files, ignored = lake.list_raw_files()
+        assert list(files) == ["b"]
+        assert set(ignored) == {"a.txt", "a.txt.gz"}
+        assert all("several files of partition a: a.txt, a.txt.gz" in reason for reason in ignored.values())
 
     def test_unusable_names_are_reported(self, site: Site, lake: LakeResource):
         for name in ("two words.txt", "_hidden.txt", "ü.txt", "good.txt", "a...b.txt", ".txt"):
@@ -249,17 +266,32 @@ class TestRawFiles:
                     bucket.put(name)
             lake = LakeResource(raw_uri=bucket.uri, lake_uri=bucket.uri, epoch="2020-01-01")
             files, ignored = lake.list_raw_files()
-            assert (list(files), ignored) == (["a"], {})
-            assert [file.name for file in lake.raw.list_directory()] == ["a.txt"]
+            assert (list(files), list(ignored)) == (["a"], ["sub.txt/", "sub/"])
 
-    def test_directories_and_broken_links_are_left_out(self, tmp_path: Path):
+    def test_a_directory_without_a_name_is_named(self, lake: LakeResource, monkeypatch: pytest.MonkeyPatch):
+        """``prefix//x.txt``, which not every server keeps."""
+        store = S3Store("s3://bucket/raw")
+        monkeypatch.setattr(store, "_objects", lambda *_: iter([{"Prefix": "raw//"}]))
+        lake.__dict__["raw"] = store
+        assert lake.list_raw_files() == ({}, {"/": "directories are not searched"})
+
+    def test_a_lake_among_the_raw_files_is_not_one(self, site: Site, lake: LakeResource):
+        site.put("lake/x/y", b"x")
+        site.put("lakes/y", b"x")
+        inside = LakeResource(raw_uri=lake.raw_uri, lake_uri=f"{lake.raw_uri}/lake/x", epoch="2020-01-01")
+        assert list(inside.list_raw_files()[1]) == ["lakes/"]
+
+    def test_broken_links_are_left_out(self, tmp_path: Path):
         (tmp_path / "directory.txt").mkdir()
         (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
         (tmp_path / "target").write_text("x")
         (tmp_path / "link.txt").symlink_to(tmp_path / "target")
         lake = LakeResource(raw_uri=str(tmp_path), lake_uri=str(tmp_path), epoch="2020-01-01")
         files, ignored = lake.list_raw_files()
-        assert ({key: file.size for key, file in files.items()}, ignored) == ({"link": 1}, {})
+        assert ({key: file.size for key, file in files.items()}, set(ignored)) == (
+            {"link": 1},
+            {"directory.txt/", "target"},
+        )
 
     def test_a_file_that_vanishes_during_the_listing_is_left_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for name in ("a.txt", "b.txt"):

@@ -1,6 +1,6 @@
 """A lake of another version of the platform: newer data are refused, older data are made again or moved.
 
-Version 1 is the first, so these tests raise the platform's own version to 2.
+These tests raise the platform's own version by one. Upgrades from version 1: test_upgrade.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from ml_platform.lake import migrations
 from ml_platform.lake import resource as lake_module
-from ml_platform.lake.migrations import migrate_lake
+from ml_platform.lake.migrations import Migration, migrate_lake
 from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
 from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
 from ml_platform.lake.reports import CleanedReport, FeaturesReport
@@ -52,7 +52,7 @@ def upgraded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return upgrade
 
 
-def add_currency(table: str, report: Mapping[str, Any]) -> dict[str, Any] | None:
+def add_currency(_: Migration, table: str, report: Mapping[str, Any]) -> dict[str, Any] | None:
     """A step of an upgrade: cleaned reports get one more key, features are made again."""
     if table == FEATURES:
         return None
@@ -101,7 +101,7 @@ class TestNewer:
         return lake
 
     def test_the_sensor_starts_nothing(self, lake: LakeResource, instance: dg.DagsterInstance):
-        message = r"raw_file=b in .*newer version of ml_platform \(schema 2; .* 1\)"
+        message = rf"raw_file=b in .*newer version of ml_platform \(schema {NEWER}; .* {OLDER}\)"
         with pytest.raises(SchemaVersionError, match=message):
             tick(instance, lake)
         assert lake.reports(FeaturesReport) == {}
@@ -156,7 +156,7 @@ class TestOlder:
         put_cleaned(lake, "b", schema_version=NEWER)
         result = tick(instance, lake)
         assert ranges(result) == []
-        assert "1 of an older version are left out" in str(result.skip_reason)
+        assert "1 of an older version left out, for their raw files are gone" in str(result.skip_reason)
         assert "(see ml-platform migrate): a" in str(result.skip_reason)
 
 
@@ -176,12 +176,12 @@ class TestMigrate:
         old = lake.outdated_reports(CleanedReport)
         outcomes = migrate_lake(lake, steps={OLDER: add_currency})
         assert [(item.table, item.key, item.version, item.can_move, item.outcome) for item in outcomes] == [
-            (CLEANED, "a", 1, True, "was moved to 2"),
-            (CLEANED, "b", 1, True, "was moved to 2"),
-            (FEATURES, "a", 1, False, "the next run makes it again"),
-            (FEATURES, "b", 1, False, "the next run makes it again"),
+            (CLEANED, "a", OLDER, True, f"was moved to {NEWER}"),
+            (CLEANED, "b", OLDER, True, f"was moved to {NEWER}"),
+            (FEATURES, "a", OLDER, False, "the next run makes it again"),
+            (FEATURES, "b", OLDER, False, "the next run makes it again"),
         ]
-        moved = {key: {**report, "schema_version": 2, "currency": "EUR"} for key, report in old.items()}
+        moved = {key: {**report, "schema_version": NEWER, "currency": "EUR"} for key, report in old.items()}
         assert lake.reports(CleanedReport) == cleaned_reports(*moved.values())
         assert ranges(tick(instance, lake)) == []
 
@@ -205,17 +205,17 @@ class TestMigrate:
 
     def test_reports_are_moved_by_two_steps(self, lake: LakeResource, monkeypatch: pytest.MonkeyPatch):
         for module in (lake_module, migrations):
-            monkeypatch.setattr(module, "SCHEMA_VERSION", 3)
+            monkeypatch.setattr(module, "SCHEMA_VERSION", NEWER + 1)
         monkeypatch.setattr(lake_module, "_report_cache", {})
-        assert not any(item.can_move for item in migrate_lake(lake, steps={1: add_currency}))
-        assert not any(item.can_move for item in migrate_lake(lake, steps={2: add_currency}))
-        list(migrate_lake(lake, steps={1: add_currency, 2: add_currency}))
-        assert versions(lake, CLEANED) == {"a": 3, "b": 3}
+        assert not any(item.can_move for item in migrate_lake(lake, steps={OLDER: add_currency}))
+        assert not any(item.can_move for item in migrate_lake(lake, steps={NEWER: add_currency}))
+        list(migrate_lake(lake, steps={OLDER: add_currency, NEWER: add_currency}))
+        assert versions(lake, CLEANED) == {"a": NEWER + 1, "b": NEWER + 1}
 
     def test_a_step_must_raise_the_version(self, lake: LakeResource):
         before = content(lake)
-        with pytest.raises(RuntimeError, match="the step from schema 1"):
-            list(migrate_lake(lake, steps={OLDER: lambda table, report: dict(report)}))
+        with pytest.raises(RuntimeError, match=f"the step from schema {OLDER}"):
+            list(migrate_lake(lake, steps={OLDER: lambda _, table, report: dict(report)}))
         assert content(lake) == before
 
 
@@ -248,12 +248,12 @@ class TestCommand:
         before = content(lake)
         code, out = migrate("--dry-run")
         assert code == 0
-        assert "can be moved to 2" in out
+        assert f"can be moved to {NEWER}" in out
         assert "run without --dry-run to apply it" in out
         assert content(lake) == before
         code, out = migrate()
         assert code == 0
-        assert "was moved to 2" in out
+        assert f"was moved to {NEWER}" in out
         assert list(lake.reports(CleanedReport)) == ["a", "b"]
         assert migrate() == (0, f"{lake.lake_uri} has no data of an older version.\n")
 

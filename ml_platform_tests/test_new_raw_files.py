@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import uuid
@@ -19,15 +20,17 @@ from dagster._core.remote_origin import (
     RemoteRepositoryOrigin,
 )
 from dagster._core.storage.tags import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ml_platform import planning
 from ml_platform.definitions import defs
 from ml_platform.jobs import run_config
-from ml_platform.lake.partitions import PARTITION_TAG, range_tags
+from ml_platform.lake.partitions import PARTITION_TAG, keys_of_run, range_tags
 from ml_platform.lake.reports import CLEANED_TABLE
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import StoredFile
-from ml_platform.planning import plan_runs, run_requests
+from ml_platform.planning import plan_runs, run_requests, sort_partitions
 from ml_platform.sensors import new_raw_files, process_new_files_daily
 from ml_platform.settings import SettingsError
 from ml_platform_tests.fakes import cleaned_report, put_cleaned, put_raw, raw_spec
@@ -248,7 +251,7 @@ class TestUnusableNames:
     ):
         result = planner.tick()
         assert ranges_of(result.run_requests or []) == []
-        assert "3 ignored for their names: _draft.txt, a...b.txt, two words.txt" in reason_of(result)
+        assert "3 ignored: '_draft.txt' (it starts with a dot or underscore" in reason_of(result)
         log = log_of(caplog, capfd)
         for name in ("'two words.txt': only letters", "'a...b.txt': '...'", "'_draft.txt': it starts"):
             assert f"ignored raw file {name}" in log
@@ -473,7 +476,8 @@ class TestManyPartitions:
         assert plan.new_partitions == keys[-1:]
         assert plan.ranges[:2] == [(keys[1], keys[1]), (keys[3], keys[3])]
         assert raw.calls == {"list_directory": 1}
-        assert reports.calls.pop("list_reports") == 1
+        assert reports.calls.pop("list_reports") == 2
+        assert reports.calls.pop("list_directory") == 2
         assert reports.calls == dict.fromkeys(reports.files, 1)
 
     def test_work_grows_with_the_number_of_partitions_not_with_its_square(
@@ -521,3 +525,50 @@ class TestRunConfig:
     def test_without_one_the_defaults_hold(self, monkeypatch):
         monkeypatch.delenv("ML_PLATFORM_RUN_CONFIG", raising=False)
         assert set(run_config()) == {"loggers"}
+
+
+class TestOrder:
+    """Dagster keeps partitions in order of registration; ranges go by it."""
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.permutations([f"key-{number}" for number in range(6)]), st.integers(0, 6))
+    def test_any_files_registered_in_any_order_are_sorted(self, lake: LakeResource, keys: list[str], synced: int):
+        with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:
+            for number, key in enumerate(keys):
+                instance.add_dynamic_partitions("raw_files", [key])
+                if number == synced:
+                    sort_partitions(instance, lake)
+            sort_partitions(instance, lake)
+            assert list(instance.get_dynamic_partitions("raw_files")) == sorted(keys)
+            assert sort_partitions(instance, lake) == "partitions are in order"
+
+    @pytest.mark.parametrize("deleted", range(5))
+    def test_a_kill_in_between_loses_no_partition(
+        self, planner: Planner, monkeypatch: pytest.MonkeyPatch, deleted: int
+    ):
+        keys = ["d", "c", "b", "a"]
+        planner.instance.add_dynamic_partitions("raw_files", keys)
+        delete, calls = planner.instance.delete_dynamic_partition, iter(range(9))
+
+        def killed(*arguments: Any) -> None:
+            if next(calls) == deleted:
+                raise KeyboardInterrupt
+            delete(*arguments)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(planner.instance, "delete_dynamic_partition", killed)
+            sort_partitions(planner.instance, planner.lake)
+        assert sort_partitions(planner.instance, planner.lake).startswith("partitions")
+        assert list(planner.instance.get_dynamic_partitions("raw_files")) == sorted(keys)
+
+    @pytest.mark.parametrize("status", [Status.QUEUED, Status.STARTED, Status.CANCELING])
+    def test_nothing_is_moved_under_a_run(self, planner: Planner, status: Status):
+        planner.instance.add_dynamic_partitions("raw_files", ["b", "a"])
+        planner.add_run(status, "b", "a")
+        assert "stay so while runs are queued or running" in sort_partitions(planner.instance, planner.lake)
+        assert list(planner.instance.get_dynamic_partitions("raw_files")) == ["b", "a"]
+
+    def test_a_run_keeps_the_partitions_that_it_started_with(self):
+        tags, now = range_tags("a", "c"), ["a", "b", "c"]
+        assert keys_of_run(tags, now) == ["a", "b", "c"]
+        assert keys_of_run({**tags, "ml_platform/partitions": "a,c"}, now) == ["a", "c"]

@@ -19,6 +19,7 @@ from ml_platform.lake.reports import CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.gate import champion_problem
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
+from ml_platform.planning import plan_runs
 from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, requests_of, run_assets
 from ml_platform_tests.fixtures.state import EPOCH, KEYS, State, unpack
@@ -27,7 +28,11 @@ from ml_platform_tests.world import REFUSAL, TOO_MANY_CONSTRAINTS
 
 #: The windows that its models were trained with.
 WINDOWS = {"test_days": 4, "delay_days": 2, "validation_days": 4, "train_days": 20, "min_train_days": 5}
+#: The second file has many faults.
+LIMITS = {"max_unknown_ids": 1.0, "max_reject_rate": 1.0}
 CANDIDATES = [{"learner": "xgboost", "grid": {"rounds": [20], "max_depth": [3]}}]
+
+ASSETS = ("cleaned_transactions", "transaction_features")
 
 SPARK_ML = "version 1 is a Spark ML pipeline of an earlier version of ml_platform, with which this one cannot score"
 
@@ -49,15 +54,37 @@ def mlflow_of(state: State) -> MlflowResource:
     return MlflowResource(tracking_uri=state.settings["MLFLOW_TRACKING_URI"])
 
 
-def test_the_lake_is_read_as_it_is(state: State, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.spark
+@pytest.mark.usefixtures("no_pictures")
+def test_partitions_that_the_new_rules_leave_as_they_are_are_moved(
+    state: State, session_engine: SessionEngine, capsys: pytest.CaptureFixture[str]
+):
+    """The second file has unknown ids, which may be integers by value; the third one's history has it."""
     lake = lake_of(state)
-    for kind in (CleanedReport, FeaturesReport):
-        current, outdated = lake.split_reports(kind)
-        assert (set(current), outdated) == (set(KEYS), {})
-    data.process_new_files()
-    assert "3 raw files" in capsys.readouterr().out
+    before = lake.outdated_reports(CleanedReport)
+    assert sorted(before) == list(KEYS)
+    data.migrate()
+    assert "the next run makes it again" in capsys.readouterr().out
+    moved = lake.reports(CleanedReport)
+    assert sorted(moved) == [KEYS[0], KEYS[2]]
+    assert list(lake.reports(FeaturesReport)) == [KEYS[0]]
+    data.migrate()
+    assert sorted(lake.reports(CleanedReport)) == [KEYS[0], KEYS[2]]
     with dg.DagsterInstance.get() as instance:
-        assert len(instance.get_runs()) == 2, "there was nothing to do"
+        assert plan_runs(instance, lake).ranges == [(KEYS[1], KEYS[1])]
+        platform = definitions(lake, session_engine, mlflow_of(state))
+        for rebuild in (False, True):
+            config = {"cleaned_transactions": {"rebuild": rebuild}}
+            run_assets(platform, instance, *ASSETS, keys=(KEYS[0], KEYS[-1]), config=config)
+            after = lake.reports(CleanedReport)
+            assert sorted(after) == list(KEYS)
+            # Cleaning the file says the same of it as the migration did.
+            for key, report in moved.items():
+                same = report.model_dump(
+                    exclude={"raw", "run_id", "spark_version", "seconds", "reject_samples", "shared_ids", "odd_rows"}
+                )
+                assert same == after[key].model_dump(include=set(same))
+        assert sorted(lake.reports(FeaturesReport)) == list(KEYS)
 
 
 @pytest.mark.parametrize("command", [show_champion, data.summary, data.migrate])
@@ -80,7 +107,9 @@ def train(state: State, engine: SessionEngine, instance: dg.DagsterInstance, can
     """Train a model at the newest partition."""
     config = {MODEL_NAME: {"candidates": candidates, "promotion": {"min_frauds": 10}, **WINDOWS}}
     platform = definitions(lake_of(state), engine, mlflow_of(state))
-    return run_assets(platform, instance, MODEL_NAME, keys=(KEYS[-1], KEYS[-1]), config=config)
+    data.migrate()
+    run_assets(platform, instance, *ASSETS, keys=(KEYS[0], KEYS[-1]), limits=LIMITS)
+    return run_assets(platform, instance, MODEL_NAME, keys=(KEYS[-1], KEYS[-1]), config=config, limits=LIMITS)
 
 
 @pytest.mark.spark

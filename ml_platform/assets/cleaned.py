@@ -1,14 +1,25 @@
 """Asset ``cleaned_transactions``: typed, repaired and deduplicated transactions; rejects are quarantined."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.assets.outcomes import OWNERS, record_outcomes, split_verdicts, table_schema
+from ml_platform.assets.outcomes import OWNERS, record_outcomes, record_partitions, split_verdicts, table_schema
 from ml_platform.dataproc.sizing import BYTES_PER_ROW
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.reports import CLEANED_TABLE, REJECTED_TABLE, CleanedReport, CleanedReports, instant_text
+from ml_platform.lake.quality import QualityLimits, judge_files
+from ml_platform.lake.reports import (
+    CLEANED_TABLE,
+    REJECTED_TABLE,
+    CleanedReport,
+    CleanedReports,
+    FeaturesReport,
+    FeaturesReports,
+    UncleanedFile,
+    instant_text,
+)
 from ml_platform.lake.resource import LakeResource, RawFile
 from ml_platform.model.config import check_run_config
 from ml_platform.spark.engine import SparkEngine
@@ -27,6 +38,16 @@ class CleaningConfig(dg.Config):
     """Options of one materialization."""
 
     rebuild: bool = Field(False, description="Clean files again even if they are up to date.")
+
+
+#: Why a withdrawn file is not cleaned.
+WITHDRAWN = "it was withdrawn (undo with: ml-platform withdraw --undo KEY)"
+
+
+def cleaned_with_another_limit(cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits) -> list[str]:
+    """Stopped files that were cleaned with another limit `out_of_range`, and are cleaned again with the present one."""
+    stopped = judge_files(cleaned, features, limits).problems
+    return [key for key in stopped if cleaned[key].out_of_range != limits.out_of_range]
 
 
 def is_cleaned(report: CleanedReport | None, raw: RawFile, epoch: str) -> bool:
@@ -54,31 +75,51 @@ Rejected rows go to `rejected_transactions` with their reasons; no row is lost:
 raw rows = clean rows + duplicate rows + rejected rows. A file that is already clean is neither read nor rewritten.""",
 )
 def cleaned_transactions(
-    context: dg.AssetExecutionContext, config: CleaningConfig, lake: LakeResource, spark: SparkEngine
-) -> dg.MaterializeResult:
+    context: dg.AssetExecutionContext,
+    config: CleaningConfig,
+    lake: LakeResource,
+    spark: SparkEngine,
+    limits: QualityLimits,
+) -> Iterator[dg.MaterializeResult]:
     """Clean the run's new or changed files in one Spark job."""
     check_run_config(context.run.run_config)
+    record_partitions(context)
     files, ignored = lake.list_raw_files()
     for name, reason in ignored.items():
         context.log.warning(f"ignored raw file {name!r}: {reason}")
-    epoch = lake.epoch
-    reports = lake.reports(CleanedReport)
+    reports, withdrawn = lake.reports(CleanedReport), lake.withdrawn()
     failed = {key: f"file not found in {lake.raw_uri}" for key in context.partition_keys if key not in files}
+    failed |= {key: WITHDRAWN for key in context.partition_keys if key in withdrawn}
+    made_otherwise = cleaned_with_another_limit(reports, lake.reports(FeaturesReport), limits)
     current = {
         key: reports[key]
         for key in context.partition_keys
-        if key in files and not config.rebuild and is_cleaned(reports.get(key), files[key], epoch)
+        if key not in failed
+        and not config.rebuild
+        and is_cleaned(reports.get(key), files[key], lake.epoch)
+        and key not in made_otherwise
     }
-    wanted = [key for key in context.partition_keys if key in files and key not in current]
+    wanted = [key for key in context.partition_keys if key not in failed and key not in current]
     context.log.info(f"{len(wanted)} files to clean, {len(current)} already clean, {len(failed)} not found")
     cleaned: CleanedReports = {}
+    refused: dict[str, str] = {}
     if wanted:
         report = spark.run_job(
             context,
             lake,
             "clean_transactions",
             {
-                "epoch": epoch,
+                "epoch": lake.epoch,
+                "out_of_range": limits.out_of_range,
+                "neighbours": {
+                    key: {
+                        "version": other.version,
+                        "uri": lake.partition_uri(CLEANED_TABLE, key),
+                        "transaction_id": other.transaction_id.model_dump(),
+                    }
+                    for key, other in reports.items()
+                    if key not in wanted and other.transaction_id is not None
+                },
                 "partitions": [
                     {
                         "partition": key,
@@ -89,12 +130,27 @@ def cleaned_transactions(
                     for key in wanted
                 ],
             },
-            rows=sum(files[key].size for key in wanted) // BYTES_PER_ROW,
+            rows=sum(files[key].text_bytes for key in wanted) // BYTES_PER_ROW,
         )
         cleaned, errors = split_verdicts(report["partitions"], CleanedReport)
+        refused = {key: error for key, error in errors.items() if report["partitions"][key]["status"] == "refused"}
         failed |= errors
+    uncleaned = lake.uncleaned()
+    for key in context.partition_keys:
+        if key in failed:
+            file = UncleanedFile(
+                reason=failed[key],
+                refused=key in refused,
+                run_id=context.run.run_id,
+                version=files[key].version(lake.epoch) if key in files else "",
+            )
+            lake.set_uncleaned(key, file)
+        elif key in uncleaned:
+            lake.set_uncleaned(key, None)
     metadata = {key: _metadata(lake, report, key in cleaned) for key, report in (current | cleaned).items()}
-    return record_outcomes(context, succeeded=metadata, failed=failed)
+    if not metadata:
+        yield from record_outcomes(context, succeeded={}, failed=failed)
+    yield from record_outcomes(context, succeeded=metadata, failed={}, left_out=failed)
 
 
 def _metadata(lake: LakeResource, report: CleanedReport, was_cleaned: bool) -> dict[str, Any]:
@@ -113,6 +169,7 @@ def _metadata(lake: LakeResource, report: CleanedReport, was_cleaned: bool) -> d
         "duplicate_rows": counts.duplicate_rows,
         "fraud_rows": counts.fraud_rows,
         "raw_size_bytes": report.raw.size,
+        "text_bytes": report.text_bytes,
         "fingerprint": report.raw.fingerprint,
         "cleaned_by_run": dg.MetadataValue.dagster_run(report.run_id),
         "spark_version": report.spark_version,

@@ -1,6 +1,6 @@
 """Asset ``transaction_features``: the model inputs, with history from earlier partitions."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
@@ -10,10 +10,17 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
-from ml_platform.assets.outcomes import OWNERS, record_outcomes, shorten_list, split_verdicts, table_schema
+from ml_platform.assets.outcomes import (
+    OWNERS,
+    record_outcomes,
+    record_partitions,
+    shorten_list,
+    split_verdicts,
+    table_schema,
+)
 from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.quality import QualityLimits, file_problem
+from ml_platform.lake.quality import ADVICE, NONE_STOPPED, QualityLimits, Verdicts, is_accepted, judge_files
 from ml_platform.lake.reports import (
     CLEANED_TABLE,
     FEATURES_TABLE,
@@ -36,6 +43,9 @@ class FeaturesConfig(dg.Config):
     """Options of one materialization."""
 
     rebuild: bool = Field(False, description="Build features again even if they are up to date.")
+    accept: bool = Field(
+        False, description="Take the run's files as they are, even if checks stop them, until their rows change."
+    )
 
 
 def chronological_keys(cleaned: CleanedReports) -> list[str]:
@@ -70,13 +80,17 @@ def history_of(cleaned: CleanedReports) -> dict[str, list[str]]:
     return history
 
 
-def expected_inputs(cleaned: CleanedReports) -> dict[str, FeatureInputs]:
-    """Input versions that each partition's features should be built from; features with other inputs are stale."""
+def expected_inputs(cleaned: CleanedReports, verdicts: Verdicts = NONE_STOPPED) -> dict[str, FeatureInputs]:
+    """Input versions that each partition's features should be built from; features with other inputs are stale.
+
+    Files that `unique_ids` stops are no history, because their rows would count twice.
+    """
+    usable = {key: report for key, report in cleaned.items() if key not in verdicts.duplicates}
     return {
         key: FeatureInputs(
             cleaned=cleaned[key].version, history={earlier: cleaned[earlier].version for earlier in history}
         )
-        for key, history in history_of(cleaned).items()
+        for key, history in history_of(usable).items()
     }
 
 
@@ -89,28 +103,6 @@ def stale_features(features: FeaturesReports, inputs: Mapping[str, FeatureInputs
     ]
 
 
-def blocked_files(
-    keys: Iterable[str], built_from: Mapping[str, str], cleaned: CleanedReports, limits: QualityLimits
-) -> dict[str, str]:
-    """Partitions outside the run that the blocking checks would reject, with the reason; the run does not check them.
-
-    `built_from` has the fingerprints of the raw files that features were built from (see `source_fingerprints`). Files
-    that have not changed since are not checked again: their run may have had other limits.
-    """
-    problems = {
-        key: file_problem(key, cleaned, limits) for key in keys if built_from.get(key) != cleaned[key].raw.fingerprint
-    }
-    return {key: problem for key, problem in problems.items() if problem}
-
-
-def source_fingerprints(features: FeaturesReports, outdated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Fingerprints of the raw files that features were built from, as far as the (outdated) reports record them."""
-    inputs = {key: report.get("inputs") for key, report in outdated.items()}
-    versions = {key: value.get("cleaned", "") for key, value in inputs.items() if isinstance(value, dict)}
-    versions |= {key: report.inputs.cleaned for key, report in features.items()}
-    return {key: str(version).split("/", 2)[-1] for key, version in versions.items()}
-
-
 @dataclass(frozen=True)
 class FeaturePlan:
     """Feature partitions that a run builds, keeps or skips.
@@ -119,13 +111,13 @@ class FeaturePlan:
         to_build: partitions to build, oldest first.
         current: partitions of the run that are up to date.
         extra: those of `to_build` outside the run: their inputs changed, or their features are missing.
-        blocked: stale partitions outside the run that the blocking checks would reject, with the reason.
+        stopped: partitions that are not built because checks stop them, with the reason.
     """
 
     to_build: list[str]
     current: list[str]
     extra: list[str]
-    blocked: dict[str, str]
+    stopped: dict[str, str]
 
 
 def plan_features(
@@ -134,7 +126,7 @@ def plan_features(
     features: FeaturesReports,
     outdated: Mapping[str, Mapping[str, Any]],
     materialized: Collection[str],
-    limits: QualityLimits,
+    verdicts: Verdicts,
     *,
     rebuild: bool = False,
 ) -> FeaturePlan:
@@ -143,21 +135,25 @@ def plan_features(
     `materialized` are the partitions that Dagster has recorded. A failed run may have deleted the reports of stale
     features, and then only Dagster still knows that they existed.
     """
-    stale = {*stale_features(features, expected_inputs(cleaned)), *outdated, *(set(materialized) - set(features))}
+    inputs = expected_inputs(cleaned, verdicts)
+    stale = {*stale_features(features, inputs), *outdated, *(set(materialized) - set(features))}
     extra = sorted((stale & set(cleaned)) - set(keys))
-    blocked = blocked_files(extra, source_fingerprints(features, outdated), cleaned, limits)
-    extra = [key for key in extra if key not in blocked]
     requested = [key for key in keys if key in cleaned]
+    stopped = verdicts.stopped([*requested, *extra])
+    extra = [key for key in extra if key not in stopped]
+    requested = [key for key in requested if key not in stopped]
     current = [key for key in requested if key in features and key not in stale and not rebuild]
     to_build = [key for key in requested if key not in current] + extra
     position = {key: index for index, key in enumerate(chronological_keys(cleaned))}
     to_build.sort(key=lambda key: (position.get(key, -1), key))  # empty partitions first
-    return FeaturePlan(to_build, current, extra, blocked)
+    return FeaturePlan(to_build, current, extra, stopped)
 
 
 @dg.asset(
     partitions_def=raw_files,
     backfill_policy=dg.BackfillPolicy.single_run(),
+    # Without a partition to build, what follows is skipped.
+    output_required=False,
     deps=[cleaned_transactions],
     group_name="fraud_detection",
     kinds={"pyspark", "parquet"},
@@ -166,8 +162,8 @@ def plan_features(
     description=f"""Cleaned transactions with the {len(MODEL_INPUTS)} model inputs.
 
 History comes only from earlier partitions, and labels younger than {LABEL_DELAY_DAYS} days are not
-used. Features whose history changed (a late file, a file cleaned again) are rebuilt in the next run, unless
-their own file was replaced by one that fails the checks on `cleaned_transactions`.""",
+used. Features whose history changed (a late file, a file cleaned again) are rebuilt in the next run. Files that the
+checks on `cleaned_transactions` stop get none, unless they are accepted.""",
 )
 def transaction_features(
     context: dg.AssetExecutionContext,
@@ -175,53 +171,62 @@ def transaction_features(
     lake: LakeResource,
     spark: SparkEngine,
     limits: QualityLimits,
-) -> dg.MaterializeResult:
+) -> Iterator[dg.MaterializeResult]:
     """Build the planned features in one Spark job."""
     check_run_config(context.run.run_config)
+    record_partitions(context)
     cleaned, (features, outdated) = lake.reports(CleanedReport), lake.split_reports(FeaturesReport)
+    verdicts = judge_files(cleaned, features, limits)
+    if config.accept:
+        verdicts = verdicts.without(context.partition_keys)
     plan = plan_features(
         context.partition_keys,
         cleaned,
         features,
         outdated,
         context.instance.get_materialized_partitions(context.asset_key),
-        limits,
+        verdicts,
         rebuild=config.rebuild,
     )
-    for key, problem in plan.blocked.items():
+    for key, problem in plan.stopped.items():
         context.log.warning(
-            f"{printable(key)}: features are not rebuilt and not used for training: {printable(problem)}. Fix the "
-            "file, or materialize transaction_features for this partition to accept it as it is"
+            f"{printable(key)}: features are not rebuilt and not used for training: {printable(problem)}. {ADVICE}"
         )
     if plan.extra:
         context.log.info(
             f"also rebuilding {shorten_list(plan.extra)}: the history or the platform version changed, or the features "
             "are missing"
         )
-    failed = {
+    left_out = {key: problem for key, problem in plan.stopped.items() if key in context.partition_keys} | {
         key: "no cleaned data; materialize cleaned_transactions first"
         for key in context.partition_keys
         if key not in cleaned
     }
+    failed: dict[str, str] = {}
     built: FeaturesReports = {}
     if plan.to_build:
-        history, inputs = history_of(cleaned), expected_inputs(cleaned)
+        inputs = expected_inputs(cleaned, verdicts)
+        accepted = {
+            key
+            for key in plan.to_build
+            if is_accepted(key, cleaned, features) or (config.accept and key in context.partition_keys)
+        }
+        items = [_request(lake, cleaned, key, inputs[key], accepted=key in accepted) for key in plan.to_build]
         report = spark.run_job(
             context,
             lake,
             "build_features",
-            {"partitions": [_request(lake, cleaned, key, history[key], inputs[key]) for key in plan.to_build]},
-            rows=sum(cleaned[part].counts.clean_rows for key in plan.to_build for part in [key, *history[key]]),
+            {"partitions": items},
+            rows=sum(cleaned[part].counts.clean_rows for key in plan.to_build for part in [key, *inputs[key].history]),
         )
-        built, errors = split_verdicts(report["partitions"], FeaturesReport)
-        failed |= errors
+        built, failed = split_verdicts(report["partitions"], FeaturesReport)
     reports = {key: features[key] for key in plan.current} | built
     metadata = {key: _metadata(lake, report, key in built) for key, report in reports.items()}
-    return record_outcomes(context, succeeded=metadata, failed=failed)
+    yield from record_outcomes(context, succeeded=metadata, failed=failed, left_out=left_out)
 
 
 def _request(
-    lake: LakeResource, cleaned: CleanedReports, key: str, history: list[str], inputs: FeatureInputs
+    lake: LakeResource, cleaned: CleanedReports, key: str, inputs: FeatureInputs, *, accepted: bool
 ) -> dict[str, Any]:
     """Request item of the job build_features for one partition."""
     times = cleaned[key].tx_datetime
@@ -229,9 +234,10 @@ def _request(
         "partition": key,
         "cleaned_uri": lake.partition_uri(CLEANED_TABLE, key),
         "tx_datetime_min": instant_text(times.min) if times else None,
-        "history": [lake.partition_uri(CLEANED_TABLE, earlier) for earlier in history],
-        "cleaned_bytes": sum(cleaned[part].raw.size for part in [key, *history]),
+        "history": [lake.partition_uri(CLEANED_TABLE, earlier) for earlier in inputs.history],
+        "cleaned_bytes": sum(cleaned[part].text_bytes for part in [key, *inputs.history]),
         "inputs": inputs.model_dump(),
+        "accepted": accepted,
         "output_uri": lake.partition_uri(FEATURES_TABLE, key),
     }
 

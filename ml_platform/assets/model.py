@@ -7,17 +7,24 @@ from typing import Any
 import dagster as dg
 
 from ml_platform.assets.features import (
-    blocked_files,
     chronological_keys,
     expected_inputs,
-    source_fingerprints,
     stale_features,
     time_ranges,
     transaction_features,
 )
-from ml_platform.assets.outcomes import OWNERS, check_partitions, shorten_list
+from ml_platform.assets.outcomes import (
+    INTAKE_CHECKS,
+    OWNERS,
+    check_partitions,
+    listed,
+    materialize_only,
+    record_partitions,
+    shorten_list,
+)
+from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.quality import QualityLimits
+from ml_platform.lake.quality import QualityLimits, Verdicts, judge_files, problem_of_features
 from ml_platform.lake.reports import FEATURES_TABLE, CleanedReport, CleanedReports, FeaturesReport, FeaturesReports
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.config import FraudModelConfig
@@ -63,14 +70,24 @@ def fraud_model(
     limits: QualityLimits,
 ) -> dg.MaterializeResult:
     """Train at the run's cut-offs and record the outcome in each partition's metadata."""
+    record_partitions(context)
     cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
-    features = usable_features(context.partition_keys, cleaned, features, limits)
-    cutoffs = [key for key in chronological_keys(cleaned) if key in context.partition_keys]
+    verdicts = judge_files(cleaned, features, limits)
+    left_out = unusable_files(context.partition_keys, cleaned, features, verdicts)
+    keys = [key for key in context.partition_keys if key not in left_out]
+    if left_out and not (keys and context.job_def.has_node_named(INTAKE_CHECKS)):
+        raise dg.Failure(f"nothing to train on: {printable(listed(left_out))}", allow_retries=False)
+    features = {
+        key: report
+        for key, report in features.items()
+        if key in cleaned and not verdicts.reason(key) and not problem_of_features(cleaned[key], report)
+    }
+    cutoffs = [key for key in chronological_keys(cleaned) if key in keys]
     if not config.train_each:
         cutoffs = cutoffs[-1:]
     results: dict[str, TrainingResult] = {}
     metadata: dict[str, dict[str, Any]] = {}
-    tags = {"dagster.run_id": context.run.run_id, "partitions": _partitions_tag(context.partition_keys)}
+    tags = {"dagster.run_id": context.run.run_id, "partitions": _partitions_tag(keys)}
     if cutoffs:
         with mlflow.run(tags) as run:
             for cutoff in cutoffs:
@@ -85,7 +102,8 @@ def fraud_model(
                     )
                     for key in used
                 }
-                training = Training(context, config, lake, spark, mlflow, run, cutoff, partitions)
+                last_date = time_ranges(cleaned)[cutoff].p99_9.date()
+                training = Training(context, config, lake, spark, mlflow, run, cutoff, last_date, partitions)
                 if config.train_each:
                     with run.start_run(run_name=cutoff, nested=True):
                         run.set_tags(tags)
@@ -93,27 +111,33 @@ def fraud_model(
                 else:
                     results[cutoff] = training.execute()
                 metadata[cutoff] = _metadata(training, results[cutoff]) | {"left_out": dg.MetadataValue.json(missing)}
-    for key in context.partition_keys:
+    for key in keys:
         context.add_asset_metadata(metadata=_partition_metadata(key, metadata), partition_key=key)
+    if left_out:
+        materialize_only(context, keys)
     return dg.MaterializeResult(check_results=_check_results(context, results))
 
 
-def usable_features(
-    keys: list[str], cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits
-) -> FeaturesReports:
-    """Features that may be trained on: all except those of files outside `keys` that the checks would block.
+def unusable_files(
+    keys: list[str], cleaned: CleanedReports, features: FeaturesReports, verdicts: Verdicts
+) -> dict[str, str]:
+    """Those of the run's `keys` that no model can be trained for, because of the files themselves, with the reason.
 
-    Raises dagster.Failure if features of `keys` are missing, or others are stale.
+    Raises dagster.Failure if features are missing or stale for another reason.
     """
-    missing = [key for key in keys if key not in features or key not in cleaned]
-    stale = stale_features(features, expected_inputs(cleaned))
-    blocked = blocked_files(set(stale) - set(keys), source_fingerprints(features, {}), cleaned, limits)
-    if unusable := sorted({*missing, *stale} - set(blocked)):
+    left_out = verdicts.stopped(key for key in keys if key in cleaned)
+    left_out |= {key: "it is not cleaned" for key in keys if key not in cleaned}
+    missing = [key for key in keys if key not in features and key not in left_out]
+    stale = [key for key in stale_features(features, expected_inputs(cleaned, verdicts)) if not verdicts.reason(key)]
+    if unusable := sorted({*missing, *stale} - set(left_out)):
         raise dg.Failure(
             f"features are missing or stale for {shorten_list(unusable)}; materialize transaction_features first",
             allow_retries=False,
         )
-    return {key: report for key, report in features.items() if key not in blocked}
+    for key in keys:
+        if key not in left_out and (problem := problem_of_features(cleaned[key], features[key])):
+            left_out[key] = problem
+    return left_out
 
 
 def training_partitions(
@@ -122,7 +146,7 @@ def training_partitions(
     """Partitions in the `days` before the end of `cutoff`: those with features, and those without."""
     times, ordered = time_ranges(cleaned), chronological_keys(cleaned)
     reach = timedelta(days=days + 1)
-    window = [key for key in ordered[: ordered.index(cutoff) + 1] if times[cutoff].max - times[key].max <= reach]
+    window = [key for key in ordered[: ordered.index(cutoff) + 1] if times[cutoff].p99_9 - times[key].max <= reach]
     return [key for key in window if key in features], [key for key in window if key not in features]
 
 

@@ -1,14 +1,18 @@
 """Helpers shared by assets and checks: outcomes and check results per partition, table schemas."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
 from ml_platform.escaping import markdown, printable
+from ml_platform.lake.partitions import PARTITIONS_TAG, raw_files
 from ml_platform.lake.reports import ReportT
 
 OWNERS = ["team:ml-platform"]
+
+#: Name of the step that fails the runs in which files were stopped or could not be cleaned.
+INTAKE_CHECKS = "intake_checks"
 
 
 def table_schema(columns: Iterable[tuple[str, str, str]], *, never_null: Iterable[str] = ()) -> dg.TableSchema:
@@ -27,38 +31,93 @@ def table_schema(columns: Iterable[tuple[str, str, str]], *, never_null: Iterabl
     )
 
 
+def record_partitions(context: dg.AssetExecutionContext) -> None:
+    """Record the run's partitions in a tag, once, and warn of those that its range leaves out.
+
+    Raises dagster.Failure if the run has no partition.
+    """
+    keys = context.partition_keys
+    if not keys:
+        raise dg.Failure("the range of partitions is empty or backwards: nothing was done", allow_retries=False)
+    run = context.instance.get_run_by_id(context.run.run_id)
+    if run is not None and PARTITIONS_TAG in run.tags:  # an earlier step has done so
+        return
+    context.instance.add_run_tags(context.run.run_id, {PARTITIONS_TAG: ",".join(keys)})
+    if len(keys) > 1:
+        registered = context.instance.get_dynamic_partitions(str(raw_files.name))
+        if between := sorted({key for key in registered if min(keys) < key < max(keys)} - set(keys)):
+            context.log.warning(
+                f"not part of this run, though their names lie in its range: {shorten_list(between)}. They were "
+                "registered later; ml-platform sync puts the partitions in order"
+            )
+
+
 def record_outcomes(
     context: dg.AssetExecutionContext,
     *,
     succeeded: Mapping[str, Mapping[str, Any]],
     failed: Mapping[str, str],
-) -> dg.MaterializeResult:
-    """Record one outcome per partition at the end of an asset's step.
+    left_out: Mapping[str, str] | None = None,
+) -> Iterator[dg.MaterializeResult]:
+    """Record one outcome per partition at the end of an asset's step. Yields nothing if no partition of the run exists.
 
     Args:
         succeeded: metadata of each partition that now exists. Partitions outside the run (rebuilt because
             their inputs changed) get a separate materialization.
         failed: reason for each partition that failed.
+        left_out: reason for each partition that the run goes on without: the intake checks fail it at its end, and
+            if they are not part of the run, it fails here.
 
     Raises:
         dagster.Failure: some partitions failed. The others are recorded as materialized first, so that Dagster
             shows exactly which partitions exist.
     """
-    requested = set(context.partition_keys)
+    if left_out and not context.job_def.has_node_named(INTAKE_CHECKS):
+        failed = {**failed, **left_out}
+    done = [key for key in context.partition_keys if key in succeeded]
     for key, metadata in succeeded.items():
-        if key in requested and not failed:
+        if key in done and not failed:
             context.add_asset_metadata(metadata=metadata, partition_key=key)
         else:
             context.log_event(dg.AssetMaterialization(context.asset_key, metadata=metadata, partition=key))
     if failed:
-        reasons = printable("; ".join(f"{key}: {reason}" for key, reason in failed.items()))
+        reasons = printable(listed(failed))
         raise dg.Failure(
             f"{len(failed)} of {len(succeeded) + len(failed)} partitions of {context.asset_key.to_user_string()} "
             f"failed ({len(succeeded)} succeeded): {reasons}",
             metadata={"failed_partitions": dg.JsonMetadataValue(dict(failed))},
             allow_retries=False,
         )
-    return dg.MaterializeResult()
+    if len(done) < len(context.partition_keys):
+        materialize_only(context, done)
+    if done:
+        yield dg.MaterializeResult()
+
+
+def listed(reasons: Mapping[str, str]) -> str:
+    """Partitions with their reasons, in one line."""
+    return "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
+
+
+def materialize_only(context: dg.AssetExecutionContext, keys: Sequence[str]) -> None:
+    """Make Dagster record only some of the run's partitions as materialized when the step ends.
+
+    Dagster records all partitions of a step that succeeds, and skips what depends on one that fails; users have asked
+    for more (dagster issues 17836 and 15666). This goes through a private attribute, and a test notices when it stops
+    to work.
+    """
+    from dagster._core.definitions.partitions.subset import DefaultPartitionsSubset
+
+    step = context.op_execution_context._step_execution_context
+    create = step.get_output_context
+
+    def with_some_partitions(*args: Any, **kwargs: Any) -> Any:
+        output = create(*args, **kwargs)
+        if output.has_asset_partitions:
+            output._asset_partitions_subset = DefaultPartitionsSubset(set(keys))
+        return output
+
+    step.get_output_context = with_some_partitions  # type: ignore[method-assign]
 
 
 def split_verdicts(
@@ -79,22 +138,28 @@ def check_partitions(
     problem_of: Callable[[str], str | None],
     measure: Callable[[str], Mapping[str, Any]] = lambda key: {},
     severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+    warning_of: Callable[[str], str | None] = lambda key: None,
 ) -> dg.AssetCheckResult:
-    """Check every partition of the run.
+    """Check every partition of the run; `warning_of` has problems of severity WARN.
 
     Dagster takes a single result from a check over a partition range. To show each partition's result in the UI, with
-    the figures from `measure`, they are logged one by one; the single result, which may block the run, lists problems.
+    the figures from `measure`, they are logged one by one; the single result lists the problems.
     """
     problems: dict[str, str] = {}
+    worst = dg.AssetCheckSeverity.WARN
     for key in context.partition_keys:
-        if problem := problem_of(key):
+        problem, level = problem_of(key), severity
+        if problem is None:
+            problem, level = warning_of(key), dg.AssetCheckSeverity.WARN
+        if problem is not None:
             problems[key] = problem
             context.log.warning(f"{check.name}: {printable(key)}: {printable(problem)}")
+            worst = dg.AssetCheckSeverity.ERROR if dg.AssetCheckSeverity.ERROR in (worst, level) else worst
         evaluation = dg.AssetCheckEvaluation(
             asset_key=check.asset_key,
             check_name=check.name,
-            passed=key not in problems,
-            severity=severity,
+            passed=problem is None,
+            severity=level if problem else severity,
             description=markdown(problem) if problem else None,
             metadata=dict(measure(key)),
             partition=key,
@@ -102,10 +167,11 @@ def check_partitions(
         # log_event accepts evaluations, although its annotation omits them.
         context.op_execution_context.log_event(evaluation)  # type: ignore[arg-type]
     return dg.AssetCheckResult(
+        asset_key=check.asset_key,
         check_name=check.name,
         passed=not problems,
-        severity=severity,
-        description=markdown("; ".join(f"{key}: {problem}" for key, problem in problems.items())) or None,
+        severity=worst if problems else severity,
+        description=markdown(listed(problems)) or None,
         metadata={"partitions_checked": len(context.partition_keys), "problems": dg.JsonMetadataValue(problems)},
     )
 

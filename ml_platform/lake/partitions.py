@@ -1,4 +1,4 @@
-"""Dynamic partitions ``raw_files``: one per raw file, keyed by the file name without ``.txt``."""
+"""Dynamic partitions ``raw_files``: one per raw file, keyed by the file name without ``.txt`` and what follows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import dagster as dg
 PARTITION_TAG = "dagster/partition"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
+#: The partitions of a run, as they were at its start: their order may change later.
+PARTITIONS_TAG = "ml_platform/partitions"
 
 RAW_SUFFIX = ".txt"
+#: Spark decompresses the last two.
+RAW_SUFFIXES = (RAW_SUFFIX, f"{RAW_SUFFIX}.gz", f"{RAW_SUFFIX}.bz2")
 MAX_KEY_LENGTH = 100
 
 raw_files = dg.DynamicPartitionsDefinition(name="raw_files")
@@ -25,10 +29,15 @@ def partition_key(object_name: str) -> str:
     Raises:
         ValueError: the name is not a safe key; the message says why.
     """
-    key = object_name.removesuffix(RAW_SUFFIX)
+    suffix = next((suffix for suffix in RAW_SUFFIXES if object_name.endswith(suffix)), None)
+    if suffix is None:
+        if object_name.endswith("/"):
+            raise ValueError("directories are not searched")
+        raise ValueError(f"it does not end with {', '.join(RAW_SUFFIXES)}")
+    key = object_name.removesuffix(suffix)
     if not _SAFE.fullmatch(key):
         raise ValueError("only letters, digits, '.', '_' and '-' are allowed")
-    if key[0] in "._":
+    if key.startswith((".", "_")):
         raise ValueError("it starts with a dot or underscore, which Spark treats as a hidden file")
     if len(key) > MAX_KEY_LENGTH:
         raise ValueError(f"it is longer than {MAX_KEY_LENGTH} characters")
@@ -54,6 +63,8 @@ def keys_of_run(tags: Mapping[str, str], registered: Sequence[str]) -> list[str]
     """Partitions covered by a run with these tags, given all registered partitions in order."""
     if PARTITION_TAG in tags:
         return [tags[PARTITION_TAG]]
+    if PARTITIONS_TAG in tags:
+        return tags[PARTITIONS_TAG].split(",")
     start, end = tags.get(RANGE_START_TAG), tags.get(RANGE_END_TAG)
     if start not in registered or end not in registered:
         return []

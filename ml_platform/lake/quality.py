@@ -1,11 +1,22 @@
-"""Quality rules that a file's cleaning report must satisfy before features and models are built from it."""
+"""Verdicts on cleaned files: which ones get features and train models, as a pure function of reports and limits.
 
+A file is stopped by its own figures, or because it shares days or ids with another file. Files that their own figures
+stop accuse nobody.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.lake.reports import CleanedReport, CleanedReports
+from ml_platform.lake.reports import CleanedReport, CleanedReports, FeaturesReport, FeaturesReports
+from spark_jobs.schema import REJECT_RULES
 
 
 class QualityLimits(dg.ConfigurableResource):
@@ -23,6 +34,18 @@ class QualityLimits(dg.ConfigurableResource):
     )
     max_days_per_file: int = Field(default=100, ge=1, description="Longest time span that one file may cover.")
     max_overlap_days: int = Field(default=1, ge=0, description="Days that the time ranges of two files may share.")
+    max_days_before_name: int = Field(
+        default=1, ge=0, description="Days by which the first transaction may precede the date in the file's name."
+    )
+    max_unknown_ids: float = Field(
+        default=0.05, ge=0, le=1, description="Largest share of clean rows without a customer, or without a terminal."
+    )
+    out_of_range: float | None = Field(
+        default=None,
+        gt=0,
+        description="Rows are rejected (out_of_range) if they lie farther outside the 0.1 to 99.9 percentiles of their "
+        "file's days or ids than this many times their width. None: no row is.",
+    )
 
 
 def row_count_mismatch(report: CleanedReport) -> str | None:
@@ -49,7 +72,21 @@ def high_reject_rate(report: CleanedReport, limits: QualityLimits) -> str | None
     rate = reject_rate_of(report)
     if rate <= limits.max_reject_rate:
         return None
-    return f"{rate:.2%} of {report.counts.raw_rows} rows are rejected, more than {limits.max_reject_rate:.2%}"
+    text = f"{rate:.2%} of {report.counts.raw_rows} rows are rejected, more than {limits.max_reject_rate:.2%}"
+    reasons = [f"{rows} {rule}{_sample(report, rule)}" for rule, rows in commonest_reasons(report)]
+    return f"{text}: {', '.join(reasons)}" if reasons else text
+
+
+def commonest_reasons(report: CleanedReport) -> list[tuple[str, int]]:
+    """The three rules that rejected most rows of a file, with their numbers of rows."""
+    counts = report.counts.model_dump()
+    rules = sorted(((rule, counts.get(rule, 0)) for rule in REJECT_RULES), key=lambda item: -item[1])
+    return [(rule, rows) for rule, rows in rules[:3] if rows]
+
+
+def _sample(report: CleanedReport, rule: str) -> str:
+    line = report.reject_samples.get(rule)
+    return f" (like {line!r})" if line is not None else ""
 
 
 def implausible_fraud_rate(report: CleanedReport, limits: QualityLimits) -> str | None:
@@ -62,37 +99,53 @@ def implausible_fraud_rate(report: CleanedReport, limits: QualityLimits) -> str 
     return f"{rate:.3%} of the rows are frauds, not between {limits.min_fraud_rate:.3%} and {limits.max_fraud_rate:.3%}"
 
 
-def overlapping_ids(key: str, cleaned: CleanedReports) -> str | None:
-    """Id ranges of files must not overlap, or rows could count twice; within a file ids are unique by construction."""
-    ids = cleaned[key].transaction_id
-    if ids is None:
-        return None
-    for other, report in cleaned.items():
-        other_ids = report.transaction_id
-        if other != key and other_ids is not None and other_ids.min <= ids.max and ids.min <= other_ids.max:
-            return f"ids {ids.min} to {ids.max} overlap those of {other}, {other_ids.min} to {other_ids.max}"
-    return None
+def many_unknown_ids(report: CleanedReport, limits: QualityLimits) -> str | None:
+    """Nearly all rows must have a customer, and nearly all a terminal."""
+    rows = max(1, report.counts.clean_rows)
+    problems = [
+        f"{unknown / rows:.2%} of the clean rows have no {name}"
+        for name, unknown in (
+            ("customer", report.counts.unknown_customer),
+            ("terminal", report.counts.unknown_terminal),
+        )
+        if unknown / rows > limits.max_unknown_ids
+    ]
+    return f"{' and '.join(problems)}, more than {limits.max_unknown_ids:.2%}" if problems else None
 
 
-def implausible_time_range(key: str, cleaned: CleanedReports, limits: QualityLimits) -> str | None:
-    """A file must span a plausible period that matches the date in its name, if any, and overlaps no other file."""
-    times = cleaned[key].tx_datetime
+def implausible_time_range(report: CleanedReport, limits: QualityLimits) -> str | None:
+    """A file must span a plausible period that matches the date in its name, if any."""
+    times = report.tx_datetime
     if times is None:
         return None
     first, last = times.min, times.max
     if last - first > timedelta(days=limits.max_days_per_file):
-        return f"it spans {(last - first).days} days, from {first} to {last}, more than {limits.max_days_per_file}"
-    named_date = _date_of(key)
-    if named_date and not timedelta(0) <= first - named_date <= timedelta(days=limits.max_days_per_file):
-        return f"its first transaction, at {first}, does not match the date in its name"
-    for other, report in cleaned.items():
-        other_times = report.tx_datetime
-        if other == key or other_times is None:
-            continue
-        overlap = min(last, other_times.max) - max(first, other_times.min)
-        if overlap > timedelta(days=limits.max_overlap_days):
-            return f"it shares {overlap.days} days with {other}"
+        return (
+            f"it spans {(last - first).days} days, from {first} to {last}, more than {limits.max_days_per_file}"
+            f"{_odd_rows(report)}"
+        )
+    named_date = _date_of(report.partition)
+    earliest, latest = -timedelta(days=limits.max_days_before_name), timedelta(days=limits.max_days_per_file)
+    if named_date and not earliest <= first - named_date <= latest:
+        return f"its first transaction, at {first}, does not match the date in its name{_odd_rows(report)}"
     return None
+
+
+def _odd_rows(report: CleanedReport) -> str:
+    """The rows that are not of the file's usual days, as the end of a message."""
+    odd = report.odd_rows
+    if not odd.rows:
+        return ""
+    first, last = (day.date() for day in odd.usual_days)
+    examples = ", ".join(f"id {row.transaction_id} at {row.tx_datetime}" for row in odd.examples)
+    return f"; {odd.rows} rows are far from {first} to {last}: {examples}"
+
+
+def problem_of_features(report: CleanedReport, features: FeaturesReport) -> str | None:
+    """Every clean row must have features, none of them NULL, NaN or infinite."""
+    if features.counts.rows != report.counts.clean_rows:
+        return f"{features.counts.rows} feature rows for {report.counts.clean_rows} clean rows"
+    return f"{features.counts.unusable_rows} rows have unusable features" if features.counts.unusable_rows else None
 
 
 def _date_of(key: str) -> datetime | None:
@@ -102,13 +155,146 @@ def _date_of(key: str) -> datetime | None:
         return None
 
 
-def file_problem(key: str, cleaned: CleanedReports, limits: QualityLimits) -> str | None:
-    """First problem that the blocking checks on `cleaned_transactions` would find in a file; None if they pass."""
-    report = cleaned[key]
-    return (
-        row_count_mismatch(report)
-        or high_reject_rate(report, limits)
-        or implausible_fraud_rate(report, limits)
-        or overlapping_ids(key, cleaned)
-        or implausible_time_range(key, cleaned, limits)
-    )
+#: How to go on with a stopped file.
+ADVICE = (
+    "Correct the file, or change a limit (out_of_range rejects odd rows alone), or take the file as it is: materialize "
+    "transaction_features with accept: true"
+)
+
+#: Checks of a file by itself. `time_range` and `unique_ids` also compare files.
+OWN_CHECKS: Mapping[str, Callable[[CleanedReport, QualityLimits], str | None]] = {
+    "rows_add_up": lambda report, limits: row_count_mismatch(report),
+    "reject_rate": high_reject_rate,
+    "fraud_rate": implausible_fraud_rate,
+    "known_ids": many_unknown_ids,
+    "time_range": implausible_time_range,
+}
+CHECK_NAMES = (*OWN_CHECKS, "unique_ids")
+
+#: Check → problem, for one file.
+Problems = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The stopped files with the checks that stop them, and warnings about files that are not stopped for these.
+
+    Attributes:
+        duplicates: files stopped by `unique_ids`, whose rows are nobody's history.
+    """
+
+    problems: dict[str, Problems]
+    warnings: dict[str, Problems] = field(default_factory=dict)
+
+    @property
+    def duplicates(self) -> set[str]:
+        return {key for key, problems in self.problems.items() if "unique_ids" in problems}
+
+    def without(self, keys: Iterable[str]) -> Verdicts:
+        """The same verdicts, but for `keys`, which are taken as they are."""
+        return replace(self, problems={key: found for key, found in self.problems.items() if key not in set(keys)})
+
+    def reason(self, key: str) -> str | None:
+        """Why a file is stopped, in one line; None if it is not."""
+        return "; ".join(f"{check}: {text}" for check, text in self.problems.get(key, {}).items()) or None
+
+    def stopped(self, keys: Iterable[str]) -> dict[str, str]:
+        """The stopped ones among `keys`, each with its reason."""
+        return {key: reason for key in keys if (reason := self.reason(key))}
+
+
+NONE_STOPPED = Verdicts({})
+
+
+def judge_files(cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits) -> Verdicts:
+    """Decide which files are stopped.
+
+    A file that was accepted (see `is_accepted`) is not. Of files that only accuse each other, those with features of
+    their present rows stand, then those with the fewest conflicts; equals are all stopped.
+    """
+    with_features = {
+        key for key, report in features.items() if key in cleaned and report.inputs.cleaned == cleaned[key].version
+    }
+    problems: dict[str, Problems] = {}
+    for key, report in cleaned.items():
+        own = own_problems(report, limits)
+        if own and not is_accepted(key, cleaned, features):
+            problems[key] = own
+    accusers = {key: report for key, report in cleaned.items() if key not in problems}
+    conflicts: dict[str, dict[str, Problems]] = defaultdict(dict)  # key → other key → problems
+    warnings: dict[str, Problems] = {}
+    for one, other, days in _pairs_that_share_days(accusers, limits):
+        for key, culprit in ((one, other), (other, one)):
+            text = f"it shares {days} days with {culprit}{_odd_rows(accusers[key])}"
+            conflicts[key].setdefault(culprit, {})["time_range"] = text
+    for one, other in _pairs_with_overlapping_ids(accusers):
+        for key, culprit in ((one, other), (other, one)):
+            if shared := _shared_ids(accusers[key], accusers[culprit]):
+                conflicts[key].setdefault(culprit, {})["unique_ids"] = shared
+            else:
+                warnings.setdefault(key, {})["unique_ids"] = f"its ids overlap those of {culprit}, but none is in both"
+    for key in _losers({key: set(others) for key, others in conflicts.items()}, with_features):
+        for found in conflicts[key].values():
+            problems[key] = {**found, **problems.get(key, {})}
+    return Verdicts(problems, warnings)
+
+
+def own_problems(report: CleanedReport, limits: QualityLimits) -> Problems:
+    """Problems of a file by its own figures."""
+    return {name: text for name, check in OWN_CHECKS.items() if (text := check(report, limits))}
+
+
+def is_accepted(key: str, cleaned: CleanedReports, features: FeaturesReports) -> bool:
+    """True if the present rows of a file were taken as they are (`accept` of transaction_features)."""
+    report = features.get(key)
+    return report is not None and report.accepted and report.inputs.cleaned == cleaned[key].version
+
+
+def _losers(conflicts: Mapping[str, set[str]], with_features: set[str]) -> set[str]:
+    """The files that give way to others."""
+    losers = {key for key, others in conflicts.items() if key not in with_features and others & with_features}
+    left = {key for key in conflicts if key not in with_features} - losers
+    while degrees := {key: count for key in left if (count := len(conflicts[key] & left))}:
+        most = max(degrees.values())
+        beaten = {key for key, count in degrees.items() if count == most}
+        losers |= beaten
+        left -= beaten
+    return losers
+
+
+def _pairs_that_share_days(cleaned: CleanedReports, limits: QualityLimits) -> Iterator[tuple[str, str, int]]:
+    """Pairs of files whose usual days overlap too far, and by how many days."""
+    ranges = {key: (times.p0_1, times.p99_9) for key, report in cleaned.items() if (times := report.tx_datetime)}
+    for one, other in _overlapping_pairs(ranges):
+        days = (min(ranges[one][1], ranges[other][1]) - max(ranges[one][0], ranges[other][0])).days
+        if days > limits.max_overlap_days:
+            yield one, other, days
+
+
+def _pairs_with_overlapping_ids(cleaned: CleanedReports) -> Iterator[tuple[str, str]]:
+    ranges = {key: (ids.p0_1, ids.p99_9) for key, report in cleaned.items() if (ids := report.transaction_id)}
+    return _overlapping_pairs(ranges)
+
+
+def _overlapping_pairs(ranges: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, str]]:
+    """Pairs of keys whose ranges have a value in common, by a sweep over their beginnings."""
+    active: list[str] = []
+    for key in sorted(ranges, key=lambda key: (ranges[key], key)):
+        active = [other for other in active if ranges[other][1] >= ranges[key][0]]
+        yield from ((other, key) for other in active)
+        active.append(key)
+
+
+def _shared_ids(report: CleanedReport, other: CleanedReport) -> str | None:
+    """The problem that the cleaning of either file found; without a comparison, overlapping ids are one, too."""
+    for newer, older in ((report, other), (other, report)):
+        comparison = newer.shared_ids.get(older.partition)
+        if comparison is not None and comparison.version == older.version:
+            if not comparison.rows:
+                return None
+            return f"{comparison.rows} of its ids are also in {other.partition}: {_listed(comparison.examples)}"
+    return f"its ids overlap those of {other.partition}"
+
+
+def _listed(examples: list[int]) -> str:
+    return ", ".join(map(str, examples))

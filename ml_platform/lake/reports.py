@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from spark_jobs.schema import version_of
+
 CLEANED_TABLE = "cleaned_transactions"
 REJECTED_TABLE = "rejected_transactions"
 FEATURES_TABLE = "transaction_features"
@@ -34,22 +36,50 @@ class _Report(BaseModel):
 
 
 class Instants(_Report):
-    """First and last instant of a partition."""
+    """First and last instant of a partition, and the days that are its 0.1 and 99.9 percentiles."""
 
     min: Instant
     max: Instant
+    p0_1: Instant
+    p99_9: Instant
 
 
 class Ids(_Report):
-    """Lowest and highest id of a partition."""
+    """Lowest and highest id of a partition, and the 0.1 and 99.9 percentiles."""
 
     min: int
     max: int
+    p0_1: int
+    p99_9: int
 
 
 def _none_if_empty(bounds: Any) -> Any:
     """Map the bounds of an empty partition, which jobs report as null, to None."""
-    return None if bounds == {"min": None, "max": None} else bounds
+    return None if isinstance(bounds, dict) and set(bounds.values()) == {None} else bounds
+
+
+class ExampleRow(_Report):
+    """A row that a message names."""
+
+    transaction_id: int
+    tx_datetime: Instant
+
+
+class OddRows(_Report):
+    """Rows far from the usual days (see spark_jobs.cleaning.bulk), with the farthest as examples."""
+
+    rows: int
+    #: First and last; empty of an empty partition.
+    usual_days: list[Instant]
+    examples: list[ExampleRow]
+
+
+class SharedIds(_Report):
+    """Ids of a partition that another one has, too, as of `version` of that one."""
+
+    version: str
+    rows: int
+    examples: list[int]
 
 
 class RawVersion(_Report):
@@ -67,6 +97,8 @@ class CleanedCounts(_Report):
     duplicate_rows: int
     rejected_rows: int
     fraud_rows: int
+    unknown_customer: int
+    unknown_terminal: int
 
 
 class PartitionReport(_Report):
@@ -90,11 +122,20 @@ class CleanedReport(PartitionReport):
     #: None if the partition is empty, as is `transaction_id`.
     tx_datetime: Annotated[Instants | None, BeforeValidator(_none_if_empty)]
     transaction_id: Annotated[Ids | None, BeforeValidator(_none_if_empty)]
+    odd_rows: OddRows
+    #: The limit of that name, see QualityLimits.
+    out_of_range: float | None
+    #: Size of the raw file's text, which is more than `raw.size` if it is compressed.
+    text_bytes: int
+    #: By partition, those whose usual ids overlap.
+    shared_ids: dict[str, SharedIds]
+    #: A rejected line for each rule that rejected any, cut where it is long.
+    reject_samples: dict[str, str]
 
     @property
     def version(self) -> str:
-        """Version of the rows: schema version, epoch and fingerprint of the raw file."""
-        return f"{self.schema_version}/{self.epoch}/{self.raw.fingerprint}"
+        """Version of the rows: all that they depend on."""
+        return version_of(self.model_dump())
 
 
 class FeatureInputs(_Report):
@@ -118,6 +159,8 @@ class FeaturesReport(PartitionReport):
     inputs: FeatureInputs
     features: list[str]
     counts: FeaturesCounts
+    #: The rows of `inputs.cleaned` were taken as they are, whatever the checks say of them.
+    accepted: bool
 
 
 class Window(_Report):
@@ -172,9 +215,26 @@ class TrainingReport(_Report):
     feature_importances: dict[str, float] = Field(default_factory=dict)
     champion: ChampionScoring | None = None
     model_uri: str = ""
-    #: Computed on the held-out rows by the platform, not by the job (see `ml_platform.model.evaluation`).
+    #: What the platform adds to the job's report: partitions that the rows came from; metrics and tables of the
+    #: held-out rows (see `ml_platform.model.evaluation`).
+    partitions: list[str] = Field(default_factory=list)
     metrics: dict[str, float | int | None] = Field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
+
+
+class UncleanedFile(BaseModel):
+    """A raw file that a run could not clean; deleted once one can.
+
+    `refused` are those that no other try can clean: their run has to wait for another file or another version.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    reason: str
+    refused: bool
+    run_id: str
+    #: Version of the platform's rules, fingerprint of the raw file.
+    version: str
 
 
 ReportT = TypeVar("ReportT", CleanedReport, FeaturesReport)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +12,21 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, ValidationError
 
-from ml_platform.lake.partitions import RAW_SUFFIX, is_partition_key, partition_key
-from ml_platform.lake.reports import PartitionReport, ReportT
-from ml_platform.lake.storage import READ_THREADS, Store, open_store
+from ml_platform.lake.partitions import is_partition_key, partition_key
+from ml_platform.lake.reports import PartitionReport, ReportT, UncleanedFile
+from ml_platform.lake.storage import READ_THREADS, Store, StoredFile, open_store
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 
 class SchemaVersionError(Exception):
     """The lake was written by a newer version of the platform; this version must not read or overwrite it."""
+
+
+WITHDRAWN_DIRECTORY = "_withdrawn"
+UNCLEANED_DIRECTORY = "_uncleaned"
+
+#: Bytes of text that a compressed byte stands for, in files like the course's.
+TEXT_PER_BYTE = {".gz": 3, ".bz2": 4}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,21 @@ class RawFile:
     uri: str
     size: int
     fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """Name in the raw store."""
+        return self.uri.rpartition("/")[2]
+
+    @property
+    def text_bytes(self) -> int:
+        """Size of its text, estimated if the file is compressed."""
+        suffix = next((suffix for suffix in TEXT_PER_BYTE if self.uri.endswith(suffix)), None)
+        return self.size * TEXT_PER_BYTE[suffix] if suffix else self.size
+
+    def version(self, epoch: str) -> str:
+        """All that the cleaning of the file depends on, but for limits."""
+        return f"{SCHEMA_VERSION}/{epoch}/{self.fingerprint}"
 
     def as_request(self) -> dict[str, Any]:
         """The file in the format of the cleaning job's request."""
@@ -59,18 +82,54 @@ class LakeResource(dg.ConfigurableResource):
         return open_store(self.lake_uri)
 
     def list_raw_files(self) -> tuple[dict[str, RawFile], dict[str, str]]:
-        """Raw files by key, sorted, and names that are not valid keys, each with the reason."""
-        files, ignored = {}, {}
+        """Raw files by key, sorted, and names that are not taken, each with the reason."""
+        files: dict[str, list[StoredFile]] = defaultdict(list)
+        ignored = {}
         for stored in self.raw.list_directory():
-            if not stored.name.endswith(RAW_SUFFIX):
-                continue
             try:
-                key = partition_key(stored.name)
+                files[partition_key(stored.name)].append(stored)
             except ValueError as error:
-                ignored[stored.name] = str(error)
-            else:
-                files[key] = RawFile(key, self.raw.spark_uri(stored.name), stored.size, stored.fingerprint)
-        return dict(sorted(files.items())), ignored
+                # A lake may lie within the raw files.
+                if not f"{self.lake_uri}/".startswith(f"{self.raw_uri.rstrip('/')}/{stored.name}"):
+                    ignored[stored.name] = str(error)
+        for key, several in list(files.items()):
+            if len(several) > 1:
+                names = sorted(stored.name for stored in several)
+                ignored |= {name: f"there are several files of partition {key}: {', '.join(names)}" for name in names}
+                del files[key]
+        return {
+            key: RawFile(key, self.raw.spark_uri(stored.name), stored.size, stored.fingerprint)
+            for key, (stored,) in sorted(files.items())
+        }, dict(sorted(ignored.items()))
+
+    def withdrawn(self) -> list[str]:
+        """Keys that were withdrawn and are kept out, whatever their raw file."""
+        return list(self._records(WITHDRAWN_DIRECTORY))
+
+    def uncleaned(self) -> dict[str, UncleanedFile]:
+        """Raw files that the last run over them could not clean."""
+        files = {}
+        for key, name in self._records(UNCLEANED_DIRECTORY).items():
+            content = self._read_or_none(name)
+            try:
+                files[key] = UncleanedFile.model_validate_json(content or b"")
+            except ValidationError:  # broken: it will be tried again
+                continue
+        return files
+
+    def set_uncleaned(self, key: str, file: UncleanedFile | None) -> None:
+        """Note that a raw file could not be cleaned; None: that it was."""
+        name = f"{UNCLEANED_DIRECTORY}/{key}.json"
+        if file is not None:
+            self.write_json(name, file.model_dump())
+        else:
+            self.store.delete(name)
+
+    def _records(self, directory: str) -> dict[str, str]:
+        """JSON files of a directory of the lake by key."""
+        names = [stored.name.rpartition("/")[2] for stored in self.store.list_directory(directory)]
+        keys = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        return {key: f"{directory}/{key}.json" for key in keys if is_partition_key(key)}
 
     def partition_path(self, table: str, key: str) -> str:
         """Name of a partition's directory in the lake."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -49,7 +51,7 @@ class Store(Protocol):
         """URI of `name` for Spark."""
 
     def list_directory(self, name: str = "") -> Iterator[StoredFile]:
-        """Files directly in a directory, unordered; empty if it does not exist."""
+        """Files directly in a directory, unordered; empty if it does not exist. Directories have a ``/`` at the end."""
 
     def list_reports(self, name: str) -> Iterator[StoredFile]:
         """Reports one directory below `name`, from a single listing."""
@@ -57,14 +59,21 @@ class Store(Protocol):
     def read(self, name: str) -> bytes:
         """Read a small file. Raises FileNotFoundError."""
 
-    def read_start(self, name: str) -> bytes:
-        """Read the first byte of a non-empty file. Raises FileNotFoundError."""
+    def read_start(self, name: str, size: int = 1) -> bytes:
+        """Read the first bytes of a non-empty file. Raises FileNotFoundError."""
 
     def write(self, name: str, content: bytes) -> None:
         """Atomically write a small file."""
 
+    def delete(self, name: str) -> None:
+        """Delete a file, or a directory with all that is in it, if it exists."""
+
     def open_new(self, name: str) -> BinaryIO:
         """Context manager for writing a large file, which becomes visible once it is closed without an error."""
+
+
+#: Names of files that an _AtomicFile is writing.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}", re.DOTALL)
 
 
 class LocalStore:
@@ -87,9 +96,13 @@ class LocalStore:
         with entries:
             for entry in entries:
                 try:
+                    if _TEMPORARY.fullmatch(entry.name):
+                        continue
                     if entry.is_file():
                         status = entry.stat()
                         yield StoredFile(entry.name, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+                    elif entry.is_dir():
+                        yield StoredFile(f"{entry.name}/", 0, "")
                 except FileNotFoundError:  # deleted during the listing
                     continue
 
@@ -113,13 +126,20 @@ class LocalStore:
     def read(self, name: str) -> bytes:
         return self._path(name).read_bytes()
 
-    def read_start(self, name: str) -> bytes:
+    def read_start(self, name: str, size: int = 1) -> bytes:
         with self._path(name).open("rb") as file:
-            return file.read(1)
+            return file.read(size)
 
     def write(self, name: str, content: bytes) -> None:
         with self.open_new(name) as file:
             file.write(content)
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
     def open_new(self, name: str) -> BinaryIO:
         return _AtomicFile(self._path(name))  # type: ignore[return-value]
@@ -174,12 +194,15 @@ class S3Store:
         with _translated_errors(self._bucket):
             for page in pages:
                 yield from page.get("Contents", [])
+                yield from page.get("CommonPrefixes", [])
 
     def list_directory(self, name: str = "") -> Iterator[StoredFile]:
         prefix = f"{name}/" if name else ""
         for item in self._objects(prefix, "/"):
-            base_name = item["Key"][len(self._prefix + prefix) :]
-            if base_name:  # consoles create a placeholder object named like the directory
+            base_name = item.get("Key", item.get("Prefix", ""))[len(self._prefix + prefix) :]
+            if "Prefix" in item:
+                yield StoredFile(base_name, 0, "")
+            elif base_name:  # consoles create a placeholder object named like the directory
                 yield self._stored(base_name, item)
 
     def list_reports(self, name: str) -> Iterator[StoredFile]:
@@ -197,14 +220,20 @@ class S3Store:
         with _translated_errors(self._bucket, self._key(name)):
             return self._client.get_object(Bucket=self._bucket, Key=self._key(name))["Body"].read()
 
-    def read_start(self, name: str) -> bytes:
+    def read_start(self, name: str, size: int = 1) -> bytes:
         with _translated_errors(self._bucket, self._key(name)):
-            item = self._client.get_object(Bucket=self._bucket, Key=self._key(name), Range="bytes=0-0")
+            item = self._client.get_object(Bucket=self._bucket, Key=self._key(name), Range=f"bytes=0-{size - 1}")
             return item["Body"].read()
 
     def write(self, name: str, content: bytes) -> None:
         with _translated_errors(self._bucket, self._key(name)):
             self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=content)
+
+    def delete(self, name: str) -> None:
+        keys = [self._key(name), *(item["Key"] for item in self._objects(f"{name}/"))]
+        with _translated_errors(self._bucket, self._key(name)):
+            for key in keys:
+                self._client.delete_object(Bucket=self._bucket, Key=key)
 
     def open_new(self, name: str) -> BinaryIO:
         return _Upload(self._client, self._bucket, self._key(name))  # type: ignore[return-value]

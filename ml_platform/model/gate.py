@@ -13,7 +13,7 @@ import dagster as dg
 
 from ml_platform.lake.reports import TrainingReport
 from ml_platform.model.config import PromotionConfig
-from ml_platform.model.mlflow import MODEL_NAME, MlflowResource, hide_progress_bars
+from ml_platform.model.mlflow import MODEL_NAME, NOT_FOUND_CODES, MlflowResource, hide_progress_bars
 from ml_platform.model.packaging import read_model_file
 from ml_platform.model.promotion import DECIDED_BY_FIGURES, Facts
 from spark_jobs.training.learners import LEARNERS, ModelError, Scorer, installed_version, is_newer, matrix_of
@@ -99,6 +99,27 @@ def champion_problem(version: ModelVersion) -> str | None:
                     f"install {learner.library} {written_by}, or choose another version"
                 )
     return None
+
+
+def lost_parts(mlflow: MlflowResource, version: ModelVersion) -> str | None:
+    """Reason why a version is not all there any more: its MLflow run or its artifacts; None if nothing is lost."""
+    from mlflow.artifacts import list_artifacts
+    from mlflow.exceptions import MlflowException
+
+    name, way_out = f"version {version.version}", "ml-platform champion rollback, or materialize fraud_model"
+    try:
+        run = mlflow.client().get_run(version.run_id)
+        if run.info.lifecycle_stage == "deleted":
+            return f"{name}: its MLflow run {version.run_id} is in the trash: restore it (mlflow runs restore)"
+        uri = mlflow.client().get_model_version_download_uri(version.name, version.version)
+        files = list_artifacts(artifact_uri=uri, tracking_uri=mlflow.tracking_uri)
+    except MlflowException as error:
+        if error.error_code not in NOT_FOUND_CODES:
+            raise
+        return f"{name}: its MLflow run {version.run_id} is gone; {way_out}"
+    except FileNotFoundError:
+        files = []
+    return None if files else f"{name}: its artifacts are gone from {uri}; {way_out}"
 
 
 def _last_date_of(version: ModelVersion) -> date | None:

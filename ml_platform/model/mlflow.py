@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr
 
 if TYPE_CHECKING:
     from dagster_mlflow.resources import MlFlow
+    from mlflow.entities import Experiment
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "fraud_model"
@@ -49,10 +50,14 @@ class MlflowResource(dg.ConfigurableResource):
 
         return MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
 
+    def experiment(self) -> Experiment | None:
+        """The platform's experiment, also one in the trash; None if no run has created it yet."""
+        return self.client().get_experiment_by_name(EXPERIMENT)
+
     def artifact_location(self) -> str | None:
         """Artifact location of the next run; None if it is not known before that run. Has no side effects."""
         client = self.client()
-        if experiment := client.get_experiment_by_name(EXPERIMENT):
+        if experiment := self.experiment():
             return str(experiment.artifact_location)
         if self.artifact_root:
             return self.artifact_root
@@ -103,6 +108,17 @@ class MlflowResource(dg.ConfigurableResource):
         except MlflowException as error:
             if error.error_code in NOT_FOUND_CODES:
                 return None
+            raise
+
+    def metrics_of(self, version: ModelVersion) -> dict[str, float]:
+        """Metrics of a version's MLflow run; empty if the run is gone."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return dict(self.client().get_run(version.run_id).data.metrics)
+        except MlflowException as error:
+            if error.error_code in NOT_FOUND_CODES:
+                return {}
             raise
 
     def set_champion(self, version: str, tags: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,8 @@ class Training:
     mlflow: MlflowResource
     run: Any
     cutoff: str
+    #: Last usual day of the cut-off; its later rows are odd ones.
+    last_date: date
     partitions: Mapping[str, TrainingPartition]
 
     @cached_property
@@ -129,6 +132,7 @@ class Training:
             **self.config.as_request(),
             "cutoff": self.cutoff,
             "cutoff_uri": self.partitions[self.cutoff].uri,
+            "cutoff_last_date": self.last_date.isoformat(),
             "feature_uris": [partition.uri for partition in self.partitions.values()],
             "features": list(MODEL_INPUTS),
             "output_uri": self.lake.store.spark_uri(self.directory),
@@ -180,7 +184,9 @@ class Training:
             metrics |= {
                 f"champion_test_{name}": value for name, value in champion.items() if name not in ("rows", "frauds")
             }
-        report = report.model_copy(update={"metrics": metrics, "tables": evaluation_tables(scores, budget)})
+        tables = evaluation_tables(scores, budget)
+        partitions = list(self.partitions)
+        report = report.model_copy(update={"metrics": metrics, "tables": tables, "partitions": partitions})
         self.lake.write_json(f"{self.directory}/{REPORT_NAME}", report.model_dump(mode="json"))
         return report
 
