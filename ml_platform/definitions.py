@@ -18,6 +18,7 @@ from ml_platform.lake.quality import QualityLimits
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.operations.alerts import build_destinations
+from ml_platform.operations.console_logger import console_logger
 from ml_platform.sensors import (
     build_orphaned_clusters,
     build_report_failed_runs,
@@ -106,5 +107,5 @@ defs = dg.Definitions(
     schedules=[process_new_files_daily],
     resources=build_resources(_settings),
     executor=dg.in_process_executor,
-    loggers={"console": dg.json_console_logger} if _settings.log_format == "json" else None,
+    loggers={"console": dg.json_console_logger if _settings.log_format == "json" else console_logger},
 )

@@ -6,6 +6,7 @@ No other module reads the environment, except that boto3 and MLflow read their o
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from datetime import date
@@ -84,6 +85,11 @@ class Settings(BaseSettings):
         alias="MLFLOW_TRACKING_URI",
         description="MLflow's tracking server or database; default: an SQLite file next to the lake.",
     )
+    artifacts_uri: str | None = Field(
+        None,
+        alias="ML_PLATFORM_ARTIFACTS_URI",
+        description="Where MLflow's client stores artifacts; default: next to the lake, or as the server says.",
+    )
     mlflow_ui_url: str | None = Field(
         None,
         alias="MLFLOW_UI_URL",
@@ -95,6 +101,9 @@ class Settings(BaseSettings):
         description="Spark master of the local engine: local[*], spark://host:port, yarn.",
     )
     java_home: Path | None = Field(None, alias="JAVA_HOME", description="Java installation for Spark.")
+    spark_home: Path | None = Field(
+        None, alias="SPARK_HOME", description="Another Spark than that of PySpark, as PySpark reads it."
+    )
     spark_driver_memory: str | None = Field(
         None,
         alias="SPARK_DRIVER_MEMORY",
@@ -156,8 +165,10 @@ class Settings(BaseSettings):
 
     @property
     def artifact_root(self) -> str | None:
-        """Artifact root of the default store; None if MLFLOW_TRACKING_URI is set."""
-        return None if self.mlflow_tracking_uri else (self.default_mlflow_directory / "mlflow-artifacts").as_uri()
+        """Artifact root of a new experiment; None if a tracking server decides on it."""
+        if self.artifacts_uri or self.tracking_uri.lower().startswith("http"):
+            return self.artifacts_uri
+        return (self.default_mlflow_directory / "mlflow-artifacts").as_uri()
 
 
 class InitializationAction(BaseModel):
@@ -398,6 +409,11 @@ class AlertSettings(BaseSettings):
 def load_alert_settings() -> AlertSettings:
     """Read the alert settings from the environment; raises SettingsError as `load_settings` does."""
     return _load(AlertSettings)
+
+
+def is_set(variable: str) -> bool:
+    """True if an environment variable has a value."""
+    return bool(os.environ.get(variable))  # noqa: TID251 - this is where settings come from
 
 
 def load_settings() -> Settings:

@@ -9,7 +9,10 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version as version_of_package
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest import mock
 
@@ -21,14 +24,17 @@ from ml_platform.cli.context import CommandError
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.lake import resource as lake_module
 from ml_platform.lake import storage
+from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.reports import CleanedReport
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
 
+mlflow_version = version_of_package("mlflow")
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    *("simulate", "sync", "process-new-files", "summary", "migrate", "dev-cloud", "doctor"),
+    *("simulate", "sync", "process-new-files", "summary", "rejects", "withdraw", "migrate", "dev-cloud", "doctor"),
     *("champion show", "champion set", "champion rollback", "clusters list", "clusters delete"),
 )
 
@@ -43,6 +49,7 @@ Faults = Callable[..., dict[str, str]]
 def mlflow_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """An MLflow that answers at once; the real one is test_assets.py's."""
     monkeypatch.setattr(MlflowResource, "champion", lambda self: None)
+    monkeypatch.setattr(MlflowResource, "experiment", lambda self: None)
     monkeypatch.setattr(MlflowResource, "artifact_location", lambda self: None)
 
 
@@ -95,7 +102,10 @@ class TestSimulateAndSync:
 
         for new in (2, 0):
             code, out, _ = run_cli("sync")
-            assert (code, only_line(out)) == (0, f"2 raw files in {raw}, {new} newly registered")
+            assert (code, only_line(out)) == (
+                0,
+                f"2 raw files in {raw}, {new} newly registered, 0 ignored; partitions are in order",
+            )
         with dg.DagsterInstance.get() as instance:
             assert list(instance.get_dynamic_partitions("raw_files")) == ["2019-08-22", "2019-08-24"]
 
@@ -125,7 +135,9 @@ class TestSimulateAndSync:
         code, out, err = run_cli("sync")
         assert code == 0
         assert "1 raw files" in out
-        assert only_line(err).startswith("ignored 'two [bold]words.txt': only letters")
+        csv, words = err.strip().splitlines()
+        assert csv.startswith("ignored 'other.csv': it does not end with .txt")
+        assert words.startswith("ignored 'two [bold]words.txt': only letters")
 
 
 class TestErrors:
@@ -186,7 +198,9 @@ class TestErrors:
 
 def test_the_summary_counts_the_rows_of_each_file(run_cli: RunCli, mlflow_ready: None):
     simulate(run_cli, "--files", "2")
-    report = cleaned_report("2019-08-22", raw_spec(0), raw_rows=21_003, rejected_rows=1_001, duplicate_rows=2)
+    report = cleaned_report(
+        "2019-08-22", raw_spec(0, start="2019-08-22T00:00:00Z"), raw_rows=20_103, rejected_rows=101, duplicate_rows=2
+    )
     for table, content in (
         ("cleaned_transactions", report),
         (FEATURES, features_report(report, {"cleaned": "1", "history": {}})),
@@ -197,7 +211,7 @@ def test_the_summary_counts_the_rows_of_each_file(run_cli: RunCli, mlflow_ready:
     code, out, _ = run_cli("summary")
     assert code == 0
     first, second = (line for line in out.splitlines() if "2019-" in line)
-    assert re.findall(r"[\w,-]+", first) == ["2019-08-22", "21,003", "20,000", "2", "1,001", "200", "yes"]
+    assert re.findall(r"[\w,-]+", first) == ["2019-08-22", "20,103", "20,000", "2", "101", "200", "yes"]
     assert "2019-08-24" in second
     assert "not cleaned yet" in second
     assert "No model of fraud_model is the champion yet." in out
@@ -282,6 +296,39 @@ def faults(
 
 class TestDoctorAndMlflow:
     """The real client."""
+
+    def test_an_experiment_in_the_trash_is_named(
+        self, faults: Faults, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, empty_mlflow_store: Path
+    ):
+        uri = f"sqlite:///{shutil.copy(empty_mlflow_store, tmp_path)}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        client = MlflowResource(tracking_uri=uri).client()
+        client.delete_experiment(client.create_experiment("fraud_model"))
+        assert "experiment fraud_model is in MLflow's trash" in faults()["MLflow"]
+
+    @pytest.mark.parametrize(
+        ("version", "fits"), [("1.30.0", False), ("30.1", False), ("", True), ("<html>", True), (None, True)]
+    )
+    def test_a_server_of_another_major_version_is_named(self, version: str | None, fits: bool):
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200 if version is not None else 404)
+                self.end_headers()
+                self.wfile.write((version or mlflow_version).encode())
+
+            def log_message(self, *_: Any) -> None: ...
+
+        with HTTPServer(("127.0.0.1", 0), Answer) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            address = f"http://127.0.0.1:{server.server_port}"
+            if fits:
+                doctor._check_server_version(address)
+            else:
+                with pytest.raises(
+                    CommandError, match=rf"server is version {version}, its client here {mlflow_version}"
+                ):
+                    doctor._check_server_version(address)
+            server.shutdown()
 
     def test_an_unreachable_mlflow_is_named(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -396,6 +443,19 @@ class TestDoctor:
         assert name == "Dagster"
         assert text.endswith(f": check storage in {home}/dagster.yaml")
 
+    def test_a_spark_that_is_not_there_is_named(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("SPARK_HOME", "/nowhere")
+        assert faults() == {"Java": "SPARK_HOME is /nowhere, which is not a Spark installation: unset it"}
+
+    def test_a_variable_that_dagsters_settings_need_is_named(
+        self, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        home = tmp_path / "home"
+        home.mkdir()
+        shutil.copy(ROOT / "deploy" / "dagster.yaml", home)
+        monkeypatch.setenv("DAGSTER_HOME", str(home))
+        assert "DAGSTER_POSTGRES_URL: not set, but " in faults()["Dagster"]
+
     def test_destinations_of_alerts_are_tried(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
@@ -409,6 +469,56 @@ class TestDoctor:
         assert set(faults("alerts: email", "alerts: webhook")) == {"alerts: email", "alerts: webhook"}
         monkeypatch.delenv("ML_PLATFORM_ALERT_SMTP_HOST")
         assert "need ML_PLATFORM_ALERT_EMAIL_TO" in faults("alerts")["alerts"]
+
+
+class TestWithdrawAndRejects:
+    @pytest.fixture
+    def lake(self, run_cli: RunCli) -> lake_module.LakeResource:
+        simulate(run_cli, "--files", "2")
+        lake = lake_module.LakeResource(raw_uri="data/raw", lake_uri="data/lake", epoch="2019-08-22")
+        for key in lake.list_raw_files()[0]:
+            report = cleaned_report(key, raw_spec(0), rejected_rows=101, malformed_row=100, invalid_amount=1)
+            samples = {"malformed_row": "[bold]garbage", "invalid_amount": "1,-1"}
+            lake.write_json(f"cleaned_transactions/raw_file={key}/_report.json", {**report, "reject_samples": samples})
+        return lake
+
+    def test_rejects_are_counted_by_reason_with_a_line_each(self, run_cli: RunCli, lake: lake_module.LakeResource):
+        code, out, _ = run_cli("rejects", "2019-08-22")
+        assert code == 0
+        rows = [re.split(r"\s*│\s*", line)[1:4] for line in out.splitlines() if "│" in line]
+        assert rows == [["malformed_row", "100", "[bold]garbage"], ["invalid_amount", "1", "1,-1"]]
+        assert "101 of 20,000 rows are rejected" in out
+        code, _, err = run_cli("rejects", "2000-01-01")
+        assert (code, "'2000-01-01' is not a cleaned partition" in err) == (1, True)
+
+    def test_a_file_is_withdrawn_and_brought_back(self, run_cli: RunCli, lake: lake_module.LakeResource):
+        code, out, err = run_cli("withdraw", "2019-08-22")
+        assert (code, err) == (0, "")
+        assert "2019-08-22 is withdrawn" in out
+        assert not Path("data/lake/cleaned_transactions/raw_file=2019-08-22").exists()
+        assert list(lake.reports(CleanedReport)) == ["2019-08-24"]
+        for arguments, error in (
+            (("2019-08-23",), "neither a raw file nor a partition"),
+            (("../..",), "neither a raw file nor a partition"),
+            (("2019-08-24", "--undo"), "is not withdrawn"),
+        ):
+            code, _, err = run_cli("withdraw", *arguments)
+            assert (code, error in err) == (1, True)
+        assert run_cli("withdraw", "--undo", "2019-08-22")[0] == 0
+        assert lake.withdrawn() == []
+
+    def test_nothing_is_withdrawn_under_a_run(self, run_cli: RunCli, lake: lake_module.LakeResource):
+        assert run_cli("sync")[0] == 0
+        with dg.DagsterInstance.get() as instance:
+            run = dg.DagsterRun(
+                "process_new_files",
+                status=dg.DagsterRunStatus.STARTED,
+                tags={"ml_platform/partitions": "2019-08-22"} | range_tags("2019-08-22", "2019-08-22"),
+            )
+            instance.add_run(run)
+        code, _, err = run_cli("withdraw", "2019-08-22")
+        assert (code, f"runs are at work on 2019-08-22: {run.run_id}" in err) == (1, True)
+        assert run_cli("withdraw", "2019-08-24")[0] == 0
 
 
 class TestProbeOfArtifacts:
@@ -463,6 +573,21 @@ class TestChampion:
             }
             client.create_model_version("fraud_model", f"file:///nowhere/{number}", run_id=run_id, tags=tags)
         return resource
+
+    def test_a_champion_whose_artifacts_or_run_are_gone_is_named_with_the_way_out(
+        self, run_cli: RunCli, registry: MlflowResource
+    ):
+        registry.set_champion("2", {})
+        for command in ("champion show", "summary"):
+            code, out, _ = run_cli(*command.split())
+            text = " ".join(out.split())
+            assert (code, "version 2: its artifacts are gone from" in text) == (0, True), text
+            assert "ml-platform champion rollback, or materialize fraud_model" in text
+        champion = registry.champion()
+        assert champion is not None
+        registry.client().delete_run(champion.run_id)
+        code, out, _ = run_cli("champion", "show")
+        assert (code, "is in the trash: restore it (mlflow runs restore)" in " ".join(out.split())) == (0, True)
 
     def test_set_show_and_roll_back(self, run_cli: RunCli, registry: MlflowResource):
         assert "No model" in run_cli("champion", "show")[1]

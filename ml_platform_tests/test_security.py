@@ -208,6 +208,7 @@ def test_a_note_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, c
     champion = mock.Mock(version=1, run_id="r", tags={"champion_why": note})
     client = mock.Mock()
     client.get_run.return_value.data.metrics = {}
+    client.get_run.return_value.info.lifecycle_stage = "deleted"
     monkeypatch.setattr(MlflowResource, "champion", lambda self: champion)
     monkeypatch.setattr(MlflowResource, "client", lambda self: client)
     show_champion()

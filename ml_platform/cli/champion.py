@@ -26,6 +26,7 @@ def show_champion() -> None:
 
 
 def print_champion(settings: Settings) -> None:
+    from ml_platform.model.gate import lost_parts
     from ml_platform.model.mlflow import MODEL_NAME
 
     resource = mlflow_of(settings)
@@ -33,7 +34,6 @@ def print_champion(settings: Settings) -> None:
     if champion is None:
         say(f"No model of {MODEL_NAME} is the champion yet.")
         return
-    run = resource.client().get_run(champion.run_id)
     table = Table("", "value", title=f"Champion: {MODEL_NAME} version {champion.version}")
     for label, tag in (
         ("champion since", "champion_since"),
@@ -46,10 +46,12 @@ def print_champion(settings: Settings) -> None:
     ):
         table.add_row(label, plain(champion.tags.get(tag, "not recorded")))
     table.add_section()
-    for name, value in sorted(run.data.metrics.items()):
+    for name, value in sorted(resource.metrics_of(champion).items()):
         if name.startswith("test_"):
             table.add_row(name, f"{value:,.4f}".rstrip("0").rstrip("."))
     console.print(table)
+    if problem := lost_parts(resource, champion):
+        say(f"The champion, {problem}.", "yellow")
     print_champion_problem(champion)
 
 

@@ -78,17 +78,21 @@ def sync() -> None:
     """Register the raw files as partitions, so that Dagster's commands and UI show them."""
     from ml_platform.assets.raw import raw_file_observation
     from ml_platform.lake.partitions import raw_files
+    from ml_platform.planning import sort_partitions
 
     settings = load_settings()
-    files, ignored = lake_of(settings).list_raw_files()
+    lake = lake_of(settings)
+    files, ignored = lake.list_raw_files()
     _warn_of_ignored_files(ignored)
+    withdrawn = set(lake.withdrawn())
     with dagster_instance(settings) as instance:
         registered = set(instance.get_dynamic_partitions(str(raw_files.name)))
-        new = [key for key in files if key not in registered]
+        new = [key for key in files if key not in registered and key not in withdrawn]
         instance.add_dynamic_partitions(str(raw_files.name), new)
         for key in new:
             instance.report_runless_asset_event(raw_file_observation(files[key]))
-    say(f"{len(files)} raw files in {settings.raw_uri}, {len(new)} newly registered")
+        order = sort_partitions(instance, lake)
+    say(f"{len(files)} raw files in {settings.raw_uri}, {len(new)} newly registered, {len(ignored)} ignored; {order}")
 
 
 def process_new_files() -> None:
@@ -96,8 +100,8 @@ def process_new_files() -> None:
     settings = load_settings()
     with dagster_instance(settings) as instance:
         from ml_platform.definitions import defs
-        from ml_platform.jobs import run_config
         from ml_platform.lake.partitions import range_tags
+        from ml_platform.operations.alerts import failed_steps
         from ml_platform.planning import plan_runs, prepare
 
         plan = plan_runs(instance, lake_of(settings))
@@ -108,30 +112,87 @@ def process_new_files() -> None:
         for start, end in plan.ranges:
             say(f"processing {start} to {end}", "bold")
             result = defs.resolve_job_def("process_new_files").execute_in_process(
-                instance=instance, tags=range_tags(start, end), run_config=run_config(), raise_on_error=False
+                instance=instance, tags=range_tags(start, end), run_config=plan.run_config, raise_on_error=False
             )
             if not result.success:
-                failed.append(result.run_id)
+                steps = failed_steps(instance, result.run_id)
+                failed.append("; ".join([result.run_id, *(f"{step}: {error}" for step, error in steps)]))
     if failed:
-        raise CommandError(f"{len(failed)} of {len(plan.ranges)} runs failed: {', '.join(failed)}; see the log above")
+        raise CommandError(f"{len(failed)} of {len(plan.ranges)} runs failed: {', '.join(failed)}")
+
+
+def rejects(key: Annotated[str, typer.Argument(help="Partition of the file.")]) -> None:
+    """Show how many rows of a file each rule rejected, with a line for each."""
+    from ml_platform.lake.reports import REJECTED_TABLE, CleanedReport
+    from spark_jobs.schema import REJECT_RULES
+
+    settings = load_settings()
+    lake = lake_of(settings)
+    report = lake.reports(CleanedReport).get(key)
+    if report is None:
+        raise CommandError(f"{key!r} is not a cleaned partition of {settings.lake_uri}; ml-platform summary lists them")
+    counts = report.counts.model_dump()
+    table = Table("reason", "rows", "for instance", title=escape(f"Rejected rows of {key}"))
+    for rule in sorted(REJECT_RULES, key=lambda rule: -counts.get(rule, 0)):
+        if rows := counts.get(rule, 0):
+            table.add_row(rule, f"{rows:,}", plain(report.reject_samples.get(rule, "")))
+    if table.rows:
+        console.print(table)
+    say(f"{report.counts.rejected_rows:,} of {report.counts.raw_rows:,} rows are rejected; all of them, with their ")
+    say(f"reasons: {lake.partition_uri(REJECTED_TABLE, key)}")
+
+
+def withdraw(
+    key: Annotated[str, typer.Argument(help="Partition of the file.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let the next run clean the file again.")] = False,
+) -> None:
+    """Take a file out of the lake and keep it out, whatever its raw file holds, until --undo."""
+    from ml_platform.lake.withdrawal import allow_again, withdraw_file
+    from ml_platform.planning import runs_at_work_on
+
+    settings = load_settings()
+    lake = lake_of(settings)
+    if undo:
+        if not allow_again(lake, key):
+            raise CommandError(f"{key!r} is not withdrawn")
+        say(f"{key} is no longer withdrawn: the next run cleans it again if its raw file is there")
+        return
+    with dagster_instance(settings) as instance:
+        if runs := runs_at_work_on(instance, key):
+            raise CommandError(f"runs are at work on {key}: {', '.join(runs)}; wait for them or stop them")
+        try:
+            effects = withdraw_file(lake, key)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+    say(f"{key} is withdrawn; ml-platform withdraw --undo {key} undoes it")
+    for effect in effects:
+        say(f"* {effect}")
 
 
 def summary() -> None:
     """Show the contents of the lake and the champion."""
+    from ml_platform.jobs import run_config, run_limits
+    from ml_platform.lake.quality import judge_files
     from ml_platform.lake.reports import CleanedReport, FeaturesReport
 
     settings = load_settings()
     lake = lake_of(settings)
-    files, _ = lake.list_raw_files()
+    files, ignored = lake.list_raw_files()
+    _warn_of_ignored_files(ignored)
     cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
+    withdrawn, uncleaned = set(lake.withdrawn()), lake.uncleaned()
+    verdicts = judge_files(cleaned, features, run_limits(run_config()))
     table = Table("raw file", "raw rows", "clean", "duplicate", "rejected", "frauds", "features", title="Lake")
-    for key in sorted(files.keys() | cleaned.keys()):
+    for key in sorted(files.keys() | cleaned.keys() | withdrawn):
         if key not in cleaned:
-            table.add_row(key, "not cleaned yet")
+            reason = f"not cleaned: {uncleaned[key].reason}" if key in uncleaned else "not cleaned yet"
+            table.add_row(key, plain("withdrawn" if key in withdrawn else reason))
             continue
         counts = cleaned[key].counts
         columns = ("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows", "fraud_rows")
-        table.add_row(key, *[f"{getattr(counts, name):,}" for name in columns], "yes" if key in features else "no")
+        stopped = verdicts.reason(key)
+        state = f"stopped by {stopped}" if stopped else "yes" if key in features else "no"
+        table.add_row(key, *[f"{getattr(counts, name):,}" for name in columns], plain(state))
     console.print(table)
     print_champion(settings)
 

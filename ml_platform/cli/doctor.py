@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ml_platform.cli.clusters import dataproc_engine
 from ml_platform.cli.context import CommandError, console, dagster_instance, first_line, lake_of, mlflow_of, plain
-from ml_platform.settings import Settings, SettingsError, load_settings
+from ml_platform.settings import Settings, SettingsError, is_set, load_settings
 
 #: Longer than any check's own timeouts; the slowest is an S3 endpoint that does not answer.
 CHECK_TIMEOUT_S = 75
@@ -108,6 +108,8 @@ def _check_settings(settings: Settings) -> str:
 
 
 def _check_java(settings: Settings) -> str:
+    if settings.spark_home and not (settings.spark_home / "bin").is_dir():
+        raise CommandError(f"SPARK_HOME is {settings.spark_home}, which is not a Spark installation: unset it")
     home = settings.java_home
     java = shutil.which("java", path=str(home / "bin")) if home else shutil.which("java")
     if java is None:
@@ -135,7 +137,7 @@ def _check_dataproc(settings: Settings) -> str:
 
 
 def _check_raw_files(settings: Settings) -> str:
-    from ml_platform.lake.partitions import RAW_SUFFIX
+    from ml_platform.assets.outcomes import shorten_list
 
     lake = lake_of(settings)
     files, ignored = lake.list_raw_files()
@@ -145,10 +147,11 @@ def _check_raw_files(settings: Settings) -> str:
             "or set ML_PLATFORM_RAW_URI"
         )
     # S3 has separate permissions to list and to read.
-    if non_empty := [file.key for file in files.values() if file.size]:
-        lake.raw.read_start(f"{non_empty[0]}{RAW_SUFFIX}")
+    if non_empty := [file for file in files.values() if file.size]:
+        lake.raw.read_start(non_empty[0].name)
     size = sum(file.size for file in files.values()) / 1e6
-    return f"{len(files)} files, {size:,.1f} MB in {settings.raw_uri}, {len(ignored)} with invalid names"
+    names = f": {shorten_list([f'{name!r} ({why})' for name, why in ignored.items()])}" if ignored else ""
+    return f"{len(files)} files, {size:,.1f} MB in {settings.raw_uri}, {len(ignored)} ignored{names}"
 
 
 def _check_lake(settings: Settings) -> str:
@@ -169,14 +172,37 @@ def _check_mlflow(settings: Settings) -> str:
         _check_database(settings.tracking_uri)
     elif scheme.startswith("http"):
         _limit_mlflow_retries()
-    from ml_platform.model.gate import champion_problem
+        _check_server_version(settings.tracking_uri)
+    from ml_platform.model.gate import champion_problem, lost_parts
+    from ml_platform.model.mlflow import EXPERIMENT
 
-    champion = mlflow_of(settings).champion()
+    resource = mlflow_of(settings)
+    experiment = resource.experiment()
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise CommandError(
+            f"the experiment {EXPERIMENT} is in MLflow's trash, where no run can log to it: "
+            f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        )
+    champion = resource.champion()
     if champion is None:
         return f"{scheme}: no champion yet"
-    if problem := champion_problem(champion):
+    if problem := champion_problem(champion) or lost_parts(resource, champion):
         raise CommandError(f"the champion, {problem} (ml-platform champion set)")
     return f"{scheme}: champion is version {champion.version}"
+
+
+def _check_server_version(url: str) -> None:
+    """MLflow's client and server must be of the same major version."""
+    import mlflow
+    import requests
+
+    answer = requests.get(f"{url.rstrip('/')}/version", timeout=15)
+    server = re.fullmatch(r"([0-9]+)\.[0-9a-z.]+", answer.text.strip()) if answer.ok else None
+    if server and server[1] != mlflow.__version__.partition(".")[0]:
+        raise CommandError(
+            f"MLflow's server is version {server[0]}, its client here {mlflow.__version__}: install the same major "
+            "version on both"
+        )
 
 
 def _check_database(url: str) -> None:
@@ -270,6 +296,8 @@ def probe_artifacts(location: str, tracking_uri: str) -> None:
 def _check_dagster(settings: Settings) -> str:
     from ml_platform.lake.partitions import raw_files
 
+    if missing := _missing_variables(settings):
+        raise CommandError(f"{', '.join(missing)}: not set, but {settings.dagster_home}/dagster.yaml needs it")
     try:
         with dagster_instance(settings) as instance:
             partitions = len(instance.get_dynamic_partitions(str(raw_files.name)))
@@ -283,3 +311,24 @@ def _check_dagster(settings: Settings) -> str:
         raise CommandError(f"{first_line(cause)}: check storage in {settings.dagster_home}/dagster.yaml") from error
     kind = "PostgreSQL" if "Postgres" in storage else "MySQL" if "MySQL" in storage else str(settings.dagster_home)
     return f"{partitions} partitions in {kind}"
+
+
+def _missing_variables(settings: Settings) -> list[str]:
+    """Environment variables that dagster.yaml names and that are not set, such as DAGSTER_POSTGRES_URL."""
+    import dagster as dg
+
+    file = settings.dagster_home / "dagster.yaml" if settings.dagster_home else None
+    if file is None or not file.is_file():
+        return []
+
+    def names(value: object) -> Iterator[str]:
+        if isinstance(value, dict):
+            if set(value) == {"env"}:
+                yield str(value["env"])
+            for item in value.values():
+                yield from names(item)
+        elif isinstance(value, list):
+            for item in value:
+                yield from names(item)
+
+    return sorted({name for name in names(dg.config_from_files([str(file)])) if not is_set(name)})

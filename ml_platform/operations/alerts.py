@@ -77,15 +77,21 @@ def one_line(text: str) -> str:
     return line if len(line) <= MAX_LINE_LENGTH else line[: MAX_LINE_LENGTH - 1] + "…"
 
 
+def failed_steps(instance: dg.DagsterInstance, run_id: str) -> list[tuple[str, str]]:
+    """The failed steps of a run, at most MAX_STEPS, each with the first line of its error."""
+    steps = []
+    records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=MAX_STEPS)
+    for record in records.records:
+        if step := record.event_log_entry.dagster_event:
+            steps.append((step.step_key or "?", _first_line(step.step_failure_data)))
+    return steps
+
+
 def describe_failed_run(
     instance: dg.DagsterInstance, event: dg.EventLogEntry, run: dg.DagsterRun, ui_url: str | None
 ) -> FailedRun:
     """Collect the details of a failed run from Dagster, given its failure event."""
-    steps = []
-    records = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=MAX_STEPS)
-    for record in records.records:
-        if step := record.event_log_entry.dagster_event:
-            steps.append((step.step_key or "?", _first_line(step.step_failure_data)))
+    steps = failed_steps(instance, run.run_id)
     start, end = run.tags.get(RANGE_START_TAG), run.tags.get(RANGE_END_TAG)
     partitions = run.tags.get(PARTITION_TAG) or (f"{start} to {end}" if start and start != end else start or "none")
     return FailedRun(
