@@ -58,7 +58,7 @@ def intake_checks(
     not_cleaned = {
         key: uncleaned[key].reason if key in uncleaned else "no report"
         for key in context.partition_keys
-        if key not in cleaned
+        if key not in cleaned or (key in uncleaned and uncleaned[key].run_id == context.run.run_id)
     }
 
     def figures(check: str, key: str) -> Mapping[str, Any]:

@@ -42,7 +42,7 @@ def run_limits(config: dict[str, Any]) -> QualityLimits:
     """Quality limits of the runs with this run config. Raises SettingsError if they are invalid."""
     options = config
     for name in ("resources", "limits", "config"):
-        options = options.get(name) or {}
+        options = (options.get(name) if isinstance(options, dict) else None) or {}
     try:
         return QualityLimits(**options)
     except (TypeError, ValueError) as error:

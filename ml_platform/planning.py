@@ -13,12 +13,12 @@ from typing import Any
 import dagster as dg
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
-from ml_platform.assets.cleaned import cleaned_with_another_limit, is_cleaned
+from ml_platform.assets.cleaned import files_to_clean_again, is_cleaned
 from ml_platform.assets.outcomes import shorten_list
 from ml_platform.assets.raw import raw_file_observation
 from ml_platform.jobs import process_new_files, run_config, run_limits
 from ml_platform.lake.partitions import contiguous_ranges, is_partition_key, keys_of_run, range_tags, raw_files
-from ml_platform.lake.quality import QualityLimits, judge_files
+from ml_platform.lake.quality import QualityLimits, judge_files, problem_of_features
 from ml_platform.lake.reports import CleanedReport, CleanedReports, FeaturesReport
 from ml_platform.lake.resource import LakeResource, RawFile
 from ml_platform.operations.dead_runs import fail_dead_runs
@@ -113,9 +113,14 @@ def _sort_out(
         if file.refused and key in files and key not in reports and file.version == files[key].version(lake.epoch)
     }
     uncleaned = {key for key, file in files.items() if not is_cleaned(reports.get(key), file, lake.epoch)}
-    uncleaned |= set(cleaned_with_another_limit(reports, features, limits)) & set(files)
+    uncleaned |= files_to_clean_again(reports, features, limits) & set(files)
     uncleaned -= set(refused)
-    left_out = judge_files(reports, features, limits).stopped(files) | refused
+    unusable = {
+        key: problem
+        for key, report in features.items()
+        if key in reports and key in files and (problem := problem_of_features(reports[key], report))
+    }
+    left_out = unusable | judge_files(reports, features, limits).stopped(files) | refused
     return uncleaned, {key: reason for key, reason in left_out.items() if key not in uncleaned}
 
 
@@ -124,12 +129,6 @@ def has_active_runs(instance: dg.DagsterInstance) -> bool:
     runs = instance.get_runs(dg.RunsFilter(statuses=[*_WAITING, *_RUNNING]), limit=1)
     backfills = instance.get_backfills(BulkActionsFilter(statuses=[BulkActionStatus.REQUESTED]), limit=1)
     return bool(runs or backfills or _runs_to_be_retried(instance))
-
-
-def runs_at_work_on(instance: dg.DagsterInstance, key: str) -> list[str]:
-    """Runs that are queued, running or about to be retried and may write the partition `key`."""
-    order = list(instance.get_dynamic_partitions(str(raw_files.name)))
-    return [run.run_id for run in _active_runs(instance) if key in (keys_of_run(run.tags, order) or [key])]
 
 
 def sort_partitions(instance: dg.DagsterInstance, lake: LakeResource) -> str:
@@ -142,8 +141,9 @@ def sort_partitions(instance: dg.DagsterInstance, lake: LakeResource) -> str:
     registered = list(instance.get_dynamic_partitions(name))
     try:
         saved = lake.read_json(SAVED_PARTITIONS)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         saved = []
+    saved = saved if isinstance(saved, list) else []
     lost = [key for key in saved if isinstance(key, str) and is_partition_key(key) and key not in registered]
     ordered = sorted({*registered, *lost})
     if registered == ordered:

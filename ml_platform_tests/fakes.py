@@ -112,6 +112,7 @@ def cleaned_report(
         "text_bytes": (raw or {"size": 1})["size"],
         "shared_ids": {},
         "reject_samples": {},
+        "accepted": False,
         "spark_version": "0.0.0",
         "seconds": 0.1,
     }
@@ -177,7 +178,8 @@ class FakeEngine(SparkEngine):
             counts = (spec or {}).get("counts", {})
             key, run_id, epoch = item["partition"], request["run_id"], request["epoch"]
             report = cleaned_report(key, spec, raw=item["raw"], run_id=run_id, epoch=epoch, **counts)
-            return {**report, "out_of_range": request["out_of_range"], **(spec or {}).get("report", {})}
+            made_with = {"out_of_range": request["out_of_range"], "accepted": item["accepted"]}
+            return {**report, **made_with, **(spec or {}).get("report", {})}
 
         return self._verdicts(request, clean)
 
@@ -186,8 +188,7 @@ class FakeEngine(SparkEngine):
             if item["partition"] in self.no_features:
                 raise RuntimeError(self.no_features[item["partition"]])
             cleaned = json.loads((local_path(item["cleaned_uri"]) / REPORT_NAME).read_text())
-            report = features_report(cleaned, item["inputs"], run_id=request["run_id"])
-            return {**report, "accepted": item["accepted"]}
+            return features_report(cleaned, item["inputs"], run_id=request["run_id"])
 
         return self._verdicts(request, build)
 
@@ -320,7 +321,6 @@ def features_report(
         "partition": cleaned["partition"],
         "run_id": run_id,
         "inputs": inputs if isinstance(inputs, dict) else inputs.model_dump(),
-        "accepted": False,
         "features": list(build_features.MODEL_INPUTS),
         "counts": {
             "rows": cleaned["counts"]["clean_rows"],

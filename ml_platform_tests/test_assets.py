@@ -140,6 +140,7 @@ class TestCleaned:
                     "raw": files[key].as_request(),
                     "output_uri": f"file://{bench.lake.lake_uri}/{CLEANED_TABLE}/raw_file={key}",
                     "rejected_uri": f"file://{bench.lake.lake_uri}/{REJECTED_TABLE}/raw_file={key}",
+                    "accepted": False,
                 }
                 for key in keys[:3]
             ],
@@ -402,7 +403,6 @@ class TestFeatures:
             "history": [f"{uri}x", f"{uri}y"],
             "cleaned_bytes": sum(files[key].size for key in "wxy"),
             "inputs": expected_inputs(bench.lake.reports(CleanedReport))["w"].model_dump(),
-            "accepted": False,
             "output_uri": f"file://{bench.lake.lake_uri}/{FEATURES_TABLE}/raw_file=w",
         }
         metadata = bench.recorded(FEATURES_KEY)
@@ -781,7 +781,9 @@ class TestModel:
         assert metadata["left_out"] == [keys[1]]
         assert list(metadata["trained_on"]) == keys[2:4]
         result = bench.run(MODEL, keys=(keys[1], keys[3]))
-        assert f"nothing to train on: {keys[1]}: fraud_rate: 75.000%" in failure_of(result, MODEL)
+        assert f"the run includes files that no model can be trained for: {keys[1]}: fraud_rate: 75.000%" in failure_of(
+            result, MODEL
+        )
 
     def test_empty_files_alone_make_no_model(self, bench: Bench):
         bench.put({"a": None, "b": None})
@@ -1024,16 +1026,45 @@ class TestIntake:
         assert f"{keys[1]}: fraud_rate" in failure_of(refused, FEATURES_KEY)
         accepted = bench.run(FEATURES_KEY, keys=(keys[1], keys[1]), config={FEATURES_KEY: {"accept": True}})
         assert accepted.success
-        assert bench.lake.reports(FeaturesReport)[keys[1]].accepted
+        assert bench.lake.reports(CleanedReport)[keys[1]].accepted
         result = bench.run(*ALL, keys=(keys[1], keys[1]))
         assert result.success
         assert bench.requests(result, "train_model")[0]["cutoff"] == keys[1]
         # Built again for another reason, it stays accepted.
         put_raw(bench.lake, keys[0], raw_spec(0, rows=15_000))
         assert bench.run(*ALL, keys=(keys[0], keys[0])).success
-        assert bench.lake.reports(FeaturesReport)[keys[1]].accepted
+        assert bench.lake.reports(CleanedReport)[keys[1]].accepted
         put_raw(bench.lake, keys[1], raw_spec(1, frauds=19_999))
         assert not bench.run(*ALL, keys=(keys[1], keys[1])).success
+
+    def test_a_file_with_features_can_be_accepted(self, bench: Bench, keys: list[str]):
+        """It was built under other limits, or its features are gone."""
+        put_raw(bench.lake, keys[1], raw_spec(1, frauds=20_000))
+        loose = {"max_fraud_rate": 1.0}
+        assert bench.run(*ALL, keys=(keys[0], keys[-1]), limits=loose).success
+        stopped = bench.run(FEATURES_KEY, keys=(keys[1], keys[1]))
+        assert f"{keys[1]}: fraud_rate" in failure_of(stopped, FEATURES_KEY)
+        accept = {"keys": (keys[1], keys[1]), "config": {FEATURES_KEY: {"accept": True}}}
+        broken = bench.run(FEATURES_KEY, engine=FakeEngine(breaks_down="build_features"), **accept)
+        assert broken.success, "the features are there"
+        assert bench.run(FEATURES_KEY, keys=(keys[1], keys[1])).success
+        assert plan_runs(bench.instance, bench.lake).ranges == []
+
+    def test_a_raw_file_that_is_gone_is_named_though_its_partition_is_there(self, bench: Bench, keys: list[str]):
+        assert bench.run(*ALL, keys=(keys[0], keys[-1])).success
+        (bench.lake.raw._root / f"{keys[1]}.txt").unlink()  # type: ignore[attr-defined]
+        result = bench.run(*ALL, keys=(keys[0], keys[-1]))
+        assert f"{keys[1]}: file not found in" in failure_of(result, "intake_checks")
+
+    def test_unusable_features_start_no_run_again_and_again(self, bench: Bench, keys: list[str]):
+        assert bench.run(*ALL, keys=(keys[0], keys[-1])).success
+        report = bench.lake.read_json(f"{FEATURES_TABLE}/raw_file={keys[1]}/{REPORT_NAME}")
+        report["counts"]["unusable_rows"] = 2
+        put_report(bench.lake, FEATURES_TABLE, keys[1], report)
+        result = bench.run(*ALL, keys=(keys[0], keys[-1]))
+        assert f"{keys[1]}: 2 rows have unusable features" in failure_of(result, "feature_checks")
+        assert set(bench.recorded(MODEL, result.run_id)) == {keys[0], *keys[2:]}
+        assert plan_runs(bench.instance, bench.lake).ranges == []
 
     def test_a_limit_that_rejects_odd_rows_cleans_the_stopped_files_again_and_only_them(
         self, bench: Bench, keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1054,9 +1085,11 @@ class TestIntake:
         assert plan_runs(bench.instance, bench.lake).ranges == []
 
     def test_rows_of_files_that_share_ids_are_no_history(self, bench: Bench, keys: list[str]):
-        put_raw(bench.lake, keys[1], raw_spec(1, first_id=0))
+        files = bench.lake.list_raw_files()[0]
+        shared = {"version": files[keys[0]].version(bench.lake.epoch), "rows": 5, "examples": [1]}
+        put_raw(bench.lake, keys[1], raw_spec(1, first_id=0, report={"shared_ids": {keys[0]: shared}}))
         result = bench.run(*ALL, keys=(keys[0], keys[-1]))
-        assert "unique_ids: its ids overlap those of file-1" in failure_of(result, "intake_checks")
+        assert "unique_ids: 5 of its ids are also in file-1: 1" in failure_of(result, "intake_checks")
         assert bench.sent(result, "build_features") == keys[2:]
         features = bench.lake.reports(FeaturesReport)
         assert features[keys[2]].inputs.history == {}

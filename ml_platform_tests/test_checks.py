@@ -199,12 +199,17 @@ def file(
 
 
 def verdicts(*files: CleanedReport, built: str = "", accepted: str = "", **limits: Any) -> quality.Verdicts:
-    """The verdicts on files; those with a key of one letter in `built` have features."""
-    cleaned = {file.partition: file for file in files}
+    """The verdicts on files; those with a key of one letter in `built` have features, in capitals of older rows."""
+    cleaned = {
+        file.partition: file.model_copy(update={"accepted": True}) if file.partition in accepted else file
+        for file in files
+    }
     features = {
-        key: FeaturesReport.model_validate(
-            features_report(cleaned_report(key, raw_spec(0)), {"cleaned": cleaned[key].version, "history": {}})
-            | {"accepted": key in accepted}
+        key.lower(): FeaturesReport.model_validate(
+            features_report(
+                cleaned_report(key, raw_spec(0)),
+                {"cleaned": cleaned[key.lower()].version if key.islower() else "older", "history": {}},
+            )
         )
         for key in built
     }
@@ -217,10 +222,9 @@ class TestVerdicts:
         [
             ((30, 58), None),
             ((29, 58), None),
-            ((28, 58), None),
-            ((27, 58), 2),
-            ((10, 20), 10),
-            ((-30, 60), 29),
+            ((28, 58), 2),
+            ((10, 20), 11),
+            ((-30, 60), 30),
             ((-300, -250), None),
         ],
     )
@@ -244,7 +248,9 @@ class TestVerdicts:
         assert found.problems == {}
         assert found.warnings["b"] == {"unique_ids": "its ids overlap those of a, but none is in both"}
         not_compared = file("a", ids=(0, 100)), file("b", (30, 59), ids=(100, 200))
-        assert verdicts(*not_compared).problems["b"] == {"unique_ids": "its ids overlap those of a"}
+        found = verdicts(*not_compared)
+        assert found.problems["b"] == {"unique_ids": "its ids overlap those of a, and were not compared"}
+        assert found.uncompared == {"b"}, "the next run cleans it again, and compares"
 
     def test_a_comparison_with_an_older_version_of_a_file_counts_as_none(self):
         older = file("b", (30, 59), ids=(50, 200), shared={"a": 0}, epoch="2018-04-01")
@@ -269,12 +275,29 @@ class TestVerdicts:
         bad = file("a").model_copy(update={"counts": typed(fraud_rows=20_000).counts})
         assert set(verdicts(bad, file("b", (10, 39)), built="a", accepted="a").problems) == {"b"}
         assert set(verdicts(bad, built="a").problems) == {"a"}
-        replaced = bad.model_copy(update={"epoch": "2018-04-01"})
-        features = FeaturesReport.model_validate(
-            features_report(cleaned_report("a", raw_spec(0)), {"cleaned": bad.version, "history": {}})
-            | {"accepted": True}
-        )
-        assert set(quality.judge_files({"a": replaced}, {"a": features}, LIMITS).problems) == {"a"}
+        assert set(verdicts(bad, accepted="a").problems) == set()
+
+    def test_shared_ids_at_the_ends_of_two_files_are_a_warning(self):
+        """As of a file that begins with the last thousandth of the one before."""
+        last = ids_between(0, 1_000_000) | {"p99_9": 999_000}
+        first = ids_between(999_500, 2_000_000) | {"p0_1": 1_000_500}
+        a = file("a", (0, 29), transaction_id=last)
+        b = file("b", (30, 59), shared={"a": 501}, transaction_id=first)
+        found = verdicts(a, b)
+        assert found.problems == {}
+        assert found.warnings["b"] == {"unique_ids": "501 of its ids are also in a: 0, 1, 2"}
+
+    def test_a_file_with_features_of_older_rows_stands_before_one_without(self):
+        """A corrected file is not brought down by the copy of it that was stopped before."""
+        a, b = file("a"), file("b")
+        assert set(verdicts(a, b, built="A").problems) == {"b"}
+        assert set(verdicts(a, b, built="Ab").problems) == {"a"}
+
+    def test_building_files_that_stand_changes_no_verdict(self):
+        chain = [file(key, (25 * n, 25 * n + 29), (n, n)) for n, key in enumerate("abcd")]
+        assert set(verdicts(*chain).problems) == {"b", "c"}
+        for built in ("a", "d", "ad"):
+            assert set(verdicts(*chain, built=built).problems) == {"b", "c"}
 
     @settings(max_examples=200, deadline=None)
     @given(
@@ -289,7 +312,7 @@ class TestVerdicts:
         shared = {"a": int(ids[0] < 30_000), "c": int(ids[1] >= 60_000)}
         odd = file("b", (first, last), ids, shared)
         found = verdicts(before, odd, after, built="" if new else "ac")
-        accuses_both = (first < -2 or ids[0] < 30_000) and (last > 31 or ids[1] >= 60_000)
+        accuses_both = (first < -1 or ids[0] < 30_000) and (last > 30 or ids[1] >= 60_000)
         if not new or accuses_both or last - first > LIMITS.max_days_per_file:
             assert set(found.problems) <= {"b"}
 
@@ -322,7 +345,7 @@ class TestVerdicts:
             assert other.tx_datetime is not None
             days = (
                 min(one.tx_datetime.p99_9, other.tx_datetime.p99_9) - max(one.tx_datetime.p0_1, other.tx_datetime.p0_1)
-            ).days
+            ).days + 1
             assert days <= LIMITS.max_overlap_days or {one.partition, other.partition} <= with_features
         # The order of the files does not matter.
         assert verdicts(*reversed(files), built="".join(sorted(with_features))).problems == found.problems

@@ -24,7 +24,6 @@ from ml_platform.cli.context import CommandError
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.lake import resource as lake_module
 from ml_platform.lake import storage
-from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
 from ml_platform.lake.reports import CleanedReport
 from ml_platform.model.mlflow import MlflowResource
@@ -508,17 +507,12 @@ class TestWithdrawAndRejects:
         assert lake.withdrawn() == []
 
     def test_nothing_is_withdrawn_under_a_run(self, run_cli: RunCli, lake: lake_module.LakeResource):
+        """Any run may read the file, as history or as a neighbour."""
         assert run_cli("sync")[0] == 0
         with dg.DagsterInstance.get() as instance:
-            run = dg.DagsterRun(
-                "process_new_files",
-                status=dg.DagsterRunStatus.STARTED,
-                tags={"ml_platform/partitions": "2019-08-22"} | range_tags("2019-08-22", "2019-08-22"),
-            )
-            instance.add_run(run)
+            instance.add_run(dg.DagsterRun("process_new_files", status=dg.DagsterRunStatus.STARTED))
         code, _, err = run_cli("withdraw", "2019-08-22")
-        assert (code, f"runs are at work on 2019-08-22: {run.run_id}" in err) == (1, True)
-        assert run_cli("withdraw", "2019-08-24")[0] == 0
+        assert (code, "runs are queued or running" in err) == (1, True)
 
 
 class TestProbeOfArtifacts:

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ml_platform.lake.partitions import PARTITION_TAG, contiguous_ranges, keys_of_run, partition_key, range_tags
+from ml_platform.lake.partitions import (
+    PARTITION_TAG,
+    contiguous_ranges,
+    keys_of_run,
+    partition_key,
+    partitions_tags,
+    range_tags,
+)
 
 names = st.text(st.characters() | st.sampled_from("ab09._-/ \n*"), max_size=130)
 registered_keys = st.lists(st.text("abc01", min_size=1, max_size=4), unique=True, max_size=30)
@@ -118,3 +125,11 @@ def test_range_tags_are_dagsters_own():
 
     assert range_tags("a", "b") == {ASSET_PARTITION_RANGE_START_TAG: "a", ASSET_PARTITION_RANGE_END_TAG: "b"}
     assert PARTITION_TAG == PARTITION_NAME_TAG
+
+
+@given(st.lists(st.text("abc-", min_size=1, max_size=100), min_size=1, max_size=60))
+def test_the_partitions_of_a_run_are_read_from_its_tags(keys: list[str]):
+    """PostgreSQL refuses values of tags beyond 2.7 kB."""
+    tags = partitions_tags(keys)
+    assert max(map(len, tags.values())) <= 2000
+    assert keys_of_run({**tags, **range_tags("a", "b")}, ["a", "b"]) == keys

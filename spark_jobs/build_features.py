@@ -72,7 +72,6 @@ def build_partition(spark: SparkSession, item: dict[str, Any], progress: Progres
     tallies = partitions.tallies_of(accumulator, tasks)
     return {
         "inputs": item["inputs"],
-        "accepted": item.get("accepted", False),
         "features": list(MODEL_INPUTS),
         "counts": {name: sum(tally[name] for tally in tallies) for name in ("rows", "fraud_rows", "unusable_rows")},
     }

@@ -36,7 +36,8 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
 
     Request: ``run_id``; ``epoch`` (YYYY-MM-DD, the origin of tx_time_seconds); ``out_of_range`` (None, or how many
     times the width of its file's bulk a row may lie outside of it, see bulk.Bulk); ``partitions``, a list of
-    ``partition`` (key), ``raw`` (``uri``, ``size`` in bytes, ``fingerprint``), ``output_uri``, ``rejected_uri``;
+    ``partition`` (key), ``raw`` (``uri``, ``size`` in bytes, ``fingerprint``), ``output_uri``, ``rejected_uri``,
+    ``accepted`` (copied into the report);
     ``neighbours``, cleaned partitions whose ids are compared: key → ``version``, ``uri``, ``transaction_id``.
     """
     neighbours = dict(request.get("neighbours", {}))
@@ -45,6 +46,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         report = clean_file(spark, item, request["epoch"], request.get("out_of_range"), progress)
         ids = report["transaction_id"]
         report["shared_ids"] = find_shared_ids(spark, item["output_uri"], ids, neighbours)
+        report["accepted"] = item.get("accepted", False)
         neighbours[item["partition"]] = {
             "version": version_of(report),
             "uri": item["output_uri"],
@@ -85,11 +87,10 @@ def clean_file(
         if tally["rejected"]:
             samples = write_rejected(spark, lines, parser, tally, collected, item["rejected_uri"])
     except Exception as error:
-        if raw_text.decompression_error(raw["uri"], str(error)):
-            raise partitions.Refused(f"it cannot be decompressed: {runtime.describe(error)}") from error
+        if damage := raw_text.damage_of(files, raw):
+            raise partitions.Refused(f"it cannot be decompressed: {damage}") from error
         raise
     _require_unchanged(files, raw)
-    bulk: Bulk | None = tally["bulk"]
     return {
         "raw": raw,
         "epoch": epoch,
@@ -98,6 +99,14 @@ def clean_file(
         "header": parser.header is not None,
         "counts": _counts(tally),
         "reject_samples": samples,
+        **_extent(tally),
+    }
+
+
+def _extent(tally: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a report about the instants and ids of a file."""
+    bulk: Bulk | None = tally["bulk"]
+    return {
         "tx_datetime": {
             "min": _iso(tally["min_seconds"]),
             "max": _iso(tally["max_seconds"]),

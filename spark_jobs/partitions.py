@@ -33,7 +33,8 @@ def run_partitions(
     `what` names the work in the log, and `size(item)` is its amount, from which the time left is estimated.
 
     Returns ``run_id``, ``spark_version``, ``seconds`` and ``partitions``: key → ``status`` ``succeeded`` with the
-    ``report`` that was also written to the item's ``output_uri``, or ``failed`` with an ``error``.
+    ``report`` that was also written to the item's ``output_uri``, or ``failed`` or ``refused`` (see Refused) with an
+    ``error``.
     """
     started = time.monotonic()
     runtime.configure(spark)

@@ -60,7 +60,7 @@ FIX_RULES = ("hour_24", "wrong_seconds", "wrong_days", "unknown_terminal", "unkn
 def version_of(report: Mapping[str, Any]) -> str:
     """Version of a cleaned partition by its report: what its rows depend on."""
     limit = report.get("out_of_range")
-    made_with = report["epoch"] if limit is None else "{} out_of_range={:g}".format(report["epoch"], limit)
+    made_with = report["epoch"] if limit is None else "{} out_of_range={}".format(report["epoch"], float(limit))
     return "{}/{}/{}".format(report.get("schema_version", SCHEMA_VERSION), made_with, report["raw"]["fingerprint"])
 
 

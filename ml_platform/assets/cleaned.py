@@ -44,10 +44,10 @@ class CleaningConfig(dg.Config):
 WITHDRAWN = "it was withdrawn (undo with: ml-platform withdraw --undo KEY)"
 
 
-def cleaned_with_another_limit(cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits) -> list[str]:
-    """Stopped files that were cleaned with another limit `out_of_range`, and are cleaned again with the present one."""
-    stopped = judge_files(cleaned, features, limits).problems
-    return [key for key in stopped if cleaned[key].out_of_range != limits.out_of_range]
+def files_to_clean_again(cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits) -> set[str]:
+    """Stopped files that another limit `out_of_range` was used for, or whose ids were never compared with others."""
+    verdicts = judge_files(cleaned, features, limits)
+    return verdicts.uncompared | {key for key in verdicts.problems if cleaned[key].out_of_range != limits.out_of_range}
 
 
 def is_cleaned(report: CleanedReport | None, raw: RawFile, epoch: str) -> bool:
@@ -90,14 +90,14 @@ def cleaned_transactions(
     reports, withdrawn = lake.reports(CleanedReport), lake.withdrawn()
     failed = {key: f"file not found in {lake.raw_uri}" for key in context.partition_keys if key not in files}
     failed |= {key: WITHDRAWN for key in context.partition_keys if key in withdrawn}
-    made_otherwise = cleaned_with_another_limit(reports, lake.reports(FeaturesReport), limits)
+    again = files_to_clean_again(reports, lake.reports(FeaturesReport), limits)
     current = {
         key: reports[key]
         for key in context.partition_keys
         if key not in failed
         and not config.rebuild
         and is_cleaned(reports.get(key), files[key], lake.epoch)
-        and key not in made_otherwise
+        and key not in again
     }
     wanted = [key for key in context.partition_keys if key not in failed and key not in current]
     context.log.info(f"{len(wanted)} files to clean, {len(current)} already clean, {len(failed)} not found")
@@ -108,49 +108,58 @@ def cleaned_transactions(
             context,
             lake,
             "clean_transactions",
-            {
-                "epoch": lake.epoch,
-                "out_of_range": limits.out_of_range,
-                "neighbours": {
-                    key: {
-                        "version": other.version,
-                        "uri": lake.partition_uri(CLEANED_TABLE, key),
-                        "transaction_id": other.transaction_id.model_dump(),
-                    }
-                    for key, other in reports.items()
-                    if key not in wanted and other.transaction_id is not None
-                },
-                "partitions": [
-                    {
-                        "partition": key,
-                        "raw": files[key].as_request(),
-                        "output_uri": lake.partition_uri(CLEANED_TABLE, key),
-                        "rejected_uri": lake.partition_uri(REJECTED_TABLE, key),
-                    }
-                    for key in wanted
-                ],
-            },
+            _request(lake, [files[key] for key in wanted], reports, limits),
             rows=sum(files[key].text_bytes for key in wanted) // BYTES_PER_ROW,
         )
         cleaned, errors = split_verdicts(report["partitions"], CleanedReport)
         refused = {key: error for key, error in errors.items() if report["partitions"][key]["status"] == "refused"}
         failed |= errors
     uncleaned = lake.uncleaned()
-    for key in context.partition_keys:
-        if key in failed:
-            file = UncleanedFile(
-                reason=failed[key],
-                refused=key in refused,
-                run_id=context.run.run_id,
-                version=files[key].version(lake.epoch) if key in files else "",
-            )
-            lake.set_uncleaned(key, file)
-        elif key in uncleaned:
-            lake.set_uncleaned(key, None)
+    for key, reason in failed.items():
+        if key in withdrawn:
+            continue
+        version = files[key].version(lake.epoch) if key in files else ""
+        file = UncleanedFile(reason=reason, refused=key in refused, run_id=context.run.run_id, version=version)
+        lake.set_uncleaned(key, file)
+    for key in cleaned.keys() & uncleaned.keys():
+        lake.set_uncleaned(key, None)
     metadata = {key: _metadata(lake, report, key in cleaned) for key, report in (current | cleaned).items()}
     if not metadata:
         yield from record_outcomes(context, succeeded={}, failed=failed)
     yield from record_outcomes(context, succeeded=metadata, failed={}, left_out=failed)
+
+
+def _request(
+    lake: LakeResource, files: list[RawFile], reports: CleanedReports, limits: QualityLimits
+) -> dict[str, Any]:
+    """Request of the job clean_transactions; its other partitions are neighbours, whose ids are compared."""
+    keys = {file.key for file in files}
+    return {
+        "epoch": lake.epoch,
+        "out_of_range": limits.out_of_range,
+        "neighbours": {
+            key: {
+                "version": other.version,
+                "uri": lake.partition_uri(CLEANED_TABLE, key),
+                "transaction_id": other.transaction_id.model_dump(),
+            }
+            for key, other in reports.items()
+            if key not in keys and other.transaction_id is not None
+        },
+        "partitions": [
+            {
+                "partition": file.key,
+                "raw": file.as_request(),
+                "output_uri": lake.partition_uri(CLEANED_TABLE, file.key),
+                "rejected_uri": lake.partition_uri(REJECTED_TABLE, file.key),
+                # The same rows stay accepted.
+                "accepted": file.key in reports
+                and reports[file.key].accepted
+                and is_cleaned(reports[file.key], file, lake.epoch),
+            }
+            for file in files
+        ],
+    }
 
 
 def _metadata(lake: LakeResource, report: CleanedReport, was_cleaned: bool) -> dict[str, Any]:

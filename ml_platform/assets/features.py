@@ -20,7 +20,7 @@ from ml_platform.assets.outcomes import (
 )
 from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.quality import ADVICE, NONE_STOPPED, QualityLimits, Verdicts, is_accepted, judge_files
+from ml_platform.lake.quality import ADVICE, NONE_STOPPED, QualityLimits, Verdicts, judge_files
 from ml_platform.lake.reports import (
     CLEANED_TABLE,
     FEATURES_TABLE,
@@ -176,8 +176,11 @@ def transaction_features(
     check_run_config(context.run.run_config)
     record_partitions(context)
     cleaned, (features, outdated) = lake.reports(CleanedReport), lake.split_reports(FeaturesReport)
+    if config.accept:
+        cleaned |= lake.accept([cleaned[key] for key in context.partition_keys if key in cleaned])
     verdicts = judge_files(cleaned, features, limits)
     if config.accept:
+        # Their neighbours, too, may have stopped them: with features of their own they stand.
         verdicts = verdicts.without(context.partition_keys)
     plan = plan_features(
         context.partition_keys,
@@ -206,12 +209,7 @@ def transaction_features(
     built: FeaturesReports = {}
     if plan.to_build:
         inputs = expected_inputs(cleaned, verdicts)
-        accepted = {
-            key
-            for key in plan.to_build
-            if is_accepted(key, cleaned, features) or (config.accept and key in context.partition_keys)
-        }
-        items = [_request(lake, cleaned, key, inputs[key], accepted=key in accepted) for key in plan.to_build]
+        items = [_request(lake, cleaned, key, inputs[key]) for key in plan.to_build]
         report = spark.run_job(
             context,
             lake,
@@ -225,9 +223,7 @@ def transaction_features(
     yield from record_outcomes(context, succeeded=metadata, failed=failed, left_out=left_out)
 
 
-def _request(
-    lake: LakeResource, cleaned: CleanedReports, key: str, inputs: FeatureInputs, *, accepted: bool
-) -> dict[str, Any]:
+def _request(lake: LakeResource, cleaned: CleanedReports, key: str, inputs: FeatureInputs) -> dict[str, Any]:
     """Request item of the job build_features for one partition."""
     times = cleaned[key].tx_datetime
     return {
@@ -237,7 +233,6 @@ def _request(
         "history": [lake.partition_uri(CLEANED_TABLE, earlier) for earlier in inputs.history],
         "cleaned_bytes": sum(cleaned[part].text_bytes for part in [key, *inputs.history]),
         "inputs": inputs.model_dump(),
-        "accepted": accepted,
         "output_uri": lake.partition_uri(FEATURES_TABLE, key),
     }
 

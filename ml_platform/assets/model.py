@@ -76,7 +76,10 @@ def fraud_model(
     left_out = unusable_files(context.partition_keys, cleaned, features, verdicts)
     keys = [key for key in context.partition_keys if key not in left_out]
     if left_out and not (keys and context.job_def.has_node_named(INTAKE_CHECKS)):
-        raise dg.Failure(f"nothing to train on: {printable(listed(left_out))}", allow_retries=False)
+        raise dg.Failure(
+            f"the run includes files that no model can be trained for: {printable(listed(left_out))}",
+            allow_retries=False,
+        )
     features = {
         key: report
         for key, report in features.items()

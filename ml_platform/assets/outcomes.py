@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 
 from ml_platform.escaping import markdown, printable
-from ml_platform.lake.partitions import PARTITIONS_TAG, raw_files
+from ml_platform.lake.partitions import PARTITIONS_TAG, partitions_tags, raw_files
 from ml_platform.lake.reports import ReportT
 
 OWNERS = ["team:ml-platform"]
@@ -42,7 +42,7 @@ def record_partitions(context: dg.AssetExecutionContext) -> None:
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and PARTITIONS_TAG in run.tags:  # an earlier step has done so
         return
-    context.instance.add_run_tags(context.run.run_id, {PARTITIONS_TAG: ",".join(keys)})
+    context.instance.add_run_tags(context.run.run_id, partitions_tags(keys))
     if len(keys) > 1:
         registered = context.instance.get_dynamic_partitions(str(raw_files.name))
         if between := sorted({key for key in registered if min(keys) < key < max(keys)} - set(keys)):

@@ -148,7 +148,7 @@ def withdraw(
 ) -> None:
     """Take a file out of the lake and keep it out, whatever its raw file holds, until --undo."""
     from ml_platform.lake.withdrawal import allow_again, withdraw_file
-    from ml_platform.planning import runs_at_work_on
+    from ml_platform.planning import has_active_runs
 
     settings = load_settings()
     lake = lake_of(settings)
@@ -158,8 +158,8 @@ def withdraw(
         say(f"{key} is no longer withdrawn: the next run cleans it again if its raw file is there")
         return
     with dagster_instance(settings) as instance:
-        if runs := runs_at_work_on(instance, key):
-            raise CommandError(f"runs are at work on {key}: {', '.join(runs)}; wait for them or stop them")
+        if has_active_runs(instance):
+            raise CommandError("runs are queued or running, and may read the file: wait for them or stop them")
         try:
             effects = withdraw_file(lake, key)
         except ValueError as error:

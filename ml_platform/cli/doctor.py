@@ -196,7 +196,10 @@ def _check_server_version(url: str) -> None:
     import mlflow
     import requests
 
-    answer = requests.get(f"{url.rstrip('/')}/version", timeout=15)
+    try:
+        answer = requests.get(f"{url.rstrip('/')}/version", timeout=15)
+    except requests.RequestException:  # MLflow's client, with its own settings for TLS, will say why
+        return
     server = re.fullmatch(r"([0-9]+)\.[0-9a-z.]+", answer.text.strip()) if answer.ok else None
     if server and server[1] != mlflow.__version__.partition(".")[0]:
         raise CommandError(

@@ -6,7 +6,7 @@ the rebuild where only the report changes, and keeps partitions whose raw file i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,6 +27,7 @@ class Migration:
     lake: LakeResource
     raw_files: Mapping[str, RawFile]
     cleaned: dict[str, CleanedReport]
+    with_features: Container[str]
 
 
 #: Converts a report of a table to the next schema version; returns None if the data must be rebuilt. A step has no side
@@ -50,7 +51,7 @@ def _to_schema_2(migration: Migration, table: str, report: Mapping[str, Any]) ->
         return None
     bulk = _bulk_of_partition(migration.lake, key, counts["clean_rows"])
     days = bulk and [instant_text(datetime(1970, 1, 1) + timedelta(days=day)) for day in bulk.days]
-    return {
+    moved = {
         **report,
         "schema_version": 2,
         "counts": {**counts, "out_of_range": 0, "respelled_id": 0},
@@ -61,7 +62,11 @@ def _to_schema_2(migration: Migration, table: str, report: Mapping[str, Any]) ->
         "text_bytes": report["raw"]["size"],
         "shared_ids": {},
         "reject_samples": {},
+        "accepted": False,
     }
+    # Before, a file that checks stopped was taken as it is by building its features.
+    stopped = own_problems(CleanedReport.model_validate(moved), QualityLimits())
+    return {**moved, "accepted": bool(stopped) and key in migration.with_features}
 
 
 def _features_to_schema_2(migration: Migration, report: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -77,8 +82,6 @@ def _features_to_schema_2(migration: Migration, report: Mapping[str, Any]) -> di
         **report,
         "schema_version": 2,
         "inputs": {"cleaned": now.pop(key), "history": now},
-        # Before, a file was taken as it is by building its features.
-        "accepted": bool(own_problems(migration.cleaned[key], QualityLimits())),
     }
 
 
@@ -133,7 +136,7 @@ def migrate_lake(lake: LakeResource, *, dry_run: bool = False, steps: Mapping[in
         FeaturesReport.table: lake.outdated_reports(FeaturesReport),
     }
     raw_files, _ = lake.list_raw_files()
-    migration = Migration(lake, raw_files, lake.reports(CleanedReport))
+    migration = Migration(lake, raw_files, lake.reports(CleanedReport), outdated[FeaturesReport.table])
     for table, reports in outdated.items():
         for key, report in sorted(reports.items()):
             moved = _move(migration, table, report, steps)
@@ -167,8 +170,12 @@ def _move(
 
 
 def _converted(step: Step, migration: Migration, table: str, report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A report after a step; None if it lacks what the step needs: anyone can edit it."""
+    """A valid report after a step; None if the step cannot be made: anyone can damage a partition."""
+    kind = CleanedReport if table == CLEANED_TABLE else FeaturesReport
     try:
-        return step(migration, table, report)
-    except (KeyError, TypeError, AttributeError):
+        converted = step(migration, table, report)
+        if converted is not None:
+            kind.model_validate(converted)
+    except (KeyError, TypeError, AttributeError, ValueError, OSError):
         return None
+    return converted

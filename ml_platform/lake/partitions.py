@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,8 +11,10 @@ import dagster as dg
 PARTITION_TAG = "dagster/partition"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
-#: The partitions of a run, as they were at its start: their order may change later.
+#: The partitions of a run, as they were at its start: their order may change later. Many need more than one tag, which
+#: are numbered, because PostgreSQL indexes values of tags up to 2.7 kB.
 PARTITIONS_TAG = "ml_platform/partitions"
+MAX_TAG_LENGTH = 2000
 
 RAW_SUFFIX = ".txt"
 #: Spark decompresses the last two.
@@ -59,12 +62,20 @@ def range_tags(start: str, end: str) -> dict[str, str]:
     return {RANGE_START_TAG: start, RANGE_END_TAG: end}
 
 
+def partitions_tags(keys: Sequence[str]) -> dict[str, str]:
+    """Run tags that record the partitions of a run."""
+    per_tag = MAX_TAG_LENGTH // (MAX_KEY_LENGTH + 1)
+    chunks = [",".join(keys[first : first + per_tag]) for first in range(0, len(keys), per_tag)]
+    return {f"{PARTITIONS_TAG}.{number}" if number else PARTITIONS_TAG: text for number, text in enumerate(chunks)}
+
+
 def keys_of_run(tags: Mapping[str, str], registered: Sequence[str]) -> list[str]:
     """Partitions covered by a run with these tags, given all registered partitions in order."""
     if PARTITION_TAG in tags:
         return [tags[PARTITION_TAG]]
     if PARTITIONS_TAG in tags:
-        return tags[PARTITIONS_TAG].split(",")
+        more = itertools.takewhile(tags.__contains__, (f"{PARTITIONS_TAG}.{number}" for number in itertools.count(1)))
+        return ",".join([tags[PARTITIONS_TAG], *(tags[name] for name in more)]).split(",")
     start, end = tags.get(RANGE_START_TAG), tags.get(RANGE_END_TAG)
     if start not in registered or end not in registered:
         return []

@@ -15,7 +15,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.lake.reports import CleanedReport, CleanedReports, FeaturesReport, FeaturesReports
+from ml_platform.lake.reports import CleanedReport, CleanedReports, FeaturesReport, FeaturesReports, SharedIds
 from spark_jobs.schema import REJECT_RULES
 
 
@@ -43,6 +43,7 @@ class QualityLimits(dg.ConfigurableResource):
     out_of_range: float | None = Field(
         default=None,
         gt=0,
+        allow_inf_nan=False,
         description="Rows are rejected (out_of_range) if they lie farther outside the 0.1 to 99.9 percentiles of their "
         "file's days or ids than this many times their width. None: no row is.",
     )
@@ -134,7 +135,7 @@ def implausible_time_range(report: CleanedReport, limits: QualityLimits) -> str 
 def _odd_rows(report: CleanedReport) -> str:
     """The rows that are not of the file's usual days, as the end of a message."""
     odd = report.odd_rows
-    if not odd.rows:
+    if not odd.rows or len(odd.usual_days) != 2:
         return ""
     first, last = (day.date() for day in odd.usual_days)
     examples = ", ".join(f"id {row.transaction_id} at {row.tx_datetime}" for row in odd.examples)
@@ -180,14 +181,16 @@ class Verdicts:
     """The stopped files with the checks that stop them, and warnings about files that are not stopped for these.
 
     Attributes:
-        duplicates: files stopped by `unique_ids`, whose rows are nobody's history.
+        uncompared: files that overlap another one's ids and were never compared with it: cleaning them does that.
     """
 
     problems: dict[str, Problems]
     warnings: dict[str, Problems] = field(default_factory=dict)
+    uncompared: set[str] = field(default_factory=set)
 
     @property
     def duplicates(self) -> set[str]:
+        """Files stopped by `unique_ids`, whose rows are nobody's history."""
         return {key for key, problems in self.problems.items() if "unique_ids" in problems}
 
     def without(self, keys: Iterable[str]) -> Verdicts:
@@ -209,34 +212,67 @@ NONE_STOPPED = Verdicts({})
 def judge_files(cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits) -> Verdicts:
     """Decide which files are stopped.
 
-    A file that was accepted (see `is_accepted`) is not. Of files that only accuse each other, those with features of
-    their present rows stand, then those with the fewest conflicts; equals are all stopped.
+    A file that was accepted is not stopped by its own figures. Of files that only accuse each other, those with
+    features of their present rows stand, then those with features of older rows, then those with the fewest conflicts;
+    equals are all stopped.
     """
-    with_features = {
-        key for key, report in features.items() if key in cleaned and report.inputs.cleaned == cleaned[key].version
-    }
     problems: dict[str, Problems] = {}
     for key, report in cleaned.items():
         own = own_problems(report, limits)
-        if own and not is_accepted(key, cleaned, features):
+        if own and not report.accepted:
             problems[key] = own
     accusers = {key: report for key, report in cleaned.items() if key not in problems}
     conflicts: dict[str, dict[str, Problems]] = defaultdict(dict)  # key → other key → problems
     warnings: dict[str, Problems] = {}
+    uncompared = set()
     for one, other, days in _pairs_that_share_days(accusers, limits):
         for key, culprit in ((one, other), (other, one)):
             text = f"it shares {days} days with {culprit}{_odd_rows(accusers[key])}"
             conflicts[key].setdefault(culprit, {})["time_range"] = text
-    for one, other in _pairs_with_overlapping_ids(accusers):
-        for key, culprit in ((one, other), (other, one)):
-            if shared := _shared_ids(accusers[key], accusers[culprit]):
-                conflicts[key].setdefault(culprit, {})["unique_ids"] = shared
-            else:
-                warnings.setdefault(key, {})["unique_ids"] = f"its ids overlap those of {culprit}, but none is in both"
-    for key in _losers({key: set(others) for key, others in conflicts.items()}, with_features):
-        for found in conflicts[key].values():
-            problems[key] = {**found, **problems.get(key, {})}
-    return Verdicts(problems, warnings)
+    for one, other, bulks_overlap in _pairs_with_overlapping_ids(accusers):
+        comparison = _comparison_of(accusers[one], accusers[other])
+        if comparison is None and bulks_overlap:
+            uncompared.add(max(one, other))
+        is_problem = bulks_overlap and not (comparison and comparison.rows == 0)
+        if is_problem or bulks_overlap or (comparison and comparison.rows):
+            for key, culprit in ((one, other), (other, one)):
+                text = _overlap_text(culprit, comparison)
+                place = conflicts[key].setdefault(culprit, {}) if is_problem else warnings.setdefault(key, {})
+                place["unique_ids"] = text
+    ranks = _ranks(cleaned, features)
+    for key, others in conflicts.items():
+        if any(_gives_way(key, other, conflicts, ranks) for other in others):
+            for found in others.values():
+                problems[key] = {**found, **problems.get(key, {})}
+    return Verdicts(problems, warnings, uncompared)
+
+
+def _overlap_text(culprit: str, comparison: SharedIds | None) -> str:
+    if comparison is None or comparison.rows is None:
+        return (
+            f"its ids overlap those of {culprit}, and {'were not' if comparison is None else 'could not be'} compared"
+        )
+    if comparison.rows:
+        return f"{comparison.rows} of its ids are also in {culprit}: {', '.join(map(str, comparison.examples))}"
+    return f"its ids overlap those of {culprit}, but none is in both"
+
+
+def _ranks(cleaned: CleanedReports, features: FeaturesReports) -> dict[str, int]:
+    """2 for files with features of their present rows, 1 for those with features of older rows."""
+    return {
+        key: 2 if report.inputs.cleaned == cleaned[key].version else 1
+        for key, report in features.items()
+        if key in cleaned
+    }
+
+
+def _gives_way(key: str, other: str, conflicts: Mapping[str, Mapping[str, Problems]], ranks: Mapping[str, int]) -> bool:
+    """True if the first of two files in conflict is stopped. Counted are all conflicts, so that verdicts are stable."""
+    own, its = ranks.get(key, 0), ranks.get(other, 0)
+    if own != its:
+        return own < its
+    # Both were taken before, under other limits.
+    return own < 2 and len(conflicts[key]) >= len(conflicts[other])
 
 
 def own_problems(report: CleanedReport, limits: QualityLimits) -> Problems:
@@ -244,36 +280,20 @@ def own_problems(report: CleanedReport, limits: QualityLimits) -> Problems:
     return {name: text for name, check in OWN_CHECKS.items() if (text := check(report, limits))}
 
 
-def is_accepted(key: str, cleaned: CleanedReports, features: FeaturesReports) -> bool:
-    """True if the present rows of a file were taken as they are (`accept` of transaction_features)."""
-    report = features.get(key)
-    return report is not None and report.accepted and report.inputs.cleaned == cleaned[key].version
-
-
-def _losers(conflicts: Mapping[str, set[str]], with_features: set[str]) -> set[str]:
-    """The files that give way to others."""
-    losers = {key for key, others in conflicts.items() if key not in with_features and others & with_features}
-    left = {key for key in conflicts if key not in with_features} - losers
-    while degrees := {key: count for key in left if (count := len(conflicts[key] & left))}:
-        most = max(degrees.values())
-        beaten = {key for key, count in degrees.items() if count == most}
-        losers |= beaten
-        left -= beaten
-    return losers
-
-
 def _pairs_that_share_days(cleaned: CleanedReports, limits: QualityLimits) -> Iterator[tuple[str, str, int]]:
-    """Pairs of files whose usual days overlap too far, and by how many days."""
+    """Pairs of files that have too many usual days in common, and how many."""
     ranges = {key: (times.p0_1, times.p99_9) for key, report in cleaned.items() if (times := report.tx_datetime)}
     for one, other in _overlapping_pairs(ranges):
-        days = (min(ranges[one][1], ranges[other][1]) - max(ranges[one][0], ranges[other][0])).days
+        days = (min(ranges[one][1], ranges[other][1]) - max(ranges[one][0], ranges[other][0])).days + 1
         if days > limits.max_overlap_days:
             yield one, other, days
 
 
-def _pairs_with_overlapping_ids(cleaned: CleanedReports) -> Iterator[tuple[str, str]]:
-    ranges = {key: (ids.p0_1, ids.p99_9) for key, report in cleaned.items() if (ids := report.transaction_id)}
-    return _overlapping_pairs(ranges)
+def _pairs_with_overlapping_ids(cleaned: CleanedReports) -> Iterator[tuple[str, str, bool]]:
+    """Pairs of files whose ids overlap, and whether their usual ids do."""
+    ids = {key: report.transaction_id for key, report in cleaned.items() if report.transaction_id is not None}
+    for one, other in _overlapping_pairs({key: (found.min, found.max) for key, found in ids.items()}):
+        yield one, other, ids[one].p0_1 <= ids[other].p99_9 and ids[other].p0_1 <= ids[one].p99_9
 
 
 def _overlapping_pairs(ranges: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[str, str]]:
@@ -285,16 +305,10 @@ def _overlapping_pairs(ranges: Mapping[str, tuple[Any, Any]]) -> Iterator[tuple[
         active.append(key)
 
 
-def _shared_ids(report: CleanedReport, other: CleanedReport) -> str | None:
-    """The problem that the cleaning of either file found; without a comparison, overlapping ids are one, too."""
+def _comparison_of(report: CleanedReport, other: CleanedReport) -> SharedIds | None:
+    """What the cleaning of either file found in the present version of the other."""
     for newer, older in ((report, other), (other, report)):
         comparison = newer.shared_ids.get(older.partition)
         if comparison is not None and comparison.version == older.version:
-            if not comparison.rows:
-                return None
-            return f"{comparison.rows} of its ids are also in {other.partition}: {_listed(comparison.examples)}"
-    return f"its ids overlap those of {other.partition}"
-
-
-def _listed(examples: list[int]) -> str:
-    return ", ".join(map(str, examples))
+            return comparison
+    return None

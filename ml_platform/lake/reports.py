@@ -75,10 +75,10 @@ class OddRows(_Report):
 
 
 class SharedIds(_Report):
-    """Ids of a partition that another one has, too, as of `version` of that one."""
+    """Ids of a partition that another one has, too, as of `version` of that one; None if it could not be read."""
 
     version: str
-    rows: int
+    rows: int | None
     examples: list[int]
 
 
@@ -91,6 +91,8 @@ class RawVersion(_Report):
 
 class CleanedCounts(_Report):
     """Row counts by outcome; the report also has one field per cleaning rule."""
+
+    __pydantic_extra__: dict[str, int]
 
     raw_rows: int
     clean_rows: int
@@ -129,13 +131,17 @@ class CleanedReport(PartitionReport):
     text_bytes: int
     #: By partition, those whose usual ids overlap.
     shared_ids: dict[str, SharedIds]
+    #: The rows were taken as they are, whatever the checks say of them (`accept` of transaction_features).
+    accepted: bool
     #: A rejected line for each rule that rejected any, cut where it is long.
     reject_samples: dict[str, str]
 
     @property
     def version(self) -> str:
         """Version of the rows: all that they depend on."""
-        return version_of(self.model_dump())
+        raw = {"fingerprint": self.raw.fingerprint}
+        fields = {"schema_version": self.schema_version, "epoch": self.epoch, "out_of_range": self.out_of_range}
+        return version_of({**fields, "raw": raw})
 
 
 class FeatureInputs(_Report):
@@ -159,8 +165,6 @@ class FeaturesReport(PartitionReport):
     inputs: FeatureInputs
     features: list[str]
     counts: FeaturesCounts
-    #: The rows of `inputs.cleaned` were taken as they are, whatever the checks say of them.
-    accepted: bool
 
 
 class Window(_Report):
@@ -233,7 +237,7 @@ class UncleanedFile(BaseModel):
     reason: str
     refused: bool
     run_id: str
-    #: Version of the platform's rules, fingerprint of the raw file.
+    #: Version of the platform's rules, epoch, fingerprint of the raw file.
     version: str
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,14 @@ import dagster as dg
 from pydantic import Field, ValidationError
 
 from ml_platform.lake.partitions import is_partition_key, partition_key
-from ml_platform.lake.reports import PartitionReport, ReportT, UncleanedFile
+from ml_platform.lake.reports import (
+    CLEANED_TABLE,
+    CleanedReport,
+    CleanedReports,
+    PartitionReport,
+    ReportT,
+    UncleanedFile,
+)
 from ml_platform.lake.storage import READ_THREADS, Store, StoredFile, open_store
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
@@ -105,6 +113,17 @@ class LakeResource(dg.ConfigurableResource):
     def withdrawn(self) -> list[str]:
         """Keys that were withdrawn and are kept out, whatever their raw file."""
         return list(self._records(WITHDRAWN_DIRECTORY))
+
+    def accept(self, reports: Iterable[CleanedReport]) -> CleanedReports:
+        """Note in the reports of cleaned files that their rows are taken as they are; returns the new reports."""
+        accepted = {}
+        for report in reports:
+            accepted[report.partition] = report.model_copy(update={"accepted": True})
+            name = f"{self.partition_path(CLEANED_TABLE, report.partition)}/{REPORT_NAME}"
+            if not report.accepted:
+                content = self.read_json(name)
+                self.write_json(name, {**content, "accepted": True})
+        return accepted
 
     def uncleaned(self) -> dict[str, UncleanedFile]:
         """Raw files that the last run over them could not clean."""

@@ -7,7 +7,6 @@ from ml_platform.lake.reports import (
     CLEANED_TABLE,
     FEATURES_TABLE,
     REJECTED_TABLE,
-    CleanedReport,
     FeaturesReport,
 )
 from ml_platform.lake.resource import WITHDRAWN_DIRECTORY, LakeResource
@@ -21,10 +20,10 @@ def withdraw_file(lake: LakeResource, key: str) -> list[str]:
 
     Raises ValueError if there is neither a raw file nor a partition of this key.
     """
-    cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
+    features = lake.reports(FeaturesReport)
     files, _ = lake.list_raw_files()
-    tables = (FEATURES_TABLE, CLEANED_TABLE, REJECTED_TABLE)
-    if not is_partition_key(key) or (key not in files and key not in cleaned and key not in features):
+    paths = [lake.partition_path(table, key) for table in (FEATURES_TABLE, CLEANED_TABLE, REJECTED_TABLE)]
+    if not is_partition_key(key) or not (key in files or any(any(lake.store.list_directory(path)) for path in paths)):
         raise ValueError(f"{key!r} is neither a raw file nor a partition of the lake")
     effects = []
     stale = sorted(other for other, report in features.items() if other != key and key in report.inputs.history)
@@ -34,8 +33,7 @@ def withdraw_file(lake: LakeResource, key: str) -> list[str]:
         effects.append(f"models that were trained or tested on its rows, and their test scores: {', '.join(models)}")
     # The mark comes first: from then on no run cleans the file.
     lake.write_json(f"{WITHDRAWN_DIRECTORY}/{key}.json", {"partition": key})
-    for table in tables:
-        path = lake.partition_path(table, key)
+    for path in paths:
         lake.store.delete(f"{path}/{REPORT_NAME}")  # without it, the partition does not exist
         lake.store.delete(path)
     lake.set_uncleaned(key, None)
@@ -51,15 +49,23 @@ def allow_again(lake: LakeResource, key: str) -> bool:
 
 
 def models_trained_on(lake: LakeResource, key: str) -> list[str]:
-    """Directories in the lake of the models that a partition was an input of, by their reports."""
+    """Directories in the lake of the models that a partition was an input of, by their reports.
+
+    Reports of earlier versions name the cut-off alone.
+    """
     found = []
-    for cutoff in lake.store.list_directory(MODELS_DIRECTORY):
-        for run in lake.store.list_directory(f"{MODELS_DIRECTORY}/{cutoff.name.rstrip('/')}"):
-            directory = f"{MODELS_DIRECTORY}/{cutoff.name}{run.name}".rstrip("/")
+    for cutoff in _directories(lake, MODELS_DIRECTORY):
+        for directory in _directories(lake, cutoff):
             try:
                 report = lake.read_json(f"{directory}/{REPORT_NAME}")
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
-            if isinstance(report, dict) and key in report.get("partitions", [cutoff.name.rstrip("/")]):
+            partitions = report.get("partitions") if isinstance(report, dict) else None
+            if key in (partitions if isinstance(partitions, list) else [cutoff.rpartition("/")[2]]):
                 found.append(directory)
     return sorted(found)
+
+
+def _directories(lake: LakeResource, name: str) -> list[str]:
+    """Directories directly in a directory of the lake."""
+    return [f"{name}/{found.name[:-1]}" for found in lake.store.list_directory(name) if found.name.endswith("/")]

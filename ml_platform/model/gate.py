@@ -119,6 +119,9 @@ def lost_parts(mlflow: MlflowResource, version: ModelVersion) -> str | None:
         return f"{name}: its MLflow run {version.run_id} is gone; {way_out}"
     except FileNotFoundError:
         files = []
+    except Exception as error:  # whatever the client of the store raises
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{name}: its artifacts cannot be checked in {uri}: {text}"
     return None if files else f"{name}: its artifacts are gone from {uri}; {way_out}"
 
 

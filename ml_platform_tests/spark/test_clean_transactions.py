@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -384,15 +385,27 @@ def test_a_file_that_no_row_can_be_read_from_is_refused(cleaner: Cleaner) -> Non
         cleaner.item("cr", rows.replace(b"\n", b"\r")),
         cleaner.item("text", rows, ".txt.gz"),
         cleaner.item("cut", gzip.compress(rows)[:-100], ".txt.gz"),
+        cleaner.item("cut bz2", bz2.compress(rows)[:-100], ".txt.bz2"),
         cleaner.item("mixed", b"\r" + b"\n".join([rows, rows.replace(b"\n", b"\r")])),
     )
     assert {key: verdict["status"] for key, verdict in verdicts.items()} == {
-        **dict.fromkeys(("cr", "text", "cut"), "refused"),
+        **dict.fromkeys(("cr", "text", "cut", "cut bz2"), "refused"),
         "mixed": "succeeded",
     }
     assert "CR alone" in verdicts["cr"]["error"]
-    assert all("cannot be decompressed" in verdicts[key]["error"] for key in ("text", "cut"))
+    assert all("cannot be decompressed" in verdicts[key]["error"] for key in ("text", "cut", "cut bz2"))
     assert verdicts["mixed"]["report"]["counts"]["rejected_rows"] == 1
+
+
+def test_an_error_of_the_storage_does_not_refuse_a_compressed_file(
+    cleaner: Cleaner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stack of Java's errors names bzip2's classes, whatever went wrong."""
+    item = cleaner.item("file", bz2.compress(GOOD.encode()) + bz2.compress(f"\n{GOOD}".encode()), ".txt.bz2")
+    message = "SocketTimeoutException at org.apache.hadoop.io.compress.bzip2.CBZip2InputStream"
+    monkeypatch.setattr(clean_transactions, "cleaned_files", mock.Mock(side_effect=RuntimeError(message)))
+    (verdict,) = cleaner.run(item).values()
+    assert verdict["status"] == "failed"
 
 
 @pytest.mark.images
@@ -484,10 +497,14 @@ def test_ids_are_compared_where_the_bulks_of_two_files_overlap(cleaner: Cleaner)
         "even": (5, [90, 92, 94]),
         "odd": (5, [91, 93, 95]),
     }
+    assert verdicts["odd"]["report"]["accepted"] is False
     report = verdicts["odd"]["report"]
     neighbour = {"version": "old", "uri": cleaner.item("odd", b"")["output_uri"], **report}
     (verdict,) = cleaner.run(cleaner.item("late", file(97, 99)), neighbours={"odd": neighbour}).values()
     assert verdict["report"]["shared_ids"] == {"odd": {"version": "old", "rows": 2, "examples": [97, 99]}}
+    gone = {**neighbour, "uri": f"file://{cleaner.directory}/gone"}
+    (verdict,) = cleaner.run(cleaner.item("late", file(97, 99)), neighbours={"gone": gone}).values()
+    assert verdict["report"]["shared_ids"] == {"gone": {"version": "old", "rows": None, "examples": []}}
 
 
 CELL = st.one_of(

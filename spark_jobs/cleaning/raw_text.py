@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import zlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spark_jobs.cleaning.rules import has_only_carriage_returns
@@ -21,17 +22,8 @@ _SAMPLE_BYTES = 1 << 20
 #: Text of a sample, at most: a few compressed bytes may stand for gigabytes.
 _MAX_SAMPLE_TEXT = 32 << 20
 
-#: Words of Hadoop's errors about files that cannot be decompressed.
-_DECOMPRESSION_ERRORS = (
-    *("java.util.zip", "EOFException", "ZipException", "gzip", "bzip2", "BZip2", "crc error", "block header"),
-    *(
-        "incorrect header check",
-        "incorrect data check",
-        "invalid stored block",
-        "Unexpected end of",
-        "DataFormatException",
-    ),
-)
+#: Compressed bytes that are tested at a time.
+_CHUNK_BYTES = 8 << 20
 
 
 class RawText(NamedTuple):
@@ -82,6 +74,21 @@ def _decompressed(uri: str, sample: bytes) -> tuple[bytes, int]:
         raise Refused(f"it cannot be decompressed: {error}") from None
 
 
-def decompression_error(uri: str, error: str) -> bool:
-    """True if Spark's `error` is about the content of a compressed file."""
-    return is_compressed(uri) and any(words in error for words in _DECOMPRESSION_ERRORS)
+def damage_of(files: Files, raw: dict[str, Any]) -> str | None:
+    """Reason why a compressed file cannot be decompressed, by doing so; None if it can, or is not compressed."""
+    uri, size = raw["uri"], raw["size"]
+    if not is_compressed(uri) or not size:
+        return None
+    new = partial(zlib.decompressobj, wbits=31) if uri.endswith(".gz") else bz2.BZ2Decompressor
+    decompressor: Any = new()
+    try:
+        for start in range(0, size, _CHUNK_BYTES):
+            rest = files.read(uri, _CHUNK_BYTES, start=start)
+            while rest:
+                if decompressor.eof:  # a file may have several members
+                    decompressor = new()
+                decompressor.decompress(rest)
+                rest = decompressor.unused_data
+    except (zlib.error, OSError, EOFError) as error:
+        return str(error)
+    return None if decompressor.eof else "it ends too early"
