@@ -107,6 +107,7 @@ def cleaned_report(
         "transaction_id": ids_between(
             spec["first_id"] if rows else None, spec["first_id"] + rows - 1 if rows else None
         ),
+        "rows_per_day": {},
         "odd_rows": {"rows": 0, "usual_days": [], "examples": []},
         "out_of_range": None,
         "text_bytes": (raw or {"size": 1})["size"],

@@ -119,6 +119,7 @@ def _extent(tally: dict[str, Any]) -> dict[str, Any]:
             "p0_1": bulk.ids[0] if bulk else None,
             "p99_9": bulk.ids[1] if bulk else None,
         },
+        "rows_per_day": {_iso(day * DAY_S): rows for day, rows in bulk.rows_per_day.items()} if bulk else {},
         "odd_rows": {
             "rows": bulk.odd if bulk else 0,
             "usual_days": [_iso(day * DAY_S) for day in bulk.usual_days] if bulk else [],

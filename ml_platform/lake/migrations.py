@@ -50,13 +50,14 @@ def _to_schema_2(migration: Migration, table: str, report: Mapping[str, Any]) ->
     if has_only_carriage_returns(head) or (header_line(head) is not None) != report["header"]:
         return None
     bulk = _bulk_of_partition(migration.lake, key, counts["clean_rows"])
-    days = bulk and [instant_text(datetime(1970, 1, 1) + timedelta(days=day)) for day in bulk.days]
+    days = bulk and [_instant_of(day) for day in bulk.days]
     moved = {
         **report,
         "schema_version": 2,
         "counts": {**counts, "out_of_range": 0, "respelled_id": 0},
         "tx_datetime": {**report["tx_datetime"], "p0_1": days and days[0], "p99_9": days and days[1]},
         "transaction_id": {**report["transaction_id"], "p0_1": bulk and bulk.ids[0], "p99_9": bulk and bulk.ids[1]},
+        "rows_per_day": {_instant_of(day): count for day, count in bulk.rows_per_day.items()} if bulk else {},
         "odd_rows": {"rows": 0, "usual_days": [], "examples": []},
         "out_of_range": None,
         "text_bytes": report["raw"]["size"],
@@ -67,6 +68,11 @@ def _to_schema_2(migration: Migration, table: str, report: Mapping[str, Any]) ->
     # Before, a file that checks stopped was taken as it is by building its features.
     stopped = own_problems(CleanedReport.model_validate(moved), QualityLimits())
     return {**moved, "accepted": bool(stopped) and key in migration.with_features}
+
+
+def _instant_of(day: int) -> str:
+    """Beginning of a day since 1970, as reports have it."""
+    return instant_text(datetime(1970, 1, 1) + timedelta(days=day))
 
 
 def _features_to_schema_2(migration: Migration, report: Mapping[str, Any]) -> dict[str, Any] | None:

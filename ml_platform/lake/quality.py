@@ -156,6 +156,9 @@ def _date_of(key: str) -> datetime | None:
         return None
 
 
+#: A file that shares days with another one stands if it is so many times denser there: the other has odd rows alone.
+MANY_TIMES = 5
+
 #: How to go on with a stopped file.
 ADVICE = (
     "Correct the file, or change a limit (out_of_range rejects odd rows alone), or take the file as it is: materialize "
@@ -213,8 +216,8 @@ def judge_files(cleaned: CleanedReports, features: FeaturesReports, limits: Qual
     """Decide which files are stopped.
 
     A file that was accepted is not stopped by its own figures. Of files that only accuse each other, those with
-    features of their present rows stand, then those with features of older rows, then those with the fewest conflicts;
-    equals are all stopped.
+    features of their present rows stand, then those with features of older rows, then those with the fewest conflicts,
+    then those that have more than odd rows on the days that they share; equals are all stopped.
     """
     problems: dict[str, Problems] = {}
     for key, report in cleaned.items():
@@ -241,7 +244,7 @@ def judge_files(cleaned: CleanedReports, features: FeaturesReports, limits: Qual
                 place["unique_ids"] = text
     ranks = _ranks(cleaned, features)
     for key, others in conflicts.items():
-        if any(_gives_way(key, other, conflicts, ranks) for other in others):
+        if any(_gives_way(accusers[key], accusers[other], conflicts, ranks) for other in others):
             for found in others.values():
                 problems[key] = {**found, **problems.get(key, {})}
     return Verdicts(problems, warnings, uncompared)
@@ -266,13 +269,33 @@ def _ranks(cleaned: CleanedReports, features: FeaturesReports) -> dict[str, int]
     }
 
 
-def _gives_way(key: str, other: str, conflicts: Mapping[str, Mapping[str, Problems]], ranks: Mapping[str, int]) -> bool:
+def _gives_way(
+    report: CleanedReport,
+    other: CleanedReport,
+    conflicts: Mapping[str, Mapping[str, Problems]],
+    ranks: Mapping[str, int],
+) -> bool:
     """True if the first of two files in conflict is stopped. Counted are all conflicts, so that verdicts are stable."""
-    own, its = ranks.get(key, 0), ranks.get(other, 0)
+    own, its = ranks.get(report.partition, 0), ranks.get(other.partition, 0)
     if own != its:
         return own < its
-    # Both were taken before, under other limits.
-    return own < 2 and len(conflicts[key]) >= len(conflicts[other])
+    own, its = len(conflicts[report.partition]), len(conflicts[other.partition])
+    if ranks.get(report.partition) == 2 or own != its:
+        # Two files with features were both taken before, under other limits.
+        return ranks.get(report.partition) != 2 and own > its
+    return _density(report, other) < MANY_TIMES * _density(other, report)
+
+
+def _density(report: CleanedReport, other: CleanedReport) -> float:
+    """Rows per day of a file on the usual days that it shares with another one, compared with all its usual days."""
+    own, its = report.tx_datetime, other.tx_datetime
+    if own is None or its is None:
+        return 1.0
+    first, last = max(own.p0_1, its.p0_1), min(own.p99_9, its.p99_9)
+    rows = sum(report.rows_per_day.values())
+    shared = sum(count for day, count in report.rows_per_day.items() if first <= day <= last)
+    days, shared_days = (own.p99_9 - own.p0_1).days + 1, (last - first).days + 1
+    return (shared / shared_days) / (rows / days) if rows and shared_days > 0 else 1.0
 
 
 def own_problems(report: CleanedReport, limits: QualityLimits) -> Problems:

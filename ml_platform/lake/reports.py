@@ -125,6 +125,8 @@ class CleanedReport(PartitionReport):
     tx_datetime: Annotated[Instants | None, BeforeValidator(_none_if_empty)]
     transaction_id: Annotated[Ids | None, BeforeValidator(_none_if_empty)]
     odd_rows: OddRows
+    #: Of the days with most rows, at most 400.
+    rows_per_day: dict[Instant, int]
     #: The limit of that name, see QualityLimits.
     out_of_range: float | None
     #: Size of the raw file's text, which is more than `raw.size` if it is compressed.

@@ -455,6 +455,7 @@ def test_one_row_in_a_thousand_does_not_move_the_bulk(rows: int, odd: list[tuple
     far = [row for row in every if not found.usual_days[0] - width <= row[0] <= found.usual_days[1] + width]
     assert found.odd == len(far)
     assert len(found.examples) == min(3, len(set(far)))
+    assert found.rows_per_day == Counter(day for day, _ in every)
 
 
 @pytest.mark.images

@@ -18,6 +18,9 @@ SHORTEST_ROW = 30
 #: Odd rows that a report names.
 EXAMPLES = 3
 
+#: Days that a report counts rows of.
+MAX_DAYS = 400
+
 #: Days in this range are counted in an array.
 _COUNTED_DAYS = 1 << 20
 
@@ -38,7 +41,8 @@ class Bulk(NamedTuple):
     """Percentiles of a file's ids and days (since 1970), and the rows that a person would look at first.
 
     `usual_days` leave out EXAMPLES rows at either end where that is more than the percentiles do, as in small files.
-    `odd` rows are farther from them than their width; `examples` are (id, Unix seconds) of the farthest.
+    `odd` rows are farther from them than their width; `examples` are (id, Unix seconds) of the farthest. `rows_per_day`
+    has the MAX_DAYS days with most rows.
     """
 
     ids: Range
@@ -46,6 +50,7 @@ class Bulk(NamedTuple):
     usual_days: Range
     odd: int
     examples: Sequence[Range]
+    rows_per_day: dict[int, int]
 
 
 def tail_length(size: int) -> int:
@@ -68,6 +73,7 @@ def tails(ids: Array, seconds: Array, length: int) -> dict[str, Any] | None:
     return {
         "low_ids": ids[:length],
         "high_ids": ids[-length:],
+        "days": _fullest(days, counts),
         "low_days": (days[:low], counts[:low]),
         "high_days": (days[-high:], counts[-high:]),
         "rows": [(int(ids[row]), int(seconds[row])) for row in {*first.tolist(), *last.tolist()}],
@@ -108,7 +114,19 @@ def bulk_of(parts: Sequence[dict[str, Any]], rows: int) -> Bulk | None:
     examples = {row for part in parts for row in part["rows"] if not first - width <= row[1] // DAY_S <= last + width}
     middle = (first + last + 1) * DAY_S // 2
     farthest = sorted(examples, key=lambda row: (-abs(row[1] - middle), row[0]))[:EXAMPLES]
-    return Bulk(ids, days, (first, last), odd, farthest)
+    all_days = np.concatenate([part["days"][0] for part in parts])
+    found, place = np.unique(all_days, return_inverse=True)
+    totals = np.bincount(place, weights=np.concatenate([part["days"][1] for part in parts])).astype("i8")
+    rows_per_day = dict(zip(*(column.tolist() for column in _fullest(found, totals))))
+    return Bulk(ids, days, (first, last), odd, farthest, rows_per_day)
+
+
+def _fullest(days: Array, counts: Array) -> tuple[Array, Array]:
+    """The MAX_DAYS days with most rows, in order."""
+    import numpy as np
+
+    kept = np.sort(np.argsort(-counts, kind="stable")[:MAX_DAYS])
+    return days[kept], counts[kept]
 
 
 def _percentile(tables: Sequence[tuple[Array, Array]], skipped: int) -> int:
