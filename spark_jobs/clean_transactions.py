@@ -45,6 +45,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     def clean(item: dict[str, Any], progress: Progress) -> dict[str, Any]:
         report = clean_file(spark, item, request["epoch"], request.get("out_of_range"), progress)
         ids = report["transaction_id"]
+        runtime.set_shuffle_partitions(spark, report["text_bytes"])
         report["shared_ids"] = find_shared_ids(spark, item["output_uri"], ids, neighbours)
         report["accepted"] = item.get("accepted", False)
         neighbours[item["partition"]] = {

@@ -256,7 +256,8 @@ def _overlap_text(culprit: str, comparison: SharedIds | None) -> str:
             f"its ids overlap those of {culprit}, and {'were not' if comparison is None else 'could not be'} compared"
         )
     if comparison.rows:
-        return f"{comparison.rows} of its ids are also in {culprit}: {', '.join(map(str, comparison.examples))}"
+        examples = f": {', '.join(map(str, comparison.examples))}" if comparison.examples else ""
+        return f"{comparison.rows} of its ids are also in {culprit}{examples}"
     return f"its ids overlap those of {culprit}, but none is in both"
 
 
