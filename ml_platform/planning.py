@@ -11,7 +11,6 @@ from logging import Logger
 from typing import Any
 
 import dagster as dg
-from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
 from ml_platform.assets.cleaned import files_to_clean_again, is_cleaned
 from ml_platform.assets.outcomes import shorten_list
@@ -126,6 +125,8 @@ def _sort_out(
 
 def has_active_runs(instance: dg.DagsterInstance) -> bool:
     """Return True if any run or backfill is queued, running or about to be retried, and so may write to the lake."""
+    from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
+
     runs = instance.get_runs(dg.RunsFilter(statuses=[*_WAITING, *_RUNNING]), limit=1)
     backfills = instance.get_backfills(BulkActionsFilter(statuses=[BulkActionStatus.REQUESTED]), limit=1)
     return bool(runs or backfills or _runs_to_be_retried(instance))
