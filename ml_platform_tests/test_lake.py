@@ -278,8 +278,9 @@ class TestRawFiles:
     def test_a_lake_among_the_raw_files_is_not_one(self, site: Site, lake: LakeResource):
         site.put("lake/x/y", b"x")
         site.put("lakes/y", b"x")
+        site.put("lak", b"x")
         inside = LakeResource(raw_uri=lake.raw_uri, lake_uri=f"{lake.raw_uri}/lake/x", epoch="2020-01-01")
-        assert list(inside.list_raw_files()[1]) == ["lakes/"]
+        assert list(inside.list_raw_files()[1]) == ["lak", "lakes/"]
 
     def test_broken_links_are_left_out(self, tmp_path: Path):
         (tmp_path / "directory.txt").mkdir()

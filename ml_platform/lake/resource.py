@@ -97,8 +97,9 @@ class LakeResource(dg.ConfigurableResource):
             try:
                 files[partition_key(stored.name)].append(stored)
             except ValueError as error:
-                # A lake may lie within the raw files.
-                if not f"{self.lake_uri}/".startswith(f"{self.raw_uri.rstrip('/')}/{stored.name}"):
+                # A lake may lie in a directory among the raw files; a file whose name begins alike is not it.
+                in_raw = f"{self.lake_uri}/".removeprefix(f"{self.raw_uri.rstrip('/')}/")
+                if not (stored.name.endswith("/") and in_raw.startswith(stored.name)):
                     ignored[stored.name] = str(error)
         for key, several in list(files.items()):
             if len(several) > 1:
