@@ -14,10 +14,11 @@ from typing import Any
 from benchmarks.common import log_progress, markdown, options, simulate, spark_session, work_directory, write_results
 from ml_platform.dev.simulator import Simulation
 from ml_platform.lake.storage import LocalStore
-from ml_platform.model.evaluation import evaluate, read_test_scores
+from ml_platform.model.evaluation import read_test_scores
 from ml_platform.model.promotion import Facts, PromotionRule, Scores, decide
 from ml_platform.spark.bare_jobs import clean, features
 from spark_jobs import train_model
+from spark_jobs.evaluation.metrics import evaluate
 from spark_jobs.features.registry import MODEL_INPUTS, REGISTRY
 from spark_jobs.training.learners import DEFAULT_CANDIDATES
 

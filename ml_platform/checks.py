@@ -1,10 +1,12 @@
-"""Checks of cleaned files and features, from the jobs' reports.
+"""Checks of cleaned files, features and scores, from the jobs' reports.
 
-They stop the partitions that they name: these get no features and train no model. All others go on in the same run,
-which the checks fail at its end. The checks of `fraud_model` are results of the asset itself.
+Those of files and features stop the partitions that they name: these get no features and train no model. All others go
+on in the same run, which the checks fail at its end. Those of scores warn. The checks of `fraud_model` are results of
+the asset itself.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -12,7 +14,9 @@ import dagster as dg
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.outcomes import INTAKE_CHECKS, check_partitions, listed
+from ml_platform.assets.scores import scored_transactions
 from ml_platform.escaping import printable
+from ml_platform.lake.grades import problem_of_grade, valid_grades
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.quality import (
     ADVICE,
@@ -24,7 +28,7 @@ from ml_platform.lake.quality import (
     problem_of_features,
     reject_rate_of,
 )
-from ml_platform.lake.reports import CleanedReport, FeaturesReport
+from ml_platform.lake.reports import CleanedReport, FeaturesReport, ScoredReport
 from ml_platform.lake.resource import LakeResource
 
 DESCRIPTIONS = {
@@ -132,4 +136,69 @@ def feature_checks(
         raise dg.Failure(f"{printable(listed(bad))}", allow_retries=False)
 
 
-ASSET_CHECKS = [intake_checks, feature_checks]
+SCORE_CHECKS = {
+    "champion_scores": "The champion of before the run could score the rows.",
+    "live_quality": "No week's average precision is certainly below that of the version's held-out week.",
+    "feature_drift": "The model's inputs are distributed as in its training window.",
+    "score_drift": "The scores are distributed as in the training window.",
+    "label_drift": "The share of frauds is as in the training window.",
+}
+
+
+@dg.multi_asset_check(
+    name="score_checks",
+    specs=[
+        dg.AssetCheckSpec(name, asset=scored_transactions, description=text, partitions_def=raw_files)
+        for name, text in SCORE_CHECKS.items()
+    ],
+    can_subset=True,
+)
+def score_checks(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> Iterator[dg.AssetCheckResult]:
+    """Warn of scores that are missing, or worse than expected, and of rows unlike those of the training window."""
+    scored = lake.reports(ScoredReport)
+    grades = valid_grades(scored)
+    last = list(context.partition_keys)[-1]
+
+    def problem_of(check: str, key: str) -> str | None:
+        report = scored.get(key)
+        if report is None:
+            return None
+        if check == "champion_scores":
+            return report.error
+        if check == "live_quality":
+            # The run's own grades, or the newest that there are.
+            newest = [grade for grade in grades if grade.week == grades[-1].week] if key == last else []
+            problems = [problem for grade in report.grades or newest if (problem := problem_of_grade(grade))]
+            return "; ".join([report.grading_error] if report.grading_error else problems) or None
+        found = report.drift.get(check, {})
+        return found.get("reason") if found.get("outcome") == "drift" else None
+
+    def figures(check: str, key: str) -> Mapping[str, Any]:
+        if key not in scored:
+            return {}
+        report = scored[key]
+        if check == "champion_scores":
+            return {"outcome": report.outcome}
+        if check == "live_quality":
+            return {"weeks_graded": dg.JsonMetadataValue([grade.model_dump(mode="json") for grade in report.grades])}
+        return drift_metadata(report, check)
+
+    for check in sorted(context.selected_asset_check_keys, key=lambda check: list(SCORE_CHECKS).index(check.name)):
+        yield check_partitions(
+            context,
+            check,
+            partial(problem_of, check.name),
+            partial(figures, check.name),
+            dg.AssetCheckSeverity.WARN,
+        )
+
+
+def drift_metadata(report: ScoredReport, check: str) -> Mapping[str, Any]:
+    """Figures of a drift check."""
+    found = report.drift.get(check, {"outcome": "not_calibrated"})
+    return {"outcome": found["outcome"]} | {
+        name: found[name] for name in ("reason", "exceedance", "threshold") if found.get(name) is not None
+    }
+
+
+ASSET_CHECKS = [intake_checks, feature_checks, score_checks]

@@ -11,6 +11,7 @@ from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.model import fraud_model
 from ml_platform.assets.raw import raw_transactions
+from ml_platform.assets.scores import scored_transactions
 from ml_platform.checks import ASSET_CHECKS
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.jobs import delete_orphaned_clusters, process_new_files
@@ -92,6 +93,7 @@ defs = dg.Definitions(
         raw_transactions,
         cleaned_transactions.map_asset_specs(_with_freshness),
         transaction_features,
+        scored_transactions,
         fraud_model.map_asset_specs(_with_freshness),
     ],
     asset_checks=ASSET_CHECKS,

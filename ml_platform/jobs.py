@@ -7,35 +7,17 @@ import dagster as dg
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.dataproc.orphans import delete_orphans
 from ml_platform.lake.quality import QualityLimits
-from ml_platform.model.config import problem_of_run_config
-from ml_platform.settings import SettingsError, load_settings
+from ml_platform.settings import SettingsError
 from ml_platform.spark.engine import SparkEngine
 
 process_new_files = dg.define_asset_job(
     "process_new_files",
-    selection=dg.AssetSelection.assets("cleaned_transactions", "transaction_features", "fraud_model"),
+    selection=dg.AssetSelection.assets(
+        "cleaned_transactions", "transaction_features", "scored_transactions", "fraud_model"
+    ),
     executor_def=dg.in_process_executor,
-    description="Clean the partitions' files, build their features, train a model.",
+    description="Clean the partitions' files, build their features, score them with the champion, train a model.",
 )
-
-
-def run_config() -> dict[str, Any]:
-    """Run config of runs started by a sensor, the schedule or a command, from ML_PLATFORM_RUN_CONFIG.
-
-    Raises:
-        SettingsError: the file cannot be read, is not YAML, or contains invalid training settings.
-    """
-    # Name the logger explicitly; otherwise Dagster uses its default instead of the logger in the definitions.
-    config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
-    path = load_settings().run_config_file
-    if path is not None:
-        try:
-            config |= dg.config_from_files([str(path)])
-        except Exception as error:  # a hand-written file may fail in many ways
-            raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: cannot read {path}: {error}") from None
-        if problem := problem_of_run_config(config):
-            raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: {path}: fraud_model: {problem}")
-    return config
 
 
 def run_limits(config: dict[str, Any]) -> QualityLimits:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks.promotion import scored_week
-from ml_platform.model.bootstrap import Clusters, bootstrap_figures, customer_clusters, poisson_weights
+from spark_jobs.evaluation.bootstrap import Clusters, bootstrap_figures, customer_clusters, poisson_weights
 
 Rows = dict[str, np.ndarray]
 

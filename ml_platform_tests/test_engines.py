@@ -32,7 +32,7 @@ from ml_platform_tests.world import (
     assert_counts,
     no_process_left,
 )
-from spark_jobs.train_model import SCORED_COLUMNS
+from spark_jobs.train_model import TEST_SCORE_COLUMNS
 
 pytestmark = [
     pytest.mark.e2e,
@@ -189,7 +189,7 @@ def test_logged_metrics_are_those_of_the_test_scores(local: Processed, champion:
 
     metrics = champion[1].data.metrics
     scores = pd.read_parquet(local.world.lake / "models" / KEYS[-1] / local.run_id / "test_scores")
-    assert list(scores.columns) == [*SCORED_COLUMNS, "score", "champion_score"]
+    assert list(scores.columns) == [*TEST_SCORE_COLUMNS, "score", "champion_score"]
     assert scores["champion_score"].isna().all()
     assert metrics["test_rows"] == len(scores)
     assert metrics["test_frauds"] == scores["tx_fraud"].sum() >= 10

@@ -14,7 +14,9 @@ import pytest
 
 from ml_platform.lake.storage import LocalStore
 from ml_platform.model import evaluation
-from ml_platform.model.evaluation import evaluate, evaluation_tables
+from ml_platform.model.evaluation import evaluation_tables
+from spark_jobs.evaluation import metrics as figures
+from spark_jobs.evaluation.metrics import evaluate
 
 Row = dict[str, Any]
 
@@ -72,7 +74,7 @@ def check_share(
     share = sum(x for x, _ in customers.values()) / total
     number = len(customers)
     variance = sum((x - share * y) ** 2 for x, y in customers.values()) / total**2 * number / max(1, number - 1)
-    bounds = evaluation.share_interval(share, variance, customers=number, rows=len(whole))
+    bounds = figures.share_interval(share, variance, customers=number, rows=len(whole))
     found = (entry[name], entry[f"{name}_lower"], entry[f"{name}_upper"])
     assert found == pytest.approx((share, *bounds), abs=1e-9)
 
@@ -136,14 +138,14 @@ class TestCardPrecision:
     def test_equals_the_handbooks(self, seed: int, k: int):
         scores = random_week(seed)
         expected = handbook_card_precision(scores.to_dict("records"), k)
-        assert evaluation.card_precision(scores, cards_per_day=k) == pytest.approx(expected)
+        assert figures.card_precision(scores, cards_per_day=k) == pytest.approx(expected)
 
     def test_a_found_card_makes_room_for_the_next(self):
         scores = frame([1, 1, 0] * 2, [0.9, 0.8, 0.7] * 2, day=[0] * 3 + [1] * 3, customer_id=[1.0, 2.0, 3.0] * 2)
-        assert evaluation.card_precision(scores, cards_per_day=1) == 1.0
+        assert figures.card_precision(scores, cards_per_day=1) == 1.0
 
     def test_without_cards_there_is_no_metric(self):
-        assert evaluation.card_precision(frame([1], [0.5], customer_id=[math.nan])) is None
+        assert figures.card_precision(frame([1], [0.5], customer_id=[math.nan])) is None
 
 
 def longest_step(values: Any) -> float:
@@ -262,17 +264,17 @@ class TestIntervalsOfShares:
         [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
     )
     def test_agree_with_the_literature(self, successes: int, trials: int, low: float, high: float):
-        assert evaluation.wilson_interval(successes / trials, trials) == pytest.approx((low, high), abs=5e-5)
+        assert figures.wilson_interval(successes / trials, trials) == pytest.approx((low, high), abs=5e-5)
 
     @pytest.mark.parametrize(("share", "customers"), [(0.0, 4), (1.0, 4), (0.3, 1)])
     def test_extreme_shares_and_one_customer_have_wilsons_interval(self, share: float, customers: int):
-        found = evaluation.share_interval(share, 0.0, customers=customers, rows=10)
-        assert found == evaluation.wilson_interval(share, customers)
+        found = figures.share_interval(share, 0.0, customers=customers, rows=10)
+        assert found == figures.wilson_interval(share, customers)
 
     def test_there_are_never_more_draws_than_rows(self):
-        lower, upper = evaluation.share_interval(0.2, 1e-9, customers=5, rows=10)
+        lower, upper = figures.share_interval(0.2, 1e-9, customers=5, rows=10)
         assert upper - lower > 0.4
-        assert evaluation.share_interval(0.2, 0.0, customers=5, rows=10) == (lower, upper)
+        assert figures.share_interval(0.2, 0.0, customers=5, rows=10) == (lower, upper)
 
     @pytest.mark.parametrize(("customers", "alike"), [(3, False), (8, False), (60, True)])
     def test_intervals_cover_the_share(self, customers: int, alike: bool):
@@ -288,7 +290,7 @@ class TestIntervalsOfShares:
             part, whole = (sum(column) for column in zip(*sums, strict=True))
             squares = sum((x - part / whole * y) ** 2 for x, y in sums)
             variance = squares / whole**2 * customers / (customers - 1)
-            lower, upper = evaluation.share_interval(part / whole, variance, customers=customers, rows=whole)
+            lower, upper = figures.share_interval(part / whole, variance, customers=customers, rows=whole)
             covered += lower <= 0.3 <= upper
         # The standard error of 95 % of a thousand is 0.7 %.
         assert covered / 1000 >= 0.93

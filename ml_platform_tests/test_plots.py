@@ -18,7 +18,8 @@ import pytest
 
 from ml_platform.escaping import printable
 from ml_platform.model import plots
-from ml_platform.model.evaluation import wilson_interval
+from ml_platform.model.plot_elements import png_of
+from spark_jobs.evaluation.metrics import wilson_interval
 
 INTERVALS = {"test_average_precision": (0.507, 0.588), "test_roc_auc": (0.884, 0.917)}
 NAMES = ["overview", "per_scenario", "grid", "roc"]
@@ -102,7 +103,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pictures(figures: dict[str, Any]) -> dict[str, bytes]:
-    return {name: plots._png(figure) for name, figure in figures.items()}
+    return {name: png_of(figure) for name, figure in figures.items()}
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,7 @@ def test_a_panel_without_data_is_left_out(report: dict[str, Any]):
     assert len(figures["overview"].axes) == len(PANELS) - 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots._png(figures["overview"])
+        png_of(figures["overview"])
     assert "| `test_roc_auc` |  |  |  |" in plots.markdown_summary(one_class, {})
     assert plots.build_figures(report | {"tables": {}, "feature_importances": {"a": 0.0}}, {}).keys() == {
         "overview",
@@ -282,7 +283,7 @@ def test_texts_from_data_are_drawn_literally(report: dict[str, Any]):
         # Such as for a character that the font lacks.
         warnings.simplefilter("error")
         for figure in figures.values():
-            plots._png(figure)
+            png_of(figure)
     names = ticks(figures["overview"].axes[1].yaxis)
     assert names == ["\\x1b[31m\\u202e", "$\\frac{", "$x$", "<b>bold</b>", "a\\nb", "x" * 33 + "…"]
     assert ticks(figures["grid"].axes[0].yaxis)[0] == "$\\frac{: $\\frac{ 1"

@@ -191,6 +191,12 @@ class Files:
             raise OSError(f"cannot rename {draft} to {path}")
 
 
+def is_not_found(error: BaseException) -> bool:
+    """True for Hadoop's error for a file that does not exist; others say that the storage cannot be reached."""
+    java = getattr(error, "java_exception", None)
+    return java is not None and "FileNotFoundException" in str(java.toString())
+
+
 def describe(error: BaseException) -> str:
     """Type and message of an error in at most 500 printable characters, without stack traces of Java or of a task."""
     java = getattr(error, "java_exception", None)

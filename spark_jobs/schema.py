@@ -28,6 +28,9 @@ CLEANED_COLUMNS = (
     ("tx_fraud_scenario", "int", "Number of the simulated fraud scenario, 0 for none."),
 )
 
+#: Columns that identify a transaction for people.
+_IDENTIFYING = ("transaction_id", "tx_datetime", "customer_id", "terminal_id", "tx_amount")
+
 #: The columns that may be NULL.
 KEY_COLUMNS = ("customer_id", "terminal_id")
 
@@ -36,6 +39,26 @@ NO_KEY = -1
 
 #: Seconds per day.
 DAY_S = 86400
+
+#: Inputs that are named as reasons of an alert.
+REASONS = 3
+_RANKS = range(1, REASONS + 1)
+
+#: Columns of ``scored_transactions``.
+SCORED_COLUMNS = (
+    *[column for column in CLEANED_COLUMNS if column[0] in _IDENTIFYING],
+    ("score", "double", "Probability of fraud, by the model of model_version."),
+    ("rank_of_day", "int", "Place by score among the file's rows of that day (UTC), from 1; ties by transaction_id."),
+    ("alert", "boolean", "True for the rows of a day that are handed to people: the alerts_per_day highest ranks."),
+    ("model_version", "int", "Version of the registered model that gave the score."),
+)
+
+#: Columns of ``alerts``.
+ALERT_COLUMNS = (
+    *SCORED_COLUMNS,
+    *[(f"reason_{n}", "string", f"Input {n} of those that raised the score most, in words.") for n in _RANKS],
+    *[(f"contribution_{n}", "double", f"Log-odds by which reason_{n} raised the score.") for n in _RANKS],
+)
 
 #: Columns of ``rejected_transactions``.
 REJECTED_COLUMNS = (

@@ -70,7 +70,7 @@ DEFAULTS: dict[str, Any] = {
 REQUIRED = ("run_id", "cutoff", "feature_uris", "cutoff_uri", "features", "output_uri")
 
 #: Columns of ``test_scores``; followed by ``score`` and ``champion_score``.
-SCORED_COLUMNS = ("transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud", "tx_fraud_scenario")
+TEST_SCORE_COLUMNS = ("transaction_id", "tx_datetime", "customer_id", "tx_amount", "tx_fraud", "tx_fraud_scenario")
 
 #: Held-out rows kept with the model, and those whose contributions give its feature importances.
 SAMPLE_ROWS = 1_000
@@ -131,7 +131,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
       units of the feature), ``intercept``. Metrics are left to readers of ``test_scores``.
 
     Writes into ``output_uri`` the model file ``model.json`` (see `learners.Scorer`), ``test_scores`` (Parquet:
-    `SCORED_COLUMNS`, score, champion_score), the held-out rows, and ``sample.parquet``:
+    `TEST_SCORE_COLUMNS`, score, champion_score), the held-out rows, and ``sample.parquet``:
     `SAMPLE_ROWS` of them, sampled by hash, with the model's inputs.
 
     Raises:
@@ -418,7 +418,7 @@ def write_scores(
         }
         champion_score = F.col("champion_score") if "champion_score" in models else F.lit(None).cast("double")
         frame = scored.select(
-            *[restored.get(name, F.col(name)).alias(name) for name in SCORED_COLUMNS],
+            *[restored.get(name, F.col(name)).alias(name) for name in TEST_SCORE_COLUMNS],
             "score",
             champion_score.alias("champion_score"),
         )
@@ -497,7 +497,7 @@ def _settings(request: dict[str, Any]) -> dict[str, Any]:
 
 def _read_features(spark: SparkSession, settings: dict[str, Any]) -> DataFrame:
     frame = runtime.read_parquet(spark, *settings["feature_uris"])
-    missing = [name for name in (*SCORED_COLUMNS, *settings["features"]) if name not in frame.columns]
+    missing = [name for name in (*TEST_SCORE_COLUMNS, *settings["features"]) if name not in frame.columns]
     if missing:
         raise ValueError("the feature partitions have no column {}; build them again".format(", ".join(missing)))
     return frame

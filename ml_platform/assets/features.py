@@ -20,7 +20,7 @@ from ml_platform.assets.outcomes import (
 )
 from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.quality import ADVICE, NONE_STOPPED, QualityLimits, Verdicts, judge_files
+from ml_platform.lake.quality import ADVICE, NONE_STOPPED, QualityLimits, Verdicts, judge_files, problem_of_features
 from ml_platform.lake.reports import (
     CLEANED_TABLE,
     FEATURES_TABLE,
@@ -147,6 +147,28 @@ def plan_features(
     position = {key: index for index, key in enumerate(chronological_keys(cleaned))}
     to_build.sort(key=lambda key: (position.get(key, -1), key))  # empty partitions first
     return FeaturePlan(to_build, current, extra, stopped)
+
+
+def unusable_files(
+    keys: list[str], cleaned: CleanedReports, features: FeaturesReports, verdicts: Verdicts
+) -> dict[str, str]:
+    """Those of the run's `keys` without usable features because of the files themselves, with the reason.
+
+    Raises dagster.Failure if `features` are missing or stale for another reason.
+    """
+    left_out = verdicts.stopped(key for key in keys if key in cleaned)
+    left_out |= {key: "it is not cleaned" for key in keys if key not in cleaned}
+    missing = [key for key in keys if key not in features and key not in left_out]
+    stale = [key for key in stale_features(features, expected_inputs(cleaned, verdicts)) if not verdicts.reason(key)]
+    if unusable := sorted({*missing, *stale} - set(left_out)):
+        raise dg.Failure(
+            f"features are missing or stale for {shorten_list(unusable)}; materialize transaction_features first",
+            allow_retries=False,
+        )
+    for key in keys:
+        if key not in left_out and (problem := problem_of_features(cleaned[key], features[key])):
+            left_out[key] = problem
+    return left_out
 
 
 @dg.asset(

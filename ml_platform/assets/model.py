@@ -8,10 +8,9 @@ import dagster as dg
 
 from ml_platform.assets.features import (
     chronological_keys,
-    expected_inputs,
-    stale_features,
     time_ranges,
     transaction_features,
+    unusable_files,
 )
 from ml_platform.assets.outcomes import (
     INTAKE_CHECKS,
@@ -22,9 +21,10 @@ from ml_platform.assets.outcomes import (
     record_partitions,
     shorten_list,
 )
+from ml_platform.assets.scores import scored_transactions
 from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.quality import QualityLimits, Verdicts, judge_files, problem_of_features
+from ml_platform.lake.quality import QualityLimits, judge_files, problem_of_features
 from ml_platform.lake.reports import FEATURES_TABLE, CleanedReport, CleanedReports, FeaturesReport, FeaturesReports
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.config import FraudModelConfig
@@ -46,7 +46,7 @@ Results = Mapping[str, TrainingResult]
 @dg.asset(
     partitions_def=raw_files,
     backfill_policy=dg.BackfillPolicy.single_run(),
-    deps=[transaction_features],
+    deps=[transaction_features, scored_transactions],
     group_name="fraud_detection",
     kinds={"pyspark", "mlflow"},
     owners=OWNERS,
@@ -119,28 +119,6 @@ def fraud_model(
     if left_out:
         materialize_only(context, keys)
     return dg.MaterializeResult(check_results=_check_results(context, results))
-
-
-def unusable_files(
-    keys: list[str], cleaned: CleanedReports, features: FeaturesReports, verdicts: Verdicts
-) -> dict[str, str]:
-    """Those of the run's `keys` that no model can be trained for, because of the files themselves, with the reason.
-
-    Raises dagster.Failure if features are missing or stale for another reason.
-    """
-    left_out = verdicts.stopped(key for key in keys if key in cleaned)
-    left_out |= {key: "it is not cleaned" for key in keys if key not in cleaned}
-    missing = [key for key in keys if key not in features and key not in left_out]
-    stale = [key for key in stale_features(features, expected_inputs(cleaned, verdicts)) if not verdicts.reason(key)]
-    if unusable := sorted({*missing, *stale} - set(left_out)):
-        raise dg.Failure(
-            f"features are missing or stale for {shorten_list(unusable)}; materialize transaction_features first",
-            allow_retries=False,
-        )
-    for key in keys:
-        if key not in left_out and (problem := problem_of_features(cleaned[key], features[key])):
-            left_out[key] = problem
-    return left_out
 
 
 def training_partitions(

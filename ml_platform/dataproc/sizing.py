@@ -15,7 +15,12 @@ BYTES_PER_ROW = 64
 
 #: Core-seconds per million input rows of each job, history included (see docs/scaling.md). For training, this covers
 #: reading, scoring and evaluating; fitting a model is a single task.
-CORE_SECONDS_PER_MILLION_ROWS = {"clean_transactions": 2.1, "build_features": 5.7, "train_model": 17.0}
+CORE_SECONDS_PER_MILLION_ROWS = {
+    "clean_transactions": 2.1,
+    "build_features": 5.7,
+    "score_transactions": 3.0,
+    "train_model": 17.0,
+}
 
 #: Seconds of that fit per million rows; it gets at most `max_train_rows`.
 FIT_S_PER_MILLION_ROWS = 23.0
@@ -73,6 +78,7 @@ def choose_nodes(job: str, rows: int, *, cores: int, least: int, most: int, targ
     work = CORE_SECONDS_PER_MILLION_ROWS.get(job, 0) * rows / 1e6
     if job == "clean_transactions":
         work += CORE_SECONDS_PER_MILLION_ROWS["build_features"] * rows * ROWS_WITH_HISTORY / 1e6
+        work += CORE_SECONDS_PER_MILLION_ROWS["score_transactions"] * rows / 1e6
     nodes = min(max(math.ceil(work / (cores * target_s)), least), most)
     seconds = FIXED_S + work / (cores * nodes)
     reason = (

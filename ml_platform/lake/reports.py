@@ -16,6 +16,8 @@ from spark_jobs.schema import version_of
 CLEANED_TABLE = "cleaned_transactions"
 REJECTED_TABLE = "rejected_transactions"
 FEATURES_TABLE = "transaction_features"
+SCORED_TABLE = "scored_transactions"
+ALERTS_TABLE = "alerts"
 
 
 def _instant(value: Any) -> Any:
@@ -169,6 +171,90 @@ class FeaturesReport(PartitionReport):
     counts: FeaturesCounts
 
 
+class HeldOut(_Report):
+    """Average precision of a version on its held-out week, with its 95 % interval."""
+
+    average_precision: float
+    lower: float
+    upper: float
+
+
+class Grade(_Report):
+    """Figures of one version's scores in a week whose labels are known; see `spark_jobs.scoring.grading`."""
+
+    week: int
+    model_version: int
+    first_date: str
+    last_date: str
+    #: Partition → run that gave the scores.
+    scores: dict[str, str]
+    graded_at: str
+    held_out: HeldOut | None
+    alerts_per_day: int
+    rows: int
+    frauds: int
+    average_precision: float | None
+    average_precision_lower: float | None
+    average_precision_upper: float | None
+    roc_auc: float | None
+    card_precision_at_100: float | None
+    precision_at_budget: float | None
+    recall_at_budget: float | None
+    calibration: float | None
+
+    def figures(self) -> dict[str, float]:
+        """The figures that are defined, by name, with the bounds of their intervals."""
+        names = ("average_precision", "roc_auc", "precision_at_budget", "recall_at_budget", "calibration")
+        wanted = [f"{name}{end}" for name in names for end in ("", "_lower", "_upper")]
+        found = self.model_dump()
+        values = {name: found.get(name) for name in (*wanted, "card_precision_at_100", "rows", "frauds")}
+        return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+
+
+class ScoredCounts(_Report):
+    rows: int
+    alerts: int
+
+
+class ScoredInputs(_Report):
+    """Version of the cleaned partition whose rows were scored."""
+
+    cleaned: str
+
+
+ScoringOutcome = Literal[
+    "scored", "no_champion", "champion_unreadable", "champion_newer_library", "champion_other_features"
+]
+
+
+class ScoredReport(PartitionReport):
+    """Report of a partition of ``scored_transactions``."""
+
+    table: ClassVar[str] = SCORED_TABLE
+
+    inputs: ScoredInputs
+    #: Why the run scored it: new, new_rows, no_scores, rebuild, model_version.
+    cause: str
+    outcome: ScoringOutcome
+    #: Why the champion could not score.
+    error: str | None
+    model_version: int | None
+    #: First day that the model had not seen; None if that is not known.
+    out_of_time_from: str | None
+    held_out: HeldOut | None
+    alerts_per_day: int
+    counts: ScoredCounts
+    score_sum: float
+    #: Week from the epoch → rows of it that can be graded as live.
+    weeks: dict[str, int]
+    #: The first ten alerts.
+    alerts: list[dict[str, Any]]
+    drift: dict[str, Any]
+    #: Grades that this run made, of any partition's weeks, and why there are none.
+    grades: list[Grade]
+    grading_error: str | None
+
+
 class Window(_Report):
     """A training, validation or test window: its days, rows and frauds."""
 
@@ -222,7 +308,7 @@ class TrainingReport(_Report):
     champion: ChampionScoring | None = None
     model_uri: str = ""
     #: What the platform adds to the job's report: partitions that the rows came from; metrics and tables of the
-    #: held-out rows (see `ml_platform.model.evaluation`).
+    #: held-out rows (see `ml_platform.model.evaluation`, `spark_jobs.evaluation.metrics`).
     partitions: list[str] = Field(default_factory=list)
     metrics: dict[str, float | int | None] = Field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
@@ -243,6 +329,7 @@ class UncleanedFile(BaseModel):
     version: str
 
 
-ReportT = TypeVar("ReportT", CleanedReport, FeaturesReport)
+ReportT = TypeVar("ReportT", CleanedReport, FeaturesReport, ScoredReport)
 CleanedReports = dict[str, CleanedReport]
 FeaturesReports = dict[str, FeaturesReport]
+ScoredReports = dict[str, ScoredReport]

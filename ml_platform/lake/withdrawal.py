@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ml_platform.lake.partitions import is_partition_key
 from ml_platform.lake.reports import (
+    ALERTS_TABLE,
     CLEANED_TABLE,
     FEATURES_TABLE,
     REJECTED_TABLE,
+    SCORED_TABLE,
     FeaturesReport,
 )
 from ml_platform.lake.resource import WITHDRAWN_DIRECTORY, LakeResource
@@ -22,7 +24,8 @@ def withdraw_file(lake: LakeResource, key: str) -> list[str]:
     """
     features = lake.reports(FeaturesReport)
     files, _ = lake.list_raw_files()
-    paths = [lake.partition_path(table, key) for table in (FEATURES_TABLE, CLEANED_TABLE, REJECTED_TABLE)]
+    tables = (SCORED_TABLE, ALERTS_TABLE, FEATURES_TABLE, CLEANED_TABLE, REJECTED_TABLE)
+    paths = [lake.partition_path(table, key) for table in tables]
     if not is_partition_key(key) or not (key in files or any(any(lake.store.list_directory(path)) for path in paths)):
         raise ValueError(f"{key!r} is neither a raw file nor a partition of the lake")
     effects = []

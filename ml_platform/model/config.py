@@ -1,4 +1,4 @@
-"""Run configuration of ``fraud_model`` and its early validation."""
+"""Run configuration: that of the deployment, and the settings of ``fraud_model`` with their early validation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import dagster as dg
 from pydantic import Field, ValidationError, field_validator
 
 from ml_platform.model.promotion import PromotionRule
+from ml_platform.settings import SettingsError, load_settings
 from spark_jobs.train_model import DEFAULTS
 from spark_jobs.training.learners import check_candidates
 
@@ -66,6 +67,33 @@ class FraudModelConfig(dg.Config):
     def window_days(self) -> int:
         """Number of days of data, up to the last, that training reads."""
         return self.test_days + self.delay_days + self.train_days
+
+
+def run_config() -> dict[str, Any]:
+    """Run config of runs started by a sensor, the schedule or a command, from ML_PLATFORM_RUN_CONFIG.
+
+    Raises:
+        SettingsError: the file cannot be read, is not YAML, or contains invalid training settings.
+    """
+    # Name the logger explicitly; otherwise Dagster uses its default instead of the logger in the definitions.
+    config: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "INFO"}}}}
+    path = load_settings().run_config_file
+    if path is not None:
+        try:
+            config |= dg.config_from_files([str(path)])
+        except Exception as error:  # a hand-written file may fail in many ways
+            raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: cannot read {path}: {error}") from None
+        if problem := problem_of_run_config(config):
+            raise SettingsError(f"ML_PLATFORM_RUN_CONFIG: {path}: fraud_model: {problem}")
+    return config
+
+
+def training_config(run_config: Mapping[str, Any]) -> FraudModelConfig:
+    """Training settings of a run configuration, which must be valid; scores are graded and handed over by them, too."""
+    config: Any = run_config
+    for key in ("ops", "fraud_model", "config"):
+        config = (config.get(key) if isinstance(config, Mapping) else None) or {}
+    return FraudModelConfig(**config)
 
 
 def check_run_config(run_config: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ def facts_of(report: TrainingReport, champion: ModelVersion | None) -> Facts:
         champion_error=error,
         champion_newer_library=newer_library,
         champion_features=tuple(features_of(champion)) or None,
-        champion_train_last_date=_last_date_of(champion),
+        champion_train_last_date=train_last_date(champion),
         **facts,
     )
 
@@ -125,7 +125,7 @@ def lost_parts(mlflow: MlflowResource, version: ModelVersion) -> str | None:
     return None if files else f"{name}: its artifacts are gone from {uri}; {way_out}"
 
 
-def _last_date_of(version: ModelVersion) -> date | None:
+def train_last_date(version: ModelVersion) -> date | None:
     """Last day that a version was trained on, from its tag; None if the tag is missing or malformed."""
     try:
         return date.fromisoformat(version.tags["train_last_date"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ CHALLENGER = "challenger"
 
 #: Maximum length of a version's description in MLflow's database.
 MAX_DESCRIPTION = 5000
+
+#: MLflow's limit for one call.
+METRICS_PER_CALL = 1000
 
 #: MLflow's error codes, across store types, for a version, alias or model that does not exist.
 NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -109,6 +112,45 @@ class MlflowResource(dg.ConfigurableResource):
             if error.error_code in NOT_FOUND_CODES:
                 return None
             raise
+
+    def version(self, number: str) -> ModelVersion | None:
+        """A version of the registered model; None if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client().get_model_version(MODEL_NAME, number)
+        except MlflowException as error:
+            if error.error_code in NOT_FOUND_CODES:
+                return None
+            raise
+
+    def log_steps(
+        self, version: ModelVersion, metrics: Mapping[int, Mapping[str, float]], *, again: Collection[int]
+    ) -> None:
+        """Log metrics by step to the MLflow run of a version: those of the steps in `again`, and all that it lacks.
+
+        Does nothing if the run is gone.
+        """
+        import time
+
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        client, now = self.client(), int(time.time() * 1000)
+        names = sorted({name for values in metrics.values() for name in values})
+        try:
+            logged = {name: {point.step for point in client.get_metric_history(version.run_id, name)} for name in names}
+            points = [
+                Metric(name, value, now, step)
+                for step, values in sorted(metrics.items())
+                for name, value in values.items()
+                if step in again or step not in logged[name]
+            ]
+            for first in range(0, len(points), METRICS_PER_CALL):
+                client.log_batch(version.run_id, metrics=points[first : first + METRICS_PER_CALL])
+        except MlflowException as error:
+            if error.error_code not in NOT_FOUND_CODES:
+                raise
 
     def metrics_of(self, version: ModelVersion) -> dict[str, float]:
         """Metrics of a version's MLflow run; empty if the run is gone."""

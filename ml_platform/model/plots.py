@@ -1,20 +1,33 @@
-"""Plots of a training report, and a Markdown summary with these plots.
-
-The plots use matplotlib's object-oriented interface on the Agg canvas: no display, no pyplot, no global state.
-Text from data is shown literally, never interpreted as math text, HTML or Markdown.
-"""
+"""Plots of a training report, and a Markdown summary with these plots."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ml_platform.escaping import markdown, printable
-from ml_platform.model.evaluation import wilson_interval
+from ml_platform.escaping import markdown
+from ml_platform.model.plot_elements import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    PURPLE,
+    SKY,
+    VERMILION,
+    add_legend,
+    add_note,
+    as_percent,
+    markdown_image,
+    name_rows,
+    new_figure,
+    png_of,
+    set_labels,
+    shorten,
+    styled,
+)
+from spark_jobs.evaluation.metrics import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,10 +42,6 @@ Panel = Callable[["Axes", Report, Intervals], None]
 MAX_FEATURES = 10
 MAX_CANDIDATES = 20
 MAX_DATES = 7
-
-# Okabe and Ito, "Color Universal Design" (https://jfly.uni-koeln.de/color/): safe for colour-blind readers.
-BLUE, VERMILION, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
-INK, GREY, PALE = "#222222", "#666666", "#DDDDDD"
 
 #: Plotted columns of the tables ``per_day`` and ``thresholds``, with label, colour and marker.
 PER_DAY = {
@@ -59,7 +68,7 @@ def draw_figures(report: Report, *, intervals: Intervals | None = None) -> dict[
         report: report of the job ``train_model``; `ml_platform.model.evaluation` documents its tables.
         intervals: metric (``test_average_precision``, ``test_roc_auc``) → its lower and upper bound.
     """
-    return {name: _png(figure) for name, figure in build_figures(report, intervals or {}).items()}
+    return {name: png_of(figure) for name, figure in build_figures(report, intervals or {}).items()}
 
 
 def build_figures(report: Report, intervals: Intervals) -> dict[str, Figure]:
@@ -68,14 +77,14 @@ def build_figures(report: Report, intervals: Intervals) -> dict[str, Figure]:
     figures = {}
     panels = [panel for name, panel in OVERVIEW.items() if data.get(name)]
     if panels:
-        figures["overview"] = _figure(report, width=12, height=6.8)
+        figures["overview"] = new_figure(_caption(report), width=12, height=6.8)
         # Subfigures have separate layouts, so that long names in one panel do not narrow the panel above it.
         for panel, cell in zip(panels, figures["overview"].subfigures(2, 3, squeeze=False).flat, strict=False):
-            panel(_styled(cell.subplots()), report, intervals)
+            panel(styled(cell.subplots()), report, intervals)
     for name, panel in DETAILS.items():
         if data.get(name):
-            figures[name] = _figure(report, width=7, height=4)
-            panel(_styled(figures[name].subplots()), report, intervals)
+            figures[name] = new_figure(_caption(report), width=7, height=4)
+            panel(styled(figures[name].subplots()), report, intervals)
     return figures
 
 
@@ -95,12 +104,12 @@ def markdown_summary(
         limit: maximum size of the text in bytes.
     """
     if report["outcome"] != "trained":
-        return f"No model: {markdown(_short(report['reason'], 500))}\n"
+        return f"No model: {markdown(shorten(report['reason'], 500))}\n"
     best = report["best"]
     best_candidate = ", ".join([best["learner"], *(f"{name}={value}" for name, value in best["params"].items())])
     parts = [
         markdown(_caption(report)),
-        f"Best of {len(report['grid'])} candidates: {markdown(_short(best_candidate, 300))}",
+        f"Best of {len(report['grid'])} candidates: {markdown(shorten(best_candidate, 300))}",
         _metrics_table(report, intervals or {}),
         _thresholds_table(report.get("tables", {}).get("thresholds", [])),
     ]
@@ -108,7 +117,7 @@ def markdown_summary(
     remaining = limit - 200 - sum(len(part.encode()) + 2 for part in parts)
     omitted = []
     for name, png in pngs.items():
-        image = f"![{name}](data:image/png;base64,{base64.b64encode(png).decode()})"
+        image = markdown_image(name, png)
         if len(image) + 2 <= remaining:
             remaining -= len(image) + 2
             parts.append(image)
@@ -131,19 +140,19 @@ def _precision_recall(ax: Axes, report: Report, intervals: Intervals) -> None:
     points = list(zip(_column(budgets, "recall"), _column(budgets, "precision"), strict=True))
     ax.plot(*zip(*points, strict=True), "o", color=VERMILION, markersize=5, label="alerts a day")
     for row, point in zip(budgets, points, strict=True):
-        _note(ax, f"{row['alerts_per_day']}", point, offset=(5, 6), color=VERMILION)
+        add_note(ax, f"{row['alerts_per_day']}", point, offset=(5, 6), color=VERMILION)
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.08))
-    _percent(ax.xaxis, ax.yaxis)
+    as_percent(ax.xaxis, ax.yaxis)
     title = _title("Average precision", "test_average_precision", report, intervals)
-    _label(ax, title, "recall (share of frauds found)", "precision (share of alerts that are frauds)")
-    _legend(ax, "best")
+    set_labels(ax, title, "recall (share of frauds found)", "precision (share of alerts that are frauds)")
+    add_legend(ax, "best")
 
 
 def _thresholds(ax: Axes, report: Report, intervals: Intervals) -> None:
     rows = report["tables"]["thresholds"]
     _share_lines(ax, rows, THRESHOLDS, partial(ax.fill_between, linewidth=0))
     ax.set_xticks(range(len(rows)), [f"{row['alerts_per_day']:,}" for row in rows])
-    _label(ax, "Daily budgets of alerts\nBands: 95 % intervals", "alerts a day", "")
+    set_labels(ax, "Daily budgets of alerts\nBands: 95 % intervals", "alerts a day", "")
 
 
 def _per_day(ax: Axes, report: Report, intervals: Intervals) -> None:
@@ -155,9 +164,9 @@ def _per_day(ax: Axes, report: Report, intervals: Intervals) -> None:
         title += "\nBand: interval of the average precision"
     shown = range(0, len(days), math.ceil(len(days) / MAX_DATES))
     # The year is in the caption.
-    dates = [f"{_short(days[place]['date'][5:], 10)}\n{days[place]['frauds']:,}" for place in shown]
+    dates = [f"{shorten(days[place]['date'][5:], 10)}\n{days[place]['frauds']:,}" for place in shown]
     ax.set_xticks(shown, dates, parse_math=False)
-    _label(ax, title, "day (UTC) and its number of frauds", "")
+    set_labels(ax, title, "day (UTC) and its number of frauds", "")
 
 
 def _score_histogram(ax: Axes, report: Report, intervals: Intervals) -> None:
@@ -170,8 +179,8 @@ def _score_histogram(ax: Axes, report: Report, intervals: Intervals) -> None:
     # A bin with one row stays visible.
     ax.set_ylim(bottom=0.6)
     ax.yaxis.set_major_formatter("{x:,.0f}")
-    _label(ax, "Scores of genuine rows and frauds", "score (probability of fraud)", "rows (log scale)")
-    _legend(ax, "upper right")
+    set_labels(ax, "Scores of genuine rows and frauds", "score (probability of fraud)", "rows (log scale)")
+    add_legend(ax, "upper right")
 
 
 def _calibration(ax: Axes, report: Report, intervals: Intervals) -> None:
@@ -187,12 +196,12 @@ def _calibration(ax: Axes, report: Report, intervals: Intervals) -> None:
         set_scale("symlog", linthresh=1e-4, linscale=0.4)
     limits, ticks = (-2e-5, min(1, 2 * max(*scores, *upper))), (0, 1e-4, 1e-3, 1e-2, 0.1, 1)
     ax.set(xticks=ticks, yticks=ticks, xlim=limits, ylim=limits)
-    _percent(ax.xaxis, ax.yaxis)
+    as_percent(ax.xaxis, ax.yaxis)
     expected = sum(row["mean_score"] * row["rows"] for row in bins)
     actual = sum(row["fraud_share"] * row["rows"] for row in bins)
     title = f"Calibration\n{expected:,.0f} frauds expected, {actual:,.0f} found"
-    _label(ax, title, "mean score of the bin (log scale)", "share of frauds (log scale)")
-    _legend(ax, "upper left")
+    set_labels(ax, title, "mean score of the bin (log scale)", "share of frauds (log scale)")
+    add_legend(ax, "upper left")
 
 
 def _feature_importances(ax: Axes, report: Report, intervals: Intervals) -> None:
@@ -202,11 +211,11 @@ def _feature_importances(ax: Axes, report: Report, intervals: Intervals) -> None
     shares = [value / total for _, value in best]
     ax.barh(range(len(best)), shares, height=0.68, color=BLUE)
     for place, share in enumerate(shares):
-        _note(ax, f"{100 * share:.1f} %", (share, place))
-    _name_rows(ax, [name for name, _ in best], limit=34)
+        add_note(ax, f"{100 * share:.1f} %", (share, place))
+    name_rows(ax, [name for name, _ in best], limit=34)
     ax.set_xlim(0, 1.3 * max(shares) or 1.0)
-    _percent(ax.xaxis)
-    _label(ax, f"Top {len(best)} of {len(importances)} features", "share of all importances", "")
+    as_percent(ax.xaxis)
+    set_labels(ax, f"Top {len(best)} of {len(importances)} features", "share of all importances", "")
 
 
 def _per_scenario(ax: Axes, report: Report, intervals: Intervals) -> None:
@@ -215,13 +224,13 @@ def _per_scenario(ax: Axes, report: Report, intervals: Intervals) -> None:
     ax.barh(places, _column(rows, "recall_at_budget"), height=0.55, color=SKY)
     ax.hlines(places, _column(rows, "recall_at_budget_lower"), upper, color=INK, linewidth=1.4)
     for place, row in enumerate(rows):
-        _note(ax, f"{row['caught']:,} of {row['frauds']:,}", (upper[place], place))
-    _name_rows(ax, [f"scenario {row['scenario']}" for row in rows])
+        add_note(ax, f"{row['caught']:,} of {row['frauds']:,}", (upper[place], place))
+    name_rows(ax, [f"scenario {row['scenario']}" for row in rows])
     # Leave room for the counts to the right of a full bar.
     ax.set(xlim=(0, 1.2), xticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
-    _percent(ax.xaxis)
+    as_percent(ax.xaxis)
     title = "Frauds caught per scenario at the daily alert budget (lines: 95 % intervals)"
-    _label(ax, title, "recall (share of the scenario's frauds that are among the alerts)", "")
+    set_labels(ax, title, "recall (share of the scenario's frauds that are among the alerts)", "")
 
 
 def _grid(ax: Axes, report: Report, intervals: Intervals) -> None:
@@ -233,18 +242,18 @@ def _grid(ax: Axes, report: Report, intervals: Intervals) -> None:
     ax.scatter(scores, range(len(best)), color=colours, s=30)
     labels = []
     for place, candidate in enumerate(best):
-        _note(ax, f"{scores[place]:.4f}", (scores[place], place))
+        add_note(ax, f"{scores[place]:.4f}", (scores[place], place))
         # Show only the parameters in which the learner's candidates differ.
         others = [other["params"] for other in grid if other["learner"] == candidate["learner"]]
         params = candidate["params"].items()
         varied = [f"{name} {value}" for name, value in params if any(other.get(name) != value for other in others)]
         labels.append(candidate["learner"] + (f": {', '.join(varied)}" if varied else ""))
-    _name_rows(ax, labels)
+    name_rows(ax, labels)
     # Leave room for the numbers next to the points.
     spread = max(scores[0] - scores[-1], 0.01)
     ax.set_xlim(scores[-1] - 0.1 * spread, scores[0] + 0.25 * spread)
     title = f"Search: best {len(best)} of {len(grid)} candidates"
-    _label(ax, title, "average precision on the validation window (axis does not begin at 0)", "")
+    set_labels(ax, title, "average precision on the validation window (axis does not begin at 0)", "")
 
 
 def _roc(ax: Axes, report: Report, intervals: Intervals) -> None:
@@ -252,10 +261,10 @@ def _roc(ax: Axes, report: Report, intervals: Intervals) -> None:
     x, y = _column(curve, "false_positive_rate"), _column(curve, "true_positive_rate")
     ax.plot(x, y, color=BLUE, label="model")
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="chance")
-    _percent(ax.xaxis, ax.yaxis)
+    as_percent(ax.xaxis, ax.yaxis)
     title = _title("Area under the ROC curve", "test_roc_auc", report, intervals)
-    _label(ax, title, "false positive rate (share of genuine rows)", "true positive rate (share of frauds)")
-    _legend(ax, "lower right")
+    set_labels(ax, title, "false positive rate (share of genuine rows)", "true positive rate (share of frauds)")
+    add_legend(ax, "lower right")
 
 
 #: Tables of the report and their panels in reading order: those in the overview, and separate plots.
@@ -271,42 +280,6 @@ DETAILS: dict[str, Panel] = {"per_scenario": _per_scenario, "grid": _grid, "roc"
 
 
 # --- Plot elements ----------------------------------------------------------------------------------------------------
-
-
-def _figure(report: Report, width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
-    figure.supxlabel(_caption(report), x=0.012, ha="left", fontsize=7.5, color=GREY, parse_math=False)
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    """Render a figure as PNG without metadata, with a palette: a third of the size of true colour."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
-    buffer = io.BytesIO()
-    image.quantize(method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _styled(ax: Axes) -> Axes:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(GREY)
-    ax.tick_params(labelsize=8, colors=GREY, labelcolor=INK)
-    ax.grid(True, color=PALE, linewidth=0.6)
-    ax.set_axisbelow(True)
-    return ax
-
-
-def _label(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(title, loc="left", fontsize=9, color=INK, fontweight="bold", parse_math=False)
-    ax.set_xlabel(x, fontsize=8.5, color=INK)
-    ax.set_ylabel(y, fontsize=8.5, color=INK)
 
 
 def _title(name: str, metric: str, report: Report, intervals: Intervals) -> str:
@@ -325,23 +298,7 @@ def _caption(report: Report) -> str:
     text = (
         f"Held-out test {test['first_date']} to {test['last_date']}: {test['rows']:,} rows, {test['frauds']:,} frauds."
     )
-    return _short(f"{text} Model cut-off {report['cutoff']}.", 300)
-
-
-def _legend(ax: Axes, place: str, columns: int = 1) -> None:
-    ax.legend(loc=place, ncols=columns, fontsize=7.5, framealpha=0.9, edgecolor=PALE)
-
-
-def _note(ax: Axes, text: str, point: tuple[float, float], offset: tuple[int, int] = (6, 0), color: str = INK) -> None:
-    """Annotate a point with text to its right."""
-    ax.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=7.5, color=color, va="center")
-
-
-def _name_rows(ax: Axes, names: Sequence[str], limit: int = 58) -> None:
-    """Label rows with names, from top to bottom."""
-    ax.set_yticks(range(len(names)), [_short(name, limit) for name in names], fontsize=7.5, parse_math=False)
-    ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.grid(False, axis="y")
+    return shorten(f"{text} Model cut-off {report['cutoff']}.", 300)
 
 
 def _share_lines(
@@ -355,24 +312,13 @@ def _share_lines(
             bounds = (_column(rows, f"{column}_{end}") for end in ("lower", "upper"))
             draw_intervals(places, *bounds, color=colour, alpha=0.25)
     ax.set(ylim=(-0.38, 1.04), yticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
-    _percent(ax.yaxis)
-    _legend(ax, "lower left", columns=2)
-
-
-def _percent(*axes: Any) -> None:
-    for axis in axes:
-        axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    as_percent(ax.yaxis)
+    add_legend(ax, "lower left", columns=2)
 
 
 def _column(rows: Sequence[Row], name: str) -> list[float]:
     """Column of a table; undefined values become NaN, which matplotlib does not draw."""
     return [math.nan if row[name] is None else row[name] for row in rows]
-
-
-def _short(text: str, limit: int) -> str:
-    """Escape non-printable characters in `text` and truncate it to `limit` characters."""
-    text = printable(text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 # --- Tables of the summary --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import dagster as dg
 from pydantic import Field, model_validator
 
-from ml_platform.model.bootstrap import bootstrap_figures, customer_clusters, same_ranking
+from spark_jobs.evaluation.bootstrap import bootstrap_figures, customer_clusters, same_ranking
 
 if TYPE_CHECKING:
     import numpy.typing as npt

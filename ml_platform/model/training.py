@@ -17,7 +17,7 @@ from ml_platform.lake.reports import TrainingReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.card import model_card
 from ml_platform.model.config import FraudModelConfig
-from ml_platform.model.evaluation import evaluate, evaluation_tables, read_test_scores
+from ml_platform.model.evaluation import evaluation_tables, read_test_scores
 from ml_platform.model.gate import (
     champion_health,
     champion_request,
@@ -31,6 +31,7 @@ from ml_platform.model.packaging import partition_datasets, save_model
 from ml_platform.model.plots import draw_figures, markdown_summary
 from ml_platform.model.promotion import Decision, Scores, decide
 from ml_platform.spark.engine import SparkEngine
+from spark_jobs.evaluation.metrics import evaluate
 from spark_jobs.features.registry import MODEL_INPUTS
 from spark_jobs.schema import REPORT_NAME
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE

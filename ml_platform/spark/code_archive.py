@@ -25,7 +25,7 @@ CLUSTER_PLATFORM = ("Linux", "x86_64")
 WHEEL_PLATFORM = "manylinux2014_x86_64"
 
 #: Jobs whose tasks need the library.
-LIBRARY_JOBS = ("train_model",)
+LIBRARY_JOBS = ("score_transactions", "train_model")
 
 #: Time limit for pip to download the library if this machine's platform differs from the clusters'.
 DOWNLOAD_TIMEOUT_S = 120

@@ -7,6 +7,7 @@ Windows end with the transaction itself, or LABEL_DELAY_DAYS before it where the
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple
 
 from spark_jobs.features.windows import CENT, LOG_UNIT, History, Window
@@ -37,6 +38,7 @@ class Feature(NamedTuple):
         entity: "customer" or "terminal" if `compute` takes their `History`; "transaction" if it takes Unix seconds.
         days: maximum age of the rows that the feature uses, directly or through other features.
         delay_days: minimum age of the labels that it uses.
+        words: a value as a reason of an alert, in words that an investigator reads.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Feature(NamedTuple):
     unit: str
     source: str
     description: str
+    words: Callable[[float], str]
 
 
 def during_weekend(unix_seconds: Array) -> Array:
@@ -193,54 +196,82 @@ WINDOW_DAYS = (1, 7, 30)
 def _registry() -> Iterator[Feature]:
     delay = LABEL_DELAY_DAYS
 
-    def row(name: str, compute: Any, source: str, unit: str, text: str) -> Feature:
-        return Feature(name, "transaction", compute, 0, 0, unit, source, text)
+    def row(name: str, compute: Any, source: str, unit: str, text: str, words: Any) -> Feature:
+        return Feature(name, "transaction", compute, 0, 0, unit, source, text, words)
 
-    def customer(name: str, compute: Any, days: int, source: str, unit: str, text: str) -> Feature:
-        return Feature(name, "customer", compute, days, 0, unit, source, text)
+    def customer(name: str, compute: Any, days: int, source: str, unit: str, text: str, words: Any) -> Feature:
+        return Feature(name, "customer", compute, days, 0, unit, source, text, words)
 
-    def terminal(name: str, compute: Any, days: int, source: str, unit: str, text: str) -> Feature:
-        return Feature(name, "terminal", compute, days + delay, delay, unit, source, text)
+    def terminal(name: str, compute: Any, days: int, source: str, unit: str, text: str, words: Any) -> Feature:
+        return Feature(name, "terminal", compute, days + delay, delay, unit, source, text, words)
 
     windows = [(days, "1 day" if days == 1 else f"{days} days") for days in WINDOW_DAYS]
     # fmt: off
-    yield row("tx_during_weekend", during_weekend, "handbook", "0 or 1", "Saturday or Sunday (UTC).")
-    yield row("tx_during_night", during_night, "handbook", "0 or 1", "00:00 to 06:59 (UTC).")
+    yield row("tx_during_weekend", during_weekend, "handbook", "0 or 1", "Saturday or Sunday (UTC).",
+              lambda value: "on a weekend" if value else "on a weekday")
+    yield row("tx_during_night", during_night, "handbook", "0 or 1", "00:00 to 06:59 (UTC).",
+              lambda value: "at night (before 07:00 UTC)" if value else "by day (from 07:00 UTC)")
     for days, text in windows:
         yield customer(f"customer_tx_count_{days}d", customer_count(days), days, "handbook", "transactions",
-                       f"The customer's transactions in the {text} up to and including this one; 1 if unknown.")
+                       f"The customer's transactions in the {text} up to and including this one; 1 if unknown.",
+                       _phrase("{:,.0f} payments of this customer within {}", text))
         yield customer(f"customer_mean_amount_{days}d", customer_mean(days), days, "handbook", "amount",
-                       f"Mean amount of the customer's {text} up to this transaction; if unknown, this amount.")
+                       f"Mean amount of the customer's {text} up to this transaction; if unknown, this amount.",
+                       _phrase("mean amount {:,.2f} of this customer within {}", text))
     for days, text in windows:
         yield terminal(f"terminal_tx_count_{days}d", terminal_count(days), days, "handbook", "transactions",
-                       f"The terminal's transactions in the {text} that end {delay} days ago; 0 if unknown.")
+                       f"The terminal's transactions in the {text} that end {delay} days ago; 0 if unknown.",
+                       _phrase("{:,.0f} payments at this terminal in the {} until {} days ago", text, delay))
         yield terminal(f"terminal_fraud_risk_{days}d", terminal_risk(days), days, "handbook", "share",
-                       f"Share of frauds among the terminal's transactions in these {text}; 0 if there are none.")
+                       f"Share of frauds among the terminal's transactions in these {text}; 0 if there are none.",
+                       _phrase("{:.1%} frauds among this terminal's payments in the {} until {} days ago", text, delay))
     yield customer("customer_amount_ratio_to_mean", ratio_to_mean, 30, "own", "ratio",
-                   "Amount over the mean of the customer's 30 days before; 1 without any.")
+                   "Amount over the mean of the customer's 30 days before; 1 without any.",
+                   _phrase("amount {:.1f} times this customer's mean"))
     yield customer("customer_amount_z_score", z_score, 30, "own", "standard deviations",
-                   "Distance of the amount from that mean; 0 with fewer than two transactions.")
+                   "Distance of the amount from that mean; 0 with fewer than two transactions.",
+                   lambda value: "amount {:.1f} standard deviations {} this customer's mean".format(
+                       abs(value), "below" if value < 0 else "above"))
     yield customer("customer_amount_log_ratio", log_ratio, 30, "own", "log of amount",
-                   "log(1 + amount) less its mean over the customer's 30 days before; 0 without any.")
+                   "log(1 + amount) less its mean over the customer's 30 days before; 0 without any.",
+                   lambda value: f"amount {math.exp(value):.1f} times this customer's typical amount")
     yield customer("customer_amount_ratio_to_max_14d", ratio_to_max, 14, "own", "ratio",
-                   "Amount over the largest of the customer's 14 days before; 1 without any.")
+                   "Amount over the largest of the customer's 14 days before; 1 without any.",
+                   _phrase("amount {:.1f} times this customer's largest of 14 days"))
     yield customer("customer_high_ratio_count_14d", high_ratio_count, 14 + 30, "own", "transactions",
-                   f"The customer's payments of the 14 days before above {HIGH_RATIO} times the mean before them.")
+                   f"The customer's payments of the 14 days before above {HIGH_RATIO} times the mean before them.",
+                   _phrase("{:.0f} other payments above {} times this customer's mean within 14 days", HIGH_RATIO))
     yield customer("customer_max_ratio_14d", largest_ratio, 14 + 30, "own", "ratio",
-                   "Largest ratio to mean among the customer's payments of the 14 days before; 0 without any.")
+                   "Largest ratio to mean among the customer's payments of the 14 days before; 0 without any.",
+                   _phrase("another payment of {:.1f} times this customer's mean within 14 days"))
     for days in (3, 21):
         yield terminal(f"terminal_fraud_count_{days}d", terminal_frauds(days), days, "own", "frauds",
-                       f"Known frauds at the terminal in the {days} days that end {delay} days ago.")
+                       f"Known frauds at the terminal in the {days} days that end {delay} days ago.",
+                       _phrase("{:.0f} frauds at this terminal in the {} days until {} days ago", days, delay))
     known, without = f"{LABEL_DAYS} known days", f"{NO_LABEL_AGE:.0f}"
     yield terminal("terminal_first_fraud_age", first_known_fraud_age, LABEL_DAYS, "own", "days",
-                   f"Days since the first known fraud of the terminal's last {known}; {without} without any.")
+                   f"Days since the first known fraud of the terminal's last {known}; {without} without any.",
+                   _age("first known fraud at this terminal", "no known fraud at this terminal"))
     yield terminal("terminal_last_genuine_age", last_known_genuine_age, LABEL_DAYS, "own", "days",
-                   f"Days since the terminal's last genuine transaction in {known}; {without} if none.")
+                   f"Days since the terminal's last genuine transaction in {known}; {without} if none.",
+                   _age("last known genuine payment at this terminal", "no known genuine payment at this terminal"))
     yield terminal("terminal_last_label_age", last_known_label_age, LABEL_DAYS, "own", "days",
-                   f"Days since the terminal's last transaction in {known}; {without} if none.")
+                   f"Days since the terminal's last transaction in {known}; {without} if none.",
+                   _age("last known payment at this terminal", "no known payment at this terminal"))
     yield terminal("terminal_last_label", last_known_label, LABEL_DAYS, "own", "0 or 1",
-                   "Label of the terminal's last transaction whose label is known; 0 without any.")
+                   "Label of the terminal's last transaction whose label is known; 0 without any.",
+                   lambda value: "the last known payment at this terminal was {}".format(
+                       "a fraud" if value else "genuine or there is none"))
     # fmt: on
+
+
+def _phrase(text: str, *more: Any) -> Callable[[float], str]:
+    return lambda value: text.format(value, *more)
+
+
+def _age(event: str, without: str) -> Callable[[float], str]:
+    """Words for days since an event, or that it did not happen."""
+    return lambda value: f"{event} {value:.0f} days ago" if value < NO_LABEL_AGE else without
 
 
 #: All features except the amount itself, in the order of their columns.
@@ -248,6 +279,16 @@ REGISTRY = tuple(_registry())
 
 #: Names of a model's inputs.
 MODEL_INPUTS = ("tx_amount", *[feature.name for feature in REGISTRY])
+
+_WORDS = {feature.name: feature.words for feature in REGISTRY}
+
+
+def in_words(name: str, value: float) -> str:
+    """A model input and its value as a reason of an alert."""
+    if name == "tx_amount":
+        return f"amount {value:,.2f}"
+    return _WORDS[name](value) if name in _WORDS else f"{name} is {value:g}"
+
 
 #: Columns of ``transaction_features`` beyond those of ``cleaned_transactions``: name, Spark type, description.
 FEATURE_COLUMNS = tuple(

@@ -215,8 +215,10 @@ def arrow_array(values: Array | list[bytes], kind: Any = None, valid: Array | No
             raise OverflowError(f"{offsets[-1]:,} bytes do not fit into one Arrow batch")
         kind, buffers = kind or pyarrow.binary(), [offsets.astype("i4"), b"".join(values)]
     else:
-        kind, buffers = kind or pyarrow.from_numpy_dtype(values.dtype), [np.ascontiguousarray(values)]
-        if kind.bit_width != 8 * values.dtype.itemsize:
+        kind = kind or pyarrow.from_numpy_dtype(values.dtype)
+        is_boolean = values.dtype == bool and pyarrow.types.is_boolean(kind)
+        buffers = [np.packbits(values, bitorder="little") if is_boolean else np.ascontiguousarray(values)]
+        if not is_boolean and kind.bit_width != 8 * values.dtype.itemsize:
             raise TypeError(f"{values.dtype} is not as wide as {kind}")
     bits = None if valid is None else np.packbits(valid, bitorder="little")
     pointers = [None if buffer is None else pyarrow.py_buffer(buffer) for buffer in (bits, *buffers)]

@@ -55,6 +55,7 @@ def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: d
         "bigint": pyarrow.int64(),
         "int": pyarrow.int32(),
         "double": pyarrow.float64(),
+        "boolean": pyarrow.bool_(),
         "timestamp": pyarrow.timestamp("us", tz="UTC"),
     }
     fields = [pyarrow.field(name, types[kind], nullable=name in KEY_COLUMNS) for name, kind, *_ in table]

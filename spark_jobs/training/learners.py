@@ -467,17 +467,21 @@ def matrix_of(columns: Any, features: Iterable[str]) -> Array:
     """Float32 matrix of numeric columns (a mapping or a pandas DataFrame), in the order of `features`."""
     import numpy as np
 
-    return _clipped(np.column_stack([np.asarray(columns[name], dtype="f8") for name in features]))
+    arrays = [np.asarray(columns[name], dtype="f8") for name in features]
+    matrix = np.empty((len(arrays[0]), len(arrays)), dtype="f4")
+    for number, values in enumerate(arrays):
+        matrix[:, number] = _clipped(values)
+    return matrix
 
 
 def _inputs(matrix: Array) -> Array:
     return matrix if matrix.dtype == "f4" else _clipped(matrix)
 
 
-def _clipped(matrix: Array) -> Array:
+def _clipped(values: Array) -> Array:
     import numpy as np
 
-    clipped: Array = np.clip(matrix, -LARGEST_INPUT, LARGEST_INPUT).astype("f4")
+    clipped: Array = np.clip(values, -LARGEST_INPUT, LARGEST_INPUT).astype("f4")
     return clipped
 
 

@@ -30,15 +30,25 @@ def customer_clusters(label: Array, models: Sequence[Array], customer_id: Array)
     """
     import numpy as np
 
-    codes = np.empty(len(label), np.int64)
-    unknown = np.isnan(customer_id)
-    known, codes[~unknown] = np.unique(customer_id[~unknown], return_inverse=True)
-    single = np.flatnonzero(unknown)
+    codes = customer_codes(customer_id)
+    single = np.flatnonzero(np.isnan(customer_id))
+    known = len(label) and int(codes.max()) + 1 - len(single)
     # Number single rows by content, so that file order has no effect; rows with equal content are interchangeable.
     ranks = [_dense_rank(scores[single]) for scores in models]
     order = np.lexsort((ranks[0], ranks[0] + ranks[-1], label[single]))
-    codes[single[order]] = len(known) + np.arange(len(single))
-    return Clusters(codes, len(known) + len(single), len(known))
+    codes[single[order]] = known + np.arange(len(single))
+    return Clusters(codes, known + len(single), known)
+
+
+def customer_codes(customer_id: Array) -> Integers:
+    """Number of each row's customer, from 0 in the order of their ids; a row without one (NaN) has its own number."""
+    import numpy as np
+
+    codes = np.empty(len(customer_id), np.int64)
+    unknown = np.isnan(customer_id)
+    known, codes[~unknown] = np.unique(customer_id[~unknown], return_inverse=True)
+    codes[unknown] = len(known) + np.arange(unknown.sum())
+    return codes
 
 
 def bootstrap_figures(

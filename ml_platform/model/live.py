@@ -1,0 +1,90 @@
+"""A version in service: what the scoring job needs to know of it, and the grades of its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from ml_platform.lake.grades import valid_grades
+from ml_platform.lake.reports import Grade, ScoredReports
+from ml_platform.lake.resource import LakeResource
+from ml_platform.model.gate import champion_problem, champion_request, train_last_date
+from ml_platform.model.live_plots import grades_plot
+from ml_platform.model.mlflow import MlflowResource
+from ml_platform.model.plot_elements import markdown_image
+from spark_jobs.schema import REPORT_NAME
+
+if TYPE_CHECKING:
+    import dagster as dg
+    from mlflow.entities.model_registry import ModelVersion
+
+
+def scoring_request(mlflow: MlflowResource, lake: LakeResource, version: ModelVersion) -> dict[str, Any]:
+    """A version in the format of the scoring job's request, with ``error`` if its tags show that it cannot score."""
+    request = champion_request(version)
+    last_date = train_last_date(version)
+    found: dict[str, Any] = {
+        "version": int(version.version),
+        "out_of_time_from": None if last_date is None else (last_date + timedelta(days=1)).isoformat(),
+        "held_out": _held_out(mlflow.metrics_of(version)),
+        "error": None,
+    }
+    if request is None:
+        return {**found, "error": champion_problem(version) or f"version {version.version} cannot be read"}
+    directory = request["model_uri"].rpartition("/")[0]
+    return {**found, "model_uri": request["model_uri"], "report_uri": f"{directory}/{REPORT_NAME}"}
+
+
+def _held_out(metrics: dict[str, float]) -> dict[str, float] | None:
+    """Average precision of the held-out week with its interval, as the gate computed it; None if it could not."""
+    names = {
+        "average_precision": "test_average_precision",
+        "lower": "promotion.average_precision_lower",
+        "upper": "promotion.average_precision_upper",
+    }
+    found = {name: metrics[metric] for name, metric in names.items() if metric in metrics}
+    return found if len(found) == len(names) else None
+
+
+def log_grades(mlflow: MlflowResource, new: Sequence[Grade], scored: ScoredReports, log: dg.DagsterLogManager) -> None:
+    """Log grades as metrics ``live_…`` of the MLflow run that trained their version, with the week as the step.
+
+    Weeks that an earlier run graded and could not log are logged, too.
+    """
+    for number in sorted({grade.model_version for grade in new}):
+        version = mlflow.version(str(number))
+        if version is None:
+            log.warning(f"version {number} is gone from MLflow: its grades are in the lake alone")
+            continue
+        of_version = [grade for grade in valid_grades(scored) if grade.model_version == number]
+        mlflow.log_steps(
+            version,
+            {grade.week: {f"live_{name}": value for name, value in grade.figures().items()} for grade in of_version},
+            again={grade.week for grade in new if grade.model_version == number},
+        )
+
+
+def grades_summary(grades: Sequence[Grade]) -> str:
+    """Grades of all versions as Markdown: a plot and a table, the newest week first."""
+    header = "| week | version | rows | frauds | average precision | at the budget: precision | recall | calibration |"
+    lines = [header, "|---|---|---|---|---|---|---|---|"]
+    for grade in reversed(grades[-26:]):
+        figures = (
+            _with_bounds(grade, "average_precision"),
+            *(_shown(getattr(grade, name)) for name in ("precision_at_budget", "recall_at_budget", "calibration")),
+        )
+        days, rows = f"{grade.first_date} to {grade.last_date}", f"{grade.rows:,} | {grade.frauds:,}"
+        lines.append(f"| {days} | {grade.model_version} | {rows} | {' | '.join(figures)} |")
+    return f"{markdown_image('live_quality', grades_plot(grades))}\n\n" + "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _with_bounds(grade: Grade, name: str) -> str:
+    figures = grade.figures()
+    if name not in figures:
+        return ""
+    return f"{figures[name]:.3f} ({figures[f'{name}_lower']:.3f} to {figures[f'{name}_upper']:.3f})"

@@ -1,0 +1,59 @@
+"""Plots of scores in service: their grades week by week, and drift."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ml_platform.lake.reports import Grade
+from ml_platform.model.plot_elements import (
+    BLUE,
+    GREEN,
+    GREY,
+    PURPLE,
+    SKY,
+    VERMILION,
+    add_legend,
+    as_percent,
+    new_figure,
+    png_of,
+    set_labels,
+    styled,
+)
+
+#: Weeks in a plot; more would be unreadable.
+MAX_WEEKS = 26
+MAX_DATES = 9
+
+#: Colours of versions, in turn.
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY)
+
+
+def grades_plot(grades: Sequence[Grade]) -> bytes:
+    """Average precision of each week with its interval, and the held-out interval of each version, as PNG."""
+    weeks = sorted({grade.week for grade in grades})[-MAX_WEEKS:]
+    place = {week: number for number, week in enumerate(weeks)}
+    dates = {grade.week: grade.first_date for grade in grades}
+    shown = [grade for grade in grades if grade.week in place]
+    figure = new_figure("Bars: 95 % intervals. Bands: interval of the version's held-out week.", width=8, height=3.6)
+    ax = styled(figure.subplots())
+    for number, version in enumerate(sorted({grade.model_version for grade in shown})):
+        colour = COLOURS[number % len(COLOURS)]
+        rows = [grade for grade in shown if grade.model_version == version]
+        places = [place[grade.week] for grade in rows]
+        values = [math.nan if grade.average_precision is None else grade.average_precision for grade in rows]
+        ax.plot(places, values, "o-", color=colour, markersize=5, linewidth=1.2, label=f"version {version}")
+        for grade, where in zip(rows, places, strict=True):
+            if (lower := grade.average_precision_lower) is not None and (upper := grade.average_precision_upper):
+                ax.vlines(where, lower, upper, color=colour)
+        if (held_out := rows[-1].held_out) is not None:
+            span = [min(places) - 0.4, max(places) + 0.4]
+            ax.fill_between(span, held_out.lower, held_out.upper, color=colour, alpha=0.13, linewidth=0)
+    ticks = weeks[:: math.ceil(len(weeks) / MAX_DATES)]
+    ax.set_xticks([place[week] for week in ticks], [dates[week] for week in ticks])
+    ax.set(ylim=(0, 1.02))
+    as_percent(ax.yaxis)
+    set_labels(ax, "Average precision of the scores as they were given", "first day of the week", "")
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    add_legend(ax, "lower left", columns=3)
+    return png_of(figure)

@@ -1,0 +1,1 @@
+"""Figures of scores with known labels, shared by the jobs and the promotion gate."""

@@ -1,0 +1,1 @@
+"""Scores of new rows: ranks, alerts with reasons, grades, drift."""
