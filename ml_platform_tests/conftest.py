@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sqlite3
 import sys
@@ -243,3 +244,18 @@ def local_world(tmp_path_factory: pytest.TempPathFactory) -> World:
                 world.run(*ML_PLATFORM, "process-new-files")
             done.touch()
     return world
+
+
+@pytest.fixture
+def mlflow(empty_mlflow_store: Path, tmp_path: Path) -> Iterator[MlflowResource]:
+    """MLflow on a store of the test's own."""
+    import mlflow as module
+
+    directory = tmp_path / "ml flow"
+    directory.mkdir()
+    shutil.copy(empty_mlflow_store, directory / "mlflow.db")
+    yield MlflowResource(
+        tracking_uri=f"sqlite:///{directory}/mlflow.db", artifact_root=(directory / "artifacts").as_uri()
+    )
+    while module.active_run():
+        module.end_run()

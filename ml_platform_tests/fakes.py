@@ -25,6 +25,7 @@ from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.model import fraud_model
 from ml_platform.assets.raw import raw_transactions
+from ml_platform.assets.scores import scored_transactions
 from ml_platform.checks import ASSET_CHECKS
 from ml_platform.jobs import process_new_files
 from ml_platform.lake.partitions import range_tags
@@ -36,6 +37,7 @@ from ml_platform.spark.engine import JobCall, SparkEngine
 from spark_jobs import build_features
 from spark_jobs.partitions import Refused
 from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
+from spark_jobs.scoring import grading
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
 from spark_jobs.training.learners import LogisticRegressionModel, Scorer
 
@@ -159,6 +161,7 @@ class FakeEngine(SparkEngine):
     challenger_skill: float = Field(2.0, description="How far its scores of frauds are above those of the others.")
     champion_skill: float | None = Field(2.0, description="The same of the champion; None: its very scores.")
     champion_error: str = Field("", description="Why the champion cannot score: a newer library wrote it.")
+    live_average_precision: float = Field(0.7, description="Of each week that it grades.")
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
     def _execute(self, call: JobCall) -> dict[str, Any]:
@@ -192,6 +195,58 @@ class FakeEngine(SparkEngine):
             return features_report(cleaned, item["inputs"], run_id=request["run_id"])
 
         return self._verdicts(request, build)
+
+    def _score_transactions(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The report of each partition; a model without an error scores every row."""
+        champion, entries = request["champion"], dict(request["grading"]["scored"])
+        outcome = "no_champion" if champion is None else "champion_unreadable" if champion["error"] else "scored"
+        model = champion or dict.fromkeys(("version", "error", "out_of_time_from", "held_out"))
+
+        def score(item: dict[str, Any]) -> dict[str, Any]:
+            rows = item["rows"] if outcome == "scored" else 0
+            days = sorted(map(int, item["rows_per_day"])) if rows else []
+            report = {
+                "schema_version": SCHEMA_VERSION,
+                "partition": item["partition"],
+                "run_id": request["run_id"],
+                "inputs": item["inputs"],
+                "cause": item["cause"],
+                "outcome": outcome,
+                "error": model["error"],
+                "model_version": model["version"],
+                "out_of_time_from": model["out_of_time_from"],
+                "held_out": model["held_out"],
+                "alerts_per_day": request["alerts_per_day"],
+                "counts": {"rows": rows, "alerts": min(rows, 10)},
+                "score_sum": 0.01 * rows,
+                "weeks": grading.live_weeks(dict.fromkeys(days, 1), request["epoch"], model["out_of_time_from"]),
+                "alerts": [],
+                "drift": {},
+                "grades": [],
+                "grading_error": None,
+                "spark_version": "0.0.0",
+                "seconds": 0.1,
+            }
+            if rows:
+                entries[item["partition"]] = grading.entry_of(item["output_uri"], report)
+            if item is request["partitions"][-1]:
+                weeks = grading.ungraded_weeks({**request["grading"], "epoch": request["epoch"], "scored": entries})
+                report["grades"] = [self._grade(week, model["held_out"]) for week in weeks]
+            return report
+
+        return self._verdicts(request, score)
+
+    def _grade(self, week: grading.Week, held_out: Any) -> dict[str, Any]:
+        precision = self.live_average_precision
+        return {
+            **{"week": week.week, "model_version": week.version, "scores": week.scores, "held_out": held_out},
+            **{"first_date": "2020-01-01", "last_date": "2020-01-07", "graded_at": "2020-01-14T00:00:00Z"},
+            **{"alerts_per_day": 100, "rows": 7000, "frauds": 70, "roc_auc": 0.9, "card_precision_at_100": 0.3},
+            "average_precision": precision,
+            "average_precision_lower": precision - 0.05,
+            "average_precision_upper": precision + 0.05,
+            **{"precision_at_budget": 0.3, "recall_at_budget": 0.7, "calibration": 1.0},
+        }
 
     @staticmethod
     def _verdicts(request: dict[str, Any], work: Any) -> dict[str, Any]:
@@ -339,7 +394,7 @@ def definitions(
 ) -> dg.Definitions:
     """The platform's assets, checks and job around a lake and an engine of the test's own."""
     return dg.Definitions(
-        assets=[raw_transactions, cleaned_transactions, transaction_features, fraud_model],
+        assets=[raw_transactions, cleaned_transactions, transaction_features, scored_transactions, fraud_model],
         asset_checks=ASSET_CHECKS,
         jobs=[process_new_files],
         resources={

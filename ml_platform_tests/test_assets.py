@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -504,21 +504,6 @@ class TestFeatures:
         assert bench.instance.get_materialized_partitions(dg.AssetKey(FEATURES_KEY)) == {keys[0], *keys[2:]}
         healed = bench.run(FEATURES_KEY, keys=(keys[0], keys[-1]))
         assert bench.sent(healed, "build_features") == [keys[1]]
-
-
-@pytest.fixture
-def mlflow(empty_mlflow_store: Path, tmp_path: Path) -> Iterator[MlflowResource]:
-    """MLflow on a store of the test's own."""
-    import mlflow as module
-
-    directory = tmp_path / "ml flow"
-    directory.mkdir()
-    shutil.copy(empty_mlflow_store, directory / "mlflow.db")
-    yield MlflowResource(
-        tracking_uri=f"sqlite:///{directory}/mlflow.db", artifact_root=(directory / "artifacts").as_uri()
-    )
-    while module.active_run():
-        module.end_run()
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -33,7 +33,18 @@ from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
 mlflow_version = version_of_package("mlflow")
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    *("simulate", "sync", "process-new-files", "summary", "rejects", "withdraw", "migrate", "dev-cloud", "doctor"),
+    *(
+        "simulate",
+        "sync",
+        "process-new-files",
+        "summary",
+        "rejects",
+        "alerts",
+        "withdraw",
+        "migrate",
+        "dev-cloud",
+        "doctor",
+    ),
     *("champion show", "champion set", "champion rollback", "clusters list", "clusters delete"),
 )
 
@@ -210,7 +221,7 @@ def test_the_summary_counts_the_rows_of_each_file(run_cli: RunCli, mlflow_ready:
     code, out, _ = run_cli("summary")
     assert code == 0
     first, second = (line for line in out.splitlines() if "2019-" in line)
-    assert re.findall(r"[\w,-]+", first) == ["2019-08-22", "20,103", "20,000", "2", "101", "200", "yes"]
+    assert re.findall(r"[\w,-]+", first) == ["2019-08-22", "20,103", "20,000", "2", "101", "200", "not", "scored"]
     assert "2019-08-24" in second
     assert "not cleaned yet" in second
     assert "No model of fraud_model is the champion yet." in out

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 #: The images have these, except XGBoost, which comes with the code.
-ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "pyarrow", "sklearn", "xgboost"}
+ON_THE_CLUSTER = {"pyspark", "py4j", "numpy", "pandas", "pyarrow", "scipy", "sklearn", "xgboost"}
 
 
 def test_spark_jobs_import_what_the_clusters_image_has():

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 
 from ml_platform import planning
 from ml_platform.definitions import defs
-from ml_platform.jobs import run_config
 from ml_platform.lake.partitions import PARTITION_TAG, keys_of_run, range_tags
 from ml_platform.lake.reports import CLEANED_TABLE
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import StoredFile
+from ml_platform.model.config import run_config
 from ml_platform.planning import plan_runs, run_requests, sort_partitions
 from ml_platform.sensors import new_raw_files, process_new_files_daily
 from ml_platform.settings import SettingsError

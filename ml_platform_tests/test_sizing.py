@@ -5,7 +5,9 @@ import pytest
 from ml_platform.dataproc import sizing
 from ml_platform.dataproc.sizing import CORE_SECONDS_PER_MILLION_ROWS, FIXED_S, choose_nodes, cores_of, expected_seconds
 
-CLEAN, FEATURES = (CORE_SECONDS_PER_MILLION_ROWS[job] for job in ("clean_transactions", "build_features"))
+CLEAN, FEATURES, SCORES = (
+    CORE_SECONDS_PER_MILLION_ROWS[job] for job in ("clean_transactions", "build_features", "score_transactions")
+)
 
 
 def nodes(rows: int, **changes: object) -> int:
@@ -32,9 +34,9 @@ def test_the_fewest_nodes_that_reach_the_target_are_chosen():
     assert sizing.seconds == pytest.approx(FIXED_S + work / (4 * sizing.nodes))
 
 
-def test_cleaning_allows_for_the_features_that_follow():
+def test_cleaning_allows_for_the_features_and_scores_that_follow():
     one = choose_nodes("clean_transactions", 10**8, cores=1, least=1, most=1, target_s=1)
-    assert one.seconds == pytest.approx(FIXED_S + 100 * (CLEAN + 3 * FEATURES))
+    assert one.seconds == pytest.approx(FIXED_S + 100 * (CLEAN + 3 * FEATURES + SCORES))
 
 
 def test_more_cores_need_fewer_nodes():

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from spark_jobs import partitions, runtime
 from spark_jobs.io import parquet_files
 from spark_jobs.schema import DAY_S
-from spark_jobs.scoring import alerts, grading
-from spark_jobs.scoring.rows import Scoring, one_file_per_task, scored_files
+from spark_jobs.scoring import alerts, drift, grading, rows
 from spark_jobs.training import library
 from spark_jobs.training.learners import ModelError, NewerModelError, Scorer
 
@@ -47,17 +46,17 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         epoch: first day of the data set (YYYY-MM-DD), from which days are counted.
         data_first_day: first day of all data.
         partitions: list of ``partition`` (key), ``features_uri``, ``output_uri``, ``alerts_uri``, ``rows``,
-            ``rows_per_day`` (day → rows, to spread them over tasks), ``inputs`` and ``cause`` (both copied into the
-            report).
+            ``rows_per_day`` (day → rows, to spread them over tasks), ``usual_days`` (first and last, without odd rows),
+            ``inputs`` and ``cause`` (both copied into the report).
         grading: the rest of the request of `grading.grade_weeks`; its ``scored`` lists the partitions that were scored
             before.
 
     Report fields of a partition: ``inputs``, ``cause``, ``outcome`` (scored, no_champion, champion_unreadable,
     champion_newer_library or champion_other_features), ``error`` (why the champion cannot score), ``model_version``,
     ``out_of_time_from``, ``held_out``, ``alerts_per_day``, ``counts`` (``rows``, ``alerts``), ``score_sum``, ``weeks``
-    (week → rows that can be graded as live, see `grading`), ``alerts`` (the first ten), ``drift`` (see `drift`), and
-    ``grades`` (those that the run made, in the report of its last partition) with ``grading_error`` (why there are
-    none).
+    (week → rows that can be graded as live, see `grading`), ``alerts`` (the first ten), ``drift`` (see
+    `drift.measure`), and ``grades`` (those that the run made, in the report of its last partition) with
+    ``grading_error`` (why there are none).
 
     Writes into ``output_uri`` the scored rows (SCORED_COLUMNS), and into ``alerts_uri`` the alerts (ALERT_COLUMNS) as
     Parquet and CSV, which the report in ``output_uri`` commits.
@@ -174,7 +173,7 @@ def _score_partition(
         files.delete(item["output_uri"])
         files.delete(item["alerts_uri"])
         return {**report, "counts": {"rows": 0, "alerts": 0}, "score_sum": 0.0, "weeks": {}, "alerts": [], "drift": {}}
-    scoring = Scoring(
+    scoring = rows.Scoring(
         model=model.text,
         version=int(model.champion["version"]),
         alerts_per_day=request["alerts_per_day"],
@@ -183,33 +182,63 @@ def _score_partition(
     )
     bins, tallies = partitions.list_accumulator(spark), partitions.list_accumulator(spark)
     progress.follow(tallies)
-    frame = scored_files(spark, item["features_uri"], scoring, library_name, bins.add, tallies.add)
-    with one_file_per_task(spark):
+    frame = rows.scored_files(spark, item["features_uri"], scoring, library_name, bins.add, tallies.add)
+    with rows.one_file_per_task(spark):
         parquet_files.write(frame, item["output_uri"])
     done = partitions.tallies_of(tallies, len(scoring.first_days) + 1)
     found = [alert for tally in done for alert in tally["alerts"]]
     found.sort(key=lambda alert: (alert["tx_datetime"] // DAY_S, alert["rank_of_day"]))
     for name, content in alerts.alert_files(found).items():
         files.write("{}/{}".format(item["alerts_uri"], name), content)
-    rows_per_day = {day: rows for tally in done for day, rows in tally["rows_per_day"].items()}
+    rows_per_day = {day: number for tally in done for day, number in tally["rows_per_day"].items()}
     return {
         **report,
         "counts": {"rows": sum(tally["rows"] for tally in done), "alerts": len(found)},
         "score_sum": sum(tally["score_sum"] for tally in done),
         "weeks": grading.live_weeks(rows_per_day, request["epoch"], report["out_of_time_from"]),
         "alerts": [alerts.plain(alert) for alert in found[:ALERTS_IN_REPORT]],
-        "drift": {},
+        "drift": _drift(model.profile, bins.value, item["usual_days"], request),
     }
+
+
+def _drift(profile: dict[str, Any], found: list[Any], usual_days: list[int], request: dict[str, Any]) -> dict[str, Any]:
+    """Compare what the tasks counted with the training window; empty if the profile is broken."""
+    first, last = usual_days
+    known_until = request["grading"]["last_day"] - request["grading"]["delay_days"]
+    names = (rows.LABELS, *_edges(profile))
+    counts: dict[str, dict[int, list[int]]] = {name: {} for name in names}
+    # A retried task before the shuffle may have counted twice, which changes shares by little.
+    for of_file in found:
+        for day, of_day in of_file.items():
+            for name, number in of_day.items() if first <= day <= last else ():
+                before = counts[name].get(day, [0] * len(number))
+                counts[name][day] = [a + b for a, b in zip(before, number)]
+    labels = {
+        day: (genuine + frauds, frauds)
+        for day, (genuine, frauds) in counts.pop(rows.LABELS).items()
+        if day <= known_until
+    }
+    edges = _edges(profile)
+    by_day = {
+        name: [of_days.get(day, [0] * (len(edges[name]) + 1)) for day in range(first, last + 1)]
+        for name, of_days in counts.items()
+    }
+    try:
+        return drift.measure(profile, by_day, first, labels, request["data_first_day"])
+    except Exception as error:
+        # Anyone can edit a training report; scores do not depend on it.
+        log.warning("drift is not measured: %s", runtime.describe(error))
+        return {}
 
 
 def _first_days(spark: SparkSession, item: dict[str, Any]) -> list[int]:
     """First day of each task but for the first one, so that they have about as many rows each."""
-    days = sorted((int(day), rows) for day, rows in item["rows_per_day"].items())
+    days = sorted((int(day), number) for day, number in item["rows_per_day"].items())
     tasks = runtime.round_up_to_cores(spark, -(-item["rows"] // ROWS_PER_TASK))
-    before = [0, *accumulate(rows for _, rows in days)]
+    before = [0, *accumulate(number for _, number in days)]
     share = max(1, before[-1]) / tasks
-    numbers = [int((before[index] + rows / 2) / share) for index, (_, rows) in enumerate(days)]
-    return [days[index][0] for index in range(1, len(days)) if numbers[index] > numbers[index - 1]]
+    tasks_of_days = [int((before[index] + number / 2) / share) for index, (_, number) in enumerate(days)]
+    return [days[index][0] for index in range(1, len(days)) if tasks_of_days[index] > tasks_of_days[index - 1]]
 
 
 def _edges(profile: dict[str, Any]) -> dict[str, list[float]]:

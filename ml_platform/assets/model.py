@@ -46,6 +46,7 @@ Results = Mapping[str, TrainingResult]
 @dg.asset(
     partitions_def=raw_files,
     backfill_policy=dg.BackfillPolicy.single_run(),
+    # On features, too, or a run without scores would train before it builds features.
     deps=[transaction_features, scored_transactions],
     group_name="fraud_detection",
     kinds={"pyspark", "mlflow"},

@@ -26,7 +26,7 @@ from ml_platform.lake.reports import (
 )
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.config import FraudModelConfig, check_run_config, run_config, training_config
-from ml_platform.model.live import grades_summary, log_grades, scoring_request
+from ml_platform.model.live import drift_summary, grades_summary, log_grades, scoring_request
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import ALERT_COLUMNS, SCORED_COLUMNS
@@ -158,7 +158,8 @@ def _scoring_model(
     else:
         champion = mlflow.version(tag)
         if champion is None:
-            return {"version": int(tag), "error": f"version {tag} is gone from MLflow"}
+            gone = f"version {tag} is gone from MLflow"
+            return {"version": int(tag), "error": gone, "out_of_time_from": None, "held_out": None}
     context.log.info("no champion: no scores" if champion is None else f"scoring with the champion, version {tag}")
     return None if champion is None else scoring_request(mlflow, lake, champion)
 
@@ -193,6 +194,7 @@ def _request(
                 "inputs": {"cleaned": cleaned[key].version},
                 "rows": cleaned[key].counts.clean_rows,
                 "rows_per_day": {str(day(of)): rows for of, rows in cleaned[key].rows_per_day.items()},
+                "usual_days": [day(times[key].p0_1), day(times[key].p99_9)] if key in times else [0, -1],
                 "features_uri": lake.partition_uri(FEATURES_TABLE, key),
                 "output_uri": lake.partition_uri(SCORED_TABLE, key),
                 "alerts_uri": lake.partition_uri(ALERTS_TABLE, key),
@@ -249,6 +251,8 @@ def _metadata(lake: LakeResource, report: ScoredReport, is_new: bool, grades: li
     }
     if report.out_of_time_from is not None:
         metadata["out_of_time_from"] = report.out_of_time_from
+    if any(found.get("inputs") for found in report.drift.values()):
+        metadata["drift"] = dg.MetadataValue.md(drift_summary(report.drift))  # noqa: TID251 - its text is escaped
     if grades:
         metadata["live_quality"] = dg.MetadataValue.md(grades_summary(grades))  # noqa: TID251 - figures only
     return metadata

@@ -181,7 +181,7 @@ def champion_health(
     """Problem with a champion that stays: weak, unreadable or not compared for too long; None if it is healthy.
 
     `outcome` and `reason` come from the decision, or from the training if there was no challenger; `average_precision`
-    is the champion's on the held-out rows.
+    is the champion's in its last graded week in service or, until there is one, on the held-out rows.
     """
     name, floor = f"the champion, version {champion.version}", config.min_champion_average_precision
     if average_precision is not None and average_precision < floor:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from ml_platform.escaping import markdown
 from ml_platform.lake.grades import valid_grades
 from ml_platform.lake.reports import Grade, ScoredReports
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.gate import champion_problem, champion_request, train_last_date
-from ml_platform.model.live_plots import grades_plot
+from ml_platform.model.live_plots import drift_plot, grades_plot
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.model.plot_elements import markdown_image
 from spark_jobs.schema import REPORT_NAME
+
+#: Inputs in a table, those that drift most.
+INPUTS_SHOWN = 8
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -88,3 +92,23 @@ def _with_bounds(grade: Grade, name: str) -> str:
     if name not in figures:
         return ""
     return f"{figures[name]:.3f} ({figures[f'{name}_lower']:.3f} to {figures[f'{name}_upper']:.3f})"
+
+
+def drift_summary(drift: Mapping[str, Any]) -> str:
+    """The results of the drift checks as Markdown: what they say, the inputs that drift most, and their plots."""
+    lines = [
+        f"* {markdown(name)}: {markdown(found['outcome'])}. {markdown(found['reason'])}"
+        for name, found in drift.items()
+    ]
+    inputs = drift.get("feature_drift", {}).get("inputs", [])[:INPUTS_SHOWN]
+    table = ["| input | PSI | exceedance |", "|---|---|---|"]
+    table += [f"| {markdown(row['input'])} | {row['psi']:.3g} | {_short(row['exceedance'])} |" for row in inputs]
+    pictures = [picture for found in drift.values() for picture in found.get("pictures", [])]
+    parts = ["\n".join(lines), "\n".join(table) if inputs else ""]
+    if pictures:
+        parts.append(markdown_image("drift", drift_plot(pictures)))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

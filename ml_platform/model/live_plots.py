@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_platform.lake.reports import Grade
 from ml_platform.model.plot_elements import (
@@ -18,6 +19,7 @@ from ml_platform.model.plot_elements import (
     new_figure,
     png_of,
     set_labels,
+    shorten,
     styled,
 )
 
@@ -56,4 +58,21 @@ def grades_plot(grades: Sequence[Grade]) -> bytes:
     set_labels(ax, "Average precision of the scores as they were given", "first day of the week", "")
     ax.axhline(0, color=GREY, linewidth=0.8)
     add_legend(ax, "lower left", columns=3)
+    return png_of(figure)
+
+
+def drift_plot(pictures: Sequence[Mapping[str, Any]]) -> bytes:
+    """Distributions of a file beside those of the training window, one panel per picture of `drift.measure`, as PNG."""
+    figure = new_figure("Bins by quantiles of the training window, from the lowest values to the highest.", 9, 2.9)
+    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for ax, picture in zip(axes, pictures, strict=True):
+        places = range(len(picture["expected"]))
+        styled(ax).bar(places, picture["expected"], width=0.8, color=SKY, label="training window")
+        ax.step(places, picture["found"], where="mid", color=VERMILION, linewidth=1.6, label="this file")
+        edges = picture["edges"]
+        shown = range(0, len(edges), max(1, math.ceil(len(edges) / 4)))
+        ax.set_xticks([place + 0.5 for place in shown], [f"{edges[place]:.3g}" for place in shown])
+        as_percent(ax.yaxis)
+        set_labels(ax, shorten(picture["input"], 34), "", "")
+    add_legend(axes[0], "upper center", columns=1)
     return png_of(figure)

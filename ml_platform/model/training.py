@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from ml_platform.lake.reports import TrainingReport
+from ml_platform.lake.grades import newest_grade
+from ml_platform.lake.reports import ScoredReport, TrainingReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.card import model_card
 from ml_platform.model.config import FraudModelConfig
@@ -261,9 +262,16 @@ class Training:
     def check_champion(
         self, outcome: str, reason: str, *, replaced: bool = False, average_precision: float | None = None
     ) -> str | None:
-        """See `champion_health`; also tags the champion with the time of the comparison."""
+        """See `champion_health`; also tags the champion with the time of the comparison.
+
+        Its figure is that of its last graded week in service; `average_precision`, of the held-out rows, until there is
+        one.
+        """
         if self.champion is None or replaced:
             return None
+        grade = newest_grade(self.lake.reports(ScoredReport), int(self.champion.version))
+        if grade is not None and grade.average_precision is not None:
+            average_precision = grade.average_precision
         problem = champion_health(
             self.config.promotion, self.champion, outcome=outcome, reason=reason, average_precision=average_precision
         )

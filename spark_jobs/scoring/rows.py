@@ -39,6 +39,9 @@ ROWS_PER_BATCH = 250_000
 #: Rows whose inputs and scores are binned for the drift checks, of one file of features; evenly spaced if it has more.
 BINNED_ROWS = 250_000
 
+#: Names of counts that are not those of inputs.
+LABELS, SCORE = "", "score"
+
 #: First byte of a block: scored rows, or inputs of possible alerts.
 ROWS, CANDIDATES = b"R", b"C"
 
@@ -51,7 +54,7 @@ class Scoring(NamedTuple):
         version: its version.
         alerts_per_day: rows of a day that are alerts.
         first_days: first day of each task, ascending, but for the first task.
-        edges: input or ``score`` → edges of the bins to count (see `drift`); empty: none are counted.
+        edges: input or ``score`` → edges of the bins to count (see `drift`).
     """
 
     model: str
@@ -73,7 +76,7 @@ def scored_files(
 
     To be written within `one_file_per_task`. Each task that writes files has a tally: ``rows``, ``rows_per_day`` (day →
     rows), ``score_sum`` and ``alerts`` (a list of dicts with the columns of ALERT_COLUMNS; instants are Unix seconds,
-    keys NO_KEY if unknown). Each task that reads files reports their bins: day → input → counts.
+    keys NO_KEY if unknown). Each task that reads files reports what it counts of them (see `_count`).
     """
     options = parquet_files.options(spark, ["model_version", "rank_of_day"])
     keys = blocks.partition_keys(len(scoring.first_days) + 1)
@@ -88,11 +91,9 @@ def scored_files(
             bins: dict[int, dict[str, Any]] = {}
             for columns, matrix in _batches(content, features):
                 columns["score"] = scorer.score(matrix)
-                if scoring.edges:
-                    _count(bins, columns, matrix, features, scoring.edges, _step_of(content))
+                _count(bins, columns, matrix, features, scoring.edges, _step_of(content))
                 yield from _packed(columns, matrix, scoring, keys, candidate_layout)
-            if bins:
-                report_bins([bins])
+            report_bins([bins])
 
     def finish(packed: list[bytes]) -> Iterator[Columns]:
         columns = _ranked(blocks.unpack(_of_kind(packed, ROWS), ROW_LAYOUT), scoring)
@@ -138,13 +139,13 @@ def _file_contents(spark: SparkSession, uri: str) -> DataFrame:
 
 
 def _batches(content: bytes, features: list[str]) -> Iterator[tuple[Columns, Array]]:
-    """(columns of ROW_LAYOUT but for the score, matrix of the inputs) of some rows of a Parquet file at a time."""
+    """Some rows of a Parquet file at a time: columns (of ROW_LAYOUT without the score, and the label), and inputs."""
     import numpy as np
     import pyarrow
     from pyarrow import parquet
 
     file = parquet.ParquetFile(pyarrow.BufferReader(content))
-    kept = ["transaction_id", "tx_datetime", "customer_id", "terminal_id", "tx_amount", "tx_time_days"]
+    kept = ["transaction_id", "tx_datetime", "customer_id", "terminal_id", "tx_amount", "tx_time_days", "tx_fraud"]
     names = [*kept, *[name for name in features if name not in kept]]
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=names, use_threads=False)
@@ -157,6 +158,7 @@ def _batches(content: bytes, features: list[str]) -> Iterator[tuple[Columns, Arr
                 "terminal_id": _numbers(batch, "terminal_id", NO_KEY),
                 "tx_amount": _numbers(batch, "tx_amount"),
                 "_day": _numbers(batch, "tx_time_days").astype("i4"),
+                "_fraud": _numbers(batch, "tx_fraud"),
             }
             yield columns, matrix_of({name: _numbers(batch, name, np.nan) for name in features}, features)
 
@@ -281,25 +283,32 @@ def _explained(columns: Columns, candidates: Columns, scorer: Scorer) -> list[di
 
 
 def _count(
-    bins: dict[int, dict[str, Any]],
+    found: dict[int, dict[str, Any]],
     columns: Columns,
     matrix: Array,
     features: list[str],
     edges: dict[str, list[float]],
     step: int,
 ) -> None:
-    """Add the rows of a batch to the counts: day → input or ``score`` → rows in each bin."""
+    """Add the rows of a batch to the counts: day → LABELS → [genuine rows, frauds], and name → rows in each bin."""
     import numpy as np
 
-    from spark_jobs.scoring import drift
+    def add(name: str, days: Array, bins: Array, number: int) -> None:
+        first = int(days.min())
+        counts = np.bincount((days - first) * number + bins, minlength=(int(days.max()) - first + 1) * number)
+        for day, of_day in enumerate(counts.reshape(-1, number).tolist(), first):
+            if any(of_day):
+                before = found.setdefault(day, {}).get(name, [0] * number)
+                found[day][name] = [a + b for a, b in zip(before, of_day)]
 
-    days = columns["_day"][::step]
-    order = np.argsort(days, kind="stable")
-    bounds = [0, *(np.flatnonzero(np.diff(days[order])) + 1).tolist(), len(order)]
-    values = {name: matrix[::step, number][order] for number, name in enumerate(features) if name in edges}
-    values["score"] = columns["score"][::step][order]
-    for begin, end in zip(bounds[:-1], bounds[1:]):
-        counts = drift.bin_counts({name: part[begin:end] for name, part in values.items()}, edges)
-        of_day = bins.setdefault(int(days[order[begin]]), {})
-        for name, counted in counts.items():
-            of_day[name] = [a + b for a, b in zip(of_day.get(name, [0] * len(counted)), counted)]
+    if not len(matrix):
+        return
+    days = columns["_day"].astype("i8")
+    add(LABELS, days, columns["_fraud"], 2)
+    for number, name in enumerate(features):
+        if name in edges:
+            limits = np.array(edges[name], "f8")
+            add(name, days[::step], np.searchsorted(limits, matrix[::step, number], side="right"), len(limits) + 1)
+    if SCORE in edges:
+        limits = np.array(edges[SCORE], "f8")
+        add(SCORE, days[::step], np.searchsorted(limits, columns["score"][::step], side="right"), len(limits) + 1)
