@@ -144,53 +144,6 @@ def rejects(key: Annotated[str, typer.Argument(help="Partition of the file.")]) 
     say(f"reasons: {lake.partition_uri(REJECTED_TABLE, key)}")
 
 
-def alerts(
-    key: Annotated[str, typer.Argument(help="Partition of the file.")],
-    day: Annotated[str | None, typer.Option(help="Only this day, YYYY-MM-DD (UTC).")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Alerts to show, the highest scores first.")] = 10,
-) -> None:
-    """Show the alerts of a file, with the inputs that raised their scores most."""
-    import io
-    from datetime import date
-
-    from pyarrow import parquet
-
-    from ml_platform.lake.reports import ALERTS_TABLE, ScoredReport
-    from spark_jobs.schema import REASONS
-    from spark_jobs.scoring.alerts import CSV_NAME, PARQUET_NAME
-
-    settings = load_settings()
-    lake = lake_of(settings)
-    report = lake.reports(ScoredReport).get(key)
-    if report is None:
-        raise CommandError(f"{key!r} is not a scored partition of {settings.lake_uri}; ml-platform summary lists them")
-    if report.outcome != "scored":
-        raise CommandError(f"{key} has no scores: {report.error or 'there was no champion when it was cleaned'}")
-    try:
-        wanted = date.fromisoformat(day) if day else None
-    except ValueError:
-        raise CommandError(f"--day {day}: it must be a date like 2019-08-22") from None
-    directory = lake.partition_path(ALERTS_TABLE, key)
-    rows = parquet.read_table(io.BytesIO(lake.store.read(f"{directory}/{PARQUET_NAME}"))).to_pylist()
-    rows = [row for row in rows if wanted in (None, row["tx_datetime"].date())]
-    rows = sorted(rows, key=lambda row: -row["score"])[:top]
-    for row in rows:
-        ids = [
-            f"{name} {'unknown' if row[f'{name}_id'] is None else row[f'{name}_id']}"
-            for name in ("customer", "terminal")
-        ]
-        say(
-            f"{row['score']:.3f}  {row['tx_datetime']:%Y-%m-%d %H:%M:%S} UTC, transaction {row['transaction_id']}, "
-            f"{', '.join(ids)}, amount {row['tx_amount']:,.2f}, number {row['rank_of_day']} of its day"
-        )
-        reasons = [row[f"reason_{number}"] for number in range(1, REASONS + 1)]
-        say(f"       {'; '.join(filter(None, reasons))}", "dim")
-    say(
-        f"{len(rows):,} of {report.counts.alerts:,} alerts of {key}, by model version {report.model_version}; all of "
-        f"them: {lake.partition_uri(ALERTS_TABLE, key)}/{CSV_NAME}"
-    )
-
-
 def withdraw(
     key: Annotated[str, typer.Argument(help="Partition of the file.")],
     undo: Annotated[bool, typer.Option("--undo", help="Let the next run clean the file again.")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ml_platform.cli import champion, clusters, data, doctor
+from ml_platform.cli import champion, clusters, data, doctor, scores
 from ml_platform.cli.context import CommandError, first_line, warn
 from ml_platform.settings import SettingsError
 
@@ -24,7 +24,8 @@ app.command()(data.sync)
 app.command()(data.process_new_files)
 app.command()(data.summary)
 app.command()(data.rejects)
-app.command()(data.alerts)
+app.command()(scores.alerts)
+app.command()(scores.scores)
 app.command()(data.withdraw)
 app.command()(data.migrate)
 app.command()(clusters.dev_cloud)
