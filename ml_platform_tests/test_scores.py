@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +36,7 @@ from ml_platform_tests.fakes import (
     requests_of,
     run_assets,
 )
+from spark_jobs.features.registry import MODEL_INPUTS
 from spark_jobs.scoring import grading
 
 CLEANED, FEATURES, SCORES, MODEL = (
@@ -317,3 +328,50 @@ def test_cleaning_again_with_other_limits_scores_again(in_service: Platform):
     result = in_service.run(FEATURES, SCORES, first=1)
     assert result.success
     assert in_service.report(1).cause == "new_rows"
+
+
+def test_the_champion_is_served_over_http_and_then_its_successor(in_service: Platform, tmp_path: Path):
+    assert in_service.run(MODEL, first=0, engine=FakeEngine(challenger_skill=0.5, champion_skill=3.0)).success
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "serve.log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "ml_platform.model.serve", "--port", str(port), "--poll", "0.5"],
+            env={**os.environ, "MLFLOW_TRACKING_URI": in_service.mlflow.tracking_uri},
+            stderr=out,
+            stdout=out,
+        )
+
+    def answers() -> bool:
+        with suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).status == 200
+        return False
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 90
+        while not condition():
+            assert time.monotonic() < deadline, log.read_text()
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
+
+    try:
+        wait_for(answers)
+        row = dict.fromkeys(MODEL_INPUTS, 0.5)
+        request = {"dataframe_split": {"columns": list(row), "data": [list(row.values())]}}
+        question = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", json.dumps(request).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(question, timeout=30) as answer:
+            (found,) = json.load(answer)["predictions"]
+        # The fake model: -1 and a tenth of the sum of its inputs.
+        assert found["score"] == pytest.approx(1 / (1 + math.exp(1 - 0.05 * len(row))))
+        assert "version 1 of fraud_model" in log.read_text()
+        in_service.mlflow.set_champion("2", {})
+        wait_for(lambda: "version 2 of fraud_model" in log.read_text())
+        wait_for(answers)
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert not answers()

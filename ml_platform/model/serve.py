@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
@@ -44,19 +46,24 @@ def start(mlflow: MlflowResource, version: str, host: str, port: int) -> subproc
     """Start MLflow's scoring server with a version."""
     say(f"version {version} of {MODEL_NAME} on {host}:{port}")
     model = ["--model-uri", f"models:/{MODEL_NAME}/{version}", "--env-manager", "local"]
+    environment = dict(os.environ)  # noqa: TID251 - of the child
+    # MLflow looks for its web server in the PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     return subprocess.Popen(
         [sys.executable, "-m", "mlflow", "models", "serve", *model, "--host", host, "--port", str(port)],
-        env={**os.environ, "MLFLOW_TRACKING_URI": mlflow.tracking_uri},  # noqa: TID251 - of the child
+        env={**environment, "MLFLOW_TRACKING_URI": mlflow.tracking_uri, "PATH": path},
+        start_new_session=True,
     )
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server."""
-    server.terminate()
+    """End the server and the processes that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
     try:
         server.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
