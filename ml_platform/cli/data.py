@@ -205,8 +205,8 @@ def _state_of(features: FeaturesReport | None, scored: ScoredReport | None) -> s
     if features is None or scored is None:
         return "no features" if features is None else "not scored"
     if scored.outcome != "scored":
-        return f"not scored: {scored.outcome.replace('_', ' ')}"
-    return f"{scored.counts.alerts:,} alerts (model {scored.model_version})"
+        return scored.outcome.replace("_", " ")
+    return f"{scored.counts.alerts:,} alerts"
 
 
 def migrate(

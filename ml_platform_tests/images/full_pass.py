@@ -1,7 +1,7 @@
 """Raw files to scored rows by the jobs alone, and the comparison of what several Sparks write.
 
     simulate RAW            make raw files, with their truth (in the project's environment)
-    make RAW OUT            clean, build features, train a model of each learner
+    make RAW OUT            clean, build features, train a model of each learner, score
     compare RAW OUT...      compare all outputs with the first and the truth; fails if any differs
 
 `make` also runs on Python 3.8, in copies of the cluster's images: see scripts/test_images.sh.
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spark_jobs import build_features, clean_transactions, train_model
+from spark_jobs import build_features, clean_transactions, score_transactions, train_model
 from spark_jobs.features.registry import MODEL_INPUTS
 
 if TYPE_CHECKING:
@@ -103,7 +103,9 @@ def make(raw: Path, out: Path) -> None:
     for learner in GRIDS:
         models[learner] = _train(spark, out, keys, learner, champion)
         champion = {name: models[learner][name] for name in ("model_uri", "features")}
+    scored = _score(spark, out, keys, cleaned_reports, models["xgboost"]["model_uri"], truth["epoch"])
     reports = {"spark_version": spark.version, "cleaned": cleaned_reports, "features": _reports(built)}
+    reports["scored"] = _reports(scored)
     (out / "reports.json").write_text(json.dumps({**reports, "models": models}, indent=1))
     spark.stop()
 
@@ -128,7 +130,57 @@ def _train(spark: SparkSession, out: Path, keys: list[str], learner: str, champi
     )
     assert report["outcome"] == "trained", report
     assert champion is None or report["champion"]["status"] == "scored", report
+    (out / "models" / learner / "_report.json").write_text(json.dumps(report))
     return report
+
+
+def _score(
+    spark: SparkSession, out: Path, keys: list[str], cleaned: dict[str, Any], model_uri: str, epoch: str
+) -> dict[str, Any]:
+    """Score all files with a model, and grade the weeks whose labels are known."""
+    spans = {key: [number * DAYS_PER_FILE, (number + 1) * DAYS_PER_FILE - 1] for number, key in enumerate(keys)}
+    champion = {"version": 1, "model_uri": model_uri, "out_of_time_from": epoch}
+    champion["report_uri"] = model_uri.replace("model.json", "_report.json")
+    return score_transactions.run(
+        spark,
+        {
+            "run_id": "pass",
+            "library_uri": os.environ.get("LIBRARY_ARCHIVE"),
+            "champion": {**champion, "held_out": None, "error": None},
+            "epoch": epoch,
+            "alerts_per_day": 10,
+            "data_first_day": 0,
+            "partitions": [
+                {
+                    "partition": key,
+                    "cause": "new",
+                    "inputs": {},
+                    "rows": cleaned[key]["counts"]["clean_rows"],
+                    "rows_per_day": {str(day): 1 for day in range(spans[key][0], spans[key][1] + 1)},
+                    "usual_days": spans[key],
+                    "features_uri": _partition(out, "transaction_features", key),
+                    "output_uri": _partition(out, "scored_transactions", key),
+                    "alerts_uri": _partition(out, "alerts", key),
+                }
+                for key in keys
+            ],
+            "grading": {
+                "last_day": spans[keys[-1]][1],
+                "delay_days": 7,
+                "compromised_lookback_days": 7,
+                "scored": {},
+                "cleaned": {
+                    key: {
+                        "uri": _partition(out, "cleaned_transactions", key),
+                        "first_day": spans[key][0],
+                        "last_day": spans[key][1] + 1,
+                    }
+                    for key in keys
+                },
+                "grades": [],
+            },
+        },
+    )
 
 
 def _session(out: Path) -> SparkSession:
@@ -158,7 +210,13 @@ def compare(raw: Path, everyone: list[Path]) -> list[str]:
             if {rule: found[rule] for rule in counts} != counts:
                 wrong.append(f"{name} counts {found} in {key}, where {counts} were made")
     first, *others = everyone
-    for table in ("cleaned_transactions", "rejected_transactions", "transaction_features"):
+    for table in (
+        "cleaned_transactions",
+        "rejected_transactions",
+        "transaction_features",
+        "scored_transactions",
+        "alerts",
+    ):
         expected = _rows(first / table)
         for other in others:
             wrong += [
@@ -167,6 +225,16 @@ def compare(raw: Path, everyone: list[Path]) -> list[str]:
         say(f"{table}: {expected.num_rows:,} rows, {expected.num_columns} columns, of {len(everyone)} Sparks compared")
     for learner in GRIDS:
         wrong += _compare_training(learner, everyone)
+    for key, report in reports[first.name]["scored"].items():
+        for other in others:
+            found = reports[other.name]["scored"][key]
+            wrong += [
+                f"the report on scores of {key} of {first.name} and {other.name} differs in {name}"
+                for name in ("outcome", "counts", "weeks", "alerts", "drift")
+                if not _close(report[name], found[name])
+            ]
+            grades = [[{**grade, "graded_at": ""} for grade in one["grades"]] for one in (report, found)]
+            wrong += [f"the grades of {key} of {first.name} and {other.name} differ"] * (not _close(*grades))
     # The platform computes the metrics from the test scores, which _compare_training compares.
     expected = reports[first.name]["models"]["xgboost"]
     for other in others:
@@ -240,7 +308,7 @@ def _rows(directory: Path) -> pa.Table:
     import pyarrow as pa
     from pyarrow import parquet
 
-    table = pa.concat_tables(parquet.ParquetFile(path).read() for path in sorted(directory.rglob("part-*.parquet")))
+    table = pa.concat_tables(parquet.ParquetFile(path).read() for path in sorted(directory.rglob("[pa]*.parquet")))
     key = "transaction_id" if "transaction_id" in table.column_names else "raw_line"
     return table.replace_schema_metadata(None).sort_by(key).combine_chunks()
 
