@@ -18,7 +18,6 @@ from ml_platform.jobs import delete_orphaned_clusters, process_new_files
 from ml_platform.lake.quality import QualityLimits
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
-from ml_platform.operations.alerts import build_destinations
 from ml_platform.operations.console_logger import console_logger
 from ml_platform.sensors import (
     build_orphaned_clusters,
@@ -104,7 +103,7 @@ defs = dg.Definitions(
         build_orphaned_clusters(
             dg.DefaultSensorStatus.RUNNING if _settings.deployment == "yandex" else dg.DefaultSensorStatus.STOPPED
         ),
-        build_report_failed_runs(build_destinations(load_alert_settings()), _settings.dagster_ui_url),
+        build_report_failed_runs(load_alert_settings(), _settings.dagster_ui_url),
     ],
     schedules=[process_new_files_daily],
     resources=build_resources(_settings),

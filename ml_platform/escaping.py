@@ -29,6 +29,11 @@ def markdown(text: str) -> str:
     return re.sub(r"(?i)(?<=://)|(?<=\bwww)(?=\.)|(?<=@)", _ZERO_WIDTH_SPACE, line)
 
 
+def from_markdown(text: str) -> str:
+    """Undo `markdown`, for displays other than Dagster's UI."""
+    return re.sub(r"\\([\\`*\[\]<>&~|_])", r"\1", text.replace(_ZERO_WIDTH_SPACE, ""))
+
+
 def chat(text: str) -> str:
     """Neutralize ``<...>``, ``[...](...)`` and ``@...`` in `text`, which chats render as links, images and mentions.
 

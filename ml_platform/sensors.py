@@ -1,19 +1,21 @@
 """Sensors and the schedule. Their logic is in the modules for planning, dead runs, orphaned clusters and alerts."""
 
-from collections.abc import Sequence
-
 import dagster as dg
 
 from ml_platform.assets.raw import raw_file_observation
+from ml_platform.checks import feature_checks, intake_checks
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.dataproc.orphans import delete_orphans
 from ml_platform.jobs import process_new_files
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.resource import LakeResource
-from ml_platform.operations.alerts import Destination, deliver_alerts
+from ml_platform.operations.alerts import deliver_alerts
+from ml_platform.operations.changes import SENSOR_NAME, ChangeReader
 from ml_platform.operations.dead_runs import fail_dead_runs
+from ml_platform.operations.destinations import build_destinations
 from ml_platform.operations.shared_instance import shared_instance
 from ml_platform.planning import log_plan, plan_runs, prepare, run_requests
+from ml_platform.settings import AlertSettings
 from ml_platform.spark.engine import SparkEngine
 
 DAY_S = 24 * 60 * 60
@@ -88,22 +90,32 @@ def build_orphaned_clusters(default_status: dg.DefaultSensorStatus) -> dg.Sensor
     return orphaned_clusters
 
 
-def build_report_failed_runs(destinations: Sequence[Destination], ui_url: str | None) -> dg.SensorDefinition:
+#: Checks that stop files: each file has a state of its own.
+FILE_CHECKS = frozenset([*intake_checks.check_keys, *feature_checks.check_keys])
+
+
+def build_report_failed_runs(settings: AlertSettings, ui_url: str | None) -> dg.SensorDefinition:
     """Create the sensor ``report_failed_runs``, enabled by default if alerts have a destination."""
 
     @dg.sensor(
+        name=SENSOR_NAME,
         minimum_interval_seconds=ALERT_INTERVAL_S,
-        default_status=dg.DefaultSensorStatus.RUNNING if destinations else dg.DefaultSensorStatus.STOPPED,
-        description="Reports failed runs by e-mail or webhook (ML_PLATFORM_ALERT_...). Starts no run.",
+        default_status=dg.DefaultSensorStatus.RUNNING if settings.has_destination else dg.DefaultSensorStatus.STOPPED,
+        description="Tells operators what changed: failed runs, checks, freshness, the champion, failing sensors, "
+        "clusters that cannot be deleted (ML_PLATFORM_ALERT_...). Starts no run.",
     )
     def report_failed_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        if not destinations:
-            return dg.SkipReason("no destination: set ML_PLATFORM_ALERT_EMAIL_TO or ML_PLATFORM_ALERT_WEBHOOK_URL")
-        delivery = deliver_alerts(shared_instance(context), destinations, context.cursor, ui_url)
+        if not settings.has_destination:
+            return dg.SkipReason(
+                "no destination: set ML_PLATFORM_ALERT_EMAIL_TO, ML_PLATFORM_ALERT_WEBHOOK_URL or "
+                "ML_PLATFORM_ALERT_APPRISE_FILE"
+            )
+        reader = ChangeReader(shared_instance(context), ui_url=ui_url, kinds=settings.on, per_partition=FILE_CHECKS)
+        delivery = deliver_alerts(reader, build_destinations(settings), context.cursor)
         # Log failures instead of raising: a failed tick would not save the cursor.
         for failure in delivery.failures:
             context.log.error(failure)
         context.update_cursor(delivery.cursor)
-        return dg.SkipReason("; ".join([*delivery.done, *delivery.failures]) or "no run has failed")
+        return dg.SkipReason("; ".join([*delivery.done, *delivery.failures]) or "nothing to report")
 
     return report_failed_runs

@@ -30,6 +30,10 @@ _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
 #: boto3 takes empty, `.` or `..` parts of a key literally; Hadoop normalizes them.
 _INVALID_KEY_PARTS = {"", ".", ".."}
 _EMAIL_ADDRESS = re.compile(r"[!-~]+@[A-Za-z0-9.-]+")
+#: Hosts to which secrets may be sent unencrypted.
+LOCALHOST = ("localhost", "127.0.0.1", "::1")
+#: Kinds of changes that alerts tell.
+ALERT_KINDS = ("runs", "checks", "freshness", "champion", "ticks", "clusters")
 
 
 class SettingsError(Exception):
@@ -321,13 +325,13 @@ def _webhook_url(value: str) -> str:
         raise ValueError("must be https://host/path") from None
     if not value.isascii() or not value.isprintable() or " " in value or not host:
         raise ValueError("must be https://host/path")
-    if parts.scheme != "https" and not (parts.scheme == "http" and host in ("localhost", "127.0.0.1", "::1")):
+    if parts.scheme != "https" and not (parts.scheme == "http" and host in LOCALHOST):
         raise ValueError("must be https://host/path; http:// is allowed only on localhost")
     return value
 
 
 class AlertSettings(BaseSettings):
-    """Destinations of alerts about failed runs: e-mail, webhook, both, or none if nothing is set.
+    """What alerts tell, and their destinations: e-mail, webhook, services known to apprise, or none if nothing is set.
 
     Secrets come from a variable or from a file named by a variable; the file is read on each use.
     """
@@ -349,6 +353,15 @@ class AlertSettings(BaseSettings):
     smtp_password_file: Path | None = Field(None, description="File with the password.")
     webhook_url: SecretStr | None = Field(None, description="URL that accepts a POST of JSON.")
     webhook_url_file: Path | None = Field(None, description="File with the URL.")
+    apprise_file: Path | None = Field(None, description="File with URLs of apprise, one per line.")
+    on: Texts = Field([*ALERT_KINDS], description="Kinds of changes to tell, comma-separated; default: all.")
+
+    @field_validator("on")
+    @classmethod
+    def _kinds(cls, value: list[str]) -> list[str]:
+        if not value or not {*value} <= {*ALERT_KINDS}:
+            raise ValueError(f"must be one or more of {', '.join(ALERT_KINDS)}, comma-separated")
+        return value
 
     @field_validator("email_to", "email_from")
     @classmethod
@@ -377,6 +390,11 @@ class AlertSettings(BaseSettings):
             raise ValueError(f"{name}SMTP_SECURITY=none would send the password unencrypted: use starttls or tls")
         return self
 
+    @property
+    def has_destination(self) -> bool:
+        """True if alerts are on."""
+        return bool(self.email_to or self.webhook_url or self.webhook_url_file or self.apprise_file)
+
     def read_smtp_password(self) -> str | None:
         """Return the SMTP password; None if no password is set. Raises SettingsError if its file cannot be used."""
         return self._read("smtp_password")
@@ -389,21 +407,39 @@ class AlertSettings(BaseSettings):
         except ValueError as error:
             raise SettingsError(f"ML_PLATFORM_ALERT_WEBHOOK_URL_FILE: the file's content {error}") from None
 
+    def read_apprise_urls(self) -> list[str]:
+        """Return the URLs for apprise; empty if no file is set. Raises SettingsError if it cannot be used."""
+        if self.apprise_file is None:
+            return []
+        variable = "ML_PLATFORM_ALERT_APPRISE_FILE"
+        lines = [line.strip() for line in _read_secret_file(variable, self.apprise_file).splitlines()]
+        urls = [line for line in lines if line and not line.startswith("#")]
+        if not urls:
+            raise SettingsError(f"{variable}: {self.apprise_file} has no URL")
+        if not all("://" in url for url in urls):
+            raise SettingsError(
+                f"{variable}: each line of {self.apprise_file} must be a URL like slack://…, or a # comment"
+            )
+        return urls
+
     def _read(self, name: str) -> str | None:
         secret: SecretStr | None = getattr(self, name)
         file: Path | None = getattr(self, f"{name}_file")
         if file is None:
             return secret.get_secret_value() if secret else None
-        variable = f"ML_PLATFORM_ALERT_{name.upper()}_FILE"
-        try:
-            content = file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise SettingsError(f"{variable}: cannot read {file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise SettingsError(f"{variable}: {file} is not a text file") from None
-        if not content:
-            raise SettingsError(f"{variable}: {file} is empty")
-        return content
+        return _read_secret_file(f"ML_PLATFORM_ALERT_{name.upper()}_FILE", file)
+
+
+def _read_secret_file(variable: str, file: Path) -> str:
+    try:
+        content = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise SettingsError(f"{variable}: cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{variable}: {file} is not a text file") from None
+    if not content:
+        raise SettingsError(f"{variable}: {file} is empty")
+    return content
 
 
 def load_alert_settings() -> AlertSettings:

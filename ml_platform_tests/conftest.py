@@ -181,8 +181,8 @@ def s3(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> LocalS3:
 
 
 @pytest.fixture(scope="session")
-def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An SQLite store of MLflow with its tables, which take seconds to create."""
+def fast_sqlite() -> Iterator[None]:
+    """SQLite does not wait for the disk: a test's databases need not survive a power failure."""
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
@@ -191,10 +191,16 @@ def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
             connection.execute("PRAGMA synchronous=OFF")
 
     event.listen(Engine, "connect", do_not_wait_for_the_disk)
+    yield
+    event.remove(Engine, "connect", do_not_wait_for_the_disk)
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory, fast_sqlite: None) -> Path:
+    """An SQLite store of MLflow with its tables, which take seconds to create."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowResource(tracking_uri=f"sqlite:///{path}").champion()
-    yield path
-    event.remove(Engine, "connect", do_not_wait_for_the_disk)
+    return path
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -30,6 +31,7 @@ from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.withdrawal import allow_again, withdraw_file
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.model.promotion import DECIDED_BY_FIGURES
+from ml_platform.operations.changes import CHAMPION_ASSET
 from ml_platform.planning import plan_runs
 from ml_platform_tests.fakes import (
     FakeEngine,
@@ -796,6 +798,12 @@ class TestModel:
         assert champion.version == 2
         assert champion.tags["champion_before"] == "1"
         assert champion.tags["champion_why"] in metadata["promotion_reasons"]
+        (move,) = bench.instance.fetch_observations(CHAMPION_ASSET, limit=1).records
+        assert move.asset_observation is not None
+        told = {name: value.value for name, value in move.asset_observation.metadata.items()}
+        assert (told["champion_version"], told["champion_before"], told["by"]) == ("2", "1", "fraud_model")
+        assert told["why"] == champion.tags["champion_why"]
+        assert re.fullmatch(r"0\.\d{4} \(0\.\d{4} to [01]\.\d{4}\)", told["test_average_precision"])
         run = bench.mlflow.client().get_run(champion.run_id)
         assert run.data.tags["promotion"] == "better"
         assert run.data.metrics["promotion.average_precision_difference_lower"] > 0

@@ -27,6 +27,7 @@ from ml_platform.lake import storage
 from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
 from ml_platform.lake.reports import CleanedReport
 from ml_platform.model.mlflow import MlflowResource
+from ml_platform.operations.changes import CHAMPION_ASSET
 from ml_platform.settings import load_settings
 from ml_platform_tests.fakes import cleaned_report, features_report, raw_spec
 
@@ -582,7 +583,7 @@ class TestChampion:
     def test_a_champion_whose_artifacts_or_run_are_gone_is_named_with_the_way_out(
         self, run_cli: RunCli, registry: MlflowResource
     ):
-        registry.set_champion("2", {})
+        registry.set_champion("2", {}, lambda _: None)
         for command in ("champion show", "summary"):
             code, out, _ = run_cli(*command.split())
             text = " ".join(out.split())
@@ -606,6 +607,29 @@ class TestChampion:
         shown = run_cli("champion", "show")[1]
         for part in ("version 1", "file-1", "eve", "too many alerts", "0.81"):
             assert part in shown
+        # Alerts read each move in Dagster, and the same version again is no move.
+        with dg.DagsterInstance.get() as instance:
+            moves = instance.fetch_observations(CHAMPION_ASSET, limit=9, ascending=True).records
+        told = [move.asset_observation.metadata for move in moves if move.asset_observation]
+        assert [metadata["champion_version"].value for metadata in told] == ["1", "2", "1"]
+        assert [metadata["by"].value for metadata in told] == ["ann", "ben", "eve"]
+        assert {name: value.value for name, value in told[2].items()} == {
+            "champion_version": "1",
+            "champion_before": "2",
+            "by": "eve",
+            "why": "too many alerts",
+            "test_roc_auc": "0.8100",
+        }
+
+    def test_without_dagster_the_alias_moves_but_nobody_is_told(
+        self, run_cli: RunCli, registry: MlflowResource, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.delenv("DAGSTER_HOME")
+        code, _, error = run_cli("champion", "set", "1", "--why", "x")
+        assert (code, "no alert tells it: DAGSTER_HOME is not set" in error) == (0, True)
+        champion = registry.champion()
+        assert champion is not None
+        assert str(champion.version) == "1"
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -647,8 +671,8 @@ class TestChampion:
     def test_a_version_that_cannot_be_champion(
         self, run_cli: RunCli, registry: MlflowResource, tags: dict[str, str | None], message: str
     ):
-        registry.set_champion("2", {})
-        registry.set_champion("1", {})
+        registry.set_champion("2", {}, lambda _: None)
+        registry.set_champion("1", {}, lambda _: None)
         client = registry.client()
         for name, value in tags.items():
             client.delete_model_version_tag("fraud_model", "2", name)
@@ -668,7 +692,7 @@ class TestChampion:
 
     def test_a_champion_that_cannot_score_is_named(self, run_cli: RunCli, registry: MlflowResource):
         registry.client().set_model_version_tag("fraud_model", "1", "library_version", "99.1.0")
-        registry.set_champion("1", {})
+        registry.set_champion("1", {}, lambda _: None)
         for command in ("champion show", "summary", "migrate --dry-run"):
             code, out, error = run_cli(*command.split())
             assert code == 0, error

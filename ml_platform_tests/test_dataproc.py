@@ -33,6 +33,7 @@ from ml_platform.dev.cloud.s3_server import LocalS3
 from ml_platform.lake.reports import CleanedReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import LocalStore, StorageError
+from ml_platform.operations.changes import UNDELETED_CLUSTER_TAG
 from ml_platform.operations.dead_runs import PROCESS_TAG
 from ml_platform.spark.code_archive import CodeArchiveError, build_archive, content_hash, library_archive
 from ml_platform.spark.engine import job_file
@@ -469,6 +470,9 @@ def test_a_deletion_that_is_denied_is_reported_and_left_to_the_sensor(platform: 
     (error,) = [line for line in result.log if "MAY STILL BE THERE AND COST MONEY" in line]
     assert cluster_id in error
     assert "no right to delete" in error
+    # Alerts tell it from here: the run itself has succeeded.
+    (run,) = platform.instance.get_runs()
+    assert re.fullmatch(rf"mlp-\S+ \({cluster_id}\): .*no right to delete.*", run.tags[UNDELETED_CLUSTER_TAG])
     assert platform.cleaned == ["a"]
     delete_orphans(platform.instance, platform.engine(), lambda: logging.getLogger("test"))
     platform.advance(platform.cloud.delete_seconds)

@@ -22,6 +22,7 @@ from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import LocalStore
 from ml_platform.sensors import build_orphaned_clusters, build_report_failed_runs, dead_runs, new_raw_files
+from ml_platform.settings import AlertSettings
 from ml_platform_tests.fakes import put_cleaned, put_raw, raw_spec
 from ml_platform_tests.fakes_cloud import FakeClock, engine_of
 
@@ -95,14 +96,13 @@ def test_new_raw_files(home: Path, lake: LakeResource, monkeypatch: pytest.Monke
     assert listings == dict.fromkeys(directories, WARM_UP + TICKS)
 
 
-def test_report_failed_runs(home: Path):
-    class Nobody:
-        name = "nobody"
-
-        def send(self, runs: Any) -> None:
-            raise AssertionError("no run has failed")
-
-    assert_nothing_grows(build_report_failed_runs([Nobody()], None), home, {}, often=True)
+def test_report_failed_runs(home: Path, tmp_path: Path):
+    """Nothing happens, so that nothing is sent to these destinations."""
+    (tmp_path / "urls").write_text("json://127.0.0.1:9/\n")
+    settings = AlertSettings(
+        ML_PLATFORM_ALERT_WEBHOOK_URL="http://127.0.0.1:9/", ML_PLATFORM_ALERT_APPRISE_FILE=tmp_path / "urls"
+    )
+    assert_nothing_grows(build_report_failed_runs(settings, None), home, {}, often=True)
 
 
 def test_dead_runs(home: Path):

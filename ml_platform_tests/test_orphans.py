@@ -23,6 +23,7 @@ from ml_platform.dataproc.orphans import delete_orphans, find_orphans
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.jobs import delete_orphaned_clusters
 from ml_platform.lake.resource import LakeResource
+from ml_platform.operations.changes import UndeletedClusters
 from ml_platform.operations.dead_runs import PROCESS_TAG
 from ml_platform.sensors import build_orphaned_clusters
 from ml_platform_tests.fakes import FakeEngine
@@ -168,7 +169,7 @@ def test_each_orphan_is_tried_and_a_refused_one_again_at_the_next_tick(orphans: 
     orphans.cloud.fail(
         "ClusterService.Delete", "PERMISSION_DENIED", "not you", when=lambda request: request.cluster_id == refused
     )
-    with pytest.raises(DataprocError, match=r"1 orphaned clusters cannot be deleted: .*not you"):
+    with pytest.raises(UndeletedClusters, match=rf"1 orphaned clusters .*\nmlp-\w+ \({refused}\): .*not you"):
         orphans.delete()
     assert list(orphans.cloud.clusters) == [refused]
     assert "requested deletion of 1 clusters" in orphans.delete()

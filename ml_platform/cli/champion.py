@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ml_platform.cli.context import CommandError, console, mlflow_of, plain, say
+from ml_platform.cli.context import CommandError, console, dagster_instance, first_line, mlflow_of, plain, say, warn
 from ml_platform.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    import dagster as dg
     from mlflow.entities.model_registry import ModelVersion
 
 app = typer.Typer(help="Show and move the alias champion of the fraud model.", no_args_is_help=True)
@@ -107,5 +108,14 @@ def _move_alias(settings: Settings, version: str, who: str | None, why: str) -> 
         )
     if problem := champion_problem(candidate):
         raise CommandError(f"{problem}. The champion is unchanged")
-    resource.set_champion(version, champion_tags(who=who or getpass.getuser(), why=why))
+    events: list[dg.AssetObservation] = []
+    resource.set_champion(version, champion_tags(who=who or getpass.getuser(), why=why), events.append)
     say(f"version {version} is the champion of {MODEL_NAME}")
+    if not events:  # it was the champion already
+        return
+    try:
+        with dagster_instance(settings) as instance:
+            for event in events:
+                instance.report_runless_asset_event(event)
+    except Exception as error:  # whatever Dagster's storage raises: the alias has moved
+        warn(f"The move is not recorded in Dagster, so no alert tells it: {first_line(error)}")

@@ -103,7 +103,7 @@ def process_new_files() -> None:
     with dagster_instance(settings) as instance:
         from ml_platform.definitions import defs
         from ml_platform.lake.partitions import range_tags
-        from ml_platform.operations.alerts import failed_steps
+        from ml_platform.operations.changes import failed_steps
         from ml_platform.planning import plan_runs, prepare
 
         plan = plan_runs(instance, lake_of(settings))

@@ -69,7 +69,7 @@ def _checks(settings: Settings) -> dict[str, Callable[[], str]]:
 
 def _alert_checks() -> dict[str, Callable[[], str]]:
     """One check per alert destination, or a failing check if the alert settings are invalid."""
-    from ml_platform.operations.alerts import build_destinations
+    from ml_platform.operations.destinations import build_destinations
     from ml_platform.settings import load_alert_settings
 
     try:

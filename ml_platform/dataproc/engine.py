@@ -31,7 +31,9 @@ from ml_platform.dataproc.api import (
 from ml_platform.dataproc.sizing import MAX_TRAIN_ROWS, choose_nodes, cores_of, expected_seconds, memory_properties
 from ml_platform.escaping import printable
 from ml_platform.lake.resource import LakeResource
+from ml_platform.operations.changes import UNDELETED_CLUSTER_TAG
 from ml_platform.operations.dead_runs import fail_dead_runs, record_process
+from ml_platform.operations.messages import one_line
 from ml_platform.settings import ClusterOptions, ClusterSpec
 from ml_platform.spark.code_archive import ARCHIVE_NAME, build_archive, content_hash, library_archive, main_file
 from ml_platform.spark.engine import JobCall, SparkEngine
@@ -112,7 +114,14 @@ class DataprocEngine(SparkEngine, ClusterOptions):
         try:
             yield self
         finally:
-            self._delete_cluster(context.log or dg.get_dagster_logger())
+            try:
+                self._delete_cluster(context.log or dg.get_dagster_logger())
+            except DataprocError as error:
+                # Dagster only logs what clean-up raises.
+                if context.run and context.instance and (cluster := self._run_cluster):
+                    problem = f"{cluster.name} ({cluster.id or 'id unknown'}): {one_line(str(error))}"
+                    context.instance.add_run_tags(context.run.run_id, {UNDELETED_CLUSTER_TAG: problem})
+                raise
 
     # cluster
 

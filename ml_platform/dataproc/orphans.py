@@ -10,6 +10,7 @@ import dagster as dg
 
 from ml_platform.dataproc.api import Cluster, DataprocError
 from ml_platform.dataproc.engine import DataprocEngine
+from ml_platform.operations.changes import UndeletedClusters
 from ml_platform.operations.dead_runs import fail_dead_runs
 
 #: Retry limit of an API call in seconds: a sensor tick must finish within a minute, and the next comes in five.
@@ -50,21 +51,22 @@ def delete_orphans(instance: dg.DagsterInstance, engine: DataprocEngine, get_log
     `get_log` is called only if there is something to log, because in a sensor tick it creates a log file.
 
     Raises:
-        DataprocError: some deletions were refused; the others were requested.
+        DataprocError: the API does not answer.
+        UndeletedClusters: some deletions were refused; the others were requested. Alerts tell each of these clusters.
     """
     engine.api.retry_for_s = RETRY_FOR_S
     for run_id in fail_dead_runs(instance):
         get_log().warning(f"reported run {run_id} as failed: its process died")
-    deleted, errors = [], []
+    deleted, errors = [], {}
     for cluster, reason in find_orphans(instance, engine):
         try:
             engine.api.request_deletion(cluster.id)
         except DataprocError as error:
             get_log().error(f"cannot delete cluster {cluster.name} ({cluster.id}): {error}")
-            errors.append(str(error))
+            errors[f"{cluster.name} ({cluster.id})"] = str(error)
         else:
             get_log().warning(f"deleting cluster {cluster.name} ({cluster.id}): {reason}")
             deleted.append(f"{cluster.name} ({cluster.id}): {reason}")
     if errors:
-        raise DataprocError(f"{len(errors)} orphaned clusters cannot be deleted: {errors[0]}")
+        raise UndeletedClusters(errors)
     return f"requested deletion of {len(deleted)} clusters: {'; '.join(deleted)}" if deleted else "no orphans"

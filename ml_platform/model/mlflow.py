@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
+
+from ml_platform.operations.changes import champion_changed
 
 if TYPE_CHECKING:
     from dagster_mlflow.resources import MlFlow
@@ -163,14 +165,25 @@ class MlflowResource(dg.ConfigurableResource):
                 return {}
             raise
 
-    def set_champion(self, version: str, tags: Mapping[str, str]) -> None:
-        """Move the alias ``champion`` to a version, and set tags that record when and why."""
+    def set_champion(
+        self, version: str, tags: Mapping[str, str], record: Callable[[dg.AssetObservation], object]
+    ) -> None:
+        """Move the alias ``champion`` to a version, and set tags that record when and why.
+
+        `record` gets an event if the champion changed, and must store it in Dagster: alerts tell it from there.
+        """
         previous = self.champion()
         # Some stores return the version number as an integer.
-        if previous is not None and str(previous.version) != str(version):
-            tags = {**tags, "champion_before": str(previous.version)}
+        before = None if previous is None else str(previous.version)
+        if before not in (None, str(version)):
+            tags = {**tags, "champion_before": str(before)}
+        metrics = self.metrics_of(self.client().get_model_version(MODEL_NAME, version))
         self.tag_version(version, tags)
         self.client().set_registered_model_alias(MODEL_NAME, CHAMPION, version)
+        if before != str(version):
+            who, why = tags.get("champion_by", ""), tags.get("champion_why", "")
+            figures = _with_intervals(metrics)
+            record(champion_changed(version=str(version), previous=before, who=who, why=why, figures=figures))
 
     def set_challenger(self, version: str) -> None:
         """Move the alias ``challenger`` to a version that was not promoted."""
@@ -197,6 +210,18 @@ class MlflowResource(dg.ConfigurableResource):
         # Without this parameter MLflow 3 opens its GenAI page.
         page = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
         return f"{base.rstrip('/')}/#/{page}"
+
+
+def _with_intervals(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The figures that a model is judged by, from the metrics of its run."""
+    figures = {}
+    for name in ("average_precision", "roc_auc"):
+        if f"test_{name}" in metrics:
+            figures[f"test_{name}"] = f"{metrics[f'test_{name}']:.4f}"
+            ends = [metrics.get(f"promotion.{name}_{end}") for end in ("lower", "upper")]
+            if None not in ends:
+                figures[f"test_{name}"] += f" ({ends[0]:.4f} to {ends[1]:.4f})"
+    return figures
 
 
 def hide_progress_bars() -> None:

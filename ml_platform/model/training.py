@@ -282,7 +282,8 @@ class Training:
     def promote(self, version: ModelVersion, decision: Decision) -> None:
         """Set the version's alias: ``champion`` or ``challenger``."""
         if decision.apply:
-            self.mlflow.set_champion(version.version, champion_tags(who="fraud_model", why=decision.reasons[0]))
+            tags = champion_tags(who="fraud_model", why=decision.reasons[0])
+            self.mlflow.set_champion(version.version, tags, self.context.log_event)
         else:
             self.mlflow.set_challenger(version.version)
         self.context.log.info(f"model version {version.version}: {decision.outcome}. {decision.reasons[0]}")
