@@ -221,7 +221,7 @@ class TestOutcome:
         profile, few = profile_of(inputs), profile_of(inputs, rows=100)
         profile["counts"]["a"] = [[100 * rows for rows in day] for day in few["counts"]["a"]]
         sampled = {**profile, "effective_rows": 100 * TRAIN_DAYS}
-        counts = file_of({"a": [0.6, 0.4]}, rows=100)
+        counts = file_of({"a": [0.75, 0.25]}, rows=100)
         results = [measure(each, counts)["feature_drift"] for each in (profile, sampled)]
         assert [result["outcome"] for result in results] == ["ok", "drift"]
 
