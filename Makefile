@@ -80,6 +80,7 @@ benchmark: classes ## small versions of the benchmarks (docs/performance.md has 
 	  $(BIN)/python -m benchmarks.workers --million-rows 0.25 && \
 	  $(BIN)/python -m benchmarks.readers --million-rows 0.5 && \
 	  $(BIN)/python -m benchmarks.startup --rounds 1 && \
+	  $(BIN)/python -m benchmarks.drift --customers 300 --clean-seeds 1 --seeds 1 --files 3 --months 4 && \
 	  $(BIN)/python -m benchmarks.model_quality --customers 500 --only logistic
 
 clean: ## remove .venv, data, Dagster's state and caches

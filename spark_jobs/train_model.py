@@ -125,7 +125,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
       ``validation`` as in ``windows``, the latest first), ``sampling`` (null if all rows were used, else
       ``max_train_rows``, ``rows``, ``frauds``, ``kept_rows``, ``kept_frauds``, ``genuine_weight``, ``fraud_weight``),
       ``feature_importances`` (feature → mean absolute contribution to the log-odds, over `IMPORTANCE_ROWS` held-out
-      rows), ``profile`` (distributions of inputs and score in the train window; see `fits.profile_of`), ``champion``
+      rows), ``profile`` (inputs, score and labels of the train window by day; see `fits.profile_of`), ``champion``
       (null, or the request's with ``status`` scored, unreadable or newer_library, the latter two with ``error``),
       ``model_uri``, ``scores_uri``, ``sample_uri``; of logistic regression also ``coefficients`` (feature → value, in
       units of the feature), ``intercept``. Metrics are left to readers of ``test_scores``.

@@ -310,6 +310,16 @@ class TestReport:
         below = sum(1 for row in inside(rows, window) if row[COLUMN["risk"]] < edges[0])
         assert sum(day[0] for day in profile["counts"]["risk"]) == pytest.approx(below, abs=1)
 
+    def test_the_profile_counts_the_labels_by_day(self, boosted, rows):
+        profile, window = boosted["profile"], boosted["windows"]["train"]
+        per_day = {day: [0, 0] for day in range(window["first_day"], window["last_day"] + 1)}
+        for row in inside(rows, window):
+            counted = per_day[row[COLUMN["tx_time_days"]]]
+            counted[0] += 1
+            counted[1] += row[COLUMN["tx_fraud"]]
+        assert profile["labels"] == list(per_day.values())
+        assert profile["effective_rows"] == window["rows"]
+
 
 def test_rows_after_the_train_window_do_not_affect_the_model(spark, train, trained, rows, tmp_path):
     """Other labels and features in the delay, the test window and after D: only the test's figures move."""
@@ -559,8 +569,13 @@ class TestSampling:
 
     def test_the_profile_counts_what_the_rows_stand_for(self, sampled):
         report = sampled[0]
-        counted = sum(map(sum, report["profile"]["counts"]["risk"]))
-        assert counted == pytest.approx(report["windows"]["train"]["rows"], rel=0.05)
+        profile, window = report["profile"], report["windows"]["train"]
+        assert sum(map(sum, profile["counts"]["risk"])) == pytest.approx(window["rows"], rel=0.05)
+        rows, frauds = (sum(column) for column in zip(*profile["labels"]))
+        assert (rows, frauds) == pytest.approx((window["rows"], window["frauds"]), rel=0.05)
+        # The rows of a class of larger weight vary more.
+        kept, weight = report["sampling"]["kept_rows"], report["sampling"]["genuine_weight"]
+        assert kept / weight < profile["effective_rows"] < kept
 
     @pytest.mark.parametrize("learner", ["xgboost", "logistic_regression"])
     def test_scores_stay_calibrated(self, spark, train, sampled, tmp_path, learner):

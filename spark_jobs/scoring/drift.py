@@ -1,29 +1,32 @@
 """Drift of a file against the training window of the champion: inputs, scores, and the fraud rate.
 
 The job that scores a file counts its rows in the bins of the champion's training report (`bin_counts`). `measure` then
-compares the file with the training window by the population stability index, PSI = sum over bins of (found - expected)
-* ln(found / expected), with the shares of rows in each bin (N. Siddiqi, "Credit Risk Scorecards", 2006, chapter 9).
+compares the file with the training window by the population stability index: PSI = sum over bins of (found - expected)
+* ln(found / expected), of the shares of the rows (N. Siddiqi, "Credit Risk Scorecards", 2006, chapter 9).
 
-How large may the PSI of a clean file be? Sampling does not say it: a terminal stays compromised for 28 days, and an
-input remembers up to HISTORY_DAYS, so weeks differ however many rows they have. The weeks of the training window say
-it. Each week's shares differ from the mean by a part that is new every day and a part that lasts, whose correlation
-over h days is 1 - h / DEPENDENCE_DAYS, the kernel of W. K. Newey and K. D. West (Econometrica 55, 1987). Which part of
-the variance lasts cannot be estimated well from eight weeks: all parts count, weighted by their likelihood, as do all
-variances. This gives the distribution of a clean file's PSI, with the heavy tails that little data deserve: the
+What PSI may a clean file have? Sampling does not say it: inputs remember up to HISTORY_DAYS and terminals stay
+compromised for 28 days, so weeks differ, however many rows they have. How much they differ is seen in the training
+window. The shares of a day are taken to deviate from their mean by a part that is new every day and a part that lasts,
+with a correlation of 1 - h / DEPENDENCE_DAYS over h days: the kernel of W. K. Newey and K. D. West ("A Simple,
+Positive Semi-Definite, Heteroskedasticity and Autocorrelation Consistent Covariance Matrix", Econometrica 55, 1987).
+Eight weeks do not say well how large the two parts are, so all sizes count, each as likely as the weeks make it. From
+this follows the distribution of a clean file's PSI, with the heavy tail that so little data deserve. It is the
 predictive distribution of a long-run average (U. K. Müller and M. W. Watson, "Measuring Uncertainty about Long-Run
-Predictions", Review of Economic Studies 83, 2016), for many bins. In detail, for an input:
+Predictions", Review of Economic Studies 83, 2016) for several bins:
 
-* y: the weeks' deviations from the mean share, each divided by the square root of the expected share, so that the PSI
-  of a small difference is its squared length. With a share s of lasting variance, their covariance over weeks is, but
-  for an unknown factor, S(s) = (1 - s) * I / 7 + s * K, with K the mean of the kernel over the days of two weeks.
-* y has r dimensions that vary independently: r = (sum of eigenvalues)² / (sum of squared eigenvalues) of its
-  covariance over bins (F. E. Satterthwaite, Biometrics Bulletin 2, 1946).
-* Given s, with C the contrasts that remove the mean, q = weeks - 1 and Q = tr(y' C' (C S C')⁻¹ C y): the likelihood of
-  s is det(C S C')^(-r/2) * Q^(-rq/2), and the PSI of a clean file is V(s) * Q * chi²(r) / chi²(rq), where V is the
-  variance of the difference between the file's and the training window's mean, for the given numbers of weeks.
+* Deviations of the weeks' shares from their mean are divided by the square root of the expected share. The PSI of a
+  small difference is then its squared length.
+* They vary in r independent dimensions, r = (sum of eigenvalues)² / (sum of squared eigenvalues) of their covariance
+  over bins (F. E. Satterthwaite, "An Approximate Distribution of Estimates of Variance Components", 1946).
+* With the variance v of a day, of which the share s lasts, their covariance over weeks is v * S in each dimension,
+  S = (1 - s) * I / 7 + s * K, where K is the mean of the kernel over the days of two weeks.
+* With C, the contrasts that remove the mean, q = weeks - 1 and Q = tr(y' C' (C S C')⁻¹ C y) of the deviations y, the
+  likelihood of (v, s) is det(C S C')^(-r/2) * v^(-rq/2) * exp(-Q / 2v). All s and all logarithms of v are equally
+  likely before, except that the part that is new every day cannot be less than that of drawing rows independently.
+* The PSI of a clean file is v * (S of the training window's mean + S of the file's mean) * chi²(r).
 
-Whole weeks are compared, so that weekends do not count as drift. The fraud rate is compared in the same way, with the
-squared logarithm of its ratio instead of the PSI.
+Whole weeks are compared, so that weekends are not drift. Fraud rates are compared in the same way, by the squared
+logarithm of their ratio instead of the PSI.
 """
 
 from __future__ import annotations
@@ -47,18 +50,17 @@ SCORE = "score"
 #: Days of the data set that tell little: windows of inputs still fill.
 WARM_UP_DAYS = HISTORY_DAYS
 
-#: Days over which inputs and scores depend on each other: as far as inputs remember.
+#: Days over which days depend on each other: as far as inputs remember. The same for fraud rates, although a
+#: compromised terminal stays compromised for 28 days only: with 28, up to 1 % of clean files gave a warning.
 DEPENDENCE_DAYS = HISTORY_DAYS
-
-#: Days over which fraud rates depend on each other: a compromised terminal stays compromised for 28 days.
-LABEL_DEPENDENCE_DAYS = 28
 
 #: Fewer weeks of training cannot show how weeks differ: six are just as long as inputs remember. More than eight would
 #: make a champion's threshold depend on how long its training window is.
 LEAST_WEEKS, MOST_WEEKS = 6, 8
 
-#: A file of clean data gives a warning with at most this probability, for each check.
-FALSE_ALARM_RATE = 0.01
+#: Probability that a clean file gives a warning, for each check. Because days are taken to depend on each other longer
+#: than they do, and inputs to vary independently, it is really far less (docs/performance.md).
+FALSE_ALARM_RATE = 0.02
 
 #: An exceedance of 1 is the value that this share of clean files exceeds, input by input.
 REFERENCE_RATE = 0.01
@@ -130,7 +132,7 @@ def measure(
     * ``outcome``: ok, drift or not_calibrated; ``reason``, one sentence.
     * ``exceedance``: the largest one, and ``threshold``, which it exceeds if there is drift; None if not calibrated.
       An exceedance of 1 is what one clean file in a hundred exceeds. The threshold is what the largest exceedance of
-      all inputs exceeds in one clean file in a hundred.
+      all inputs exceeds with the probability FALSE_ALARM_RATE in a clean file.
     * ``inputs``, not for labels: ``input``, ``psi`` and ``exceedance`` of each, worst first; ``pictures``: for the
       three worst ``input``, ``edges``, and the shares of rows in each bin, ``expected`` and ``found``.
     * ``expected`` and ``found``, only for labels: ``rate``, ``rows``, ``frauds``, ``standard_error`` of the rate;
@@ -163,11 +165,9 @@ def _distributions(
         "inputs": [],
         "pictures": [],
     }
-    if (
-        not profile
-        or not names
-        or any(name not in profile.get(key, {}) for key in ("edges", "counts") for name in names)
-    ):
+    keys = ("edges", "counts")
+    known = profile and "first_day" in profile and all(name in profile.get(key, {}) for key in keys for name in names)
+    if not profile or not known or not names:
         return {**result, "reason": f"The champion's training report has no distribution of its {what}."}
     effective = _effective_share(profile)
     training, file = {}, {}
@@ -211,8 +211,14 @@ def _distributions(
     worst = result["inputs"][0]
     result["exceedance"] = worst["exceedance"]
     result["outcome"] = "drift" if worst["exceedance"] > result["threshold"] else "ok"
-    result["reason"] = "{}: PSI {:.2g}, {:.2g} times what one clean file in {:.0f} exceeds (limit {:.2g}).".format(
-        worst["input"], worst["psi"], worst["exceedance"], 1 / REFERENCE_RATE, result["threshold"]
+    above = sum(exceedance > result["threshold"] for exceedance in exceedances.values())
+    result["reason"] = "{}: PSI {:.2g}, {:.2g} times what one clean file in {:.0f} exceeds (limit {:.2g}){}.".format(
+        worst["input"],
+        worst["psi"],
+        worst["exceedance"],
+        1 / REFERENCE_RATE,
+        result["threshold"],
+        f"; {above} of {len(names)} inputs are above it" if above > 1 else "",
     )
     return result
 
@@ -233,7 +239,7 @@ def _fraud_rate(
         "lower": None,
         "upper": None,
     }
-    if not profile or not profile.get("labels"):
+    if not profile or "first_day" not in profile or not profile.get("labels"):
         return {**result, "reason": "The champion's training report has no labels by day."}
     training = _last_weeks(profile["labels"], 2, profile["first_day"], data_first_day + WARM_UP_DAYS, MOST_WEEKS)
     if len(training) < LEAST_WEEKS:
@@ -256,7 +262,6 @@ def _fraud_rate(
         least_variance=7 * len(training) / float(frauds),
         file_weeks=len(file),
         noise=_noise(training[:, 0], file[:, 0]),
-        dependence_days=LABEL_DEPENDENCE_DAYS,
         random=np.random.default_rng(0),
     )
     distance = math.log((found_frauds + HALF_A_ROW) / (found_rows + HALF_A_ROW) / rate)
@@ -277,8 +282,8 @@ def _fraud_rate(
     ]
     return {
         "outcome": "drift" if exceedance > threshold else "ok",
-        "reason": f"Fraud rate {found_rate:.3%}, against {rate:.3%} in the training window; between {lower:.3%} and "
-        f"{upper:.3%} in 99 of 100 clean files.",
+        "reason": f"Fraud rate {found_rate:.3%}, against {rate:.3%} in the training window; {1 - FALSE_ALARM_RATE:.0%} "
+        f"of clean files have {lower:.3%} to {upper:.3%}.",
         "threshold": _short(threshold),
         "exceedance": _short(exceedance),
         "expected": described[0],
@@ -297,9 +302,9 @@ def _last_weeks(
     """
     import numpy as np
 
-    days = np.array(counts, "f8")
-    if days.ndim != 2 or days.shape[1] != bins:
+    if not all(len(day) == bins for day in counts):
         return np.zeros((0, bins))
+    days = np.array(counts, "f8").reshape(len(counts), bins)
     if not_before is not None:
         days = days[max(not_before - first_day, 0) :]
     with_rows = np.flatnonzero(days.sum(axis=1))
@@ -328,9 +333,8 @@ def _psi(expected: Array, found: Array) -> float:
 
 
 def _effective_share(profile: Mapping[str, Any]) -> float:
-    """Rows that the training window was counted with, relative to those that they stand for."""
-    first = next(iter(profile["counts"].values()))
-    rows = sum(map(sum, first))
+    """Rows that the training window was counted with, relative to those that they stand for; 1 if not known."""
+    rows = sum(map(sum, next(iter(profile["counts"].values()))))
     return min(float(profile.get("effective_rows", rows)) / max(rows, 1), 1.0)
 
 
@@ -351,7 +355,6 @@ def _predicted_psi(training: Array, file: Array, effective: float, random: Any) 
         least_variance=7 / (effective * float(rows.mean())),
         file_weeks=len(file),
         noise=_noise(effective * rows, file.sum(axis=1)),
-        dependence_days=DEPENDENCE_DAYS,
         random=random,
     )
 
@@ -362,7 +365,6 @@ def _predict(
     least_variance: float,
     file_weeks: int,
     noise: float,
-    dependence_days: int,
     random: Any,
 ) -> _Predicted:
     """Squared distance of a clean file from the training window; see the module's docstring for the method.
@@ -386,7 +388,7 @@ def _predict(
     # The posterior on a grid: rows are shares of lasting variance, columns are variances.
     least = least_variance * dimensions / rank
     weighted, determinants, of_training, of_file = [], [], [], []
-    training_kernel, file_kernel = _kernel(weeks, dependence_days), _kernel(file_weeks, dependence_days)
+    training_kernel, file_kernel = _kernel(weeks), _kernel(file_weeks)
     for share in SHARES:
         covariance = (1 - share) * np.eye(weeks) / 7 + share * training_kernel
         inner = contrasts @ covariance @ contrasts.T
@@ -422,12 +424,12 @@ def _contrasts(weeks: int) -> Array:
     return matrix
 
 
-def _kernel(weeks: int, dependence_days: int) -> Array:
-    """Correlation of the means of two weeks, if that of two days declines to 0 over `dependence_days` (Bartlett)."""
+def _kernel(weeks: int) -> Array:
+    """Covariance of the means of two weeks, if the correlation of two days declines to 0 over DEPENDENCE_DAYS."""
     import numpy as np
 
     days = np.arange(7 * weeks)
-    daily = np.maximum(1 - np.abs(days[:, None] - days) / dependence_days, 0)
+    daily = np.maximum(1 - np.abs(days[:, None] - days) / DEPENDENCE_DAYS, 0)
     return daily.reshape(weeks, 7, weeks, 7).mean(axis=(1, 3))
 
 

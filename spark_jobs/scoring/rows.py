@@ -14,6 +14,7 @@ from spark_jobs import runtime
 from spark_jobs.features.registry import in_words
 from spark_jobs.io import blocks, parquet_files
 from spark_jobs.schema import NO_KEY, REASONS, SCORED_COLUMNS
+from spark_jobs.scoring.drift import SCORE, bin_counts
 from spark_jobs.training import library
 from spark_jobs.training.learners import Scorer, matrix_of
 
@@ -39,8 +40,8 @@ ROWS_PER_BATCH = 250_000
 #: Rows whose inputs and scores are binned for the drift checks, of one file of features; evenly spaced if it has more.
 BINNED_ROWS = 250_000
 
-#: Names of counts that are not those of inputs.
-LABELS, SCORE = "", "score"
+#: Name of the counts of labels.
+LABELS = ""
 
 #: First byte of a block: scored rows, or inputs of possible alerts.
 ROWS, CANDIDATES = b"R", b"C"
@@ -293,22 +294,18 @@ def _count(
     """Add the rows of a batch to the counts: day → LABELS → [genuine rows, frauds], and name → rows in each bin."""
     import numpy as np
 
-    def add(name: str, days: Array, bins: Array, number: int) -> None:
-        first = int(days.min())
-        counts = np.bincount((days - first) * number + bins, minlength=(int(days.max()) - first + 1) * number)
-        for day, of_day in enumerate(counts.reshape(-1, number).tolist(), first):
-            if any(of_day):
-                before = found.setdefault(day, {}).get(name, [0] * number)
-                found[day][name] = [a + b for a, b in zip(before, of_day)]
+    def add(day: int, name: str, counts: list[int]) -> None:
+        of_day = found.setdefault(day, {})
+        of_day[name] = [a + b for a, b in zip(of_day.get(name, [0] * len(counts)), counts)]
 
-    if not len(matrix):
-        return
-    days = columns["_day"].astype("i8")
-    add(LABELS, days, columns["_fraud"], 2)
-    for number, name in enumerate(features):
-        if name in edges:
-            limits = np.array(edges[name], "f8")
-            add(name, days[::step], np.searchsorted(limits, matrix[::step, number], side="right"), len(limits) + 1)
-    if SCORE in edges:
-        limits = np.array(edges[SCORE], "f8")
-        add(SCORE, days[::step], np.searchsorted(limits, columns["score"][::step], side="right"), len(limits) + 1)
+    for day, number in zip(*np.unique(columns["_day"], return_counts=True)):
+        frauds = int(columns["_fraud"][columns["_day"] == day].sum())
+        add(int(day), LABELS, [int(number) - frauds, frauds])
+    days = columns["_day"][::step]
+    binned = {name: matrix[::step, number] for number, name in enumerate(features) if name in edges}
+    binned[SCORE] = columns["score"][::step]
+    for day in np.unique(days):
+        of_day = days == day
+        counted = {name: limits for name, limits in edges.items() if name in binned}
+        for name, counts in bin_counts({name: values[of_day] for name, values in binned.items()}, counted).items():
+            add(int(day), name, counts)

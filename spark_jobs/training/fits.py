@@ -203,7 +203,9 @@ def profile_of(
 
     ``edges``: input, or ``score`` → at most BINS - 1 ascending quantiles of the rows. Bin i has the values from edge
     i - 1 (inclusive) to edge i (exclusive). ``first_day`` and ``days``: the days of the rows. ``counts``: input, or
-    ``score`` → a list for each day with the rows in each bin, weighted by class and rounded.
+    ``score`` → a list for each day with the rows in each bin, weighted by class and rounded. ``labels``: a list of the
+    rows and the frauds of each day, weighted in the same way. ``effective_rows``: rows drawn with equal weights that
+    would vary as these (L. Kish, "Survey Sampling", 1965, section 11.7); all rows of the window if none was left out.
     """
     import numpy as np
 
@@ -221,7 +223,16 @@ def profile_of(
         of_class = np.bincount(cell, minlength=number_of_days * bins * 2).reshape(number_of_days, bins, 2)
         edges[name] = [float(limit) for limit in limits]
         counts[name] = np.rint(of_class @ np.array(weights)).astype("i8").tolist()
-    return {"first_day": first_day, "days": number_of_days, "edges": edges, "counts": counts}
+    rows = np.bincount((days - first_day) * 2 + label, minlength=number_of_days * 2).reshape(number_of_days, 2)
+    weighted = rows * np.array(weights)
+    return {
+        "first_day": first_day,
+        "days": number_of_days,
+        "edges": edges,
+        "counts": counts,
+        "labels": np.rint(np.column_stack([weighted.sum(axis=1), weighted[:, 1]])).astype("i8").tolist(),
+        "effective_rows": round(float(weighted.sum()) ** 2 / float((weighted * weights).sum())),
+    }
 
 
 def validate(rows: DataFrame, models: Sequence[tuple[str, tuple[int, int]]], library_name: str | None) -> list[float]:
