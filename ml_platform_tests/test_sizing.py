@@ -65,6 +65,8 @@ def test_a_training_fits_at_most_its_limit_of_rows():
 
 def test_the_largest_fit_has_its_memory_and_two_executors_fit_a_default_host():
     assert sizing.memory_properties("clean_transactions") == {}
+    scoring = sizing.memory_properties("score_transactions")
+    assert scoring == {"spark.executor.memory": "2g", "spark.executor.memoryOverhead": "3000m"}
     properties = sizing.memory_properties("train_model")
     overhead = int(properties["spark.executor.memoryOverhead"].removesuffix("m"))
     assert overhead > 2953

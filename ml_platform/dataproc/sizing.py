@@ -29,7 +29,10 @@ FIT_S_PER_MILLION_ROWS = 23.0
 #: 27 inputs: 2.95 GB (logistic regression), 1.78 GB (XGBoost). The Java heap is small: Java only passes the rows on.
 WORKERS_MB = 600
 FIT_MB_PER_MILLION_ROWS = 600
-TRAINING_HEAP = "2g"
+#: Two tasks of an executor that score; a grade of a week of 11 million rows takes the room of both.
+SCORING_MB = 2400
+#: Heap of executors whose rows pass through Java to Python in large pieces.
+SMALL_HEAP = "2g"
 
 #: Fixed seconds per job regardless of the number of nodes: starting Spark, planning, writing the reports.
 FIXED_S = 30.0
@@ -59,13 +62,16 @@ def memory_properties(job: str, max_train_rows: int = MAX_TRAIN_ROWS) -> dict[st
     """Spark memory properties for a job that needs more than the cluster's defaults.
 
     One fit at a time holds up to `max_train_rows` rows in an executor's Python process; the fits of the search are
-    small. With the default settings an executor takes 5.6 GB, so two fit on a host of the default preset (16 GB, of
-    which YARN allocates 12.8).
+    small. Scoring holds whole Parquet files of features. With the default settings an executor takes 5.6 GB, so two fit
+    on a host of the default preset (16 GB, of which YARN allocates 12.8).
     """
-    if job != "train_model":
+    if job == "train_model":
+        overhead = WORKERS_MB + math.ceil(FIT_MB_PER_MILLION_ROWS * max_train_rows / 1e6)
+    elif job == "score_transactions":
+        overhead = WORKERS_MB + SCORING_MB
+    else:
         return {}
-    overhead = WORKERS_MB + math.ceil(FIT_MB_PER_MILLION_ROWS * max_train_rows / 1e6)
-    return {"spark.executor.memory": TRAINING_HEAP, "spark.executor.memoryOverhead": f"{overhead}m"}
+    return {"spark.executor.memory": SMALL_HEAP, "spark.executor.memoryOverhead": f"{overhead}m"}
 
 
 def choose_nodes(job: str, rows: int, *, cores: int, least: int, most: int, target_s: float) -> Sizing:
