@@ -229,7 +229,7 @@ def test_ci_names_last_what_it_did_not_check(
     for directory in (".ci", "bin", "scripts"):
         (tmp_path / directory).mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci")
-    for name in ("bash", "sh", "dirname"):
+    for name in ("bash", "cat", "dirname", "mktemp", "nice", "rm", "sh"):
         (programs / name).symlink_to(str(shutil.which(name)))
     # With no way to install it, the machine has docker-compose or has not.
     stand_ins = {"make": "exit 0", "apt-get": "exit 1"} | ({"docker-compose": "exit 0"} if docker_compose else {})
