@@ -169,10 +169,7 @@ def _score_partition(
         "alerts_per_day": request["alerts_per_day"],
     }
     if outcome != "scored":
-        log.warning("%s: no scores: %s", item["partition"], error or "there is no champion")
-        files.delete(item["output_uri"])
-        files.delete(item["alerts_uri"])
-        return {**report, "counts": {"rows": 0, "alerts": 0}, "score_sum": 0.0, "weeks": {}, "alerts": [], "drift": {}}
+        return _without_scores(files, item, report)
     scoring = rows.Scoring(
         model=model.text,
         version=int(model.champion["version"]),
@@ -183,8 +180,14 @@ def _score_partition(
     bins, tallies = partitions.list_accumulator(spark), partitions.list_accumulator(spark)
     progress.follow(tallies)
     frame = rows.scored_files(spark, item["features_uri"], scoring, library_name, bins.add, tallies.add)
-    with rows.one_file_per_task(spark):
-        parquet_files.write(frame, item["output_uri"])
+    try:
+        with rows.one_file_per_task(spark):
+            parquet_files.write(frame, item["output_uri"])
+    except Exception as error:
+        problem = runtime.describe(error)
+        if ModelError.__name__ not in problem:
+            raise
+        return _without_scores(files, item, {**report, "outcome": "champion_unreadable", "error": problem})
     done = partitions.tallies_of(tallies, len(scoring.first_days) + 1)
     found = [alert for tally in done for alert in tally["alerts"]]
     found.sort(key=lambda alert: (alert["tx_datetime"] // DAY_S, alert["rank_of_day"]))
@@ -199,6 +202,14 @@ def _score_partition(
         "alerts": [alerts.plain(alert) for alert in found[:ALERTS_IN_REPORT]],
         "drift": _drift(model.profile, bins.value, item["usual_days"], request),
     }
+
+
+def _without_scores(files: runtime.Files, item: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Delete scores of earlier rows; return the fields of a report that says why there are none."""
+    log.warning("%s: no scores: %s", item["partition"], report["error"] or "there is no champion")
+    files.delete(item["output_uri"])
+    files.delete(item["alerts_uri"])
+    return {**report, "counts": {"rows": 0, "alerts": 0}, "score_sum": 0.0, "weeks": {}, "alerts": [], "drift": {}}
 
 
 def _drift(profile: dict[str, Any], found: list[Any], usual_days: list[int], request: dict[str, Any]) -> dict[str, Any]:

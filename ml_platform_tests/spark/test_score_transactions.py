@@ -345,6 +345,8 @@ class TestWithoutScores:
             ({"content": "{"}, "champion_unreadable", "schema_version"),
             ({"content": {"schema_version": 99}}, "champion_newer_library", "schema 99"),
             ({"features": ["tx_amount", "moon"]}, "champion_other_features", "moon"),
+            # It loads, and fails while it scores: infinity less infinity.
+            ({"coefficients": [1e308, -1e308]}, "champion_unreadable", "scores that are not numbers"),
         ],
     )
     def test_the_report_says_why_and_grades_are_made(
@@ -353,6 +355,9 @@ class TestWithoutScores:
         model = None
         if changes is not None:
             document = {**json.loads((lake / "model.json").read_text()), "features": changes.pop("features", FEATURES)}
+            if "coefficients" in changes:
+                coefficients = {"coefficients": changes.pop("coefficients"), "deviation": [1e-300, 1e-300]}
+                document["model"] = {**document["model"], **coefficients}
             (tmp_path / "model.json").write_text(json.dumps(changes.pop("content", document)))
             model = champion(lake, **{"model_uri": str(tmp_path / "model.json"), **changes})
         # Scores of an earlier version of the rows go.

@@ -16,7 +16,7 @@ from spark_jobs.io import blocks, parquet_files
 from spark_jobs.schema import NO_KEY, REASONS, SCORED_COLUMNS
 from spark_jobs.scoring.drift import SCORE, bin_counts
 from spark_jobs.training import library
-from spark_jobs.training.learners import Scorer, matrix_of
+from spark_jobs.training.learners import ModelError, Scorer, matrix_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -91,7 +91,7 @@ def scored_files(
             content = files.pop(0)
             bins: dict[int, dict[str, Any]] = {}
             for columns, matrix in _batches(content, features):
-                columns["score"] = scorer.score(matrix)
+                columns["score"] = _scores(scorer, matrix)
                 _count(bins, columns, matrix, features, scoring.edges, _step_of(content))
                 yield from _packed(columns, matrix, scoring, keys, candidate_layout)
             report_bins([bins])
@@ -120,6 +120,19 @@ def scored_files(
     contents = _file_contents(spark, features_uri)
     shuffled = blocks.exchange(blocks.map_blocks(contents, score_files, blocks.BLOCK_SCHEMA), len(keys))
     return blocks.map_blocks(shuffled, finish, parquet_files.FILE_SCHEMA)
+
+
+def _scores(scorer: Scorer, matrix: Array) -> Array:
+    """Scores of the rows. Raises ModelError if the model fails or gives one that is not a number."""
+    import numpy as np
+
+    try:
+        scores = scorer.score(matrix)
+    except Exception as error:
+        raise ModelError(f"it fails: {type(error).__name__}: {error}") from None
+    if not np.isfinite(scores).all():
+        raise ModelError("it gives scores that are not numbers")
+    return scores
 
 
 @contextmanager
