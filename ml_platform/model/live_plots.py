@@ -63,16 +63,21 @@ def grades_plot(grades: Sequence[Grade]) -> bytes:
 
 def drift_plot(pictures: Sequence[Mapping[str, Any]]) -> bytes:
     """Distributions of a file beside those of the training window, one panel per picture of `drift.measure`, as PNG."""
-    figure = new_figure("Bins by quantiles of the training window, from the lowest values to the highest.", 9, 2.9)
-    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
-    for ax, picture in zip(axes, pictures, strict=True):
+    rows = math.ceil(len(pictures) / 2)
+    caption = "Bins by quantiles of the training window, from the lowest values to the highest."
+    figure = new_figure(caption, width=8, height=0.4 + 2.3 * rows)
+    # A subfigure each, so that an odd number leaves no empty axes.
+    cells = figure.subfigures(rows, 2, squeeze=False).flat
+    for cell, picture in zip(cells, pictures, strict=False):
+        ax = styled(cell.subplots())
         places = range(len(picture["expected"]))
-        styled(ax).bar(places, picture["expected"], width=0.8, color=SKY, label="training window")
+        ax.bar(places, picture["expected"], width=0.8, color=SKY, label="training window")
         ax.step(places, picture["found"], where="mid", color=VERMILION, linewidth=1.6, label="this file")
         edges = picture["edges"]
         shown = range(0, len(edges), max(1, math.ceil(len(edges) / 4)))
         ax.set_xticks([place + 0.5 for place in shown], [f"{edges[place]:.3g}" for place in shown])
         as_percent(ax.yaxis)
-        set_labels(ax, shorten(picture["input"], 34), "", "")
-    add_legend(axes[0], "upper center", columns=1)
+        ax.set_ylim(0, 1.35 * max(*picture["expected"], *picture["found"]))
+        set_labels(ax, shorten(picture["input"], 44), "", "")
+        add_legend(ax, "upper right", columns=2)
     return png_of(figure)
