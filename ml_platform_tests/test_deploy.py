@@ -79,7 +79,7 @@ def test_a_service_is_checked_limited_and_unprivileged(name: str) -> None:
 
 def test_ports_are_open_to_this_machine_alone() -> None:
     ports = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert ports.keys() == {"mlflow", "webserver"}
+    assert ports.keys() == {"mlflow", "scorer", "webserver"}
     assert all(port.startswith("127.0.0.1:") for published in ports.values() for port in published)
     assert COMPOSE["networks"]["database"]["internal"] is True
     assert SERVICES["postgres"]["networks"] == ["database"]
@@ -100,9 +100,10 @@ def test_no_secret_has_a_value_or_a_default() -> None:
 
 
 def test_a_service_gets_only_the_passwords_that_it_needs() -> None:
-    secrets = {name: set(service["secrets"]) for name, service in SERVICES.items()}
+    secrets = {name: set(service.get("secrets", [])) for name, service in SERVICES.items()}
     assert "mlflow_password" not in secrets["code"] | secrets["daemon"] | secrets["webserver"]
     assert "dagster_password" not in secrets["mlflow"]
+    assert secrets["scorer"] == set()  # it runs code that comes with a model
     assert all("postgres_password" not in names for name, names in secrets.items() if name != "postgres")
     assert "env_file" not in {key for name, service in SERVICES.items() if name != "code" for key in service}
 

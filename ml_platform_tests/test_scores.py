@@ -368,7 +368,7 @@ def test_the_champion_is_served_over_http_and_then_its_successor(in_service: Pla
         # The fake model: -1 and a tenth of the sum of its inputs.
         assert found["score"] == pytest.approx(1 / (1 + math.exp(1 - 0.05 * len(row))))
         assert "version 1 of fraud_model" in log.read_text()
-        in_service.mlflow.set_champion("2", {})
+        in_service.mlflow.set_champion("2", {}, lambda event: None)
         wait_for(lambda: "version 2 of fraud_model" in log.read_text())
         wait_for(answers)
     finally:

@@ -149,7 +149,7 @@ def test_no_cluster_is_left_and_no_job_ran_twice(healed: Healed) -> None:
     assert created == [first, last]
     jobs = [job.proto.name.split("-")[0] for job in dataproc.jobs.values()]
     # The second run's cluster cleans what the first one's did not get to, if that is anything.
-    assert jobs in (["clean", "build", "train"], ["clean", "clean", "build", "train"])
+    assert jobs in (["clean", "build", "score", "train"], ["clean", "clean", "build", "score", "train"])
     assert all(job.finished for job in dataproc.jobs.values())
 
 
@@ -180,7 +180,7 @@ def test_a_step_says_what_its_cluster_was_and_cost(healed: Healed) -> None:
         assert has_logged(instance, run.run_id, f"features 2/2: {KEYS[1]} done")
     assert f"features 2/2: {KEYS[1]} done" in healed.lake.read(f"_runs/{run.run_id}/build_features.driver.log").decode()
     assert metadata["cluster_id"] == run.tags["ml_platform/cluster_id"]
-    assert [job["name"].split("-")[0] for job in metadata["cluster_jobs"]][-2:] == ["build", "train"]
+    assert [job["name"].split("-")[0] for job in metadata["cluster_jobs"]][-3:] == ["build", "score", "train"]
     # 4 hosts, of which 3 cost 2 + 128 GB x 0.01 and one 1 + 40 GB x 0.1 an hour.
     hours = metadata["cluster_node_hours"] / 4
     assert metadata["cluster_cost"] == pytest.approx(hours * (3 * 3.28 + 5), abs=0.02)
@@ -277,7 +277,7 @@ def test_logs_are_json_lines(healed: Healed) -> None:
     lines = {
         name: [COLOUR.sub("", line) for line in service.log.read_text().splitlines()]
         for name, service in healed.stack.services.items()
-        if name != "postgres"
+        if name not in ("postgres", "scorer")  # MLflow's scoring server has one format
     }
     logged = {name: [json.loads(line) for line in lines[name] if line.startswith("{")] for name in lines}
     # In a run, MLflow's client speaks for itself.
