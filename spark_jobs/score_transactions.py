@@ -176,6 +176,7 @@ def _score_partition(
         alerts_per_day=request["alerts_per_day"],
         first_days=_first_days(spark, item),
         edges=_edges(model.profile),
+        step=max(1, -(-item["rows"] // rows.BINNED_ROWS)),
     )
     bins, tallies = partitions.list_accumulator(spark), partitions.list_accumulator(spark)
     progress.follow(tallies)

@@ -85,9 +85,12 @@ def split(columns: Columns, layout: Layout, partition: Array, keys: Array) -> Co
     """
     import numpy as np
 
-    order = np.argsort(partition.astype("i4"), kind="stable")
-    bounds = np.searchsorted(partition[order], np.arange(len(keys) + 1))
-    ordered = {name: columns[name][order] for name, _ in layout}
+    ordered = {name: columns[name] for name, _ in layout}
+    if (partition[1:] < partition[:-1]).any():
+        order = np.argsort(partition.astype("i4"), kind="stable")
+        partition = partition[order]
+        ordered = {name: values[order] for name, values in ordered.items()}
+    bounds = np.searchsorted(partition, np.arange(len(keys) + 1))
     non_empty = np.flatnonzero(bounds[1:] > bounds[:-1])
     blocks = [pack({name: ordered[name][bounds[n] : bounds[n + 1]] for name, _ in layout}, layout) for n in non_empty]
     return {"partition_key": keys[non_empty].astype("i4"), "block": blocks}

@@ -28,6 +28,9 @@ log = logging.getLogger("spark_jobs")
 
 DAYS_PER_WEEK = 7
 
+#: Bootstrap replicates: ten beyond each bound of the intervals.
+REPLICATES = 400
+
 #: Scores of a week by partition, and the runs that gave them.
 Scores = Dict[str, str]
 
@@ -278,7 +281,7 @@ def _grade(packed: list[bytes], delay_days: int, alerts_per_day: int) -> dict[st
     bounds: dict[str, Any] = {}
     if both_classes:
         clusters = customer_clusters(label, [score], kept["customer_id"].to_numpy())
-        bounds = bootstrap_figures(label, [score], clusters)
+        bounds = bootstrap_figures(label, [score], clusters, replicates=REPLICATES)
     for name in ("average_precision", "roc_auc"):
         for end in ("lower", "upper"):
             figures[f"{name}_{end}"] = bounds.get(f"{name}_{end}")

@@ -37,8 +37,8 @@ ROW_LAYOUT = (
 #: Rows of a file that are decoded and scored at a time: 35 MB of inputs.
 ROWS_PER_BATCH = 250_000
 
-#: Rows whose inputs and scores are binned for the drift checks, of one file of features; evenly spaced if it has more.
-BINNED_ROWS = 250_000
+#: Rows whose inputs and scores are binned for the drift checks; evenly spaced in time if a partition has more.
+BINNED_ROWS = 500_000
 
 #: Name of the counts of labels.
 LABELS = ""
@@ -56,6 +56,7 @@ class Scoring(NamedTuple):
         alerts_per_day: rows of a day that are alerts.
         first_days: first day of each task, ascending, but for the first task.
         edges: input or ``score`` → edges of the bins to count (see `drift`).
+        step: every which row of a file is counted in bins.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Scoring(NamedTuple):
     alerts_per_day: int
     first_days: list[int]
     edges: dict[str, list[float]]
+    step: int
 
 
 def scored_files(
@@ -79,7 +81,7 @@ def scored_files(
     rows), ``score_sum`` and ``alerts`` (a list of dicts with the columns of ALERT_COLUMNS; instants are Unix seconds,
     keys NO_KEY if unknown). Each task that reads files reports what it counts of them (see `_count`).
     """
-    options = parquet_files.options(spark, ["model_version", "rank_of_day"])
+    options = parquet_files.options(spark, ["model_version"])
     keys = blocks.partition_keys(len(scoring.first_days) + 1)
     features = Scorer.from_json(scoring.model).features
     candidate_layout = (("transaction_id", "i8"), *[(name, "f4") for name in features])
@@ -92,7 +94,7 @@ def scored_files(
             bins: dict[int, dict[str, Any]] = {}
             for columns, matrix in _batches(content, features):
                 columns["score"] = _scores(scorer, matrix)
-                _count(bins, columns, matrix, features, scoring.edges, _step_of(content))
+                _count(bins, columns, matrix, features, scoring.edges, scoring.step)
                 yield from _packed(columns, matrix, scoring, keys, candidate_layout)
             report_bins([bins])
 
@@ -196,14 +198,6 @@ def _numbers(batch: Any, name: str, null: Any = None) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _step_of(content: bytes) -> int:
-    """Every which row of a file is binned."""
-    import pyarrow
-    from pyarrow import parquet
-
-    return max(1, -(-parquet.ParquetFile(pyarrow.BufferReader(content)).metadata.num_rows // BINNED_ROWS))
-
-
 def _packed(
     columns: Columns, matrix: Array, scoring: Scoring, keys: Array, candidate_layout: blocks.Layout
 ) -> Iterator[Columns]:
@@ -248,13 +242,16 @@ def _ranked(columns: Columns, scoring: Scoring) -> Columns:
     """The rows sorted by instant and id, with rank_of_day, alert and model_version."""
     import numpy as np
 
-    order = np.lexsort((columns["transaction_id"], columns["tx_unix_seconds"]))
+    order = _order_by(columns["tx_unix_seconds"], columns["transaction_id"])
     columns = {name: values[order] for name, values in columns.items()}
-    ids, score, days = columns["transaction_id"], columns["score"], columns["_day"]
-    order = np.lexsort((ids, -score, days))
-    starts = np.flatnonzero(np.r_[True, np.diff(days[order]) != 0][: len(order)])
+    days = columns["_day"]
     rank = np.empty(len(order), "i4")
-    rank[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)])) + 1
+    # Sorted by time, the rows of a day are together.
+    bounds = [0, *(np.flatnonzero(np.diff(days)) + 1).tolist(), len(days)]
+    for begin, end in zip(bounds[:-1], bounds[1:]):
+        by_id = np.argsort(columns["transaction_id"][begin:end], kind="stable")
+        by_score = by_id[np.argsort(-columns["score"][begin:end][by_id], kind="stable")]
+        rank[begin + by_score] = np.arange(1, end - begin + 1)
     return {
         **columns,
         "tx_datetime": columns["tx_unix_seconds"],
@@ -262,6 +259,19 @@ def _ranked(columns: Columns, scoring: Scoring) -> Columns:
         "alert": rank <= scoring.alerts_per_day,
         "model_version": np.full(len(order), scoring.version, "i4"),
     }
+
+
+def _order_by(first: Array, second: Array) -> Array:
+    """Order of integers by `first`, then by `second`; fast where they are a few sorted runs, one after another."""
+    import numpy as np
+
+    if not len(first):
+        return np.arange(0)
+    spans = [int(values.max()) - int(values.min()) + 1 for values in (first, second)]
+    if spans[0] * spans[1] >= 1 << 63:
+        return np.lexsort((second, first))
+    # One number for both, because numpy's stable sort merges runs, and lexsort has to sort twice.
+    return np.argsort((first - first.min()) * spans[1] + (second - second.min()), kind="stable")
 
 
 def _rows_per_day(days: Array) -> tuple[Array, Array]:

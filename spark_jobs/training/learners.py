@@ -28,6 +28,9 @@ MODEL_SCHEMA_VERSION = 1
 #: Inputs are clipped here, so that neither the 32-bit value nor its double, which XGBoost computes, overflows.
 LARGEST_INPUT = 1e37
 
+#: Rows of a matrix that are converted at a time.
+ROWS_PER_PIECE = 1 << 14
+
 #: Default search grids. ``rounds`` is the number of boosted trees; C is the inverse of the penalty.
 DEFAULT_CANDIDATES: list[dict[str, Any]] = [
     {
@@ -467,10 +470,15 @@ def matrix_of(columns: Any, features: Iterable[str]) -> Array:
     """Float32 matrix of numeric columns (a mapping or a pandas DataFrame), in the order of `features`."""
     import numpy as np
 
-    arrays = [np.asarray(columns[name], dtype="f8") for name in features]
+    arrays = [np.asarray(columns[name]) for name in features]
     matrix = np.empty((len(arrays[0]), len(arrays)), dtype="f4")
-    for number, values in enumerate(arrays):
-        matrix[:, number] = _clipped(values)
+    # A piece of all columns at a time, which fits into the processor's cache.
+    with np.errstate(over="ignore"):
+        for begin in range(0, len(matrix), ROWS_PER_PIECE):
+            piece = matrix[begin : begin + ROWS_PER_PIECE]
+            for number, values in enumerate(arrays):
+                piece[:, number] = values[begin : begin + ROWS_PER_PIECE]
+            np.clip(piece, -LARGEST_INPUT, LARGEST_INPUT, out=piece)
     return matrix
 
 
