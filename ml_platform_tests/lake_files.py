@@ -51,9 +51,13 @@ class LakeFiles:
 
     def rows(self, table: str, key: str) -> list[dict[str, Any]]:
         """The rows of a partition, in a fixed order."""
+        return self.rows_of(f"{table}/raw_file={key}/")
+
+    def rows_of(self, directory: str) -> list[dict[str, Any]]:
+        """The rows of all Parquet files below a directory, in a fixed order."""
         import pyarrow.parquet as pq
 
-        names = [name for name in self.changed(f"{table}/raw_file={key}/") if name.endswith(".parquet")]
+        names = [name for name in self.changed(directory) if name.endswith(".parquet")]
         found = [row for name in names for row in pq.ParquetFile(io.BytesIO(self.read(name))).read().to_pylist()]
         return sorted(found, key=lambda row: json.dumps(row, default=str, sort_keys=True))
 

@@ -13,11 +13,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from ml_platform.dev.cloud.s3_server import LocalS3
 from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
 from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
+from ml_platform.lake.reports import SCORED_TABLE as SCORES
 from ml_platform.spark.session import CLASS_ARCHIVE, java_options
 from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.lake_files import LakeFiles, assert_reports_last, assert_same_model, assert_same_tables
@@ -50,9 +52,14 @@ class Processed:
     lake: LakeFiles
 
     @property
+    def run(self) -> dg.DagsterRun:
+        """The run that processed the files."""
+        (run,) = (run for run in self.world.runs() if run.job_name == "process_new_files")
+        return run
+
+    @property
     def run_id(self) -> str:
-        (run,) = self.world.runs()
-        return run.run_id
+        return self.run.run_id
 
 
 @pytest.fixture
@@ -83,6 +90,8 @@ def standalone(tmp_path_factory: pytest.TempPathFactory, s3_server: LocalS3) -> 
         world = World(directory / "world", overrides=settings | s3_server.environment())
         with no_process_left(world):
             world.run(*ML_PLATFORM, "process-new-files")
+            # By the champion that this run has trained: there was none before.
+            world.materialize(SCORES, KEYS[-1], KEYS[-1])
         assert list(cluster.directory.glob("worker-*/app-*/*/stderr")), "it has an executor"
     return Processed(world, LakeFiles(s3=s3_server, bucket="engines"))
 
@@ -93,7 +102,7 @@ def processed(request: pytest.FixtureRequest) -> Processed:
 
 
 def test_one_run_makes_everything(processed: Processed) -> None:
-    (run,) = processed.world.runs()
+    run = processed.run
     assert run.is_success
     assert processed.world.partitions() == KEYS
     for asset in (CLEANED, FEATURES):
@@ -120,6 +129,20 @@ def test_rows_and_reports_are_the_same(standalone: Processed, local: Processed) 
 def test_the_model_is_the_same_file(standalone: Processed, local: Processed) -> None:
     """Byte for byte; a cluster's tasks have the library from the archive that came with the code."""
     assert_same_model(standalone.lake, standalone.run_id, local.lake, local.run_id, KEYS[-1])
+
+
+def test_a_cluster_scores_as_the_training_did(standalone: Processed) -> None:
+    """Each clean row once, and the held-out rows with the very scores that training gave them."""
+    report = standalone.lake.report(KEYS[-1], SCORES)
+    assert (report["outcome"], report["model_version"]) == ("scored", 1)
+    scored = {row["transaction_id"]: row for row in standalone.lake.rows(SCORES, KEYS[-1])}
+    assert len(scored) == report["counts"]["rows"] == standalone.lake.report(KEYS[-1])["counts"]["clean_rows"]
+    held_out = standalone.lake.rows_of(f"models/{KEYS[-1]}/{standalone.run_id}/test_scores/")
+    assert held_out
+    assert [scored[row["transaction_id"]]["score"] for row in held_out] == [row["score"] for row in held_out]
+    alerts = standalone.lake.rows("alerts", KEYS[-1])
+    assert {row["transaction_id"] for row in alerts} == {key for key, row in scored.items() if row["alert"]}
+    assert all(row["reason_1"] for row in alerts if row["contribution_1"])
 
 
 def test_the_report_comes_last_and_nothing_temporary_stays(processed: Processed) -> None:
