@@ -74,6 +74,7 @@ benchmark: classes ## small versions of the benchmarks (docs/performance.md has 
 	  $(BIN)/python -m benchmarks.windows --million-rows 0.1 --rounds 1 && \
 	  $(BIN)/python -m benchmarks.train --thousand-rows 30 60 && \
 	  $(BIN)/python -m benchmarks.scorer --rows 100000 && \
+	  $(BIN)/python -m benchmarks.score --million-rows 0.25 --rounds 1 && \
 	  $(BIN)/python -m benchmarks.promotion --thousand-rows 58 && \
 	  $(BIN)/python -m benchmarks.partitions --partitions 3 --thousand-rows 10 && \
 	  $(BIN)/python -m benchmarks.real_size --million-rows 0.25 0.5 && \
