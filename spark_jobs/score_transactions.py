@@ -98,7 +98,9 @@ class _Model:
 
     def __init__(self, outcome: str, error: str | None = None, text: str = "", champion: Any = None) -> None:
         self.outcome, self.error, self.text, self.champion = outcome, error, text, champion or {}
+        self.features: list[str] = []
         self.profile: dict[str, Any] = {}
+        self.edges: dict[str, list[float]] = {}
 
     @classmethod
     def load(cls, spark: SparkSession, champion: dict[str, Any] | None) -> _Model:
@@ -110,7 +112,7 @@ class _Model:
         files = runtime.Files(spark)
         try:
             text = files.read(champion["model_uri"]).decode("utf-8", errors="replace")
-            Scorer.from_json(text)
+            features = Scorer.from_json(text).features
         except NewerModelError as error:
             return cls("champion_newer_library", str(error), champion=champion)
         except ModelError as error:
@@ -120,25 +122,22 @@ class _Model:
                 raise
             return cls("champion_unreadable", "there is no {}".format(champion["model_uri"]), champion=champion)
         model = cls("scored", text=text, champion=champion)
-        model.profile = _profile(files, champion)
+        model.features = features
+        model.profile, model.edges = _profile(files, champion)
         return model
 
-    @property
-    def features(self) -> list[str]:
-        """Its inputs."""
-        names: list[str] = json.loads(self.text)["features"]
-        return names
 
+def _profile(files: runtime.Files, champion: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Distributions in the training window, of the training report, and the edges of their bins.
 
-def _profile(files: runtime.Files, champion: dict[str, Any]) -> dict[str, Any]:
-    """Distributions in the training window, of the training report; empty if it is not there or broken."""
+    Empty if the report is not there or broken: anyone can edit it, and scores do not depend on it.
+    """
     try:
         profile = json.loads(files.read(champion["report_uri"]).decode("utf-8"))["profile"]
+        return profile, {name: [float(edge) for edge in limits] for name, limits in profile.get("edges", {}).items()}
     except Exception as error:
-        # Drift is a warning; that it cannot be measured does not stop the scores.
         log.warning("drift is not measured: the training report cannot be read: %s", runtime.describe(error))
-        return {}
-    return profile if isinstance(profile, dict) else {}
+        return {}, {}
 
 
 def _score_partition(
@@ -172,10 +171,11 @@ def _score_partition(
         return _without_scores(files, item, report)
     scoring = rows.Scoring(
         model=model.text,
+        features=model.features,
         version=int(model.champion["version"]),
         alerts_per_day=request["alerts_per_day"],
         first_days=_first_days(spark, item),
-        edges=_edges(model.profile),
+        edges=model.edges,
         step=max(1, -(-item["rows"] // rows.BINNED_ROWS)),
     )
     bins, tallies = partitions.list_accumulator(spark), partitions.list_accumulator(spark)
@@ -201,7 +201,7 @@ def _score_partition(
         "score_sum": sum(tally["score_sum"] for tally in done),
         "weeks": grading.live_weeks(rows_per_day, request["epoch"], report["out_of_time_from"]),
         "alerts": [alerts.plain(alert) for alert in found[:ALERTS_IN_REPORT]],
-        "drift": _drift(model.profile, bins.value, item["usual_days"], request),
+        "drift": _drift(model, bins.value, item["usual_days"], request),
     }
 
 
@@ -213,12 +213,11 @@ def _without_scores(files: runtime.Files, item: dict[str, Any], report: dict[str
     return {**report, "counts": {"rows": 0, "alerts": 0}, "score_sum": 0.0, "weeks": {}, "alerts": [], "drift": {}}
 
 
-def _drift(profile: dict[str, Any], found: list[Any], usual_days: list[int], request: dict[str, Any]) -> dict[str, Any]:
+def _drift(model: _Model, found: list[Any], usual_days: list[int], request: dict[str, Any]) -> dict[str, Any]:
     """Compare what the tasks counted with the training window; empty if the profile is broken."""
     first, last = usual_days
     known_until = request["grading"]["last_day"] - request["grading"]["delay_days"]
-    names = (rows.LABELS, *_edges(profile))
-    counts: dict[str, dict[int, list[int]]] = {name: {} for name in names}
+    counts: dict[str, dict[int, list[int]]] = {name: {} for name in (rows.LABELS, *model.edges)}
     # A retried task before the shuffle may have counted twice, which changes shares by little.
     for of_file in found:
         for day, of_day in of_file.items():
@@ -230,15 +229,13 @@ def _drift(profile: dict[str, Any], found: list[Any], usual_days: list[int], req
         for day, (genuine, frauds) in counts.pop(rows.LABELS).items()
         if day <= known_until
     }
-    edges = _edges(profile)
     by_day = {
-        name: [of_days.get(day, [0] * (len(edges[name]) + 1)) for day in range(first, last + 1)]
+        name: [of_days.get(day, [0] * (len(model.edges[name]) + 1)) for day in range(first, last + 1)]
         for name, of_days in counts.items()
     }
     try:
-        return drift.measure(profile, by_day, first, labels, request["data_first_day"])
+        return drift.measure(model.profile, by_day, first, labels, request["data_first_day"])
     except Exception as error:
-        # Anyone can edit a training report; scores do not depend on it.
         log.warning("drift is not measured: %s", runtime.describe(error))
         return {}
 
@@ -251,12 +248,6 @@ def _first_days(spark: SparkSession, item: dict[str, Any]) -> list[int]:
     share = max(1, before[-1]) / tasks
     tasks_of_days = [int((before[index] + number / 2) / share) for index, (_, number) in enumerate(days)]
     return [days[index][0] for index in range(1, len(days)) if tasks_of_days[index] > tasks_of_days[index - 1]]
-
-
-def _edges(profile: dict[str, Any]) -> dict[str, list[float]]:
-    """Edges of the bins in a profile; empty if it has none that can be used."""
-    edges = profile.get("edges")
-    return edges if isinstance(edges, dict) else {}
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ml_platform.model.live import drift_summary, grades_summary, log_grades, sc
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import ALERT_COLUMNS, SCORED_COLUMNS
+from spark_jobs.scoring.grading import ENTRY_FIELDS, entry_of
 from spark_jobs.train_model import DEFAULTS
 
 #: Run tag: version of the champion that scores all partitions of the run, and of its retries; or NO_CHAMPION.
@@ -110,22 +111,25 @@ def scored_transactions(
     causes = causes_to_score(usable, cleaned, scored, config)
     reports = {key: scored[key] for key in usable if key not in causes}
     failed: dict[str, str] = {}
+    made: list[Grade] = []
     context.log.info(f"{len(causes)} partitions to score, {len(reports)} already scored, {len(left_out)} left out")
     if causes:
         good = {key: report for key, report in cleaned.items() if not verdicts.reason(key)}
         kept = {key: report for key, report in scored.items() if key not in causes}
         request = {
-            "champion": _scoring_model(context, config, lake, mlflow),
+            "champion": _scoring_model(context, config, mlflow),
             **_request(lake, good, kept, causes, _training_settings(context)),
         }
         rows = sum(cleaned[key].counts.clean_rows for key in causes)
-        report = spark.run_job(context, lake, "score_transactions", request, rows=rows)
-        done, failed = split_verdicts(report["partitions"], ScoredReport)
+        answer = spark.run_job(context, lake, "score_transactions", request, rows=rows)
+        done, failed = split_verdicts(answer["partitions"], ScoredReport)
         reports |= done
         scored = kept | done
-        log_grades(mlflow, [grade for made in done.values() for grade in made.grades], scored, context.log)
+        made = [grade for report in done.values() for grade in report.grades]
     grades = valid_grades(scored)
-    metadata = {key: _metadata(lake, report, key in causes, grades) for key, report in reports.items()}
+    log_grades(mlflow, made, grades, context.log)
+    summary = grades_summary(grades) if grades else None
+    metadata = {key: _metadata(lake, report, key in causes, summary) for key, report in reports.items()}
     yield from record_outcomes(context, succeeded=metadata, failed=failed, left_out=left_out)
 
 
@@ -136,7 +140,7 @@ def _training_settings(context: dg.AssetExecutionContext) -> FraudModelConfig:
 
 
 def _scoring_model(
-    context: dg.AssetExecutionContext, config: ScoresConfig, lake: LakeResource, mlflow: MlflowResource
+    context: dg.AssetExecutionContext, config: ScoresConfig, mlflow: MlflowResource
 ) -> dict[str, Any] | None:
     """The version that scores, as the job takes it; None if there is no champion.
 
@@ -146,7 +150,7 @@ def _scoring_model(
         version = mlflow.version(str(config.model_version))
         if version is None:
             raise dg.Failure(f"there is no version {config.model_version} of the model", allow_retries=False)
-        return scoring_request(mlflow, lake, version)
+        return scoring_request(mlflow, version)
     run = context.instance.get_run_by_id(context.run.run_id)
     tag = run.tags.get(CHAMPION_TAG) if run is not None else None
     if tag is None:
@@ -161,7 +165,7 @@ def _scoring_model(
             gone = f"version {tag} is gone from MLflow"
             return {"version": int(tag), "error": gone, "out_of_time_from": None, "held_out": None}
     context.log.info("no champion: no scores" if champion is None else f"scoring with the champion, version {tag}")
-    return None if champion is None else scoring_request(mlflow, lake, champion)
+    return None if champion is None else scoring_request(mlflow, champion)
 
 
 def _request(
@@ -206,14 +210,7 @@ def _request(
             "delay_days": settings.delay_days,
             "compromised_lookback_days": DEFAULTS["compromised_lookback_days"],
             "scored": {
-                key: {
-                    "uri": lake.partition_uri(SCORED_TABLE, key),
-                    "run_id": report.run_id,
-                    "model_version": report.model_version,
-                    "weeks": report.weeks,
-                    "out_of_time_from": report.out_of_time_from,
-                    "held_out": report.held_out.model_dump() if report.held_out else None,
-                }
+                key: entry_of(lake.partition_uri(SCORED_TABLE, key), report.model_dump(include=set(ENTRY_FIELDS)))
                 for key, report in graded.items()
             },
             "cleaned": {
@@ -229,7 +226,7 @@ def _request(
     }
 
 
-def _metadata(lake: LakeResource, report: ScoredReport, is_new: bool, grades: list[Grade]) -> dict[str, Any]:
+def _metadata(lake: LakeResource, report: ScoredReport, is_new: bool, live_quality: str | None) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "outcome": report.outcome if is_new else "already scored",
         "cause": report.cause,
@@ -253,8 +250,8 @@ def _metadata(lake: LakeResource, report: ScoredReport, is_new: bool, grades: li
         metadata["out_of_time_from"] = report.out_of_time_from
     if any(found.get("inputs") for found in report.drift.values()):
         metadata["drift"] = dg.MetadataValue.md(drift_summary(report.drift))  # noqa: TID251 - its text is escaped
-    if grades:
-        metadata["live_quality"] = dg.MetadataValue.md(grades_summary(grades))  # noqa: TID251 - figures only
+    if live_quality is not None:
+        metadata["live_quality"] = dg.MetadataValue.md(live_quality)  # noqa: TID251 - figures only
     return metadata
 
 

@@ -90,10 +90,15 @@ def run_config() -> dict[str, Any]:
 
 def training_config(run_config: Mapping[str, Any]) -> FraudModelConfig:
     """Training settings of a run configuration, which must be valid; scores are graded and handed over by them, too."""
+    return FraudModelConfig(**(_settings_in(run_config) or {}))
+
+
+def _settings_in(run_config: Mapping[str, Any]) -> Any:
+    """The settings of ``fraud_model`` as a run configuration has them; None without any."""
     config: Any = run_config
     for key in ("ops", "fraud_model", "config"):
-        config = (config.get(key) if isinstance(config, Mapping) else None) or {}
-    return FraudModelConfig(**config)
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
 def check_run_config(run_config: Mapping[str, Any]) -> None:
@@ -108,9 +113,7 @@ def check_run_config(run_config: Mapping[str, Any]) -> None:
 
 def problem_of_run_config(run_config: Mapping[str, Any]) -> str | None:
     """Problem in the training settings of a run configuration; None if they are valid."""
-    config: Any = run_config
-    for key in ("ops", "fraud_model", "config"):
-        config = config.get(key) if isinstance(config, Mapping) else None
+    config = _settings_in(run_config)
     if not config:
         return None
     if not isinstance(config, Mapping):

@@ -7,9 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ml_platform.escaping import markdown
-from ml_platform.lake.grades import valid_grades
-from ml_platform.lake.reports import Grade, ScoredReports
-from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.reports import Grade
 from ml_platform.model.gate import champion_problem, champion_request, train_last_date
 from ml_platform.model.live_plots import drift_plot, grades_plot
 from ml_platform.model.mlflow import MlflowResource
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
-def scoring_request(mlflow: MlflowResource, lake: LakeResource, version: ModelVersion) -> dict[str, Any]:
+def scoring_request(mlflow: MlflowResource, version: ModelVersion) -> dict[str, Any]:
     """A version in the format of the scoring job's request, with ``error`` if its tags show that it cannot score."""
     request = champion_request(version)
     last_date = train_last_date(version)
@@ -51,17 +49,17 @@ def _held_out(metrics: dict[str, float]) -> dict[str, float] | None:
     return found if len(found) == len(names) else None
 
 
-def log_grades(mlflow: MlflowResource, new: Sequence[Grade], scored: ScoredReports, log: dg.DagsterLogManager) -> None:
+def log_grades(mlflow: MlflowResource, new: Sequence[Grade], every: Sequence[Grade], log: dg.DagsterLogManager) -> None:
     """Log grades as metrics ``live_…`` of the MLflow run that trained their version, with the week as the step.
 
-    Weeks that an earlier run graded and could not log are logged, too.
+    Those in `every` that an earlier run graded and could not log are logged, too.
     """
     for number in sorted({grade.model_version for grade in new}):
         version = mlflow.version(str(number))
         if version is None:
             log.warning(f"version {number} is gone from MLflow: its grades are in the lake alone")
             continue
-        of_version = [grade for grade in valid_grades(scored) if grade.model_version == number]
+        of_version = [grade for grade in every if grade.model_version == number]
         mlflow.log_steps(
             version,
             {grade.week: {f"live_{name}": value for name, value in grade.figures().items()} for grade in of_version},

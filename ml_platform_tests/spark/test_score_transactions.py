@@ -335,6 +335,15 @@ class TestGrades:
         assert report["counts"]["rows"] == DAYS * ROWS_PER_DAY
 
 
+@pytest.mark.parametrize("profile", [[], {"edges": {"tx_amount": ["x"]}}, {"edges": {"tx_amount": 1}}])
+def test_a_damaged_training_report_does_not_stop_the_scores(score, lake, tmp_path, profile):
+    (tmp_path / "_report.json").write_text(json.dumps({"profile": profile}))
+    model = champion(lake, report_uri=str(tmp_path / "_report.json"))
+    report = reports_of(score(tmp_path, keys=["a"], model=model, last_day=-1))["a"]
+    assert report["counts"]["rows"] == DAYS * ROWS_PER_DAY
+    assert report["drift"]["feature_drift"]["outcome"] == "not_calibrated"
+
+
 class TestWithoutScores:
     @pytest.mark.parametrize(
         ("changes", "outcome", "told"),

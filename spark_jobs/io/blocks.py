@@ -121,6 +121,11 @@ def column(blocks: list[bytes], layout: Layout, name: str) -> Array:
     return np.concatenate(parts) if parts else np.empty(0, dtype=types[name])
 
 
+def of_kind(packed: Iterable[bytes], kind: bytes) -> list[Any]:
+    """Those of `packed` blocks that were marked with the byte `kind` in front, without it."""
+    return [memoryview(block)[1:] for block in packed if block[:1] == kind]
+
+
 def task_number() -> int:
     """Partition number of the calling task."""
     from pyspark import TaskContext

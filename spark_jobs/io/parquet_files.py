@@ -51,14 +51,7 @@ def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: d
     import numpy as np
     import pyarrow
 
-    types = {
-        "bigint": pyarrow.int64(),
-        "int": pyarrow.int32(),
-        "double": pyarrow.float64(),
-        "boolean": pyarrow.bool_(),
-        "timestamp": pyarrow.timestamp("us", tz="UTC"),
-    }
-    fields = [pyarrow.field(name, types[kind], nullable=name in KEY_COLUMNS) for name, kind, *_ in table]
+    fields = [pyarrow.field(name, arrow_type(kind), nullable=name in KEY_COLUMNS) for name, kind, *_ in table]
     rows = len(columns[fields[0].name])
     if not rows and blocks.task_number() > 0:
         return
@@ -68,6 +61,20 @@ def files_of(columns: Columns, table: Iterable[tuple[str, str, str]], options: d
         arrays = [_array(field, columns[field.name][begin:end]) for field in fields]
         file = file_of(pyarrow.Table.from_arrays(arrays, schema=pyarrow.schema(fields)), **options)
         yield {"file": [file[: -len(MAGIC)]]}
+
+
+def arrow_type(kind: str) -> Any:
+    """Arrow type of a column whose Spark type is `kind`."""
+    import pyarrow
+
+    return {
+        "bigint": pyarrow.int64(),
+        "int": pyarrow.int32(),
+        "double": pyarrow.float64(),
+        "boolean": pyarrow.bool_(),
+        "string": pyarrow.string(),
+        "timestamp": pyarrow.timestamp("us", tz="UTC"),
+    }[kind]
 
 
 def file_of(table: Any, **options: Any) -> bytes:

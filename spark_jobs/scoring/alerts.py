@@ -37,14 +37,6 @@ def _instant(unix_seconds: int) -> str:
 def _parquet(alerts: list[dict[str, Any]]) -> bytes:
     import pyarrow
 
-    types = {
-        "bigint": pyarrow.int64(),
-        "int": pyarrow.int32(),
-        "double": pyarrow.float64(),
-        "boolean": pyarrow.bool_(),
-        "string": pyarrow.string(),
-        "timestamp": pyarrow.timestamp("us", tz="UTC"),
-    }
     arrays = []
     for name, kind, _ in ALERT_COLUMNS:
         values = [alert[name] for alert in alerts]
@@ -52,7 +44,7 @@ def _parquet(alerts: list[dict[str, Any]]) -> bytes:
             values = [seconds * 1_000_000 for seconds in values]
         elif name in KEY_COLUMNS:
             values = [None if value == NO_KEY else value for value in values]
-        arrays.append(pyarrow.array(values, types[kind]))
+        arrays.append(pyarrow.array(values, parquet_files.arrow_type(kind)))
     return parquet_files.file_of(pyarrow.Table.from_arrays(arrays, names=[name for name, *_ in ALERT_COLUMNS]))
 
 

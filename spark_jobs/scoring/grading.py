@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import date, datetime, timedelta, timezone
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, NamedTuple
 
 from spark_jobs import runtime
@@ -39,6 +40,10 @@ SCORED_LAYOUT = (("_part", "i4"), ("transaction_id", "i8"), ("customer_id", "i8"
 LABEL_LAYOUT = (("_part", "i4"), ("transaction_id", "i8"), ("tx_fraud", "i1"))
 FRAUD_LAYOUT = (("customer_id", "i8"), ("_day", "i4"))
 SCORED, LABELS, FRAUDS = b"S", b"L", b"F"
+
+
+#: Fields of a scored partition's report that `grade_weeks` takes.
+ENTRY_FIELDS = ("run_id", "model_version", "weeks", "out_of_time_from", "held_out")
 
 
 class Week(NamedTuple):
@@ -241,17 +246,12 @@ def _grade(packed: list[bytes], delay_days: int, alerts_per_day: int) -> dict[st
     from spark_jobs.evaluation.bootstrap import bootstrap_figures, customer_clusters, customer_codes
     from spark_jobs.evaluation.metrics import evaluate, share_of, with_ranks
 
-    def of_kind(kind: bytes, layout: blocks.Layout) -> Columns:
-        return blocks.unpack([memoryview(block)[1:] for block in packed if block[:1] == kind], layout)  # type: ignore[misc]
-
     scored, labels, frauds = (
-        of_kind(SCORED, SCORED_LAYOUT),
-        of_kind(LABELS, LABEL_LAYOUT),
-        of_kind(FRAUDS, FRAUD_LAYOUT),
+        blocks.unpack(blocks.of_kind(packed, kind), layout)
+        for kind, layout in ((SCORED, SCORED_LAYOUT), (LABELS, LABEL_LAYOUT), (FRAUDS, FRAUD_LAYOUT))
     )
     packed.clear()
-    scored = _sorted(scored)
-    labels = _sorted(labels)
+    scored, labels = _sorted(scored), _sorted(labels)
     if not (
         np.array_equal(scored["_part"], labels["_part"])
         and np.array_equal(scored["transaction_id"], labels["transaction_id"])
@@ -305,6 +305,8 @@ def _calibration(label: Array, score: Array, customers: Array) -> dict[str, floa
     """
     import numpy as np
 
+    from spark_jobs.evaluation.metrics import CONFIDENCE
+
     names = ("calibration", "calibration_lower", "calibration_upper")
     expected = float(score.sum())
     if expected <= 0 or not label.any():
@@ -313,11 +315,10 @@ def _calibration(label: Array, score: Array, customers: Array) -> dict[str, floa
     residuals = np.bincount(customers, label) - ratio * np.bincount(customers, score)
     number = len(residuals)
     deviation = float(np.sqrt((residuals**2).sum() * number / max(1, number - 1))) / float(label.sum())
-    factor = float(np.exp(1.959963984540054 * deviation))
+    factor = float(np.exp(NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * deviation))
     return dict(zip(names, (ratio, ratio / factor, ratio * factor)))
 
 
 def entry_of(uri: str, report: dict[str, Any]) -> dict[str, Any]:
     """A scored partition, by its report, as `grade_weeks` takes it."""
-    names = ("run_id", "model_version", "weeks", "out_of_time_from", "held_out")
-    return {"uri": uri, **{name: report[name] for name in names}}
+    return {"uri": uri, **{name: report[name] for name in ENTRY_FIELDS}}

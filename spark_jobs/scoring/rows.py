@@ -8,7 +8,7 @@ travel along, so that the tasks that know the alerts can explain them.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple
 
 from spark_jobs import runtime
 from spark_jobs.features.registry import in_words
@@ -52,6 +52,7 @@ class Scoring(NamedTuple):
 
     Attributes:
         model: model file.
+        features: its inputs.
         version: its version.
         alerts_per_day: rows of a day that are alerts.
         first_days: first day of each task, ascending, but for the first task.
@@ -60,6 +61,7 @@ class Scoring(NamedTuple):
     """
 
     model: str
+    features: list[str]
     version: int
     alerts_per_day: int
     first_days: list[int]
@@ -83,7 +85,7 @@ def scored_files(
     """
     options = parquet_files.options(spark, ["model_version"])
     keys = blocks.partition_keys(len(scoring.first_days) + 1)
-    features = Scorer.from_json(scoring.model).features
+    features = scoring.features
     candidate_layout = (("transaction_id", "i8"), *[(name, "f4") for name in features])
 
     def score_files(files: list[bytes]) -> Iterator[Columns]:
@@ -99,10 +101,11 @@ def scored_files(
             report_bins([bins])
 
     def finish(packed: list[bytes]) -> Iterator[Columns]:
-        columns = _ranked(blocks.unpack(_of_kind(packed, ROWS), ROW_LAYOUT), scoring)
-        candidates = blocks.unpack(_of_kind(packed, CANDIDATES), candidate_layout)
+        columns = _ranked(blocks.unpack(blocks.of_kind(packed, ROWS), ROW_LAYOUT), scoring)
+        candidates = blocks.unpack(blocks.of_kind(packed, CANDIDATES), candidate_layout)
         packed.clear()
-        days, rows = _rows_per_day(columns["_day"])
+        days = columns["_day"]
+        rows_per_day = {int(days[begin]): end - begin for begin, end in _spans(days)}
         alerts: list[dict[str, Any]] = []
         if columns["alert"].any():
             library.use(library_name)
@@ -111,7 +114,7 @@ def scored_files(
             [
                 {
                     "rows": len(columns["score"]),
-                    "rows_per_day": dict(zip(days.tolist(), rows.tolist())),
+                    "rows_per_day": rows_per_day,
                     "score_sum": float(columns["score"].sum()),
                     "alerts": alerts,
                 }
@@ -216,20 +219,14 @@ def _packed(
         yield {"partition_key": block["partition_key"], "block": [kind + packed for packed in block["block"]]}
 
 
-def _of_kind(packed: Iterable[bytes], kind: bytes) -> list[Any]:
-    """Blocks of one kind, without its mark."""
-    return [memoryview(block)[1:] for block in packed if block[:1] == kind]
-
-
 def _highest_of_days(columns: Columns, number: int) -> Array:
     """Rows with one of the `number` highest scores of their day in this batch, and those with equal scores."""
     import numpy as np
 
     score, days = columns["score"], columns["_day"]
     order = np.argsort(days, kind="stable")  # the rows are usually sorted by time, which costs next to nothing
-    bounds = [0, *(np.flatnonzero(np.diff(days[order])) + 1).tolist(), len(order)]
     chosen = []
-    for begin, end in zip(bounds[:-1], bounds[1:]):
+    for begin, end in _spans(days[order]):
         rows = order[begin:end]
         if len(rows) > number:
             lowest = np.partition(score[rows], len(rows) - number)[len(rows) - number]
@@ -244,11 +241,9 @@ def _ranked(columns: Columns, scoring: Scoring) -> Columns:
 
     order = _order_by(columns["tx_unix_seconds"], columns["transaction_id"])
     columns = {name: values[order] for name, values in columns.items()}
-    days = columns["_day"]
     rank = np.empty(len(order), "i4")
     # Sorted by time, the rows of a day are together.
-    bounds = [0, *(np.flatnonzero(np.diff(days)) + 1).tolist(), len(days)]
-    for begin, end in zip(bounds[:-1], bounds[1:]):
+    for begin, end in _spans(columns["_day"]):
         by_id = np.argsort(columns["transaction_id"][begin:end], kind="stable")
         by_score = by_id[np.argsort(-columns["score"][begin:end][by_id], kind="stable")]
         rank[begin + by_score] = np.arange(1, end - begin + 1)
@@ -274,11 +269,12 @@ def _order_by(first: Array, second: Array) -> Array:
     return np.argsort((first - first.min()) * spans[1] + (second - second.min()), kind="stable")
 
 
-def _rows_per_day(days: Array) -> tuple[Array, Array]:
+def _spans(values: Array) -> list[tuple[int, int]]:
+    """(begin, end) of each run of equal values."""
     import numpy as np
 
-    found, counts = np.unique(days, return_counts=True)
-    return found, counts
+    bounds = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return list(zip(bounds[:-1], bounds[1:])) if len(values) else []
 
 
 def _explained(columns: Columns, candidates: Columns, scorer: Scorer) -> list[dict[str, Any]]:
