@@ -80,7 +80,7 @@ class Service:
 
 
 class Stack:
-    """A context manager: all services of compose.yaml, listening when it is entered.
+    """A context manager: all services of compose.yaml, listening when it is entered; the scorer when it has a champion.
 
     Attributes:
         postgres: the server. cloud: where files and clusters are.
@@ -91,7 +91,7 @@ class Stack:
     def __init__(self, directory: Path, postgres: PostgresServer, cloud: DevCloud) -> None:
         self.directory, self.postgres, self.cloud = directory, postgres, cloud
         self.home, self.secrets, self._scratch = (directory / name for name in ("dagster", "secrets", "spark"))
-        self._ports = {"5432": postgres.port} | {port: free_port() for port in ("3000", "4000", "5000")}
+        self._ports = {"5432": postgres.port} | {port: free_port() for port in ("3000", "4000", "5000", "8080")}
         self.dagster_url, self.mlflow_url = (f"http://127.0.0.1:{self._ports[port]}" for port in ("3000", "5000"))
         self._ended = threading.Event()
         self._lock = threading.RLock()
@@ -148,7 +148,7 @@ class Stack:
         """A text of compose.yaml: variables filled in, names and addresses of containers turned into this machine's."""
         text = _VARIABLE.sub(lambda found: self._settings.get(found[1]) or found[2] or "", text)
         text = re.sub(r"(?<=[/@])(postgres|mlflow|code)(?=:\d)", "127.0.0.1", text)
-        text = re.sub(r"(?<![\w.])(3000|4000|5000|5432)(?!\w)", lambda found: str(self._ports[found[1]]), text)
+        text = re.sub(r"(?<![\w.])(3000|4000|5000|5432|8080)(?!\w)", lambda found: str(self._ports[found[1]]), text)
         return text.replace("0.0.0.0", "127.0.0.1").replace("/run/secrets", str(self.secrets))
 
     def _service(self, name: str, described: dict[str, Any]) -> Service:
@@ -221,7 +221,8 @@ class Stack:
             if service.process is None:
                 self._launch(service)
         for service in services:
-            self._wait_until_it_listens(service)
+            if service.name != "scorer":  # it listens as soon as there is a champion
+                self._wait_until_it_listens(service)
 
     def _wait_until_it_listens(self, service: Service) -> None:
         if service.name == "postgres":  # it listens before it answers, and its health check costs little
