@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -236,12 +237,13 @@ def run_cli(
 def local_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """The raw files as this machine processes them: what other engines are compared with. Not to be altered.
 
-    The first worker of pytest-xdist that needs it makes it for all.
+    The first worker of pytest-xdist that needs it makes it for all. With generated code, as users have it, the full pass
+    of scripts/test_images.sh processes files.
     """
     base = tmp_path_factory.getbasetemp()
     directory = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     done = directory / "local_world.done"
-    world = World(directory / "local world")
+    world = World(directory / "local world", overrides={"SPARK_PROPERTIES": json.dumps(NO_CODEGEN)})
     with FileLock(directory / "local_world.lock"):
         if not done.exists():
             for file in FILES:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Processed:
     @property
     def run(self) -> dg.DagsterRun:
         """The run that processed the files."""
-        (run,) = (run for run in self.world.runs() if run.job_name == "process_new_files")
+        (run,) = self.world.runs()
         return run
 
     @property
@@ -68,9 +69,13 @@ def local(local_world: World) -> Processed:
 
 
 @pytest.fixture(scope="module")
-def standalone(tmp_path_factory: pytest.TempPathFactory, s3_server: LocalS3) -> Processed:
-    """A Spark cluster whose executors have neither the project nor the connector for S3: the driver brings both."""
+def standalone(tmp_path_factory: pytest.TempPathFactory, s3_server: LocalS3, local_world: World) -> Processed:
+    """A Spark cluster whose executors have neither the project nor the connector for S3: the driver brings both.
+
+    The local run's model is the champion, so that this run scores with it and compares its own model with it.
+    """
     directory = tmp_path_factory.mktemp("standalone")
+    shutil.copy(local_world.root / "mlflow.db", directory)
     s3_server.client().create_bucket(Bucket="engines")
     for file in FILES:
         s3_server.client().put_object(Bucket="engines", Key=f"raw/{file.name}", Body=file.content)
@@ -90,8 +95,6 @@ def standalone(tmp_path_factory: pytest.TempPathFactory, s3_server: LocalS3) -> 
         world = World(directory / "world", overrides=settings | s3_server.environment())
         with no_process_left(world):
             world.run(*ML_PLATFORM, "process-new-files")
-            # By the champion that this run has trained: there was none before.
-            world.materialize(SCORES, KEYS[-1], KEYS[-1])
         assert list(cluster.directory.glob("worker-*/app-*/*/stderr")), "it has an executor"
     return Processed(world, LakeFiles(s3=s3_server, bucket="engines"))
 
@@ -129,6 +132,10 @@ def test_rows_and_reports_are_the_same(standalone: Processed, local: Processed) 
 def test_the_model_is_the_same_file(standalone: Processed, local: Processed) -> None:
     """Byte for byte; a cluster's tasks have the library from the archive that came with the code."""
     assert_same_model(standalone.lake, standalone.run_id, local.lake, local.run_id, KEYS[-1])
+    metrics = standalone.lake.read_json(f"models/{KEYS[-1]}/{standalone.run_id}/_report.json")["metrics"]
+    of_champion = {name: value for name, value in metrics.items() if name.startswith("champion_")}
+    assert of_champion == {f"champion_{name}": metrics[name] for name in metrics if f"champion_{name}" in of_champion}
+    assert of_champion
 
 
 def test_a_cluster_scores_as_the_training_did(standalone: Processed) -> None:

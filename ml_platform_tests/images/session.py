@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 #: Spark's default, 200, is work for minutes on a handful of rows. A job says how many it wants.
 FEW_PARTITIONS = {"spark.sql.shuffle.partitions": "3"}
 
-#: Code generated for each query takes longer to compile than a test's rows to process. The local engine of
-#: test_engines, and full_pass, do generate it.
+#: Code generated for each query takes longer to compile than a test's rows to process. full_pass does generate it.
 NO_CODEGEN = {"spark.sql.codegen.wholeStage": "false", "spark.sql.codegen.factoryMode": "NO_CODEGEN"}
 
 
