@@ -237,8 +237,8 @@ def run_cli(
 def local_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """The raw files as this machine processes them: what other engines are compared with. Not to be altered.
 
-    The first worker of pytest-xdist that needs it makes it for all. With generated code, as users have it, the full pass
-    of scripts/test_images.sh processes files.
+    The first worker of pytest-xdist that needs it makes it for all. The full pass of scripts/test_images.sh processes
+    files with generated code, as users do.
     """
     base = tmp_path_factory.getbasetemp()
     directory = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
