@@ -3,6 +3,9 @@
 # its own virtual environment, its tables in the database, a service that starts with the machine. Run as root; may be
 # run again at any time. Settings that are not given again stay as they are.
 #
+# An installed server runs on while the packages of the new one are fetched, and runs again if the database refuses the
+# new settings or an upgrade of its tables.
+#
 # Variables, kept in /etc/mlflow/server.env, which only root can read:
 #   MLFLOW_BACKEND_STORE_URI       needed at first: postgresql+psycopg2://mlflow@host:5432/mlflow
 #   PGPASSWORD                     password of that database; or PGPASSWORD_FILE, a file that holds it
@@ -17,6 +20,7 @@ set -euo pipefail
 
 clone=$(cd "$(dirname "$0")/.." && pwd)
 root=${DESTDIR:-}
+python=${PYTHON:-python3}
 home=/opt/mlflow
 settings=$root/etc/mlflow/server.env
 unit=$root/etc/systemd/system/mlflow.service
@@ -95,14 +99,12 @@ quoted() {
     printf '"%s"\n' "$value"
 }
 
-write_settings() {
+print_settings() {
     local name
-    {
-        for name in "${kept[@]}"; do
-            [ -z "${!name:-}" ] || printf '%s=%s' "$name" "$(quoted "${!name}")"$'\n'
-        done
-        printf '%s\n' MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
-    } | install_file 600 "$settings"
+    for name in "${kept[@]}"; do
+        [ -z "${!name:-}" ] || printf '%s=%s' "$name" "$(quoted "${!name}")"$'\n'
+    done
+    printf '%s\n' MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
 }
 
 write_unit() {
@@ -139,26 +141,47 @@ WantedBy=multi-user.target
 UNIT
 }
 
-install_packages() {
-    local python=${PYTHON:-python3}
+check_python() {
     "$python" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null ||
         fail "$python is not a Python 3.11 to 3.14 with venv: apt-get install python3-venv, or set PYTHON"
-    [ -x "$home/venv/bin/python" ] || "$python" -m venv "$home/venv"
-    "$home/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$clone/constraints.txt" \
-        boto3 mlflow psycopg2-binary
+}
+
+# Makes an environment of its own for each Python and set of versions, so that the server can run on in another.
+install_packages() {
+    environment=$home/venv-$({ "$python" --version && cat "$clone/constraints.txt"; } | cksum | cut -d ' ' -f 1)
+    [ ! -f "$environment/complete" ] || return 0
+    say "installing packages in $environment"
+    rm -rf "$environment"
+    install -d "$home"
+    "$python" -m venv "$environment"
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -c "$clone/constraints.txt" \
+        boto3 mlflow psycopg2-binary || fail "the packages cannot be installed; nothing was changed"
+    touch "$environment/complete"
 }
 
 prepare_database() (
     set -a
-    # shellcheck source=/dev/null # written by this script
-    . "$settings"
-    exec "$home/venv/bin/python" "$clone/deploy/mlflow_database.py"
+    eval "$(print_settings)"
+    exec "$environment/bin/python" "$clone/deploy/mlflow_database.py"
 )
+
+# Makes $home/venv lead to the new environment, and deletes the others.
+switch_environment() {
+    [ -L "$home/venv" ] || rm -rf "$home/venv" # of an earlier version of this script
+    ln -sfn "$environment" "$home/venv"
+    find "$home" -maxdepth 1 -name 'venv-*' ! -path "$environment" -exec rm -rf {} +
+}
+
+# What was installed before runs again.
+start_again() {
+    say "the installed server starts again, with its settings of before"
+    systemctl start mlflow.service
+}
 
 wait_until_healthy() {
     local i
     for ((i = 0; i < 60; i++)); do
-        if "$home/venv/bin/python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
+        if "$environment/bin/python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
             "http://127.0.0.1:$MLFLOW_PORT/health" 2>/dev/null; then
             say "MLflow answers on http://127.0.0.1:$MLFLOW_PORT"
             return
@@ -170,20 +193,26 @@ wait_until_healthy() {
 
 load_settings
 check_settings
-if [ -z "$root" ]; then
-    [ "$(id -u)" = 0 ] || fail "run it as root: sudo --preserve-env $0"
-    [ -d /run/systemd/system ] || fail "systemd does not run here"
-fi
-write_settings
-write_unit
 if [ -n "$root" ]; then
+    print_settings | install_file 600 "$settings"
+    write_unit
     exit
 fi
-systemctl daemon-reload
-# The tables are changed while nobody uses them; a server that runs would also keep old modules.
-systemctl stop mlflow.service
+[ "$(id -u)" = 0 ] || fail "run it as root: sudo --preserve-env $0"
+[ -d /run/systemd/system ] || fail "systemd does not run here"
+check_python
 install_packages
+# The tables are changed while nobody uses them.
+if systemctl is-active --quiet mlflow.service; then
+    trap start_again EXIT
+    systemctl stop mlflow.service
+fi
 prepare_database
+trap - EXIT
+switch_environment
+print_settings | install_file 600 "$settings"
+write_unit
+systemctl daemon-reload
 systemctl enable --quiet mlflow.service
 systemctl start mlflow.service
 wait_until_healthy

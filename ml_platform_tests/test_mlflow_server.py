@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pytest
 
-from ml_platform.dev.cloud.processes import free_port
+from ml_platform.dev.cloud.processes import free_port, listens
 from ml_platform_tests.postgres import PostgresServer
-from ml_platform_tests.world import PROJECT
+from ml_platform_tests.world import PROJECT, wait_until
 
 pytestmark = [
     pytest.mark.e2e,
@@ -36,10 +36,10 @@ DEPLOY = PROJECT / "deploy"
 PASSWORD = "a'b \"c$d`e\\ %f"
 
 #: Programs that the script calls, each of which notes its arguments: others of the machine can read those.
-NOTED = ("cat", "chmod", "cmp", "dirname", "install", "mktemp", "mv", "rm", "sleep")
+NOTED = ("cat", "chmod", "cksum", "cmp", "dirname", "find", "install", "ln", "mktemp", "mv", "rm", "sleep", "touch")
 NOTES = """#!/bin/sh
 printf '%s\\n' "$0 $*" >>'{machine}/arguments'
-exec '{program}' "$@"
+exec {program} "$@"
 """
 
 #: It hides no mistake of the script: a second `start` starts a second server. Stopping what does not run is fine.
@@ -57,6 +57,9 @@ start)
     start=$(sed -n 's/^ExecStart=//p' "$unit")
     eval "exec setsid timeout 600 ${{start/--workers 2/--workers 1}}" >>server.log 2>&1 </dev/null &
     echo $! >pid
+    ;;
+is-active)
+    [ -f pid ]
     ;;
 stop)
     if [ -f pid ]; then
@@ -100,9 +103,8 @@ class Machine:
         for name in ("constraints.txt", "deploy/mlflow_database.py"):
             shutil.copy(PROJECT / name, self.root / "clone" / name)
         for name in NOTED:
-            self.add_program(name, NOTES.format(machine=self.root, program=shutil.which(name)))
-        in_venv = self.root / "opt/mlflow/venv/bin/real-python"
-        self.add_program("noted-python", NOTES.format(machine=self.root, program=in_venv))
+            self.add_program(name, NOTES.format(machine=self.root, program=f"'{shutil.which(name)}'"))
+        self.add_program("noted-python", NOTES.format(machine=self.root, program='"${0%/*}/real-python"'))
         self.add_program("systemctl", SYSTEMCTL.format(machine=self.root))
         python, packages = Path(sys.executable), site.getsitepackages()[0]
         values = {"machine": self.root, "mlflow": python.parent / "mlflow", "packages": packages}
@@ -135,6 +137,10 @@ class Machine:
         """Lines of a file, none if there is no such file."""
         path = self.root / name
         return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+    def environments(self) -> list[Path]:
+        """Complete environments of MLflow's server."""
+        return [path.parent for path in self.root.glob("opt/mlflow/venv-*/complete")]
 
     def files(self) -> dict[str, tuple[bytes, int]]:
         """What the script wrote: content, and when."""
@@ -222,6 +228,7 @@ def test_an_error_of_the_database_is_one_line(monkeypatch: pytest.MonkeyPatch, a
         ("root", "run it as root"),
         ("systemd", "systemd does not run here"),
         ("setting", "no database: set MLFLOW_BACKEND_STORE_URI"),
+        ("python", "false is not a Python 3.11 to 3.14 with venv"),
     ],
 )
 def test_missing_conditions_are_named_before_anything_is_done(
@@ -235,6 +242,7 @@ def test_missing_conditions_are_named_before_anything_is_done(
         MLFLOW_BACKEND_STORE_URI="" if lacks == "setting" else database.address,
         MLFLOW_ARTIFACTS_DESTINATION="s3://artifacts/mlflow",
         PGPASSWORD=PASSWORD,
+        **({"PYTHON": "false"} if lacks == "python" else {}),
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -251,26 +259,47 @@ def test_a_server_is_installed_once_and_brought_up_to_date_by_the_next_run(
         "MLFLOW_ARTIFACTS_DESTINATION": f"{tmp_path}/var/lib/mlflow/artifacts",
         "MLFLOW_PORT": str(machine.port),
     }
-    steps = ["daemon-reload", "stop mlflow.service", "enable --quiet mlflow.service", "start mlflow.service"]
+    look, *steps = (f"{verb} mlflow.service" for verb in ("is-active --quiet", "stop", "enable --quiet", "start"))
+    steps.insert(1, "daemon-reload")
+    constraints = machine.root / "clone/constraints.txt"
+    versions = constraints.read_text()
 
     # A database that refuses: the service is not started.
     refused = machine.run(**settings, PGPASSWORD="not-that-one")
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith("mlflow_database: ")
     assert "password authentication failed" in refused.stderr
-    assert machine.lines("systemctl") == steps[:2]
+    assert machine.lines("systemctl") == [look]
+    assert machine.files() == {}
 
     done = machine.run(**settings, PGPASSWORD=PASSWORD)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == f"mlflow_server: MLflow answers on http://127.0.0.1:{machine.port}"
-    assert machine.lines("systemctl") == steps
+    assert machine.lines("systemctl") == [look, *steps[1:]]
     (experiment,) = machine.api("experiments/create", name="kept").values()
     files, schema = machine.files(), database.schema()
     assert sorted(files) == ["etc/mlflow/server.env", "etc/systemd/system/mlflow.service"]
 
+    # Packages that cannot be installed: the server runs on.
+    constraints.write_text(versions + "no version\n")
+    unpacked = machine.run()
+    assert unpacked.returncode == 1
+    assert unpacked.stderr.splitlines()[-1] == "mlflow_server: the packages cannot be installed; nothing was changed"
+    assert machine.lines("systemctl") == []
+
+    # An upgrade that the database refuses: the old server runs again, with its settings.
+    constraints.write_text(versions + "# newer\n")
+    not_upgraded = machine.run(PGPASSWORD="not-that-one")
+    assert not_upgraded.returncode == 1
+    assert machine.lines("systemctl") == [look, steps[0], steps[-1]]
+    wait_until(lambda: listens(machine.port), "the old server runs again")
+    assert len(machine.environments()) == 2
+    assert machine.files() == files
+
     again = machine.run()
     assert again.returncode == 0, again.stderr
-    assert machine.lines("systemctl") == steps
+    assert machine.lines("systemctl") == [look, *steps]
+    assert len(machine.environments()) == 1
     assert machine.files() == files
     assert database.schema() == schema
     assert machine.api(f"experiments/get?experiment_id={experiment}")["experiment"]
@@ -282,7 +311,7 @@ def test_a_server_is_installed_once_and_brought_up_to_date_by_the_next_run(
     places = {
         "arguments of the script's programs": "\n".join(machine.lines("arguments")),
         "arguments of the server": listed.stdout,
-        "output": "".join(run.stdout + run.stderr for run in (refused, done, again)),
+        "output": "".join(run.stdout + run.stderr for run in (refused, done, unpacked, not_upgraded, again)),
         "unit": files["etc/systemd/system/mlflow.service"][0].decode(),
         "log": "\n".join(machine.lines("server.log")),
     }
