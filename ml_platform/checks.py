@@ -57,11 +57,12 @@ def intake_checks(
     context: dg.AssetCheckExecutionContext, lake: LakeResource, limits: QualityLimits
 ) -> Iterator[dg.AssetCheckResult]:
     """Show the verdicts on the run's files, and fail if one is stopped or could not be cleaned."""
+    keys = context.partition_keys
     cleaned, features, uncleaned = lake.reports(CleanedReport), lake.reports(FeaturesReport), lake.uncleaned()
     verdicts = judge_files(cleaned, features, limits)
     not_cleaned = {
         key: uncleaned[key].reason if key in uncleaned else "no report"
-        for key in context.partition_keys
+        for key in keys
         if key not in cleaned or (key in uncleaned and uncleaned[key].run_id == context.run.run_id)
     }
 
@@ -93,11 +94,11 @@ def intake_checks(
             lambda key, name=name: figures(name, key),  # type: ignore[misc]
             warning_of=lambda key, name=name: verdicts.warnings.get(key, {}).get(name),  # type: ignore[misc]
         )
-        stopped |= {key: text for key in context.partition_keys if (text := verdicts.problems.get(key, {}).get(name))}
+        stopped |= {key: text for key in keys if (text := verdicts.problems.get(key, {}).get(name))}
     stopped = {key: verdicts.reason(key) or "" for key in stopped}
     if bad := not_cleaned | stopped:
         raise dg.Failure(
-            f"{len(bad)} of {len(context.partition_keys)} files are left out; everything else is done. "
+            f"{len(bad)} of {len(keys)} files are left out; everything else is done. "
             f"{printable(listed(bad))}. {ADVICE}",
             metadata={"left_out": dg.JsonMetadataValue(bad)},
             allow_retries=False,

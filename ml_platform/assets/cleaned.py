@@ -83,23 +83,23 @@ def cleaned_transactions(
 ) -> Iterator[dg.MaterializeResult]:
     """Clean the run's new or changed files in one Spark job."""
     check_run_config(context.run.run_config)
-    record_partitions(context)
+    keys = record_partitions(context)
     files, ignored = lake.list_raw_files()
     for name, reason in ignored.items():
         context.log.warning(f"ignored raw file {name!r}: {reason}")
     reports, withdrawn = lake.reports(CleanedReport), lake.withdrawn()
-    failed = {key: f"file not found in {lake.raw_uri}" for key in context.partition_keys if key not in files}
-    failed |= {key: WITHDRAWN for key in context.partition_keys if key in withdrawn}
+    failed = {key: f"file not found in {lake.raw_uri}" for key in keys if key not in files}
+    failed |= {key: WITHDRAWN for key in keys if key in withdrawn}
     again = files_to_clean_again(reports, lake.reports(FeaturesReport), limits)
     current = {
         key: reports[key]
-        for key in context.partition_keys
+        for key in keys
         if key not in failed
         and not config.rebuild
         and is_cleaned(reports.get(key), files[key], lake.epoch)
         and key not in again
     }
-    wanted = [key for key in context.partition_keys if key not in failed and key not in current]
+    wanted = [key for key in keys if key not in failed and key not in current]
     context.log.info(f"{len(wanted)} files to clean, {len(current)} already clean, {len(failed)} not found")
     cleaned: CleanedReports = {}
     refused: dict[str, str] = {}

@@ -150,7 +150,7 @@ def plan_features(
 
 
 def unusable_files(
-    keys: list[str], cleaned: CleanedReports, features: FeaturesReports, verdicts: Verdicts
+    keys: Sequence[str], cleaned: CleanedReports, features: FeaturesReports, verdicts: Verdicts
 ) -> dict[str, str]:
     """Those of the run's `keys` without usable features because of the files themselves, with the reason.
 
@@ -196,16 +196,16 @@ def transaction_features(
 ) -> Iterator[dg.MaterializeResult]:
     """Build the planned features in one Spark job."""
     check_run_config(context.run.run_config)
-    record_partitions(context)
+    keys = record_partitions(context)
     cleaned, (features, outdated) = lake.reports(CleanedReport), lake.split_reports(FeaturesReport)
     if config.accept:
-        cleaned |= lake.accept([cleaned[key] for key in context.partition_keys if key in cleaned])
+        cleaned |= lake.accept([cleaned[key] for key in keys if key in cleaned])
     verdicts = judge_files(cleaned, features, limits)
     if config.accept:
         # Their neighbours, too, may have stopped them: with features of their own they stand.
-        verdicts = verdicts.without(context.partition_keys)
+        verdicts = verdicts.without(keys)
     plan = plan_features(
-        context.partition_keys,
+        keys,
         cleaned,
         features,
         outdated,
@@ -222,10 +222,8 @@ def transaction_features(
             f"also rebuilding {shorten_list(plan.extra)}: the history or the platform version changed, or the features "
             "are missing"
         )
-    left_out = {key: problem for key, problem in plan.stopped.items() if key in context.partition_keys} | {
-        key: "no cleaned data; materialize cleaned_transactions first"
-        for key in context.partition_keys
-        if key not in cleaned
+    left_out = {key: problem for key, problem in plan.stopped.items() if key in keys} | {
+        key: "no cleaned data; materialize cleaned_transactions first" for key in keys if key not in cleaned
     }
     failed: dict[str, str] = {}
     built: FeaturesReports = {}

@@ -71,11 +71,11 @@ def fraud_model(
     limits: QualityLimits,
 ) -> dg.MaterializeResult:
     """Train at the run's cut-offs and record the outcome in each partition's metadata."""
-    record_partitions(context)
+    of_run = record_partitions(context)
     cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
     verdicts = judge_files(cleaned, features, limits)
-    left_out = unusable_files(context.partition_keys, cleaned, features, verdicts)
-    keys = [key for key in context.partition_keys if key not in left_out]
+    left_out = unusable_files(of_run, cleaned, features, verdicts)
+    keys = [key for key in of_run if key not in left_out]
     if left_out and not (keys and context.job_def.has_node_named(INTAKE_CHECKS)):
         raise dg.Failure(
             f"the run includes files that no model can be trained for: {printable(listed(left_out))}",

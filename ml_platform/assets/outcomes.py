@@ -31,8 +31,9 @@ def table_schema(columns: Iterable[tuple[str, str, str]], *, never_null: Iterabl
     )
 
 
-def record_partitions(context: dg.AssetExecutionContext) -> None:
-    """Record the run's partitions in a tag, once, and warn of those that its range leaves out.
+def record_partitions(context: dg.AssetExecutionContext) -> Sequence[str]:
+    """Record the run's partitions in a tag, once, and warn of those that its range leaves out. Returns the partitions:
+    Dagster queries its database each time that it is asked for them.
 
     Raises dagster.Failure if the run has no partition.
     """
@@ -41,7 +42,7 @@ def record_partitions(context: dg.AssetExecutionContext) -> None:
         raise dg.Failure("the range of partitions is empty or backwards: nothing was done", allow_retries=False)
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and PARTITIONS_TAG in run.tags:  # an earlier step has done so
-        return
+        return keys
     context.instance.add_run_tags(context.run.run_id, partitions_tags(keys))
     if len(keys) > 1:
         registered = context.instance.get_dynamic_partitions(str(raw_files.name))
@@ -50,6 +51,7 @@ def record_partitions(context: dg.AssetExecutionContext) -> None:
                 f"not part of this run, though their names lie in its range: {shorten_list(between)}. They were "
                 "registered later; ml-platform sync puts the partitions in order"
             )
+    return keys
 
 
 def record_outcomes(
@@ -74,7 +76,8 @@ def record_outcomes(
     """
     if left_out and not context.job_def.has_node_named(INTAKE_CHECKS):
         failed = {**failed, **left_out}
-    done = [key for key in context.partition_keys if key in succeeded]
+    keys = context.partition_keys
+    done = [key for key in keys if key in succeeded]
     for key, metadata in succeeded.items():
         if key in done and not failed:
             context.add_asset_metadata(metadata=metadata, partition_key=key)
@@ -88,7 +91,7 @@ def record_outcomes(
             metadata={"failed_partitions": dg.JsonMetadataValue(dict(failed))},
             allow_retries=False,
         )
-    if len(done) < len(context.partition_keys):
+    if len(done) < len(keys):
         materialize_only(context, done)
     if done:
         yield dg.MaterializeResult()
@@ -146,8 +149,9 @@ def check_partitions(
     the figures from `measure`, they are logged one by one; the single result lists the problems.
     """
     problems: dict[str, str] = {}
+    keys = context.partition_keys
     worst = dg.AssetCheckSeverity.WARN
-    for key in context.partition_keys:
+    for key in keys:
         problem, level = problem_of(key), severity
         if problem is None:
             problem, level = warning_of(key), dg.AssetCheckSeverity.WARN
@@ -172,7 +176,7 @@ def check_partitions(
         passed=not problems,
         severity=worst if problems else severity,
         description=markdown(listed(problems)) or None,
-        metadata={"partitions_checked": len(context.partition_keys), "problems": dg.JsonMetadataValue(problems)},
+        metadata={"partitions_checked": len(keys), "problems": dg.JsonMetadataValue(problems)},
     )
 
 

@@ -102,12 +102,12 @@ def scored_transactions(
 ) -> Iterator[dg.MaterializeResult]:
     """Score the run's new or changed rows in one Spark job, and grade the weeks whose labels are known by now."""
     check_run_config(context.run.run_config)
-    record_partitions(context)
+    keys = record_partitions(context)
     cleaned, features, scored = lake.reports(CleanedReport), lake.reports(FeaturesReport), lake.reports(ScoredReport)
     verdicts = judge_files(cleaned, features, limits)
-    of_run = {key: features[key] for key in context.partition_keys if key in features}
-    left_out = unusable_files(context.partition_keys, cleaned, of_run, verdicts)
-    usable = [key for key in context.partition_keys if key not in left_out]
+    of_run = {key: features[key] for key in keys if key in features}
+    left_out = unusable_files(keys, cleaned, of_run, verdicts)
+    usable = [key for key in keys if key not in left_out]
     causes = causes_to_score(usable, cleaned, scored, config)
     reports = {key: scored[key] for key in usable if key not in causes}
     failed: dict[str, str] = {}
