@@ -24,7 +24,7 @@ from ml_platform.dev.cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.spark.session import default_spark_config, local_session
-from ml_platform_tests.fakes import SessionEngine
+from ml_platform_tests.fakes import SessionEngine, definitions, put_raw, raw_spec, rows_per_day, run_assets
 from ml_platform_tests.images.session import FEW_PARTITIONS, NO_CODEGEN
 from ml_platform_tests.world import FILES, ML_PLATFORM, SHORT_LIVED, World, no_process_left
 
@@ -202,6 +202,26 @@ def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory, fast_sqlite: No
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowResource(tracking_uri=f"sqlite:///{path}").champion()
     return path
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory: pytest.TempPathFactory, empty_mlflow_store: Path) -> Path:
+    """What a run over the file of the first 30 days leaves with the fake engine, for tests to copy: ``raw`` and
+    ``lake``, whose rows nothing could score, and ``mlflow.db``, where version 1, trained on them, is the champion.
+    """
+    directory = tmp_path_factory.mktemp("first run")
+    lake = LakeResource(raw_uri=f"{directory}/raw", lake_uri=f"{directory}/lake", epoch="2020-01-01")
+    store = f"sqlite:///{shutil.copy(empty_mlflow_store, directory)}"
+    platform = definitions(
+        lake, None, MlflowResource(tracking_uri=store, artifact_root=f"file://{directory}/artifacts")
+    )
+    assets = ("cleaned_transactions", "transaction_features", "scored_transactions", "fraud_model")
+    put_raw(lake, "file-0", raw_spec(0, report={"rows_per_day": rows_per_day(0)}))
+    with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:
+        instance.add_dynamic_partitions("raw_files", ["file-0"])
+        with mock.patch("ml_platform.model.training.draw_figures", return_value={"overview": b"a picture"}):
+            assert run_assets(platform, instance, *assets, keys=("file-0", "file-0")).success
+    return directory
 
 
 @pytest.fixture

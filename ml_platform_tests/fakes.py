@@ -66,6 +66,12 @@ def raw_spec(number: int, **changes: Any) -> dict[str, Any]:
     }
 
 
+def rows_per_day(number: int) -> dict[str, int]:
+    """The report's field of that name for the raw file of the `number`-th 30 days."""
+    first = DAY_0 + timedelta(days=30 * number)
+    return {(first + timedelta(days=day)).strftime(TIME_FORMAT): 1 for day in range(30)}
+
+
 def put_raw(lake: LakeResource, key: str, spec: dict[str, Any] | None) -> None:
     """Put a raw file that the fake engine understands; None makes an empty one."""
     lake.raw.write(f"{key}.txt", b"" if spec is None else json.dumps(spec).encode())

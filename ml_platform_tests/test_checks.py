@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from ml_platform.assets.features import expected_inputs
 from ml_platform.assets.outcomes import shorten_list
@@ -20,7 +20,7 @@ from ml_platform.lake.quality import QualityLimits
 from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.config import PromotionConfig
-from ml_platform.model.gate import champion_health
+from ml_platform.model.gate import champion_health, champion_problem, champion_request, train_last_date
 from ml_platform_tests.fakes import (
     EPOCH,
     cleaned_report,
@@ -499,6 +499,53 @@ def test_the_health_of_the_champion(found: dict[str, Any], days: int, problem: s
     champion = ModelVersion("fraud_model", "3", int(created.timestamp() * 1000), tags=[])
     found = {"outcome": "not_better", "reason": "The reason.", **found}
     assert champion_health(PromotionConfig(), champion, **found) == problem
+
+
+@pytest.mark.parametrize(
+    ("tags", "days"),
+    [
+        ({}, 200),
+        ({"champion_since": "90"}, 90),
+        ({"champion_since": "190", "champion_compared": "130"}, 130),
+        ({"champion_since": "130", "champion_compared": "190"}, 130),
+        ({"champion_since": "yesterday"}, 200),
+    ],
+    ids=["made champion in MLflow", "champion since", "compared since", "compared before", "edited by hand"],
+)
+def test_a_champion_without_a_recent_comparison_is_a_problem(tags: dict[str, str], days: int):
+    """The version was registered 200 days ago; no challenger was trained."""
+    now = datetime.now(timezone.utc)
+    found = []
+    for name, value in tags.items():
+        instant = now - timedelta(days=int(value)) if value.isdigit() else None
+        found.append(ModelVersionTag(name, instant.strftime("%Y-%m-%dT%H:%M:%SZ") if instant else value))
+    registered = int((now - timedelta(days=200)).timestamp() * 1000)
+    version = ModelVersion("fraud_model", "1", registered, tags=found)
+    problem = champion_health(PromotionConfig(), version, outcome="too_little_data", reason="")
+    assert (problem is None) == (days <= 120)
+    if problem is not None:
+        assert f"version 1, for {days} days; this time: too_little_data" in problem
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "problem"),
+    [
+        ("features", "[1]", "has no inputs"),
+        ("features", "tx_amount", "has no inputs"),
+        ("features", None, "has no inputs"),
+        ("model_uri", None, "has no model file"),
+        ("model_uri", "file:///a/directory", "has no model file"),
+        ("learner", None, None),
+        ("train_last_date", "yesterday", None),
+    ],
+)
+def test_an_edited_tag_of_the_champion_is_no_error(tag: str, value: str | None, problem: str | None):
+    tags = {"features": '["tx_amount"]', "model_uri": "file:///model.json", "learner": "xgboost"}
+    tags |= {"train_last_date": "2020-01-16", tag: value}
+    version = ModelVersion("fraud_model", "1", 0, tags=[ModelVersionTag(*item) for item in tags.items() if item[1]])
+    assert (champion_request(version) is None) == (problem is not None)
+    assert (problem or "None") in str(champion_problem(version))
+    assert (train_last_date(version) is None) == (tag == "train_last_date")
 
 
 def test_long_lists_are_cut():
