@@ -103,21 +103,32 @@ def test_doctor_and_champion_set_refuse_its_models(state: State):
     assert champion.version == 1
 
 
-def train(state: State, engine: SessionEngine, instance: dg.DagsterInstance, candidates: Any) -> Any:
-    """Train a model at the newest partition."""
-    config = {MODEL_NAME: {"candidates": candidates, "promotion": {"min_frauds": 10}, **WINDOWS}}
-    platform = definitions(lake_of(state), engine, mlflow_of(state))
-    data.migrate()
-    run_assets(platform, instance, *ASSETS, keys=(KEYS[0], KEYS[-1]), limits=LIMITS)
-    return run_assets(platform, instance, MODEL_NAME, keys=(KEYS[-1], KEYS[-1]), config=config, limits=LIMITS)
-
-
 @pytest.mark.spark
 @pytest.mark.usefixtures("no_pictures")
-def test_a_successor_is_promoted_if_it_is_clearly_better_than_chance(state: State, session_engine: SessionEngine):
-    """The held-out rows have 22 frauds. That too few keep the old champion: see test_promotion."""
+def test_a_training_that_fails_leaves_the_champion_and_a_successor_better_than_chance_replaces_it(
+    state: State, session_engine: SessionEngine
+):
+    """The held-out rows have 22 frauds. That too few keep the old champion: see test_promotion. A training that fails
+    on Data Proc: see test_engines.
+    """
     with dg.DagsterInstance.get() as instance:
-        result = train(state, session_engine, instance, CANDIDATES)
+        platform = definitions(lake_of(state), session_engine, mlflow_of(state))
+        data.migrate()
+        run_assets(platform, instance, *ASSETS, keys=(KEYS[0], KEYS[-1]), limits=LIMITS)
+
+        def train(candidates: Any) -> Any:
+            """Train a model at the newest partition."""
+            config = {MODEL_NAME: {"candidates": candidates, "promotion": {"min_frauds": 10}, **WINDOWS}}
+            return run_assets(platform, instance, MODEL_NAME, keys=(KEYS[-1], KEYS[-1]), config=config, limits=LIMITS)
+
+        result = train([TOO_MANY_CONSTRAINTS])
+        (failure,) = instance.all_logs(result.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+        assert REFUSAL in str(failure.dagster_event)
+        champion = mlflow_of(state).champion()
+        assert champion is not None
+        assert champion.version == 1
+
+        result = train(CANDIDATES)
         assert result.success
         metadata = recorded(instance, MODEL_NAME, result.run_id)[KEYS[-1]]
     (request,) = requests_of(lake_of(state), result.run_id, "train_model")
@@ -128,18 +139,6 @@ def test_a_successor_is_promoted_if_it_is_clearly_better_than_chance(state: Stat
     champion = mlflow_of(state).champion()
     assert champion is not None
     assert champion_problem(champion) is None
-
-
-@pytest.mark.spark
-def test_a_training_that_fails_says_why_and_leaves_the_champion(state: State, session_engine: SessionEngine):
-    """On Data Proc: see test_engines."""
-    with dg.DagsterInstance.get() as instance:
-        result = train(state, session_engine, instance, [TOO_MANY_CONSTRAINTS])
-        (failure,) = instance.all_logs(result.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
-    assert REFUSAL in str(failure.dagster_event)
-    champion = mlflow_of(state).champion()
-    assert champion is not None
-    assert champion.version == 1
 
 
 def test_dumps_of_postgresql_hold_the_same(tmp_path: Path):
