@@ -16,7 +16,6 @@ def main() -> None:
     if not uri:
         sys.exit("mlflow_database: set MLFLOW_BACKEND_STORE_URI, e.g. postgresql+psycopg2://mlflow@host:5432/mlflow")
     import sqlalchemy
-    from mlflow.db import commands
 
     # First a look, whose failure is one line: MLflow itself tries for a minute, and ends with a stack.
     try:
@@ -25,6 +24,8 @@ def main() -> None:
         sys.exit(f"mlflow_database: {str(error.orig).splitlines()[0]}")
     except sqlalchemy.exc.ArgumentError:
         sys.exit("mlflow_database: MLFLOW_BACKEND_STORE_URI is no address of a database")
+    from mlflow.db import commands
+
     # The command is called in this process: on a command line everybody could read the address, maybe with a password.
     commands.main(["upgrade", uri], prog_name="mlflow db")
 

@@ -348,22 +348,28 @@ def grid_points(candidates: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def check_candidates(candidates: Any) -> None:
-    """Raise ValueError, naming the parameter, for a name or value that a learner does not accept.
-
-    Each value is checked by itself first, so that the message names it, and then each combination.
-    """
-    combinations = grid_points(candidates)
-    single_values = {
-        repr((learner, pair)): (learner, dict([pair])) for learner, params in combinations for pair in params.items()
-    }
-    for learner, params in [*single_values.values(), *combinations]:
+    """Raise ValueError, naming the parameter, for a name or value that a learner does not accept."""
+    for learner, params in grid_points(candidates):
         for name in params:
             if name in _FORMER_NAMES:
                 raise ValueError(f"{learner} has no parameter {name}; it is now {_FORMER_NAMES[name]}")
         try:
-            LEARNERS[learner].check(params)
+            _check_combination(LEARNERS[learner], params)
         except ValueError as error:
             raise ValueError(f"candidates: {learner}: {error}") from None
+
+
+def _check_combination(learner: Learner, params: dict[str, Any]) -> None:
+    """Raise ValueError if a learner does not accept `params`; the message names the value, if it is refused by itself.
+
+    Only then are the values checked one by one, because XGBoost fits a tree for each check.
+    """
+    try:
+        learner.check(params)
+    except ValueError:
+        for name, value in params.items():
+            learner.check({name: value})
+        raise
 
 
 class Scorer:
