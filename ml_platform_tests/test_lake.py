@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +30,6 @@ class Site(Protocol):
 
     def put(self, name: str, content: bytes = b"") -> None: ...
 
-    def put_many(self, names: list[str]) -> None: ...
-
     def names(self) -> list[str]: ...
 
     def delete(self, name: str) -> None: ...
@@ -46,10 +43,6 @@ class Directory:
         path = self._root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-
-    def put_many(self, names: list[str]) -> None:
-        for name in names:
-            self.put(name, b"x")
 
     def delete(self, name: str) -> None:
         (self._root / name).unlink()
@@ -67,10 +60,6 @@ class Bucket:
 
     def put(self, name: str, content: bytes = b"") -> None:
         self._client.put_object(Bucket=self._name, Key=self._prefix + name, Body=content)
-
-    def put_many(self, names: list[str]) -> None:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda name: self.put(name, b"x"), names))
 
     def delete(self, name: str) -> None:
         self._client.delete_object(Bucket=self._name, Key=self._prefix + name)
@@ -213,9 +202,11 @@ class TestSparkUri:
 
 
 class TestRawFiles:
-    def test_many_files_are_listed_in_order(self, site: Site, lake: LakeResource):
-        keys = [f"file-{number:04}" for number in range(1_005)]
-        site.put_many([f"{key}.txt" for key in reversed(keys)])
+    def test_files_are_listed_in_order(self, site: Site, lake: LakeResource):
+        # S3 lists a thousand at a time; test_s3 has more.
+        keys = [f"file-{number:04}" for number in range(20)]
+        for key in reversed(keys):
+            site.put(f"{key}.txt", b"x")
         files, ignored = lake.list_raw_files()
         assert list(files) == keys
         assert ignored == {}

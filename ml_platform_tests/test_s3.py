@@ -43,6 +43,7 @@ from ml_platform.sensors import new_raw_files
 from ml_platform.spark import s3a
 from ml_platform_tests.images.session import NO_CODEGEN
 from ml_platform_tests.world import (
+    SHORT_LIVED,
     World,
     assert_counts,
     materialize_command,
@@ -332,8 +333,11 @@ class TestErrors:
                 new_raw_files(context)
         assert wrong in str(error.value)
 
-    @pytest.mark.parametrize("wrong", NOT_FOUND_OR_REFUSED, indirect=True)
-    @pytest.mark.parametrize("command", ["sync", "doctor"])
+    @pytest.mark.parametrize(
+        ("wrong", "command"),
+        [*[(wrong, "sync") for wrong in NOT_FOUND_OR_REFUSED], ("no such bucket", "doctor")],
+        indirect=["wrong"],
+    )
     def test_a_command_names_the_fault(
         self, wrong: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
     ):
@@ -523,7 +527,8 @@ class TestJars:
         assert len(s3a.connector_jars(cache=tmp_path / "cache")) == 2
 
     @pytest.mark.spark
-    def test_an_error_of_ivy_is_one_line_without_the_password(self, tmp_path: Path):
+    def test_an_error_of_ivy_is_one_line_without_the_password(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("JAVA_TOOL_OPTIONS", SHORT_LIVED)
         settings = tmp_path / "ivy.xml"
         settings.write_text(
             '<ivysettings><settings defaultResolver="mirror"/><resolvers><ibiblio name="mirror" m2compatible="true" '
