@@ -333,3 +333,11 @@ def test_mlflow_database_needs_an_address() -> None:
     done = run(sys.executable, DEPLOY / "mlflow_database.py")
     assert done.returncode == 1
     assert "set MLFLOW_BACKEND_STORE_URI" in done.stderr
+
+
+def test_an_upgrade_starts_nothing_before_the_migration() -> None:
+    """`run` would start the services that the command's own depends on, with the new code."""
+    section = (DEPLOY / "README.md").read_text().partition("\n## Upgrade\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"^\$ (docker compose run.*)$", section, re.MULTILINE)
+    assert len(commands) == 3
+    assert all(" --no-deps " in command for command in commands)

@@ -64,11 +64,12 @@ def test_the_environment_is_one_that_the_platform_takes(monkeypatch: pytest.Monk
 def test_every_printed_variable_is_read_and_every_needed_one_is_printed():
     read = {field.alias for kind in (Settings, ClusterSettings) for field in kind.model_fields.values()}
     by_boto3 = {"AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-    by_compose = set(re.findall(r"\$\{(\w+):\?", (DIRECTORY.parent / "compose.yaml").read_text()))
+    compose = (DIRECTORY.parent / "compose.yaml").read_text()
+    by_compose, needed_by_compose = (set(re.findall(rf"\$\{{(\w+){kind}", compose)) for kind in ("", r":\?"))
     printed = LOCALS["environment"].keys() | LOCALS["secrets"].keys()
     needed = {field.alias for field in ClusterSettings.model_fields.values() if field.is_required()}
     assert printed <= read | by_boto3 | by_compose
-    assert needed | by_boto3 | by_compose | {"YC_ZONE", "YC_SECURITY_GROUP_IDS"} <= printed
+    assert needed | by_boto3 | needed_by_compose | {"YC_ZONE", "YC_SECURITY_GROUP_IDS"} <= printed
 
 
 def test_state_and_variables_stay_out_of_the_repository():
@@ -80,6 +81,9 @@ def test_nothing_is_open_to_the_world():
     (rule,) = ingress("cluster")
     assert rule["predefined_target"] == "self_security_group"
     assert "v4_cidr_blocks" not in rule
+    # The service makes no cluster without these.
+    egress = RESOURCES["yandex_vpc_security_group.cluster"]["egress"]
+    assert [(rule["protocol"], rule.get("port")) for rule in egress] == [("ANY", None), ("TCP", 443), ("UDP", 123)]
     (ssh,) = ingress("vm")
     assert ssh["port"] == 22
     assert not re.search(r"0\.0\.0\.0/0|::/0", str(ssh))

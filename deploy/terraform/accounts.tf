@@ -37,7 +37,8 @@ resource "yandex_resourcemanager_folder_iam_member" "dagster" {
 }
 
 resource "yandex_resourcemanager_folder_iam_member" "cluster" {
-  for_each = toset(["dataproc.agent", "dataproc.provisioner"])
+  # An account for autoscaling provisions the hosts where there is one.
+  for_each = toset(var.create_autoscaling_account ? ["dataproc.agent"] : ["dataproc.agent", "dataproc.provisioner"])
 
   folder_id = var.folder_id
   role      = each.value

@@ -31,7 +31,8 @@ resource "yandex_vpc_subnet" "cluster" {
   v4_cidr_blocks = [cidrsubnet(var.network_cidr, 1, 0)]
 }
 
-# What Data Proc asks for: everything among the hosts, and HTTPS to the cloud's services. Nothing reaches them.
+# What Data Proc requires, or it makes no cluster: everything among the hosts, HTTPS to the cloud's services, and NTP.
+# Nothing reaches the hosts from outside.
 resource "yandex_vpc_security_group" "cluster" {
   folder_id   = var.folder_id
   name        = "${var.name}-cluster"
@@ -55,5 +56,12 @@ resource "yandex_vpc_security_group" "cluster" {
     protocol       = "TCP"
     v4_cidr_blocks = ["0.0.0.0/0"]
     port           = 443
+  }
+
+  egress {
+    description    = "NTP"
+    protocol       = "UDP"
+    v4_cidr_blocks = ["0.0.0.0/0"]
+    port           = 123
   }
 }

@@ -15,6 +15,8 @@ locals {
     DATAPROC_BUCKET                         = yandex_storage_bucket.this["lake"].bucket
     DATAPROC_AUTOSCALING_SERVICE_ACCOUNT_ID = one(yandex_iam_service_account.autoscaling[*].id)
     DATAPROC_LOG_GROUP_ID                   = one(yandex_logging_group.cluster[*].id)
+    # A container may not have more processors than its host.
+    CODE_CPUS = var.create_vm ? min(var.vm_cores, 4) : null
   }
 
   secrets = {

@@ -42,8 +42,18 @@ run "least" {
   }
 
   assert {
-    condition     = output.vm_address == null
+    condition     = output.vm_address == null && !strcontains(output.environment, "CODE_CPUS")
     error_message = "A virtual machine is made on request only."
+  }
+
+  assert {
+    condition     = keys(yandex_resourcemanager_folder_iam_member.cluster) == ["dataproc.agent", "dataproc.provisioner"]
+    error_message = "The clusters' account provisions their hosts."
+  }
+
+  assert {
+    condition     = sort([for rule in yandex_vpc_security_group.cluster.egress : "${rule.protocol} ${rule.port}" if rule.port > 0]) == ["TCP 443", "UDP 123"]
+    error_message = "Hosts reach HTTPS and NTP, without which Data Proc makes no cluster."
   }
 }
 
@@ -52,6 +62,7 @@ run "everything" {
     create_autoscaling_account = true
     create_log_group           = true
     create_vm                  = true
+    vm_cores                   = 2
     vm_ssh_public_key          = "ssh-ed25519 AAAA user@host"
     vm_ssh_cidr_blocks         = ["10.0.0.0/8", "192.0.2.1/32"]
     vm_public_ip               = true
@@ -61,6 +72,16 @@ run "everything" {
   assert {
     condition     = strcontains(output.environment, "DATAPROC_LOG_GROUP_ID=${yandex_logging_group.cluster[0].id}\n")
     error_message = output.environment
+  }
+
+  assert {
+    condition     = strcontains(output.environment, "CODE_CPUS=2\n")
+    error_message = "The container has no more processors than the virtual machine."
+  }
+
+  assert {
+    condition     = keys(yandex_resourcemanager_folder_iam_member.cluster) == ["dataproc.agent"]
+    error_message = "The account for autoscaling provisions the hosts."
   }
 
   assert {
