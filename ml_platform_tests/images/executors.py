@@ -11,6 +11,8 @@ import pytest
 
 from spark_jobs.runtime import START_PROPERTIES
 
+SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
 ROWS_THROUGH_ARROW = """
 import sys
 from pyspark.sql import SparkSession
@@ -35,6 +37,9 @@ def test_rows_pass_through_arrow_where_executors_have_the_properties_of_the_jobs
         "spark.driver.host": "127.0.0.1",
         "spark.executor.memory": "512m",
         "spark.ui.enabled": "false",
+        # Besides the jobs' own, which are the defaults.
+        "spark.driver.extraJavaOptions": SHORT_LIVED,
+        "spark.executor.extraJavaOptions": SHORT_LIVED,
         **START_PROPERTIES,
     }
     # Java options of these tests' own would reach the executors, too.

@@ -185,8 +185,15 @@ class Partitions:
         self.spark, self.directory = spark, directory
 
     def write(self, key: str, rows: list[Transaction]) -> None:
-        frame = self.spark.createDataFrame(rows, ddl(CLEANED_COLUMNS))
-        frame.write.mode("overwrite").parquet(str(self.directory / "cleaned" / key))
+        """Replace a partition, without a job of Spark."""
+        import pyarrow
+        from pyarrow import parquet
+
+        kinds = {name: parquet_files.arrow_type(kind) for name, kind, _ in CLEANED_COLUMNS}
+        arrays = [pyarrow.array([row[name] for row in rows], kind) for name, kind in kinds.items()]
+        directory = self.directory / "cleaned" / key
+        directory.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_arrays(arrays, names=list(kinds)), str(directory / "rows.parquet"))
 
     def item(self, key: str, first: datetime | None, history: list[str]) -> dict[str, Any]:
         return {
@@ -203,8 +210,16 @@ class Partitions:
         return build_features.run(self.spark, {"run_id": "run", "partitions": list(items)})["partitions"]
 
     def features(self, key: str) -> dict[int, dict[str, float]]:
-        rows = self.spark.read.parquet(str(self.directory / "features" / key)).collect()
-        return {row.transaction_id: {name: row[name] for name in MODEL_INPUTS} for row in rows}
+        from pyarrow import parquet
+
+        found = {}
+        for path in (self.directory / "features" / key).glob("*.parquet"):
+            columns = parquet.ParquetFile(str(path)).read().to_pydict()
+            inputs = zip(*[columns[name] for name in MODEL_INPUTS])
+            found.update(
+                (number, dict(zip(MODEL_INPUTS, row))) for number, row in zip(columns["transaction_id"], inputs)
+            )
+        return found
 
 
 @pytest.fixture
