@@ -1,6 +1,7 @@
 """A test of executors of their own, as on a cluster: in the other tests of the jobs the driver does their work.
 
-`make test-images` names this file. `make test` does not find it: today's Spark has such executors in test_engines.py.
+scripts/test_images.sh names this file for image 2.0, whose Spark does not itself set the property that Arrow needs.
+`make test` does not find it: today's Spark has such executors in test_engines.py.
 """
 
 import os

@@ -16,7 +16,7 @@ from spark_jobs.schema import ALERT_COLUMNS, SCORED_COLUMNS
 from spark_jobs.scoring import alerts, grading
 from spark_jobs.training.learners import LogisticRegressionModel, Scorer
 
-pytestmark = [pytest.mark.spark, pytest.mark.images]
+pytestmark = pytest.mark.spark
 
 EPOCH = date(2020, 1, 1)
 DAYS = 21
@@ -172,6 +172,7 @@ def found(scored, output):
     return {key: parquet_rows(output / "scored_transactions" / f"raw_file={key}") for key in scored}
 
 
+@pytest.mark.images
 class TestRows:
     def test_each_row_has_the_models_score_once_in_order_of_time(self, files, found):
         for key, rows in files.items():
@@ -204,6 +205,7 @@ class TestRows:
             assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.images
 class TestAlerts:
     @pytest.fixture
     def table(self, scored, output):
@@ -253,6 +255,7 @@ class TestAlerts:
 
 
 class TestGrades:
+    @pytest.mark.images
     def test_each_week_whose_labels_are_known_is_graded_once(self, scored):
         assert scored["a"]["grades"] == []  # they are in the report of the run's last partition
         grades = scored["b"]["grades"]
@@ -263,6 +266,7 @@ class TestGrades:
         assert (grades[1]["first_date"], grades[1]["last_date"]) == ("2020-01-08", "2020-01-14")
         assert scored["b"]["grading_error"] is None
 
+    @pytest.mark.images
     def test_figures_are_of_the_rows_without_cards_known_to_be_compromised(self, files, found, scored):
         from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -342,6 +346,7 @@ def test_a_damaged_training_report_is_as_good_as_an_empty_one(spark, tmp_path, p
     assert found == ({}, {})
 
 
+@pytest.mark.images
 def test_an_empty_training_report_does_not_stop_the_scores(scored):
     assert {report["drift"]["feature_drift"]["outcome"] for report in scored.values()} == {"not_calibrated"}
 
@@ -352,12 +357,18 @@ class TestWithoutScores:
         [
             (None, "no_champion", None),
             ({"error": "version 3 has no model file in its tags"}, "champion_unreadable", "no model file"),
-            ({"model_uri": "/gone/model.json"}, "champion_unreadable", "there is no /gone/model.json"),
+            pytest.param(
+                *({"model_uri": "/gone/model.json"}, "champion_unreadable", "there is no /gone/model.json"),
+                marks=pytest.mark.images,
+            ),
             ({"content": "{"}, "champion_unreadable", "schema_version"),
             ({"content": {"schema_version": 99}}, "champion_newer_library", "schema 99"),
             ({"features": ["tx_amount", "moon"]}, "champion_other_features", "moon"),
             # It loads, and fails while it scores: infinity less infinity.
-            ({"coefficients": [1e308, -1e308]}, "champion_unreadable", "scores that are not numbers"),
+            pytest.param(
+                *({"coefficients": [1e308, -1e308]}, "champion_unreadable", "scores that are not numbers"),
+                marks=pytest.mark.images,
+            ),
         ],
     )
     def test_the_report_says_why_and_grades_are_made(
