@@ -102,6 +102,15 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     return Plan(new, ranges, [files[key] for key in sorted(pending - active)], ignored, ", ".join(parts), config)
 
 
+def waiting_files(lake: LakeResource) -> list[str]:
+    """Raw files without a cleaned counterpart, except those that are refused or withdrawn. Has no side effects."""
+    files, _ = lake.list_raw_files()
+    for key in lake.withdrawn():
+        files.pop(key, None)
+    uncleaned, _ = _sort_out(lake, files, lake.reports(CleanedReport), run_limits(run_config()))
+    return sorted(uncleaned)
+
+
 def _sort_out(
     lake: LakeResource, files: Mapping[str, RawFile], reports: CleanedReports, limits: QualityLimits
 ) -> tuple[set[str], dict[str, str]]:

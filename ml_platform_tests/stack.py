@@ -85,14 +85,16 @@ class Stack:
     Attributes:
         postgres: the server. cloud: where files and clusters are.
         home, secrets: Dagster's directory, and that of passwords and keys.
-        mlflow_url, dagster_url: the published addresses.
+        mlflow_url, dagster_url, metrics_url: the published addresses.
     """
 
     def __init__(self, directory: Path, postgres: PostgresServer, cloud: DevCloud) -> None:
         self.directory, self.postgres, self.cloud = directory, postgres, cloud
         self.home, self.secrets, self._scratch = (directory / name for name in ("dagster", "secrets", "spark"))
-        self._ports = {"5432": postgres.port} | {port: free_port() for port in ("3000", "4000", "5000", "8080")}
-        self.dagster_url, self.mlflow_url = (f"http://127.0.0.1:{self._ports[port]}" for port in ("3000", "5000"))
+        self._ports = {"5432": postgres.port} | {port: free_port() for port in ("3000", "4000", "5000", "8080", "9464")}
+        self.dagster_url, self.mlflow_url, self.metrics_url = (
+            f"http://127.0.0.1:{self._ports[port]}" for port in ("3000", "5000", "9464")
+        )
         self._ended = threading.Event()
         self._lock = threading.RLock()
         self._write_files()
@@ -148,7 +150,9 @@ class Stack:
         """A text of compose.yaml: variables filled in, names and addresses of containers turned into this machine's."""
         text = _VARIABLE.sub(lambda found: self._settings.get(found[1]) or found[2] or "", text)
         text = re.sub(r"(?<=[/@])(postgres|mlflow|code)(?=:\d)", "127.0.0.1", text)
-        text = re.sub(r"(?<![\w.])(3000|4000|5000|5432|8080)(?!\w)", lambda found: str(self._ports[found[1]]), text)
+        text = re.sub(
+            r"(?<![\w.])(3000|4000|5000|5432|8080|9464)(?!\w)", lambda found: str(self._ports[found[1]]), text
+        )
         return text.replace("0.0.0.0", "127.0.0.1").replace("/run/secrets", str(self.secrets))
 
     def _service(self, name: str, described: dict[str, Any]) -> Service:

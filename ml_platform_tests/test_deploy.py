@@ -80,7 +80,7 @@ def test_a_service_is_checked_limited_and_unprivileged(name: str) -> None:
 
 def test_ports_are_open_to_this_machine_alone() -> None:
     ports = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert ports.keys() == {"mlflow", "scorer", "webserver"}
+    assert ports.keys() == {"metrics", "mlflow", "scorer", "webserver"}
     assert all(port.startswith("127.0.0.1:") for published in ports.values() for port in published)
     assert COMPOSE["networks"]["database"]["internal"] is True
     assert SERVICES["postgres"]["networks"] == ["database"]
@@ -106,7 +106,9 @@ def test_a_service_gets_only_the_passwords_that_it_needs() -> None:
     assert "dagster_password" not in secrets["mlflow"]
     assert secrets["scorer"] == set()  # it runs code that comes with a model
     assert all("postgres_password" not in names for name, names in secrets.items() if name != "postgres")
-    assert "env_file" not in {key for name, service in SERVICES.items() if name != "code" for key in service}
+    assert "env_file" not in {
+        key for name, service in SERVICES.items() if name not in ("code", "metrics") for key in service
+    }
 
 
 def test_every_variable_is_in_the_example_with_its_default() -> None:
@@ -216,28 +218,30 @@ def test_the_code_location_has_the_name_and_module_of_the_clone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("docker_compose", "images_status", "last"),
+    ("lacks", "images_status", "last"),
     [
-        (True, 0, "== all checks passed"),
-        (False, 0, "== all other checks passed; DOCKER COMPOSE DID NOT CHECK deploy/compose.yaml"),
-        (True, 3, "== all other checks passed; THE CLUSTER'S IMAGES WERE NOT TESTED"),
-        (False, 3, "deploy/compose.yaml, for it cannot be had here; THE CLUSTER'S IMAGES WERE NOT TESTED"),
-        (False, 1, "== scripts/test_images.sh"),
+        ("", 0, "== all checks passed"),
+        ("compose", 0, "== all other checks passed; DOCKER COMPOSE DID NOT CHECK deploy/compose.yaml"),
+        ("prometheus", 0, "== all other checks passed; PROMETHEUS DID NOT CHECK deploy/prometheus"),
+        ("", 3, "== all other checks passed; THE CLUSTER'S IMAGES WERE NOT TESTED"),
+        ("compose", 3, "deploy/compose.yaml, for it cannot be had here; THE CLUSTER'S IMAGES WERE NOT TESTED"),
+        ("compose", 1, "== scripts/test_images.sh"),
     ],
 )
-def test_ci_names_last_what_it_did_not_check(
-    tmp_path: Path, docker_compose: bool, images_status: int, last: str
-) -> None:
+def test_ci_names_last_what_it_did_not_check(tmp_path: Path, lacks: str, images_status: int, last: str) -> None:
     programs = tmp_path / "bin"
     for directory in (".ci", "bin", "scripts"):
         (tmp_path / directory).mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci")
     for name in ("bash", "cat", "dirname", "mktemp", "nice", "rm", "sh"):
         (programs / name).symlink_to(str(shutil.which(name)))
-    (programs / "make").write_text("#!/bin/sh\n")
-    (programs / "make").chmod(0o755)
+    # With no way to install it, the machine has Prometheus or has not.
+    for name, status in {"make": 0, "apt-get": 1, "prometheus": 0}.items():
+        if name != lacks:
+            (programs / name).write_text(f"#!/bin/sh\nexit {status}\n")
+            (programs / name).chmod(0o755)
     (tmp_path / "scripts/java.sh").touch()
-    (tmp_path / "scripts/docker_compose.sh").write_text(f"exit {int(not docker_compose)}\n")
+    (tmp_path / "scripts/docker_compose.sh").write_text(f"exit {int(lacks == 'compose')}\n")
     (tmp_path / "scripts/test_images.sh").write_text(f"exit {images_status}\n")
     done = run(tmp_path / ".ci/run", PATH=str(programs))
     assert done.returncode == (1 if images_status == 1 else 0), done.stderr

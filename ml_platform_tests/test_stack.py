@@ -265,6 +265,22 @@ def test_the_webserver_shows_the_runs(healed: Healed) -> None:
     assert [run["status"] for run in shown] == ["SUCCESS", "FAILURE"]
 
 
+def test_the_metrics_are_those_of_the_deployment(healed: Healed) -> None:
+    with urllib.request.urlopen(f"{healed.stack.metrics_url}/metrics", timeout=120) as response:
+        lines = response.read().decode().splitlines()
+    for source in ("dagster", "lake", "mlflow", "dataproc"):
+        assert f'ml_platform_source_up{{source="{source}"}} 1.0' in lines
+    for line in (
+        "ml_platform_files_waiting 0.0",
+        "ml_platform_champion_version 1.0",
+        'ml_platform_clusters{status="running"} 0.0',
+        'ml_platform_runs{job="process_new_files",status="success"} 1.0',
+    ):
+        assert line in lines
+    (node_hours,) = (line.split()[1] for line in lines if line.startswith("ml_platform_last_run_node_hours "))
+    assert float(node_hours) == model_of(healed).metadata["cluster_node_hours"].value
+
+
 #: As Dagster's servers and runs write text, and MLflow's server. Dagster's sensors log text whatever is asked for.
 TEXT_LINE = re.compile(
     r"\d{4}-\d\d-\d\d \S+ \S+ - dagster\S* - [A-Z]+ - (?!__repository__ - )|\d{4}/\d\d/\d\d \S+ (INFO|WARNING)|INFO: "
@@ -277,7 +293,7 @@ def test_logs_are_json_lines(healed: Healed) -> None:
     lines = {
         name: [COLOUR.sub("", line) for line in service.log.read_text().splitlines()]
         for name, service in healed.stack.services.items()
-        if name not in ("postgres", "scorer")  # MLflow's scoring server has one format
+        if name not in ("postgres", "scorer", "metrics")  # the last two have formats of their own
     }
     logged = {name: [json.loads(line) for line in lines[name] if line.startswith("{")] for name in lines}
     # In a run, MLflow's client speaks for itself.

@@ -167,11 +167,13 @@ def _check_lake(settings: Settings) -> str:
 
 
 def _check_mlflow(settings: Settings) -> str:
+    from ml_platform.model.mlflow import limit_retries
+
     scheme = re.split("[:+]", settings.tracking_uri)[0]
     if scheme in ("postgresql", "mysql", "mssql"):
         _check_database(settings.tracking_uri)
     elif scheme.startswith("http"):
-        _limit_mlflow_retries()
+        limit_retries()
         _check_server_version(settings.tracking_uri)
     from ml_platform.model.gate import champion_problem, lost_parts
     from ml_platform.model.mlflow import EXPERIMENT
@@ -225,15 +227,6 @@ def _check_database(url: str) -> None:
         cause = getattr(error, "orig", None)
         reason = first_line(cause) if cause else type(error).__name__
         raise CommandError(f"cannot connect to the database in MLFLOW_TRACKING_URI: {reason}") from None
-
-
-def _limit_mlflow_retries() -> None:
-    """Make MLflow's client fail within the check's timeout; by default it retries for minutes."""
-    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
-
-    for variable, value in ((MLFLOW_HTTP_REQUEST_MAX_RETRIES, "1"), (MLFLOW_HTTP_REQUEST_TIMEOUT, "15")):
-        if not variable.is_set():
-            variable.set(value)
 
 
 def _check_artifacts(settings: Settings) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ml_platform.cli import champion, clusters, data, doctor, scores
+from ml_platform.cli import champion, clusters, data, doctor, metrics, scores
 from ml_platform.cli.context import CommandError, first_line, warn
 from ml_platform.settings import SettingsError
 
@@ -30,6 +30,7 @@ app.command()(data.withdraw)
 app.command()(data.migrate)
 app.command()(clusters.dev_cloud)
 app.command()(doctor.doctor)
+app.command()(metrics.metrics)
 app.add_typer(champion.app, name="champion")
 app.add_typer(clusters.app, name="clusters")
 

@@ -230,3 +230,12 @@ def hide_progress_bars() -> None:
 
     if not PROGRESS_BAR.is_set():
         PROGRESS_BAR.set(False)
+
+
+def limit_retries() -> None:
+    """Make MLflow's client fail within seconds in place of minutes, unless MLflow's own variables are set."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    for variable, value in ((MLFLOW_HTTP_REQUEST_MAX_RETRIES, "1"), (MLFLOW_HTTP_REQUEST_TIMEOUT, "15")):
+        if not variable.is_set():
+            variable.set(value)

@@ -1,0 +1,183 @@
+"""Metrics for Prometheus: what they say, and that Prometheus itself scrapes them and fires a rule."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import dagster as dg
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, start_http_server
+
+from ml_platform.dev.cloud.processes import TetheredProcess, free_port
+from ml_platform.lake.resource import LakeResource
+from ml_platform.metrics import PlatformMetrics
+from ml_platform.model.gate import INSTANT, SINCE_TAG
+from ml_platform.model.mlflow import MlflowResource
+from ml_platform_tests.fakes import put_raw, raw_spec
+from ml_platform_tests.world import ML_PLATFORM, PROJECT, wait_until
+
+PROMETHEUS = PROJECT / "deploy/prometheus"
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("promtool")), reason="Prometheus is not installed"
+)
+
+
+@pytest.fixture
+def directory(first_run: Path, tmp_path: Path) -> Path:
+    """A copy of the first run's lake and MLflow store, and a raw file that waits."""
+    shutil.copytree(first_run, tmp_path, dirs_exist_ok=True)
+    put_raw(
+        LakeResource(raw_uri=f"{tmp_path}/raw", lake_uri=f"{tmp_path}/lake", epoch="2020-01-01"), "file-1", raw_spec(1)
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def registry(directory: Path, instance: dg.DagsterInstance) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    lake = LakeResource(raw_uri=f"{directory}/raw", lake_uri=f"{directory}/lake", epoch="2020-01-01")
+    mlflow = MlflowResource(tracking_uri=f"sqlite:///{directory}/mlflow.db")
+    registry.register(PlatformMetrics(instance, lake, mlflow))
+    return registry
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(f"ml_platform_{name}", labels)
+
+
+def test_metrics_say_what_the_sources_hold(registry: CollectorRegistry, instance: dg.DagsterInstance, directory: Path):
+    report = json.loads((directory / "lake/cleaned_transactions/raw_file=file-0/_report.json").read_text())
+    last = datetime.strptime(report["tx_datetime"]["max"], INSTANT).replace(tzinfo=timezone.utc)
+    instance.add_run(dg.DagsterRun("process_new_files", status=dg.DagsterRunStatus.FAILURE))
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization("fraud_model", metadata={"cluster_node_hours": 0.75}, partition="file-0")
+    )
+    assert value(registry, "runs", job="process_new_files", status="failure") == 1
+    assert value(registry, "runs", job="process_new_files", status="success") == 0
+    assert value(registry, "last_run_node_hours") == 0.75
+    assert value(registry, "files_waiting") == 1
+    assert value(registry, "newest_data_timestamp_seconds") == last.timestamp()
+    rows_per_second = report["counts"]["raw_rows"] / report["seconds"]
+    assert value(registry, "rows_per_second", table="cleaned_transactions") == pytest.approx(rows_per_second)
+    assert value(registry, "champion_version") == 1
+    since = value(registry, "champion_since_timestamp_seconds")
+    assert since is not None
+    assert 0 <= datetime.now(timezone.utc).timestamp() - since < 3600
+    for source in ("dagster", "lake", "mlflow"):
+        assert value(registry, "source_up", source=source) == 1
+    assert value(registry, "source_up", source="dataproc") is None
+
+
+def test_a_source_that_fails_hides_no_other(
+    registry: CollectorRegistry, directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(MlflowResource, "champion", mock.Mock(side_effect=ConnectionError("no answer")))
+    assert value(registry, "source_up", source="mlflow") == 0
+    assert value(registry, "champion_version") is None
+    assert value(registry, "files_waiting") == 1
+
+
+def test_the_command_serves_them(directory: Path):
+    port = free_port()
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}",
+        "DAGSTER_HOME": str(directory / "dagster home"),
+        "ML_PLATFORM_RAW_URI": f"{directory}/raw",
+        "ML_PLATFORM_LAKE_URI": f"{directory}/lake",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{directory}/mlflow.db",
+        "ML_PLATFORM_EPOCH": "2020-01-01",
+        "PYTHONPATH": str(PROJECT),
+    }
+    process = TetheredProcess([*ML_PLATFORM, "metrics", "--port", str(port)], log=directory / "log", env=environment)
+
+    def scraped() -> str:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
+                return response.read().decode()
+        except OSError:
+            assert process.is_running(), (directory / "log").read_text()
+            return ""
+
+    try:
+        text = wait_until(scraped, "the metrics are served")
+    finally:
+        process.stop()
+    assert "ml_platform_files_waiting 1.0\n" in text
+    assert 'ml_platform_source_up{source="mlflow"} 1.0\n' in text
+
+
+def described() -> set[str]:
+    """Names of metrics in the rules and the dashboard."""
+    rules = yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())["groups"][0]["rules"]
+    panels = json.loads((PROMETHEUS / "dashboard.json").read_text())["panels"]
+    expressions = [rule["expr"] for rule in rules]
+    expressions += [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    return set(re.findall(r"\bml_platform_\w+", " ".join(expressions)))
+
+
+def test_rules_and_dashboard_use_metrics_that_exist():
+    source = (PROJECT / "ml_platform/metrics.py").read_text()
+    collected = set(re.findall(r'GaugeMetricFamily\(\s*"(\w+)"', source))
+    collected |= {f"ml_platform_{name}" for name in re.findall(r'_gauge\("(\w+)"', source)}
+    unknown = described() - collected
+    assert described()
+    assert unknown == set()
+
+
+@needs_prometheus
+@pytest.mark.parametrize(
+    "command", ["check rules rules.yaml", "test rules rules_test.yaml", "check config prometheus.yaml"]
+)
+def test_promtool_accepts_the_files(command: str):
+    done = subprocess.run(["promtool", *command.split()], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def scraping(registry: CollectorRegistry, tmp_path: Path) -> Iterator[str]:
+    """Address of a Prometheus that scrapes the metrics each second, with the deployment's rules."""
+    target, port = free_port(), free_port()
+    server, thread = start_http_server(target, "127.0.0.1", registry)
+    config: dict[str, Any] = yaml.safe_load((PROMETHEUS / "prometheus.yaml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(PROMETHEUS / "rules.yaml")]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{target}"]}]
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    options = ["--config.file=prometheus.yaml", f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.path=tsdb"]
+    prometheus = TetheredProcess(
+        ["/bin/sh", "-c", 'cd "$0" && exec prometheus "$@"', str(tmp_path), *options], log=tmp_path / "prometheus.log"
+    )
+    yield f"http://127.0.0.1:{port}"
+    prometheus.stop()
+    server.shutdown()
+    thread.join()
+
+
+@needs_prometheus
+def test_a_rule_fires_when_the_champion_is_too_old(directory: Path, scraping: str):
+    mlflow = MlflowResource(tracking_uri=f"sqlite:///{directory}/mlflow.db")
+    long_ago = datetime.now(timezone.utc) - timedelta(days=100)
+    mlflow.tag_version("1", {SINCE_TAG: long_ago.strftime(INSTANT)})
+
+    def firing() -> list[str]:
+        try:
+            with urllib.request.urlopen(f"{scraping}/api/v1/alerts", timeout=30) as response:
+                alerts = json.load(response)["data"]["alerts"]
+        except OSError:
+            return []
+        return [alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"]
+
+    wait_until(lambda: "ChampionTooOld" in firing(), "the rule fires", timeout=120, pause=0.5)
+    assert sorted(firing()) == ["ChampionTooOld", "DataTooOld"], "the transactions are of 2020"
