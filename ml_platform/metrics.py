@@ -37,7 +37,7 @@ OUTCOMES = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.Dagster
 ASSETS = ("cleaned_transactions", "transaction_features", "scored_transactions", "fraud_model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a registry keeps collectors by identity
 class PlatformMetrics(Collector):
     """Collector of all metrics. A source that fails has `ml_platform_source_up` 0, and no metrics.
 

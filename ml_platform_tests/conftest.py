@@ -19,6 +19,7 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from filelock import FileLock
+from hypothesis import settings
 
 from ml_platform.dev.cloud.s3_server import LocalS3, start_s3_server
 from ml_platform.lake.resource import LakeResource
@@ -49,6 +50,9 @@ def pytest_configure() -> None:
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]
     os.environ.update(TELEMETRY_OFF | FORK_TO_EXEC)
+    # A busy machine may take any time for an example.
+    settings.register_profile("ml_platform", deadline=None)
+    settings.load_profile("ml_platform")
     # A script's background job ignores SIGINT. Dagster gives SIGTERM the handler of SIGINT, what it starts inherits
     # that, and runs wait half a minute for each `tail` that is then told in vain to end.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -63,7 +63,7 @@ def naive_figures(rows: Rows, *, confidence: float, replicates: int, seed: int) 
     return figures
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(labelled_rows(), st.sampled_from([0.5, 0.95]), st.integers(0, 3))
 def test_figures_are_those_of_the_naive_bootstrap(rows: Rows, confidence: float, seed: int):
     """With ties, unknown customers, and replicates that have no frauds or nothing but frauds."""

@@ -308,7 +308,7 @@ class TestVerdicts:
         for built in ("a", "d", "ad"):
             assert set(verdicts(*chain, built=built).problems) == {"b", "c"}
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         first=st.integers(-400, 0),
         last=st.integers(29, 400),
@@ -327,7 +327,7 @@ class TestVerdicts:
         if not new or not one_sided:
             assert set(found.problems) <= {"b"}
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         starts=st.lists(st.integers(0, 200), min_size=1, max_size=6, unique=True),
         built=st.sets(st.integers(0, 5)),

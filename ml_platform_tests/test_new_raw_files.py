@@ -530,7 +530,7 @@ class TestRunConfig:
 class TestOrder:
     """Dagster keeps partitions in order of registration; ranges go by it."""
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.permutations([f"key-{number}" for number in range(6)]), st.integers(0, 6))
     def test_any_files_registered_in_any_order_are_sorted(self, lake: LakeResource, keys: list[str], synced: int):
         with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:

@@ -209,7 +209,7 @@ def test_the_margin_is_held_against_the_lower_bound():
     assert above.figures["margin"] == lower
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(labelled_rows(), st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_has_no_effect(rows: Rows, random: Any):
     order = list(range(len(rows["label"])))
