@@ -211,27 +211,16 @@ class FakeEngine(SparkEngine):
         def score(item: dict[str, Any]) -> dict[str, Any]:
             rows = item["rows"] if outcome == "scored" else 0
             days = sorted(map(int, item["rows_per_day"])) if rows else []
-            report = {
-                "schema_version": SCHEMA_VERSION,
-                "partition": item["partition"],
+            report = scored_report(item["partition"], rows=rows, model_version=model["version"]) | {
                 "run_id": request["run_id"],
                 "inputs": item["inputs"],
                 "cause": item["cause"],
                 "outcome": outcome,
                 "error": model["error"],
-                "model_version": model["version"],
                 "out_of_time_from": model["out_of_time_from"],
                 "held_out": model["held_out"],
                 "alerts_per_day": request["alerts_per_day"],
-                "counts": {"rows": rows, "alerts": min(rows, 10)},
-                "score_sum": 0.01 * rows,
                 "weeks": grading.live_weeks(dict.fromkeys(days, 1), request["epoch"], model["out_of_time_from"]),
-                "alerts": [],
-                "drift": {},
-                "grades": [],
-                "grading_error": None,
-                "spark_version": "0.0.0",
-                "seconds": 0.1,
             }
             if rows:
                 entries[item["partition"]] = grading.entry_of(item["output_uri"], report)
@@ -372,6 +361,32 @@ class SessionEngine(SparkEngine):
     def _execute(self, call: JobCall) -> dict[str, Any]:
         report: dict[str, Any] = importlib.import_module(f"spark_jobs.{call.job}").run(self.session, call.request)
         return report
+
+
+def scored_report(key: str, *, rows: int, model_version: int | None) -> dict[str, Any]:
+    """Report of a partition of ``scored_transactions``, without grades."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "partition": key,
+        "run_id": "a-run",
+        "inputs": {"cleaned": "a version"},
+        "cause": "new",
+        "outcome": "no_champion" if model_version is None else "scored",
+        "error": None,
+        "model_version": model_version,
+        "out_of_time_from": None,
+        "held_out": None,
+        "alerts_per_day": 100,
+        "counts": {"rows": rows, "alerts": min(rows, 10)},
+        "score_sum": 0.01 * rows,
+        "weeks": {},
+        "alerts": [],
+        "drift": {},
+        "grades": [],
+        "grading_error": None,
+        "spark_version": "0.0.0",
+        "seconds": 0.1,
+    }
 
 
 def features_report(

@@ -1,0 +1,142 @@
+"""What people read scores with: the commands, and the snippets of docs/scores.md, run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from ml_platform.lake.reports import ALERTS_TABLE, SCORED_TABLE
+from ml_platform.lake.resource import LakeResource
+from ml_platform_tests.fakes import scored_report
+from ml_platform_tests.world import PROJECT
+from spark_jobs.schema import ALERT_COLUMNS, SCORED_COLUMNS
+from spark_jobs.scoring.alerts import PARQUET_NAME
+
+RunCli = Callable[..., tuple[int, str, str]]
+TEXT = (PROJECT / "docs/scores.md").read_text()
+KEYS = ("2019-10-21", "2019-11-20")
+TYPES = {"bigint": pa.int64(), "int": pa.int32(), "double": pa.float64(), "boolean": pa.bool_(), "string": pa.string()}
+TYPES["timestamp"] = pa.timestamp("us", "UTC")
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def rows_of(key: str) -> list[dict[str, object]]:
+    """Twelve rows of two days, the score falling from row to row; the first ten are alerts."""
+    first = datetime.fromisoformat(key)
+    return [
+        {
+            "transaction_id": number,
+            "tx_datetime": first.replace(day=first.day + number % 2, hour=number),
+            "customer_id": number,
+            "terminal_id": None if number == 3 else 7,
+            "tx_amount": 10.0 * number,
+            "score": 0.9 - number / 100,
+            "rank_of_day": 1 + number // 2,
+            "alert": number < 10,
+            "model_version": 3,
+            "reason_1": f"amount {10 * number:,.2f}",
+        }
+        for number in range(12)
+    ]
+
+
+@pytest.fixture
+def lake(lake: LakeResource, monkeypatch: pytest.MonkeyPatch) -> LakeResource:
+    """Two scored partitions, one whose scores are being replaced, and one that no champion could score."""
+    monkeypatch.setenv("ML_PLATFORM_RAW_URI", lake.raw_uri)
+    monkeypatch.setenv("ML_PLATFORM_LAKE_URI", lake.lake_uri)
+    for key in (*KEYS, "replaced"):
+        rows = rows_of(KEYS[0] if key == "replaced" else key)
+        for table, columns, name, chosen in (
+            (SCORED_TABLE, SCORED_COLUMNS, "part-0.parquet", rows),
+            (ALERTS_TABLE, ALERT_COLUMNS, PARQUET_NAME, [row for row in rows if row["alert"]]),
+        ):
+            directory = Path(lake.lake_uri) / lake.partition_path(table, key)
+            directory.mkdir(parents=True)
+            schema = pa.schema([(column, TYPES[kind]) for column, kind, *_ in columns])
+            parquet.write_table(pa.Table.from_pylist(chosen, schema), directory / name)
+    for key in KEYS:
+        lake.write_json(f"{SCORED_TABLE}/raw_file={key}/_report.json", scored_report(key, rows=12, model_version=3))
+    lake.write_json(f"{SCORED_TABLE}/raw_file=none/_report.json", scored_report("none", rows=0, model_version=None))
+    return lake
+
+
+def documented(command: str) -> list[str]:
+    """The words of a command as it stands in the documentation, without comment and pipe."""
+    (line,) = re.findall(rf"^\$ ml-platform ({command}.*)$", TEXT, re.MULTILINE)
+    return shlex.split(line.partition("|")[0], comments=True)
+
+
+def test_alerts_are_shown_with_their_reasons(run_cli: RunCli, lake: LakeResource):
+    code, out, _ = run_cli(*documented("alerts"))
+    assert (code, out.count("amount")) == (0, 0), "no row of the file is of that day"
+    code, out, _ = run_cli("alerts", KEYS[1], "--day", "2019-11-21", "--top", "2")
+    assert code == 0
+    first, reason, second, _, end = out.splitlines()
+    assert first == (
+        "0.890  2019-11-21 01:00:00 UTC, transaction 1, customer 1, terminal 7, amount 10.00, number 1 of its day"
+    )
+    assert reason.strip() == "amount 10.00"
+    assert "transaction 3, customer 3, terminal unknown," in second
+    assert end.startswith("2 of 10 alerts of 2019-11-20, by model version 3")
+    assert f"/alerts/raw_file={KEYS[1]}/alerts.csv" in end
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["2019-01-01"], "'2019-01-01' is not a scored partition"),
+        (["none"], "none has no scores: there was no champion"),
+        ([KEYS[0], "--day", "yesterday"], "--day yesterday: it must be a date like"),
+    ],
+)
+def test_alerts_that_cannot_be_shown(run_cli: RunCli, lake: LakeResource, arguments: list[str], says: str):
+    code, _, errors = run_cli("alerts", *arguments)
+    assert code == 1
+    assert says in errors
+
+
+def test_only_complete_partitions_are_listed(run_cli: RunCli, lake: LakeResource):
+    code, out, _ = run_cli(*documented(r"scores\s+#"))
+    assert code == 0
+    assert out.split() == [lake.partition_uri(SCORED_TABLE, key) for key in KEYS]
+
+
+def test_duckdb_reads_them(run_cli: RunCli, lake: LakeResource):
+    code, views, _ = run_cli(*documented("scores --sql"))
+    assert code == 0
+    database = duckdb.connect()
+    database.execute(views)
+    assert database.execute("SELECT count(*), count(DISTINCT transaction_id) FROM scored_transactions").fetchone() == (
+        *(24, 12),
+    )
+    (query,) = snippets("sql")
+    found = database.execute(query).fetchall()
+    assert len(found) == 20
+    assert found[0][1:] == (0, pytest.approx(0.9), "amount 0.00")
+
+
+def test_pandas_reads_them(run_cli: RunCli, lake: LakeResource):
+    _, out, _ = run_cli("scores")
+    (program,) = [text for text in snippets("python") if "pandas" in text]
+    names: dict[str, object] = {}
+    exec(program.replace("PATH", out.split()[-1]), names)
+    assert [len(names[name]) for name in ("scores", "alerts")] == [12, 10]  # type: ignore[arg-type]
+
+
+def test_a_lake_without_scores_says_so(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ML_PLATFORM_LAKE_URI", str(tmp_path / "empty"))
+    code, _, errors = run_cli("scores")
+    assert code == 1
+    assert "has scores yet" in errors
