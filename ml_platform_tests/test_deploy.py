@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,8 +183,47 @@ def test_the_build_sees_what_it_copies_and_nothing_else() -> None:
         for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
         for source in [word for word in line.split() if not word.startswith("--")][:-1]
     }
-    assert copied == allowed
+    # Of a directory that the build sees, some steps take only the files that they need.
+    assert {next((path for path in allowed if source.startswith(f"{path}/")), source) for source in copied} == allowed
     assert all((ROOT / path).exists() for path in copied)
+
+
+def test_the_base_image_is_pinned_to_one_release() -> None:
+    bases = [base for base in re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) if ":" in base]
+    assert len(bases) == 1
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+", bases[0])
+
+
+def test_an_upgrade_leaves_the_image_of_the_old_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    images = {service["image"] for name, service in SERVICES.items() if name != "postgres"}
+    assert images == {f"ml-platform:${{ML_PLATFORM_IMAGE_TAG:-{version}}}"}
+
+
+def copied_by_stage() -> dict[str, set[str]]:
+    """What the stages of the build copy from the clone, by the name of the stage; the last one has none."""
+    return {
+        name: {word for line in re.findall(r"^COPY (?!--)(.+)$", text, re.MULTILINE) for word in line.split()[:-1]}
+        for name, text in re.findall(
+            r"^FROM \S+(?: AS (\w+))?\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL
+        )
+    }
+
+
+def test_a_change_of_the_code_installs_no_packages_again() -> None:
+    assert [name for name, sources in copied_by_stage().items() if "ml_platform" in sources] == ["wheel"]
+
+
+def test_the_class_archive_is_made_of_files_that_the_build_has_copied() -> None:
+    sources = copied_by_stage()["spark"]
+    # In a process of its own, because this one has imported everything.
+    statement = "import sys, ml_platform.spark.class_archive, ml_platform.spark.s3a; print(*sys.modules)"
+    modules = [name for name in run(sys.executable, "-c", statement).stdout.split() if name.startswith("ml_platform.")]
+    assert len(modules) > 4
+    for module in modules:
+        path = Path(module.replace(".", "/"))
+        file = path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")
+        assert {str(file), str(file.parent)} & sources, file
 
 
 # Dagster
