@@ -211,7 +211,7 @@ def copied_by_stage() -> dict[str, set[str]]:
 
 
 def test_a_change_of_the_code_installs_no_packages_again() -> None:
-    assert [name for name, sources in copied_by_stage().items() if "ml_platform" in sources] == ["wheel"]
+    assert [name for name, sources in copied_by_stage().items() if "ml_platform" in sources] == ["code"]
 
 
 def test_the_class_archive_is_made_of_files_that_the_build_has_copied() -> None:
