@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup classes demo dev test test-images lint audit benchmark clean constraints
+.PHONY: help setup classes demo dev test test-image test-images lint audit benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -46,6 +46,10 @@ dev: setup ## Dagster's UI on port 3000, MLflow's UI on port 5000
 # Three at a time on two cores: the tests of whole systems wait half of the time.
 test: classes ## run all tests
 	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+
+# Root on a Debian-like system gets podman for it; elsewhere it needs a Docker engine.
+test-image: setup ## build the image of deploy/ and test it in containers without a network (deploy/README.md)
+	@bash deploy/test_image.sh
 
 test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see CONTRIBUTING.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh
