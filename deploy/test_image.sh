@@ -113,7 +113,7 @@ make_base_image() {
     tar -C "$root" --exclude=./var/{cache/apt,lib/apt/lists,log}/'*' \
         --exclude=./usr/share/{doc,man,info,locale}/'*' -c . |
         "${engine[@]}" import --change 'ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin' - \
-            "docker.io/library/$base" >/dev/null 2>&1
+            "localhost/$base" >"$work/import.log" 2>&1 || fail "no base image: $(tail -n 1 "$work/import.log")"
     rm -rf "$root"
 }
 
