@@ -221,7 +221,10 @@ def first_run(tmp_path_factory: pytest.TempPathFactory, empty_mlflow_store: Path
     )
     assets = ("cleaned_transactions", "transaction_features", "scored_transactions", "fraud_model")
     put_raw(lake, "file-0", raw_spec(0, report={"rows_per_day": rows_per_day(0)}))
-    with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:
+    with (
+        mock.patch.dict(os.environ),  # MLflow's client keeps the address of its server there
+        dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance,
+    ):
         instance.add_dynamic_partitions("raw_files", ["file-0"])
         with mock.patch("ml_platform.model.training.draw_figures", return_value={"overview": b"a picture"}):
             assert run_assets(platform, instance, *assets, keys=("file-0", "file-0")).success
