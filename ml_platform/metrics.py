@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.jobs import delete_orphaned_clusters, process_new_files
 from ml_platform.lake.grades import newest_grade
-from ml_platform.lake.reports import CleanedReport, FeaturesReport, PartitionReport, ScoredReport
+from ml_platform.lake.reports import CleanedReport, FeaturesReport, ScoredReport
 from ml_platform.model.gate import INSTANT, SINCE_TAG
 from ml_platform.planning import waiting_files
 
@@ -107,16 +107,17 @@ class PlatformMetrics(Collector):
         speeds = GaugeMetricFamily(
             "ml_platform_rows_per_second", "Rows per second of the newest partition of a table.", labels=["table"]
         )
-        for kind, rows_of in (
-            (CleanedReport, lambda report: report.counts.raw_rows),
-            (FeaturesReport, lambda report: report.counts.rows),
-            (ScoredReport, lambda report: report.counts.rows),
-        ):
-            reports: dict[str, PartitionReport] = dict(self.lake.reports(kind))  # type: ignore[type-var]
-            in_order = sorted(reports.keys() & times.keys(), key=lambda key: times[key])
-            if in_order and reports[in_order[-1]].seconds > 0:
-                report = reports[in_order[-1]]
-                speeds.add_metric([kind.table], rows_of(report) / report.seconds)
+        features, scored = self.lake.reports(FeaturesReport), self.lake.reports(ScoredReport)
+        rows = {
+            CleanedReport.table: {key: (report.counts.raw_rows, report.seconds) for key, report in cleaned.items()},
+            FeaturesReport.table: {key: (report.counts.rows, report.seconds) for key, report in features.items()},
+            ScoredReport.table: {key: (report.counts.rows, report.seconds) for key, report in scored.items()},
+        }
+        for table, of_table in rows.items():
+            newest = max(of_table.keys() & times.keys(), key=lambda key: times[key], default=None)
+            if newest is not None and of_table[newest][1] > 0:
+                number, seconds = of_table[newest]
+                speeds.add_metric([table], number / seconds)
         yield speeds
 
     def _champion(self) -> Iterator[GaugeMetricFamily]:
