@@ -70,8 +70,9 @@ class PlatformMetrics(Collector):
             try:
                 found = list(metrics())
             except Exception as error:
-                # Of any kind, because the other sources must still be seen.
-                log.warning("%s: %s: %s", source, type(error).__name__, error)
+                # Of any kind, because the other sources must still be seen. Without its text, which may contain the
+                # address of MLflow with a password.
+                log.warning("%s cannot be read (%s): see ml-platform doctor", source, type(error).__name__)
                 up.add_metric([source], 0)
             else:
                 up.add_metric([source], 1)
@@ -97,8 +98,9 @@ class PlatformMetrics(Collector):
             yield _gauge("last_run_node_hours", text, newest[1])
 
     def _data(self) -> Iterator[GaugeMetricFamily]:
-        cleaned = self.lake.reports(CleanedReport)
-        waiting = len(waiting_files(self.lake))
+        cleaned, features = self.lake.reports(CleanedReport), self.lake.reports(FeaturesReport)
+        scored = self.lake.reports(ScoredReport)
+        waiting = len(waiting_files(self.lake, cleaned, features))
         yield _gauge("files_waiting", "Raw files without a cleaned counterpart.", waiting)
         times = {key: report.tx_datetime.max for key, report in cleaned.items() if report.tx_datetime}
         if times:
@@ -107,7 +109,6 @@ class PlatformMetrics(Collector):
         speeds = GaugeMetricFamily(
             "ml_platform_rows_per_second", "Rows per second of the newest partition of a table.", labels=["table"]
         )
-        features, scored = self.lake.reports(FeaturesReport), self.lake.reports(ScoredReport)
         rows = {
             CleanedReport.table: {key: (report.counts.raw_rows, report.seconds) for key, report in cleaned.items()},
             FeaturesReport.table: {key: (report.counts.rows, report.seconds) for key, report in features.items()},

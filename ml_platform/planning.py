@@ -18,7 +18,7 @@ from ml_platform.assets.raw import raw_file_observation
 from ml_platform.jobs import process_new_files, run_limits
 from ml_platform.lake.partitions import contiguous_ranges, is_partition_key, keys_of_run, range_tags, raw_files
 from ml_platform.lake.quality import QualityLimits, judge_files, problem_of_features
-from ml_platform.lake.reports import CleanedReport, CleanedReports, FeaturesReport
+from ml_platform.lake.reports import CleanedReport, CleanedReports, FeaturesReport, FeaturesReports
 from ml_platform.lake.resource import LakeResource, RawFile
 from ml_platform.model.config import run_config
 from ml_platform.operations.dead_runs import fail_dead_runs
@@ -73,7 +73,7 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     order = registered + new
 
     reports, outdated = lake.split_reports(CleanedReport)
-    uncleaned, left_out = _sort_out(lake, files, reports, run_limits(config))
+    uncleaned, left_out = _sort_out(lake, files, reports, lake.reports(FeaturesReport), run_limits(config))
     unfinished = set(_partitions_of_failed_runs(instance, order)) & set(files) - uncleaned - set(left_out)
     active = set(_partitions_of_active_runs(instance, order))
     ranges = contiguous_ranges(uncleaned - active, order) + contiguous_ranges(unfinished - active, order)
@@ -102,20 +102,23 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     return Plan(new, ranges, [files[key] for key in sorted(pending - active)], ignored, ", ".join(parts), config)
 
 
-def waiting_files(lake: LakeResource) -> list[str]:
+def waiting_files(lake: LakeResource, cleaned: CleanedReports, features: FeaturesReports) -> list[str]:
     """Raw files without a cleaned counterpart, except those that are refused or withdrawn. Has no side effects."""
     files, _ = lake.list_raw_files()
     for key in lake.withdrawn():
         files.pop(key, None)
-    uncleaned, _ = _sort_out(lake, files, lake.reports(CleanedReport), run_limits(run_config()))
+    uncleaned, _ = _sort_out(lake, files, cleaned, features, run_limits(run_config()))
     return sorted(uncleaned)
 
 
 def _sort_out(
-    lake: LakeResource, files: Mapping[str, RawFile], reports: CleanedReports, limits: QualityLimits
+    lake: LakeResource,
+    files: Mapping[str, RawFile],
+    reports: CleanedReports,
+    features: FeaturesReports,
+    limits: QualityLimits,
 ) -> tuple[set[str], dict[str, str]]:
     """(the files to clean; those that stay out until they, a limit or a neighbour change, with the reason)."""
-    features = lake.reports(FeaturesReport)
     refused = {
         key: file.reason
         for key, file in lake.uncleaned().items()

@@ -35,19 +35,16 @@ needs_prometheus = pytest.mark.skipif(
 
 
 @pytest.fixture
-def directory(first_run: Path, tmp_path: Path) -> Path:
+def directory(first_run: Path, tmp_path: Path, lake: LakeResource) -> Path:
     """A copy of the first run's lake and MLflow store, and a raw file that waits."""
     shutil.copytree(first_run, tmp_path, dirs_exist_ok=True)
-    put_raw(
-        LakeResource(raw_uri=f"{tmp_path}/raw", lake_uri=f"{tmp_path}/lake", epoch="2020-01-01"), "file-1", raw_spec(1)
-    )
+    put_raw(lake, "file-1", raw_spec(1))
     return tmp_path
 
 
 @pytest.fixture
-def registry(directory: Path, instance: dg.DagsterInstance) -> CollectorRegistry:
+def registry(directory: Path, lake: LakeResource, instance: dg.DagsterInstance) -> CollectorRegistry:
     registry = CollectorRegistry()
-    lake = LakeResource(raw_uri=f"{directory}/raw", lake_uri=f"{directory}/lake", epoch="2020-01-01")
     mlflow = MlflowResource(tracking_uri=f"sqlite:///{directory}/mlflow.db")
     registry.register(PlatformMetrics(instance, lake, mlflow))
     return registry
@@ -81,12 +78,15 @@ def test_metrics_say_what_the_sources_hold(registry: CollectorRegistry, instance
 
 
 def test_a_source_that_fails_hides_no_other(
-    registry: CollectorRegistry, directory: Path, monkeypatch: pytest.MonkeyPatch
+    registry: CollectorRegistry, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(MlflowResource, "champion", mock.Mock(side_effect=ConnectionError("no answer")))
+    error = ConnectionError("no answer from http://user:a-password@mlflow")
+    monkeypatch.setattr(MlflowResource, "champion", mock.Mock(side_effect=error))
     assert value(registry, "source_up", source="mlflow") == 0
     assert value(registry, "champion_version") is None
     assert value(registry, "files_waiting") == 1
+    assert "mlflow cannot be read (ConnectionError)" in caplog.text
+    assert "a-password" not in caplog.text
 
 
 def test_the_command_serves_them(directory: Path):

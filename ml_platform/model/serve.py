@@ -30,7 +30,8 @@ def champion(mlflow: MlflowResource) -> str | None:
     try:
         found = mlflow.champion()
     except MlflowException as error:
-        say(f"MLflow does not answer: {str(error).splitlines()[0]}")
+        # Without its text, which may contain the address of MLflow with a password.
+        say(f"MLflow does not answer ({error.error_code}): see ml-platform doctor")
         return None
     if found is None:
         say("there is no champion yet")
