@@ -33,12 +33,8 @@ classes: setup ## archive Spark's classes, so that local sessions start sooner (
 .dagster_home/dagster.yaml: dagster.yaml
 	@mkdir -p .dagster_home && cp dagster.yaml .dagster_home/dagster.yaml
 
-demo: setup ## from simulated raw files to a promoted model
-	@$(WITH_JAVA) \
-	  $(BIN)/ml-platform simulate && \
-	  $(BIN)/ml-platform process-new-files && \
-	  $(BIN)/ml-platform summary
-	@echo 'Open the UI with: make dev'
+demo: setup ## from simulated raw files to a champion and its first alerts
+	@$(WITH_JAVA) $(BIN)/ml-platform demo
 
 dev: setup ## Dagster's UI on port 3000, MLflow's UI on port 5000
 	@$(WITH_JAVA) exec bash scripts/dev.sh

@@ -10,11 +10,12 @@ from ml_platform.lake.quality import QualityLimits
 from ml_platform.settings import SettingsError
 from ml_platform.spark.engine import SparkEngine
 
+#: Assets that process_new_files materializes, in this order.
+ASSETS = ["cleaned_transactions", "transaction_features", "scored_transactions", "fraud_model"]
+
 process_new_files = dg.define_asset_job(
     "process_new_files",
-    selection=dg.AssetSelection.assets(
-        "cleaned_transactions", "transaction_features", "scored_transactions", "fraud_model"
-    ),
+    selection=dg.AssetSelection.assets(*ASSETS),
     executor_def=dg.in_process_executor,
     description="Clean the partitions' files, build their features, score them with the champion, train a model.",
 )

@@ -227,6 +227,8 @@ def write_rejected(
         return rejects.samples_of(complete)
     rejected = rejects.reread(lines, parser, tally).repartition(1 + tally["rejected"] // 1000000)
     rejected.write.mode("overwrite").parquet(uri)
+    # There are few rows and reasons; Spark's default are 200 tasks.
+    runtime.set_shuffle_partitions(spark, 0)
     written = spark.read.schema(ddl(REJECTED_COLUMNS)).parquet(runtime.literal_path(uri))
     sample = F.min(F.expr(f"left(raw_line, {rejects.SAMPLE_LENGTH})"))
     groups = written.groupBy("reasons").agg(F.count("*").alias("rows"), sample.alias("sample")).collect()

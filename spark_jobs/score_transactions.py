@@ -207,7 +207,8 @@ def _score_partition(
 
 def _without_scores(files: runtime.Files, item: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """Delete scores of earlier rows; return the fields of a report that says why there are none."""
-    log.warning("%s: no scores: %s", item["partition"], report["error"] or "there is no champion")
+    level = logging.WARNING if report["error"] else logging.INFO
+    log.log(level, "%s: no scores: %s", item["partition"], report["error"] or "there is no champion")
     files.delete(item["output_uri"])
     files.delete(item["alerts_uri"])
     return {**report, "counts": {"rows": 0, "alerts": 0}, "score_sum": 0.0, "weeks": {}, "alerts": [], "drift": {}}

@@ -66,6 +66,16 @@ DEFAULTS: dict[str, Any] = {
     "library_uri": None,
 }
 
+#: Phase of a training → the shares of the work where it begins and ends, for the progress: about those of 150,000 and
+#: of 600,000 rows in docs/performance.md.
+PHASES = {
+    "windows": (0.0, 0.05),
+    "search": (0.05, 0.5),
+    "fit": (0.5, 0.85),
+    "score": (0.85, 0.93),
+    "explain": (0.93, 1.0),
+}
+
 #: Required keys of a request.
 REQUIRED = ("run_id", "cutoff", "feature_uris", "cutoff_uri", "features", "output_uri")
 
@@ -142,7 +152,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     runtime.configure(spark)
     library_name = library.ship(spark, request.get("library_uri"))
     settings = _settings(request)
-    clock = _Clock(spark)
+    seconds: dict[str, float] = {}
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run_id": settings["run_id"],
@@ -151,11 +161,12 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         "seed": settings["seed"],
         "windows": {},
         "spark_version": spark.version,
-        "seconds": clock.seconds,
+        "seconds": seconds,
     }
     started = time.monotonic()
-    report.update(_train(spark, settings, report["windows"], clock, library_name))
-    clock.seconds["total"] = round(time.monotonic() - started, 3)
+    with Progress(spark, "training") as progress:
+        report.update(_train(spark, settings, report["windows"], _Clock(progress, seconds), library_name))
+    seconds["total"] = round(time.monotonic() - started, 3)
     return report
 
 
@@ -192,8 +203,8 @@ def _train(
 
     files, output = runtime.Files(spark), settings["output_uri"].rstrip("/")
     folds = validation_folds(windows, per_day, settings)
-    with clock.phase("search") as progress:
-        grid = search(frame, folds, per_day, settings, library_name, progress)
+    with clock.phase("search"):
+        grid = search(frame, folds, per_day, settings, library_name, clock.progress)
     # max() returns the first of equals.
     best = max(grid, key=lambda entry: entry["validation_average_precision"])
 
@@ -352,9 +363,11 @@ def search(
     ]
     # Longest first, so that none starts when the others are done.
     tasks.sort(key=lambda task: -task[2].relative_cost)
-    progress.enter(f"{len(tasks)} fits", 0.0, 0.8)
+    begin, end = PHASES["search"]
+    fitted_share = begin + 0.8 * (end - begin)
+    progress.enter(f"search: {len(tasks)} fits", begin, fitted_share)
     fitted = fits.fit_all(frame, settings["features"], [fit for _, _, fit in tasks], settings["seed"], library_name)
-    progress.enter(f"validating {len(tasks)} fits", 0.8, 1.0)
+    progress.enter(f"search: validating {len(tasks)} fits", fitted_share, end)
     models = [(one.model, fold["validation"]) for one, (_, fold, _) in zip(fitted, tasks)]
     precisions = fits.validate(frame, models, library_name)
     entries = []
@@ -626,21 +639,20 @@ def _between(frame: DataFrame, window: tuple[int, int]) -> DataFrame:
 
 
 class _Clock:
-    """Measures the seconds of each phase and logs its progress."""
+    """Measures the seconds of each phase, and tells the progress when one begins."""
 
-    def __init__(self, spark: SparkSession) -> None:
-        self._spark = spark
-        self.seconds: dict[str, float] = {}
+    def __init__(self, progress: Progress, seconds: dict[str, float]) -> None:
+        self.progress, self._seconds = progress, seconds
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Progress]:
+    def phase(self, name: str) -> Iterator[None]:
         started = time.monotonic()
+        self.progress.enter(name, *PHASES[name])
         try:
-            with Progress(self._spark, f"training: {name}") as progress:
-                yield progress
+            yield
         finally:
-            self.seconds[name] = round(time.monotonic() - started, 3)
-            log.info("%s: %.1f s", name, self.seconds[name])
+            self._seconds[name] = round(time.monotonic() - started, 3)
+            log.info("%s: %.1f s", name, self._seconds[name])
 
 
 if __name__ == "__main__":

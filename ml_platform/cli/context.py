@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,8 +19,17 @@ if TYPE_CHECKING:
     from ml_platform.lake.resource import LakeResource
     from ml_platform.model.mlflow import MlflowResource
 
-console = Console()
-errors = Console(stderr=True)
+#: Characters of a line where there is no terminal and COLUMNS is not set.
+WIDTH = 120
+
+
+def _console(*, stderr: bool) -> Console:
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=get_terminal_size((WIDTH, 1)).columns)
+
+
+console = _console(stderr=False)
+errors = _console(stderr=True)
 
 
 class CommandError(Exception):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -97,11 +98,15 @@ def sync() -> None:
     say(f"{len(files)} raw files in {settings.raw_uri}, {len(new)} newly registered, {len(ignored)} ignored; {order}")
 
 
-def process_new_files() -> None:
+def process_new_files(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print the run's log instead of its progress.")] = False,
+) -> None:
     """Run now, in this process, what the sensor new_raw_files would start: one run per range of new files."""
     settings = load_settings()
     with dagster_instance(settings) as instance:
+        from ml_platform.cli.progress import execute_with_display
         from ml_platform.definitions import defs
+        from ml_platform.jobs import ASSETS
         from ml_platform.lake.partitions import range_tags
         from ml_platform.operations.changes import failed_steps
         from ml_platform.planning import plan_runs, prepare
@@ -110,12 +115,20 @@ def process_new_files() -> None:
         _warn_of_ignored_files(plan.ignored)
         prepare(instance, plan)
         say(plan.reason)
+        job = defs.resolve_job_def("process_new_files")
         failed = []
         for start, end in plan.ranges:
-            say(f"processing {start} to {end}", "bold")
-            result = defs.resolve_job_def("process_new_files").execute_in_process(
-                instance=instance, tags=range_tags(start, end), run_config=plan.run_config, raise_on_error=False
-            )
+            say(f"processing {start} to {end}" if start != end else f"processing {start}", "bold")
+            options: dict[str, Any] = {
+                "tags": range_tags(start, end),
+                "run_config": plan.run_config,
+                "raise_on_error": False,
+            }
+            if verbose or settings.log_format == "json":
+                result = job.execute_in_process(instance=instance, **options)
+            else:
+                output = Path(instance.root_directory) / "process-new-files.log"
+                result = execute_with_display(job, instance, ASSETS, output, **options)
             if not result.success:
                 steps = failed_steps(instance, result.run_id)
                 failed.append("; ".join([result.run_id, *(f"{step}: {error}" for step, error in steps)]))

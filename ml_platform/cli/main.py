@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ml_platform.cli import champion, clusters, data, doctor, metrics, scores
+from ml_platform.cli import champion, clusters, data, demo, doctor, metrics, scores
 from ml_platform.cli.context import CommandError, first_line, warn
 from ml_platform.settings import SettingsError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # In the order shown by --help.
+app.command()(demo.demo)
 app.command()(data.simulate)
 app.command()(data.sync)
 app.command()(data.process_new_files)

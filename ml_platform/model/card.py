@@ -38,11 +38,24 @@ def model_card(report: TrainingReport, decision: Decision, rows_by_partition: Ma
         "**Windows.**\n\n" + _table(("window", "days", "rows", "frauds"), _windows(report)),
         f"**Learner.** {best.learner} ({params or 'defaults'}), the best of {len(report.grid)} candidates on the "
         f"validation window (average precision {best.validation_average_precision:.3f}).{_sampling(report)}",
+        f"**In words,** {quality_in_words(report)}.",
         "**Held-out week.**\n\n" + _table(("figure", "value", "95 % interval"), _figures(report, decision)),
         f"**Promotion.** {decision.outcome}. {printable(' '.join(decision.reasons))}",
         LIMITS.replace("\n", " "),
     ]
     return "\n\n".join(parts)
+
+
+def quality_in_words(report: TrainingReport, alerts_per_day: int = 100) -> str:
+    """What alerts at this budget would have been worth in the held-out week, in one sentence without a capital."""
+    rows = report.tables.get("thresholds", [])
+    row = next((row for row in rows if row["alerts_per_day"] == alerts_per_day), None)
+    if row is None or None in (row["precision"], row["recall"], row["amount_share"]):
+        return "without frauds in its held-out week"
+    return (
+        f"in its held-out week: of {alerts_per_day} alerts a day {alerts_per_day * row['precision']:.0f} are frauds; "
+        f"they catch {row['recall']:.0%} of the frauds and {row['amount_share']:.0%} of the money"
+    )
 
 
 def _windows(report: TrainingReport) -> list[tuple[str, ...]]:

@@ -174,10 +174,11 @@ def _forward_log(log: dg.DagsterLogManager) -> Generator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             log.log(record.levelno, record.getMessage())
 
-    logger, handler = logging.getLogger("spark_jobs"), Forward()
+    logger, handler = logging.getLogger("spark_jobs"), Forward(logging.INFO)
     before = logger.level, logger.propagate
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
