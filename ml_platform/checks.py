@@ -33,12 +33,15 @@ from ml_platform.lake.resource import LakeResource
 
 DESCRIPTIONS = {
     "rows_add_up": "Every raw row is a clean, duplicate or rejected row.",
-    "reject_rate": "The share of rejected rows is small.",
-    "fraud_rate": "The fraud rate is plausible.",
-    "known_ids": "Nearly all rows have a customer and a terminal.",
+    "reject_rate": "The share of rejected rows is small (`limits.max_reject_rate`, 2 % by default).",
+    "fraud_rate": "The share of frauds is plausible (`limits.min_fraud_rate` and `max_fraud_rate`, 0.05 to 25 %).",
+    "known_ids": "Nearly all rows have a customer and a terminal (`limits.max_unknown_ids`, 5 % may lack one).",
     "time_range": "The times of a file match its name and its place among the other files.",
     "unique_ids": "No transaction_id is in two files.",
 }
+
+#: Where the remedy is, in the description of each check that stops files.
+REMEDY = "A file that fails gets no features and trains no model: docs/operations.md, “Stopped files”."
 
 #: Steps with a lower priority than others run last: they fail the run when all else is done.
 LAST = {"dagster/priority": "-1"}
@@ -47,7 +50,9 @@ LAST = {"dagster/priority": "-1"}
 @dg.multi_asset_check(
     name=INTAKE_CHECKS,
     specs=[
-        dg.AssetCheckSpec(name, asset=cleaned_transactions, description=DESCRIPTIONS[name], partitions_def=raw_files)
+        dg.AssetCheckSpec(
+            name, asset=cleaned_transactions, description=f"{DESCRIPTIONS[name]} {REMEDY}", partitions_def=raw_files
+        )
         for name in CHECK_NAMES
     ],
     can_subset=True,
@@ -93,6 +98,7 @@ def intake_checks(
             lambda key, name=name: not_cleaned.get(key) or verdicts.problems.get(key, {}).get(name),  # type: ignore[misc]
             lambda key, name=name: figures(name, key),  # type: ignore[misc]
             warning_of=lambda key, name=name: verdicts.warnings.get(key, {}).get(name),  # type: ignore[misc]
+            finding_of=lambda key, name=name: _finding(name, cleaned[key], limits) if key in cleaned else None,  # type: ignore[misc]
         )
         stopped |= {key: text for key in keys if (text := verdicts.problems.get(key, {}).get(name))}
     stopped = {key: verdicts.reason(key) or "" for key in stopped}
@@ -103,6 +109,24 @@ def intake_checks(
             metadata={"left_out": dg.JsonMetadataValue(bad)},
             allow_retries=False,
         )
+
+
+def _finding(check: str, report: CleanedReport, limits: QualityLimits) -> str | None:
+    """The figures behind a check that passes, in words."""
+    counts, times = report.counts, report.tx_datetime
+    if check == "rows_add_up":
+        return (
+            f"{counts.raw_rows:,} raw = {counts.clean_rows:,} clean + {counts.duplicate_rows:,} duplicate + "
+            f"{counts.rejected_rows:,} rejected rows"
+        )
+    if check == "reject_rate":
+        rate = f"{reject_rate_of(report):.2%}, at most {limits.max_reject_rate:.2%}"
+        return f"{counts.rejected_rows:,} of {counts.raw_rows:,} rows are rejected ({rate})"
+    if check == "fraud_rate":
+        return f"{counts.fraud_rows:,} of {counts.clean_rows:,} rows are frauds ({fraud_rate_of(report):.2%})"
+    if check == "known_ids":
+        return f"{counts.unknown_customer:,} rows lack a customer, {counts.unknown_terminal:,} a terminal"
+    return f"{times.min:%Y-%m-%d} to {times.max:%Y-%m-%d}" if check == "time_range" and times else None
 
 
 @dg.multi_asset_check(
@@ -138,18 +162,23 @@ def feature_checks(
 
 
 SCORE_CHECKS = {
-    "champion_scores": "The champion of before the run could score the rows.",
+    "champion_scores": "The champion before the run could score the rows, or there was none.",
     "live_quality": "No week's average precision is certainly below that of the version's held-out week.",
     "feature_drift": "The model's inputs are distributed as in its training window.",
     "score_drift": "The scores are distributed as in the training window.",
     "label_drift": "The share of frauds is as in the training window.",
 }
 
+#: What these checks mean and what to do: in the description of each.
+SCORE_REMEDY = "It warns and stops nothing: docs/scores.md."
+
 
 @dg.multi_asset_check(
     name="score_checks",
     specs=[
-        dg.AssetCheckSpec(name, asset=scored_transactions, description=text, partitions_def=raw_files)
+        dg.AssetCheckSpec(
+            name, asset=scored_transactions, description=f"{text} {SCORE_REMEDY}", partitions_def=raw_files
+        )
         for name, text in SCORE_CHECKS.items()
     ],
     can_subset=True,
@@ -174,6 +203,16 @@ def score_checks(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> 
         found = report.drift.get(check, {})
         return found.get("reason") if found.get("outcome") == "drift" else None
 
+    def finding_of(check: str, key: str) -> str | None:
+        if key not in scored:
+            return None
+        report = scored[key]
+        if check == "champion_scores":
+            return f"{report.counts.rows:,} rows by version {report.model_version}" if report.counts.rows else None
+        if check == "live_quality":
+            return f"{len(report.grades)} weeks graded by this run, {len(grades)} in all"
+        return report.drift.get(check, {}).get("reason")
+
     def figures(check: str, key: str) -> Mapping[str, Any]:
         if key not in scored:
             return {}
@@ -191,6 +230,7 @@ def score_checks(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> 
             partial(problem_of, check.name),
             partial(figures, check.name),
             dg.AssetCheckSeverity.WARN,
+            finding_of=partial(finding_of, check.name),
         )
 
 

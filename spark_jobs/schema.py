@@ -15,6 +15,19 @@ SCHEMA_VERSION = 2
 #: File name of the report, which is written last and marks its partition as complete.
 REPORT_NAME = "_report.json"
 
+#: Fields of a line of a raw file.
+RAW_COLUMNS = (
+    ("transaction_id", "string", "Unique number of the transaction, in all files."),
+    ("tx_datetime", "string", "Instant of the transaction, YYYY-MM-DD HH:MM:SS, UTC."),
+    ("customer_id", "string", "Customer (card), an integer. Other values stand for an unknown customer."),
+    ("terminal_id", "string", "Terminal of the merchant, an integer. Other values stand for an unknown terminal."),
+    ("tx_amount", "string", "Amount, not negative."),
+    ("tx_time_seconds", "string", "Seconds from the epoch; computed again from tx_datetime."),
+    ("tx_time_days", "string", "Days from the epoch; computed again from tx_datetime."),
+    ("tx_fraud", "string", "1 for a fraud, 0 for a genuine transaction."),
+    ("tx_fraud_scenario", "string", "Number of the simulated fraud scenario, 0 for none."),
+)
+
 #: Columns of ``cleaned_transactions``: name, Spark type, description.
 CLEANED_COLUMNS = (
     ("transaction_id", "bigint", "Unique number of the transaction."),
@@ -66,18 +79,25 @@ REJECTED_COLUMNS = (
     ("reasons", "array<string>", "Names of the rules that rejected it."),
 )
 
-#: Rules that reject a row; each is a key of a report's ``counts`` and a value of ``reasons``.
-REJECT_RULES = (
-    "malformed_row",
-    "invalid_datetime",
-    "invalid_amount",
-    "invalid_label",
-    "conflicting_duplicate",
-    "out_of_range",
-)
+#: Rules that reject a row, in words; each is a key of a report's ``counts`` and a value of ``reasons``.
+REJECT_RULES = {
+    "malformed_row": "not 9 fields, or a number that is none",
+    "invalid_datetime": "not an existing date and time",
+    "invalid_amount": "negative amount",
+    "invalid_label": "tx_fraud is neither 0 nor 1",
+    "conflicting_duplicate": "same transaction_id, other content",
+    "out_of_range": "id or day far outside the bulk of the file",
+}
 
-#: Rules that correct a row and keep it; each is a key of a report's ``counts``.
-FIX_RULES = ("hour_24", "wrong_seconds", "wrong_days", "unknown_terminal", "unknown_customer", "respelled_id")
+#: Rules that correct a row and keep it, in words; each is a key of a report's ``counts``.
+FIX_RULES = {
+    "hour_24": "24:00:00 set to 00:00:00 of the next day",
+    "wrong_seconds": "tx_time_seconds computed again",
+    "wrong_days": "tx_time_days computed again",
+    "unknown_terminal": "terminal unknown, set to NULL",
+    "unknown_customer": "customer unknown, set to NULL",
+    "respelled_id": "id read as the integer that it stands for",
+}
 
 
 def version_of(report: Mapping[str, Any]) -> str:

@@ -6,7 +6,14 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from ml_platform.assets.outcomes import OWNERS, record_outcomes, record_partitions, split_verdicts, table_schema
+from ml_platform.assets.outcomes import (
+    OWNERS,
+    readable_path,
+    record_outcomes,
+    record_partitions,
+    split_verdicts,
+    table_schema,
+)
 from ml_platform.dataproc.sizing import BYTES_PER_ROW
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.quality import QualityLimits, judge_files
@@ -25,13 +32,20 @@ from ml_platform.model.config import check_run_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
 
-#: Counts of a report, in display order.
-COUNTS_SHOWN = (
-    *("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows"),
-    *REJECT_RULES,
-    *FIX_RULES,
-    *("fraud_rows", "zero_amount"),
-)
+#: Counts that are shown even if they are 0.
+ROW_COUNTS = ("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows")
+
+#: Counts of a report and their meaning, in display order.
+COUNTS_SHOWN = {
+    "raw_rows": "lines of the file, without its header",
+    "clean_rows": "rows in the cleaned table",
+    "duplicate_rows": "dropped: equal to a row that is kept",
+    "rejected_rows": "in rejected_transactions, with their reasons",
+    **{name: f"rejected: {text}" for name, text in REJECT_RULES.items()},
+    **{name: f"kept: {text}" for name, text in FIX_RULES.items()},
+    "fraud_rows": "clean rows that are frauds",
+    "zero_amount": "clean rows with the amount 0",
+}
 
 
 class CleaningConfig(dg.Config):
@@ -72,7 +86,14 @@ def is_cleaned(report: CleanedReport | None, raw: RawFile, epoch: str) -> bool:
     description="""Transactions of one raw file: typed, times in UTC, duplicates dropped, known faults repaired.
 
 Rejected rows go to `rejected_transactions` with their reasons; no row is lost:
-raw rows = clean rows + duplicate rows + rejected rows. A file that is already clean is neither read nor rewritten.""",
+raw rows = clean rows + duplicate rows + rejected rows. A file that is already clean is neither read nor rewritten.
+
+**How to read its metadata:** `counts` has the rows that each rule rejected, repaired or noted; `rejected_path` holds
+the rejected lines (`ml-platform rejects KEY` shows one for each reason).
+
+**If a check fails:** the file gets no features and trains no model; all others go on. The check says what is wrong.
+Mend the raw file, or take it as it is (`accept: true` in the run configuration of `transaction_features`):
+docs/cleaning.md and docs/operations.md.""",
 )
 def cleaned_transactions(
     context: dg.AssetExecutionContext,
@@ -168,10 +189,14 @@ def _metadata(lake: LakeResource, report: CleanedReport, was_cleaned: bool) -> d
     metadata = {
         "outcome": ("cleaned" if counts.raw_rows else "empty file") if was_cleaned else "already clean",
         "dagster/row_count": counts.clean_rows,
-        "path": dg.MetadataValue.path(lake.partition_uri(CLEANED_TABLE, key)),
+        "path": readable_path(lake.partition_uri(CLEANED_TABLE, key)),
         "counts": dg.MetadataValue.table(
-            [dg.TableRecord({"count": name, "rows": rows_by_rule[name]}) for name in COUNTS_SHOWN],
-            schema=dg.TableSchema([dg.TableColumn("count", "string"), dg.TableColumn("rows", "int")]),
+            [
+                dg.TableRecord({"count": name, "rows": rows_by_rule[name], "meaning": COUNTS_SHOWN[name]})
+                for name in COUNTS_SHOWN
+                if rows_by_rule[name] or name in ROW_COUNTS
+            ],
+            schema=dg.TableSchema([dg.TableColumn("count"), dg.TableColumn("rows", "int"), dg.TableColumn("meaning")]),
         ),
         "raw_rows": counts.raw_rows,
         "rejected_rows": counts.rejected_rows,
@@ -185,7 +210,7 @@ def _metadata(lake: LakeResource, report: CleanedReport, was_cleaned: bool) -> d
         "seconds": report.seconds,
     }
     if counts.rejected_rows:
-        metadata["rejected_path"] = dg.MetadataValue.path(lake.partition_uri(REJECTED_TABLE, key))
+        metadata["rejected_path"] = readable_path(lake.partition_uri(REJECTED_TABLE, key))
     if report.tx_datetime is not None:
         metadata["first_transaction"] = instant_text(report.tx_datetime.min)
         metadata["last_transaction"] = instant_text(report.tx_datetime.max)

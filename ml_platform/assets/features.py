@@ -12,6 +12,7 @@ from pydantic import Field
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.outcomes import (
     OWNERS,
+    readable_path,
     record_outcomes,
     record_partitions,
     shorten_list,
@@ -36,7 +37,10 @@ from ml_platform.lake.resource import LakeResource
 from ml_platform.model.config import check_run_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.features.registry import FEATURE_COLUMNS, HISTORY_DAYS, LABEL_DELAY_DAYS, MODEL_INPUTS
-from spark_jobs.schema import CLEANED_COLUMNS
+from spark_jobs.schema import CLEANED_COLUMNS, KEY_COLUMNS
+
+#: Columns that are never NULL.
+NEVER_NULL = [name for name, *_ in (*CLEANED_COLUMNS, *FEATURE_COLUMNS) if name not in KEY_COLUMNS]
 
 
 class FeaturesConfig(dg.Config):
@@ -180,12 +184,18 @@ def unusable_files(
     group_name="fraud_detection",
     kinds={"pyspark", "parquet"},
     owners=OWNERS,
-    metadata={"dagster/column_schema": table_schema([*CLEANED_COLUMNS, *FEATURE_COLUMNS], never_null=MODEL_INPUTS)},
+    metadata={"dagster/column_schema": table_schema([*CLEANED_COLUMNS, *FEATURE_COLUMNS], never_null=NEVER_NULL)},
     description=f"""Cleaned transactions with the {len(MODEL_INPUTS)} model inputs.
 
 History comes only from earlier partitions, and labels younger than {LABEL_DELAY_DAYS} days are not
 used. Features whose history changed (a late file, a file cleaned again) are rebuilt in the next run. Files that the
-checks on `cleaned_transactions` stop get none, unless they are accepted.""",
+checks on `cleaned_transactions` stop get none, unless they are accepted.
+
+**How to read its metadata:** `history_partitions` are the earlier files that went into the windows; `built_by_run` is
+the run that wrote the partition. The columns and their windows are under "Columns"; docs/model.md says how to add one.
+
+**If the check `usable_features` fails:** it names the partition and what is wrong. Materialize the partition again with
+`rebuild: true`.""",
 )
 def transaction_features(
     context: dg.AssetExecutionContext,
@@ -261,7 +271,7 @@ def _metadata(lake: LakeResource, report: FeaturesReport, was_built: bool) -> di
     return {
         "outcome": "built" if was_built else "already up to date",
         "dagster/row_count": report.counts.rows,
-        "path": dg.MetadataValue.path(lake.partition_uri(FEATURES_TABLE, report.partition)),
+        "path": readable_path(lake.partition_uri(FEATURES_TABLE, report.partition)),
         "fraud_rows": report.counts.fraud_rows,
         "history_partitions": dg.MetadataValue.json(sorted(report.inputs.history)),
         "built_by_run": dg.MetadataValue.dagster_run(report.run_id),

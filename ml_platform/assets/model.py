@@ -18,15 +18,25 @@ from ml_platform.assets.outcomes import (
     check_partitions,
     listed,
     materialize_only,
+    readable_path,
     record_partitions,
+    rounded,
     shorten_list,
 )
 from ml_platform.assets.scores import scored_transactions
 from ml_platform.escaping import printable
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.quality import QualityLimits, judge_files, problem_of_features
-from ml_platform.lake.reports import FEATURES_TABLE, CleanedReport, CleanedReports, FeaturesReport, FeaturesReports
+from ml_platform.lake.reports import (
+    FEATURES_TABLE,
+    CleanedReport,
+    CleanedReports,
+    FeaturesReport,
+    FeaturesReports,
+    TrainingReport,
+)
 from ml_platform.lake.resource import LakeResource
+from ml_platform.model.card import quality_in_words
 from ml_platform.model.config import FraudModelConfig
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.model.promotion import DECIDED_BY_FIGURES
@@ -60,7 +70,15 @@ Results = Mapping[str, TrainingResult]
 A run over several partitions trains one model, at the latest of them; with `train_each` one per partition.
 Parameters are chosen on days after those used for fitting, and the model is evaluated on the last week of the data,
 after a week of label delay. It is logged and registered in MLflow, and becomes the `champion` if it is significantly
-better than the current champion on the same rows.""",
+better than the current champion on the same rows.
+
+**How to read its metadata:** `promotion_reasons` says whether the model became the champion, and why. `report` has the
+figures of the held-out week with intervals, and the curves. `mlflow_run` opens the run in MLflow, with parameters,
+candidates, environment and the model.
+
+**If a check warns:** `enough_data` says which window lacks days or frauds. `promotion` warns if the figures could not
+decide, for instance without a champion that can be read. `champion_health` says why the champion should be replaced:
+docs/model.md, "Promotion". `ml-platform champion rollback` goes back to the one before.""",
 )
 def fraud_model(
     context: dg.AssetExecutionContext,
@@ -134,32 +152,37 @@ def training_partitions(
 
 def _metadata(training: Training, result: TrainingResult) -> dict[str, Any]:
     report, decision = result.report, result.decision
-    metadata: dict[str, Any] = {
-        "outcome": report.outcome,
-        "cutoff": report.cutoff,
-        "mlflow_run_id": result.mlflow_run.info.run_id,
-        "windows": dg.MetadataValue.json(report.model_dump(mode="json")["windows"]),
-        "trained_on": dg.MetadataValue.json({key: vars(part) for key, part in training.partitions.items()}),
-    }
+    # In the order in which people ask.
+    of_run: dict[str, Any] = {"cutoff": report.cutoff, "mlflow_run_id": result.mlflow_run.info.run_id}
     if url := training.mlflow.run_url(result.mlflow_run):
-        metadata["mlflow_run"] = dg.MetadataValue.url(url)
+        of_run["mlflow_run"] = dg.MetadataValue.url(url)
+    data = {
+        "windows": dg.MetadataValue.json(report.model_dump(mode="json")["windows"]),
+        "trained_on": dg.MetadataValue.json(
+            {key: {**vars(part), "uri": readable_path(part.uri)} for key, part in training.partitions.items()}
+        ),
+    }
     if decision is None or result.version is None or report.best is None:
-        return metadata | {"reason": report.reason}
-    return metadata | {
-        "is_champion": decision.apply,
+        return {"outcome": report.outcome, "reason": report.reason, **of_run, **data}
+    return {
+        "outcome": report.outcome,
         "promotion": decision.outcome,
         "promotion_reasons": dg.MetadataValue.text(" ".join(decision.reasons)),
+        "quality": f"{quality_in_words(report)}.",
+        "report": dg.MetadataValue.md(result.summary),  # noqa: TID251 - its text is escaped
+        "is_champion": decision.apply,
         "model_version": int(result.version.version),
         "champion_version": int(result.champion_version or 0),
         "learner": report.best.learner,
-        **{name: value for name, value in report.metrics.items() if value is not None},
-        "report": dg.MetadataValue.md(result.summary),  # noqa: TID251 - its text is escaped
-        "path": dg.MetadataValue.path(training.lake.store.spark_uri(training.directory)),
+        **of_run,
+        **{name: rounded(value) for name, value in report.metrics.items() if value is not None},
+        "path": readable_path(training.lake.store.spark_uri(training.directory)),
         "spark_version": report.spark_version,
         "seconds": report.seconds["total"],
         "best_parameters": dg.MetadataValue.json(report.best.params),
         "feature_importances": dg.MetadataValue.json(report.feature_importances),
         "promotion_figures": dg.MetadataValue.json(decision.figures),
+        **data,
     }
 
 
@@ -202,12 +225,29 @@ def _check_results(context: dg.AssetExecutionContext, results: Results) -> list[
         "promotion": (promotion_problem, promotion_metadata),
         "champion_health": (champion_problem, lambda key: {}),
     }
+    findings = {
+        "enough_data": lambda key: _trained_on(results[key].report) if key in results else None,
+        "promotion": lambda key: " ".join(decisions[key].reasons) if key in decisions else None,
+        "champion_health": lambda key: None,
+    }
     return [
         check_partitions(
-            context, dg.AssetCheckKey(context.asset_key, name), problem_of, measure, dg.AssetCheckSeverity.WARN
+            context,
+            dg.AssetCheckKey(context.asset_key, name),
+            problem_of,
+            measure,
+            dg.AssetCheckSeverity.WARN,
+            finding_of=findings[name],
         )
         for name, (problem_of, measure) in checks.items()
     ]
+
+
+def _trained_on(report: TrainingReport) -> str | None:
+    window = report.windows.get("train")
+    if window is None:
+        return None
+    return f"{window.rows:,} rows of {window.first_date} to {window.last_date}, {window.frauds:,} frauds"
 
 
 def _partitions_tag(keys: list[str]) -> str:

@@ -142,11 +142,13 @@ def check_partitions(
     measure: Callable[[str], Mapping[str, Any]] = lambda key: {},
     severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
     warning_of: Callable[[str], str | None] = lambda key: None,
+    finding_of: Callable[[str], str | None] = lambda key: None,
 ) -> dg.AssetCheckResult:
-    """Check every partition of the run; `warning_of` has problems of severity WARN.
+    """Check every partition of the run; `warning_of` has problems of severity WARN, `finding_of` what is good.
 
     Dagster takes a single result from a check over a partition range. To show each partition's result in the UI, with
-    the figures from `measure`, they are logged one by one; the single result lists the problems.
+    the figures from `measure`, they are logged one by one. The single result, which the UI shows first, lists the
+    problems, and has the findings and figures of the last partition.
     """
     problems: dict[str, str] = {}
     keys = context.partition_keys
@@ -164,7 +166,7 @@ def check_partitions(
             check_name=check.name,
             passed=problem is None,
             severity=level if problem else severity,
-            description=markdown(problem) if problem else None,
+            description=markdown(problem or finding_of(key) or "") or None,
             metadata=dict(measure(key)),
             partition=key,
         )
@@ -175,9 +177,23 @@ def check_partitions(
         check_name=check.name,
         passed=not problems,
         severity=worst if problems else severity,
-        description=markdown(listed(problems)) or None,
-        metadata={"partitions_checked": len(keys), "problems": dg.JsonMetadataValue(problems)},
+        description=markdown(listed(problems) or finding_of(keys[-1]) or "") or None,
+        metadata={
+            "partitions": f"{len(keys)}, {keys[0]} to {keys[-1]}" if len(keys) > 1 else keys[0],
+            **({"problems": dg.JsonMetadataValue(problems)} if problems else {}),
+            **measure(keys[-1]),
+        },
     )
+
+
+def readable_path(uri: str) -> str:
+    """A URI of Spark's as a path to copy. Dagster would make a link of a path, which browsers refuse to open."""
+    return uri.removeprefix("file://").replace("s3a://", "s3://", 1)
+
+
+def rounded(value: float | int | None) -> float | int | None:
+    """A figure as people read it: four decimals."""
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def shorten_list(keys: Sequence[str], limit: int = 5) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from ml_platform.assets.outcomes import OWNERS, table_schema
+from ml_platform.assets.outcomes import OWNERS, readable_path, table_schema
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.resource import LakeResource, RawFile
-from spark_jobs.schema import CLEANED_COLUMNS
+from spark_jobs.schema import RAW_COLUMNS
 
 DATA_VERSION_TAG = "dagster/data_version"
 
@@ -18,7 +18,7 @@ def raw_file_observation(file: RawFile) -> dg.AssetObservation:
         asset_key="raw_transactions",
         partition=file.key,
         metadata={
-            "path": dg.MetadataValue.path(file.uri),
+            "path": readable_path(file.uri),
             "size_bytes": file.size,
             "fingerprint": file.fingerprint,
         },
@@ -38,10 +38,15 @@ def raw_file_observation(file: RawFile) -> dg.AssetObservation:
             owners=OWNERS,
             metadata={
                 "format": "text, 9 comma-separated fields per line, optional header line",
-                "dagster/column_schema": table_schema((name, "string", text) for name, _, text in CLEANED_COLUMNS),
+                "dagster/column_schema": table_schema(RAW_COLUMNS),
             },
-            description="Raw transaction files as they arrive in the raw store; one partition per file. They are "
-            "observed, never materialized: see the events for size and fingerprint.",
+            description="""Raw transaction files as they arrive in the raw store, one partition per file.
+
+**How to read it:** files are observed, never materialized. The latest observation of a partition has the path, the size
+and the fingerprint of the file, from which the platform notices that a file has changed.
+
+**If a file is missing here:** `ml-platform sync` registers files now and names those that it ignores; the sensor
+`new_raw_files` does the same each day. What a file must look like: docs/cleaning.md.""",
         )
     ]
 )

@@ -8,7 +8,15 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.assets.features import time_ranges, transaction_features, unusable_files
-from ml_platform.assets.outcomes import OWNERS, record_outcomes, record_partitions, split_verdicts, table_schema
+from ml_platform.assets.outcomes import (
+    OWNERS,
+    readable_path,
+    record_outcomes,
+    record_partitions,
+    rounded,
+    split_verdicts,
+    table_schema,
+)
 from ml_platform.lake.grades import valid_grades
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.quality import QualityLimits, judge_files
@@ -37,8 +45,8 @@ from spark_jobs.train_model import DEFAULTS
 CHAMPION_TAG = "ml_platform/scoring_champion"
 NO_CHAMPION = "none"
 
-#: Columns of the table of alerts in the metadata.
-ALERTS_SHOWN = ("tx_datetime", "transaction_id", "customer_id", "terminal_id", "tx_amount", "score", "reason_1")
+#: Columns of the table of alerts in the metadata: as many as the page has room for.
+ALERTS_SHOWN = ("score", "reason_1", "tx_amount", "customer_id", "terminal_id", "transaction_id")
 
 
 class ScoresConfig(dg.Config):
@@ -85,12 +93,20 @@ def causes_to_score(
             never_null=[name for name, *_ in SCORED_COLUMNS if name not in ("customer_id", "terminal_id")],
         )
     },
-    description="""The probability of fraud of each clean row, by the champion of before the run.
+    description="""Scores and alerts: the probability of fraud of each clean row, by the champion before the run.
 
 The rows of each day with the highest scores are alerts: `alerts.csv` and `alerts.parquet` name for each the three
 inputs that raised its score most. Scores stay as they were given when the champion or the history changes. They are
 graded week by week as soon as their labels are known. Without a champion that can score, a partition has a report that
-says so, and no rows. How to read scores and alerts: docs/scores.md.""",
+says so, and no rows.
+
+**How to read its metadata:** `first_alerts` are the first ten; `ml-platform alerts KEY` lists more, and `alerts_path`
+holds all. `expected_frauds` is the sum of the scores. `live_quality` shows all graded weeks, `drift` this file against
+the champion's training window.
+
+**If a check warns:** `champion_scores` says why the champion could not score; the run trains its successor anyway.
+`live_quality` and the drift checks say that the model may be out of date, or the data unusual: docs/scores.md says what
+to look at. All of them warn; none stops a file.""",
 )
 def scored_transactions(
     context: dg.AssetExecutionContext,
@@ -238,12 +254,12 @@ def _metadata(lake: LakeResource, report: ScoredReport, is_new: bool, live_quali
     if report.outcome != "scored":
         return metadata | ({"reason": report.error} if report.error else {})
     metadata |= {
-        "path": dg.MetadataValue.path(lake.partition_uri(SCORED_TABLE, report.partition)),
-        "alerts_path": dg.MetadataValue.path(lake.partition_uri(ALERTS_TABLE, report.partition)),
+        "path": readable_path(lake.partition_uri(SCORED_TABLE, report.partition)),
+        "alerts_path": readable_path(lake.partition_uri(ALERTS_TABLE, report.partition)),
         "model_version": report.model_version,
         "alerts": report.counts.alerts,
         "alerts_per_day": report.alerts_per_day,
-        "expected_frauds": report.score_sum,
+        "expected_frauds": round(report.score_sum, 1),
         "first_alerts": alerts_table(report.alerts),
     }
     if report.out_of_time_from is not None:
@@ -260,6 +276,6 @@ def alerts_table(alerts: list[dict[str, Any]]) -> dg.TableMetadataValue:
     kinds = {"bigint": "int", "double": "float", "int": "int"}
     types = {name: kinds.get(kind, "string") for name, kind, _ in ALERT_COLUMNS}
     return dg.MetadataValue.table(
-        [dg.TableRecord({name: alert.get(name) for name in ALERTS_SHOWN}) for alert in alerts],
+        [dg.TableRecord({name: rounded(alert.get(name)) for name in ALERTS_SHOWN}) for alert in alerts],
         schema=dg.TableSchema([dg.TableColumn(name, types[name]) for name in ALERTS_SHOWN]),
     )

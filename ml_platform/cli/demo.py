@@ -39,7 +39,7 @@ def demo() -> None:
 
 
 def _results(settings: Settings) -> Iterator[str]:
-    """Ten lines: rows, model, alerts, and the next steps."""
+    """A dozen lines: rows, model, alerts, and the next steps."""
     from ml_platform.lake.reports import CleanedReport, ScoredReport, TrainingReport
     from ml_platform.model.card import quality_in_words
 
@@ -54,7 +54,8 @@ def _results(settings: Settings) -> Iterator[str]:
     if champion is not None:
         directory = f"models/{champion.tags['cutoff']}/{champion.tags['dagster.run_id']}"
         report = TrainingReport.model_validate(json.loads(lake.store.read(f"{directory}/_report.json")))
-        yield f"Champion: version {champion.version}, {quality_in_words(report)}"
+        yield f"Champion: version {champion.version}, trained up to {report.windows['train'].last_date}"
+        yield f"  {quality_in_words(report)}"
     scored = {key: report for key, report in sorted(lake.reports(ScoredReport).items()) if report.alerts}
     for key, found in list(scored.items())[-1:]:
         yield (

@@ -23,7 +23,9 @@ says. Labels are treated as known after the delay. The model knows terminals and
 so it cannot detect a new terminal's first frauds. Scores are calibrated as long as the share of frauds is unchanged."""
 
 
-def model_card(report: TrainingReport, decision: Decision, rows_by_partition: Mapping[str, int]) -> str:
+def model_card(
+    report: TrainingReport, decision: Decision, rows_by_partition: Mapping[str, int], alerts_per_day: int = 100
+) -> str:
     """Model card as Markdown: data, windows, learner, metrics with intervals, promotion decision, limits.
 
     `report` is the report of a trained model, `rows_by_partition` has the rows of each training partition.
@@ -32,13 +34,14 @@ def model_card(report: TrainingReport, decision: Decision, rows_by_partition: Ma
     assert best is not None  # noqa: S101 - narrows the type
     params = ", ".join(f"{name} {value}" for name, value in best.params.items())
     parts = [
-        f"**Probability that a card transaction is a fraud**, from {len(report.features)} inputs.",
+        # The table of versions shows the beginning, and no Markdown.
+        f"{best.learner}, {quality_in_words(report, alerts_per_day)}.",
+        f"The score is the probability that a card transaction is a fraud, from {len(report.features)} inputs.",
         f"**Data.** {sum(rows_by_partition.values()):,} transactions of {len(keys)} raw files, {printable(keys[0])} to "
         f"{printable(keys[-1])}.",
         "**Windows.**\n\n" + _table(("window", "days", "rows", "frauds"), _windows(report)),
         f"**Learner.** {best.learner} ({params or 'defaults'}), the best of {len(report.grid)} candidates on the "
         f"validation window (average precision {best.validation_average_precision:.3f}).{_sampling(report)}",
-        f"**In words,** {quality_in_words(report)}.",
         "**Held-out week.**\n\n" + _table(("figure", "value", "95 % interval"), _figures(report, decision)),
         f"**Promotion.** {decision.outcome}. {printable(' '.join(decision.reasons))}",
         LIMITS.replace("\n", " "),
@@ -47,14 +50,14 @@ def model_card(report: TrainingReport, decision: Decision, rows_by_partition: Ma
 
 
 def quality_in_words(report: TrainingReport, alerts_per_day: int = 100) -> str:
-    """What alerts at this budget would have been worth in the held-out week, in one sentence without a capital."""
+    """What alerts at this budget would have been worth in the held-out week, in a sentence without capital and end."""
     rows = report.tables.get("thresholds", [])
     row = next((row for row in rows if row["alerts_per_day"] == alerts_per_day), None)
     if row is None or None in (row["precision"], row["recall"], row["amount_share"]):
-        return "without frauds in its held-out week"
+        return "no frauds in the held-out week"
     return (
-        f"in its held-out week: of {alerts_per_day} alerts a day {alerts_per_day * row['precision']:.0f} are frauds; "
-        f"they catch {row['recall']:.0%} of the frauds and {row['amount_share']:.0%} of the money"
+        f"of {alerts_per_day} alerts a day in the held-out week {alerts_per_day * row['precision']:.0f} are frauds; "
+        f"they catch {100 * row['recall']:.0f} % of the frauds and {100 * row['amount_share']:.0f} % of the money"
     )
 
 

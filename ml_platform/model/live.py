@@ -69,8 +69,9 @@ def log_grades(mlflow: MlflowResource, new: Sequence[Grade], every: Sequence[Gra
 
 def grades_summary(grades: Sequence[Grade]) -> str:
     """Grades of all versions as Markdown: a plot and a table, the newest week first."""
-    header = "| week | version | rows | frauds | average precision | at the budget: precision | recall | calibration |"
-    lines = [header, "|---|---|---|---|---|---|---|---|"]
+    at_budget = ("precision at the budget", "recall at the budget")
+    header = ("week", "version", "rows", "frauds", "average precision", *at_budget, "calibration")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for grade in reversed(grades[-26:]):
         figures = (
             _with_bounds(grade, "average_precision"),
@@ -98,15 +99,15 @@ def drift_summary(drift: Mapping[str, Any]) -> str:
         f"* {markdown(name)}: {markdown(found['outcome'])}. {markdown(found['reason'])}"
         for name, found in drift.items()
     ]
-    inputs = drift.get("feature_drift", {}).get("inputs", [])[:INPUTS_SHOWN]
-    table = ["| input | PSI | exceedance |", "|---|---|---|"]
-    table += [f"| {markdown(row['input'])} | {row['psi']:.3g} | {_short(row['exceedance'])} |" for row in inputs]
+    of_inputs = drift.get("feature_drift", {})
+    inputs, threshold = of_inputs.get("inputs", [])[:INPUTS_SHOWN], of_inputs.get("threshold")
+    table = ["The inputs that differ most; a clean file stays below 100 % of the limits.", ""]
+    table += ["| input | PSI | part of its limit |", "|---|---|---|"]
+    for row in inputs:
+        part = f"{100 * row['exceedance'] / threshold:.0f} %" if threshold and row["exceedance"] is not None else ""
+        table.append(f"| {markdown(row['input'])} | {row['psi']:.3g} | {part} |")
     pictures = [picture for found in drift.values() for picture in found.get("pictures", [])]
     parts = ["\n".join(lines), "\n".join(table) if inputs else ""]
     if pictures:
         parts.append(markdown_image("drift", drift_plot(pictures)))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"

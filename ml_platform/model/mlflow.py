@@ -22,6 +22,16 @@ MODEL_NAME = "fraud_model"
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 
+#: Description of the registered model in MLflow's UI.
+MODEL_DESCRIPTION = """Probability that a card transaction is a fraud, one version per training run of the asset
+`fraud_model` in Dagster.
+
+* The alias **champion** is the version in service: it scores the files that arrive. A new version gets it only if it is
+  better on the same held-out rows; else it is the **challenger**. Tags say since when, by whom and why.
+* Each version's description has its data, windows, figures with intervals, and limits.
+* Move the alias with `ml-platform champion set` or `rollback`, which check that the version can be used and record the
+  reason."""
+
 #: Maximum length of a version's description in MLflow's database.
 MAX_DESCRIPTION = 5000
 
@@ -193,7 +203,12 @@ class MlflowResource(dg.ConfigurableResource):
         """Register the artifact ``model`` of an MLflow run as a model version."""
         uri = f"runs:/{run.active_run().info.run_id}/model"
         version: ModelVersion = run.register_model(uri, MODEL_NAME, tags=dict(tags))
-        self.client().update_model_version(MODEL_NAME, version.version, description[:MAX_DESCRIPTION])
+        client = self.client()
+        client.update_model_version(MODEL_NAME, version.version, description[:MAX_DESCRIPTION])
+        # MLflow shows this tag as the description of the run.
+        run.set_tag("mlflow.note.content", description[:MAX_DESCRIPTION])
+        if not client.get_registered_model(MODEL_NAME).description:  # people may write their own
+            client.update_registered_model(MODEL_NAME, MODEL_DESCRIPTION)
         return version
 
     def tag_version(self, version: str, tags: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ml_platform.escaping import markdown
+from ml_platform.model.card import METRIC_LABELS
 from ml_platform.model.plot_elements import (
     BLUE,
     GREEN,
@@ -77,9 +78,10 @@ def build_figures(report: Report, intervals: Intervals) -> dict[str, Figure]:
     figures = {}
     panels = [panel for name, panel in OVERVIEW.items() if data.get(name)]
     if panels:
-        figures["overview"] = new_figure(_caption(report), width=12, height=6.8)
+        # As wide as the dialog of Dagster's UI, which is about 980 pixels.
+        figures["overview"] = new_figure(_caption(report), width=9.6, height=10.2)
         # Subfigures have separate layouts, so that long names in one panel do not narrow the panel above it.
-        for panel, cell in zip(panels, figures["overview"].subfigures(2, 3, squeeze=False).flat, strict=False):
+        for panel, cell in zip(panels, figures["overview"].subfigures(3, 2, squeeze=False).flat, strict=False):
             panel(styled(cell.subplots()), report, intervals)
     for name, panel in DETAILS.items():
         if data.get(name):
@@ -110,7 +112,9 @@ def markdown_summary(
     parts = [
         markdown(_caption(report)),
         f"Best of {len(report['grid'])} candidates: {markdown(shorten(best_candidate, 300))}",
+        "Figures of the held-out week, with 95 % intervals:",
         _metrics_table(report, intervals or {}),
+        "What a number of alerts a day would have caught in that week, with 95 % intervals:",
         _thresholds_table(report.get("tables", {}).get("thresholds", [])),
     ]
     # Reserve 200 bytes for the line that names omitted plots.
@@ -331,9 +335,10 @@ def _metrics_table(report: Report, intervals: Intervals) -> str:
     metrics, champion = report["metrics"], report.get("champion") or {}
     rows = []
     for name, value in metrics.items():
-        if not name.startswith("champion_"):
+        if not name.startswith("champion_") and name not in ("test_rows", "test_frauds"):
             interval = " to ".join(map(shown, intervals.get(name, ())))
-            rows.append((f"`{name}`", shown(value), interval, shown(metrics.get(f"champion_{name}"))))
+            label = METRIC_LABELS.get(name.removeprefix("test_"), f"`{name}`")
+            rows.append((label, shown(value), interval, shown(metrics.get(f"champion_{name}"))))
     return _table(("metric", "model", "interval", f"champion {champion.get('version', '')}".strip()), rows)
 
 

@@ -257,7 +257,7 @@ class Training:
         if library is not None:
             tags["library_version"] = installed_version(library)
         rows = {key: partition.rows for key, partition in self.partitions.items()}
-        return self.mlflow.register(self.run, tags, model_card(report, decision, rows))
+        return self.mlflow.register(self.run, tags, model_card(report, decision, rows, self.config.alerts_per_day))
 
     def check_champion(
         self, outcome: str, reason: str, *, replaced: bool = False, average_precision: float | None = None

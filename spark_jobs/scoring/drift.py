@@ -212,12 +212,10 @@ def _distributions(
     result["exceedance"] = worst["exceedance"]
     result["outcome"] = "drift" if worst["exceedance"] > result["threshold"] else "ok"
     above = sum(exceedance > result["threshold"] for exceedance in exceedances.values())
-    result["reason"] = "{}: PSI {:.2g}, {:.2g} times what one clean file in {:.0f} exceeds (limit {:.2g}){}.".format(
+    result["reason"] = "{} differs most: PSI {:.2g}, {:.2g} times its limit for a clean file{}.".format(
         worst["input"],
         worst["psi"],
-        worst["exceedance"],
-        1 / REFERENCE_RATE,
-        result["threshold"],
+        worst["exceedance"] / result["threshold"],
         f"; {above} of {len(names)} inputs are above it" if above > 1 else "",
     )
     return result
