@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import tracemalloc
 from collections import Counter, defaultdict
 from datetime import date, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -11,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 import numpy as np
 import pytest
 
-from ml_platform.dev.simulator import HEADER, FileTruth, Simulation, _within_radius
+from ml_platform.dev.simulator import HEADER, FileTruth, Simulation, _Reach
 
 # 300 customers x 60 terminals need a larger radius than the handbook's to reach a few terminals each.
 SMALL = {"customers": 300, "terminals": 60, "radius": 20.0, "days_per_file": 10}
@@ -301,23 +302,38 @@ def test_counts_of_customers_are_poisson() -> None:
 def test_reachable_terminals_are_those_within_the_radius(
     customers: int, terminals: int, radius: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the order that makes the files of a seed: by cell of a grid, then by id."""
     monkeypatch.setattr("ml_platform.dev.simulator._BLOCK_PAIRS", 2_000)
     random = np.random.default_rng(terminals)
     at, of = random.uniform(0, 100, (2, customers)), random.uniform(0, 100, (2, terminals))
-    numbers, ids = _within_radius(at, of, radius)
+    reach = _Reach(at, of, radius)
+    side = max(1, min(int(100 / radius), int(terminals**0.5)))
+    order = sorted(range(terminals), key=lambda terminal: (*(of[:, terminal] * side // 100), terminal))
     near = np.hypot(at[0][:, None] - of[0], at[1][:, None] - of[1]) < radius
-    per_customer = np.split(ids, np.cumsum(numbers)[:-1])
-    assert [sorted(each.tolist()) for each in per_customer] == [np.flatnonzero(row).tolist() for row in near]
+    expected = [[terminal for terminal in order if row[terminal]] for row in near]
+    assert reach.number.tolist() == [len(each) for each in expected]
+    pairs = [(customer, choice) for customer, each in enumerate(expected) for choice in range(len(each))]
+    random.shuffle(pairs)
+    found = reach.terminals(*np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
+    assert found.tolist() == [expected[customer][choice] for customer, choice in pairs]
+
+
+def test_memory_does_not_grow_with_the_pairs_of_customers_and_terminals() -> None:
+    """8 million pairs are within reach, of which a list would take 32 MB."""
+    tracemalloc.start()
+    _Reach(*np.random.default_rng(0).uniform(0, 100, (2, 2, 4_000)), radius=50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16e6
 
 
 def test_customers_use_all_terminals_within_reach_and_no_others() -> None:
     simulation = Simulation(customers=200, terminals=20, radius=10, days_per_file=60, fault_rate=0)
     people = simulation._population
     assert 0 < people.customer_id.size < 200
-    ends = people.first_terminal + people.number_of_terminals
     reachable = {
-        int(customer): set(people.terminal_id[first:end].tolist())
-        for customer, first, end in zip(people.customer_id, people.first_terminal, ends, strict=True)
+        customer: set(people.reach.terminals(np.full(number, customer), np.arange(number)).tolist())
+        for customer, number in zip(people.customer_id.tolist(), people.number_of_terminals.tolist(), strict=True)
     }
     used: dict[int, set[int]] = defaultdict(set)
     for row in clean_rows(simulation):

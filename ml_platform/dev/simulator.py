@@ -37,7 +37,6 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
@@ -105,7 +104,8 @@ _CUSTOMERS, _TERMINALS, _TOTALS, _TRANSACTIONS = 0, 1, 2, 3
 _COMPROMISED_TERMINALS, _COMPROMISED_CUSTOMERS, _FAULTY_ROWS = 4, 5, 6
 
 _BLOCK_ROWS = 65_536  # lines formatted per block
-_BLOCK_PAIRS = 1_000_000  # customer-terminal pairs per block
+_BLOCK_PAIRS = 131_072  # distances computed per block, which fit into a processor's cache
+_TILES = 8  # per cell: more take memory, fewer take time
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,8 @@ class _Population(NamedTuple):
     customer_id: Integers
     cumulative_rate: Floats  # transactions a day inside the day, summed up to and including the customer
     mean_amount: Floats
-    first_terminal: Integers  # the customer's terminals are terminal_id[first : first + number]
     number_of_terminals: Integers
-    terminal_id: NDArray[np.int32]
+    reach: _Reach
 
 
 class _Day(NamedTuple):
@@ -171,7 +170,8 @@ class Simulation:
     compromised_customers_per_day, compromised_customer_days, compromised_share, compromised_factor:
         scenario 3; the share of the customer's transactions that are fraud, and the factor of their amounts.
 
-    Memory depends on the population and one day, not on the number of files.
+    Memory depends on the population and one day, not on the number of files: about 500 bytes for each customer, 100 for
+    each terminal, and 300 for each transaction of a day.
     Raises ValueError if a setting is out of range.
     """
 
@@ -285,10 +285,8 @@ class Simulation:
         customers = random.uniform(0, _SQUARE, (2, self.customers))
         mean_amount = random.uniform(5, 100, self.customers)
         rate = random.uniform(0, 4, self.customers)
-        terminals = self._random(_TERMINALS).uniform(0, _SQUARE, (2, self.terminals))
-        number_of_terminals, terminal_id = _within_radius(customers, terminals, self.radius)
-        first_terminal = np.cumsum(number_of_terminals) - number_of_terminals
-        active = np.flatnonzero(number_of_terminals)
+        reach = _Reach(customers, self._random(_TERMINALS).uniform(0, _SQUARE, (2, self.terminals)), self.radius)
+        active = np.flatnonzero(reach.number)
         # Probability that the second of the day, truncated to a whole number, is 1..86,399.
         scale = _SD_SECOND * math.sqrt(2)
         inside = (math.erf((_DAY_SECONDS - _MEAN_SECOND) / scale) - math.erf((1 - _MEAN_SECOND) / scale)) / 2
@@ -296,9 +294,8 @@ class Simulation:
             customer_id=active,
             cumulative_rate=np.cumsum(rate[active] * inside),
             mean_amount=mean_amount[active],
-            first_terminal=first_terminal[active],
-            number_of_terminals=number_of_terminals[active],
-            terminal_id=terminal_id,
+            number_of_terminals=reach.number[active],
+            reach=reach,
         )
 
     def _total(self, day: int) -> int:
@@ -325,7 +322,7 @@ class Simulation:
             customer = np.zeros(0, dtype=np.int64)
         customer_id = people.customer_id[customer]
         choice = (random.random(total) * people.number_of_terminals[customer]).astype(np.int64)
-        terminal_id = people.terminal_id[people.first_terminal[customer] + choice].astype(np.int64)
+        terminal_id = people.reach.terminals(customer_id, choice)
 
         second = random.normal(_MEAN_SECOND, _SD_SECOND, total)
         outside = np.flatnonzero((second < 1) | (second >= _DAY_SECONDS))
@@ -395,28 +392,108 @@ class Simulation:
         return [_Fault(*values) for values in zip(*columns, strict=True)]
 
 
-def _within_radius(customers: Floats, terminals: Floats, radius: float) -> tuple[Integers, NDArray[np.int32]]:
-    """(number of terminals within `radius` of each customer, ids of these terminals, customer by customer).
+class _Reach:
+    """The terminals within a radius of each customer, without a list of all such pairs: there may be billions.
 
-    `customers` and `terminals` are (2, n) coordinates in the square.
+    The square is a grid of cells at least as wide as the radius, so a customer reaches only terminals in the 3 x 3
+    cells around. A cell is divided into tiles of equally many terminals. `_reached` holds how many terminals of each
+    tile are within reach of a customer; a transaction then has to search a single tile for its terminal.
+
+    A customer's terminals are ordered by cell, then by id. Another order would change the files of a seed.
     """
+
+    def __init__(self, customers: Floats, terminals: Floats, radius: float) -> None:
+        """`customers` and `terminals` are (2, n) coordinates in the square."""
+        import numpy as np
+
+        side = max(1, min(int(_SQUARE / radius), math.isqrt(terminals.shape[1])))
+        cell = _cells(terminals, side)
+        self._terminal_id = np.argsort(cell, kind="stable").astype(np.int32)
+        self._terminals = terminals[:, self._terminal_id]
+        self._customers, self._radius, self._side = customers, radius, side
+        self._cell = _cells(customers, side)
+        bounds = np.searchsorted(cell[self._terminal_id], np.arange((side + 2) ** 2 + 1))
+        begin = bounds[:-1, None] + np.diff(bounds)[:, None] * np.arange(_TILES) // _TILES
+        # Where each tile begins in the order of terminals; the next one's begin is its end.
+        self._tiles = np.append(begin, bounds[-1])
+        self._reached = self._count()
+
+    @property
+    def number(self) -> Integers:
+        """Number of terminals within reach, by customer."""
+        return self._reached[:, -1].astype("int64")
+
+    def terminals(self, customer: Integers, choice: Integers) -> Integers:
+        """For each customer, the id of their terminal number `choice`, from 0."""
+        import numpy as np
+
+        step = self._customers_per_block(1)
+        ids = np.empty(customer.size, dtype=np.int64)
+        for start in range(0, customer.size, step):
+            part = slice(start, start + step)
+            ids[part] = self._terminal_id[self._find(customer[part], choice[part])]
+        return ids
+
+    def _count(self) -> NDArray[np.int32]:
+        """Number of terminals within reach in the first tile around each customer, in the first two, and so on."""
+        import numpy as np
+
+        customers, tiles = self._cell.size, 9 * _TILES
+        reached = np.empty((customers, tiles), dtype=np.int32)
+        step = self._customers_per_block(tiles)
+        for start in range(0, customers, step):
+            customer = np.arange(start, min(start + step, customers))
+            tile = self._tile(customer[:, None], np.arange(tiles))
+            begin, end = self._tiles[tile], self._tiles[tile + 1]
+            # The tiles of a column of cells follow one another.
+            columns = begin[:, :: tiles // 3].ravel(), end[:, tiles // 3 - 1 :: tiles // 3].ravel()
+            near, _ = self._near(customer.repeat(3), *columns)
+            sums = np.append(0, np.cumsum(near, dtype=np.int32))
+            ends = np.cumsum(end - begin).reshape(end.shape)
+            reached[customer] = sums[ends] - sums[np.append(0, ends[:-1, -1])][:, None]
+        return reached
+
+    def _find(self, customer: Integers, choice: Integers) -> Integers:
+        """The places of the chosen terminals in the order of terminals."""
+        import numpy as np
+
+        rows, reached = np.arange(customer.size), self._reached[customer]
+        position = np.argmax(reached > choice.astype(np.int32)[:, None], axis=1)
+        before = np.where(position, reached[rows, position - 1], 0)
+        tile = self._tile(customer, position)
+        near, place = self._near(customer, self._tiles[tile], self._tiles[tile + 1])
+        number = reached[rows, position] - before
+        return place[near][np.cumsum(number) - number + choice - before]
+
+    def _near(self, customer: Integers, begin: Integers, end: Integers) -> tuple[NDArray[np.bool_], Integers]:
+        """Whether the terminals at the places `begin` to `end` are within reach of each customer; these places."""
+        import numpy as np
+
+        size = end - begin
+        place = np.arange(size.sum()) + np.repeat(begin - np.cumsum(size) + size, size)
+        x, y = (
+            terminals.take(place) - customers.take(customer).repeat(size)
+            for terminals, customers in zip(self._terminals, self._customers, strict=True)
+        )
+        return x * x + y * y <= self._radius**2, place
+
+    def _tile(self, customer: Integers, position: Integers) -> Integers:
+        """Number of the tile at `position` among those of the 3 x 3 cells around a customer."""
+        column, row = position // (3 * _TILES), position % (3 * _TILES)
+        return (self._cell[customer] + (column - 1) * (self._side + 2) - 1) * _TILES + row
+
+    def _customers_per_block(self, tiles: int) -> int:
+        """Number of customers per block, if `tiles` tiles are searched for each of them."""
+        pairs = tiles * self._terminal_id.size // (_TILES * self._side**2)
+        return max(1, _BLOCK_PAIRS // max(9 * _TILES, pairs))
+
+
+def _cells(points: Floats, side: int) -> Integers:
+    """Number of each point's cell, in a grid of `side` x `side` cells with a rim of empty ones around it."""
     import numpy as np
-    from scipy.spatial import cKDTree
 
-    # A customer's terminals are ordered by grid cell; changing the order would change the files of a seed.
-    side = max(1, min(int(_SQUARE / radius), math.isqrt(terminals.shape[1])))
-    cell = np.minimum((terminals * (side / _SQUARE)).astype(np.int64), side - 1)
-    order = np.argsort(cell[0] * side + cell[1], kind="stable").astype(np.int32)
-    tree = cKDTree(terminals.T[order])
-
-    pairs_per_customer = terminals.shape[1] * min(1.0, math.pi * radius**2 / _SQUARE**2)
-    step = math.ceil(_BLOCK_PAIRS / max(1.0, pairs_per_customer))
-    numbers, ids = [], []
-    for start in range(0, customers.shape[1], step):
-        reached = tree.query_ball_point(customers.T[start : start + step], radius, return_sorted=True)
-        numbers += [len(each) for each in reached]
-        ids.append(order[np.fromiter(chain.from_iterable(reached), dtype=np.int64)])
-    return np.array(numbers), np.concatenate(ids)
+    column, row = np.minimum((points * (side / _SQUARE)).astype(np.int64), side - 1) + 1
+    return column * (side + 2) + row
 
 
 def _format(day: _Day, faults: list[_Fault]) -> Iterator[bytes]:
