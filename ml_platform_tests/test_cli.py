@@ -6,9 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version as version_of_package
 from pathlib import Path
@@ -18,9 +22,10 @@ from unittest import mock
 
 import dagster as dg
 import pytest
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from ml_platform.cli import clusters, data, doctor
-from ml_platform.cli.context import CommandError
+from ml_platform.cli.context import CommandError, complete_partition
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript
 from ml_platform.lake import resource as lake_module
 from ml_platform.lake import storage
@@ -162,7 +167,7 @@ class TestErrors:
             ({"DAGSTER_HOME": None}, "sync", "DAGSTER_HOME is not set: "),
             ({"DAGSTER_HOME": None}, "process-new-files", "DAGSTER_HOME is not set: "),
             ({"DAGSTER_HOME": "here"}, "sync", "DAGSTER_HOME must be an absolute path"),
-            ({}, "simulate --fault-rate 5000", "fault_rate is 5000"),
+            ({}, "simulate --terminals 1", "compromised_terminals_per_day is 2"),
             ({}, "clusters list", "this deployment does not use clusters: set ML_PLATFORM_DEPLOYMENT=yandex"),
             ({}, "clusters delete --orphaned", "this deployment does not use clusters: set ML_PLATFORM_DEPLOYMENT"),
         ],
@@ -180,7 +185,13 @@ class TestErrors:
         assert code == 1
         assert only_line(err).startswith(f"error: {error}")
 
-    @pytest.mark.parametrize("arguments", ["fly", "simulate --files none", "simulate --files 0"])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            *("fly", "simulate --files none", "simulate --files 0", "simulate --fault-rate 1001"),
+            *("alerts a --day soon", "clusters delete", "clusters delete some-id --orphaned"),
+        ],
+    )
     def test_wrong_usage_exits_with_2(self, run_cli: RunCli, arguments: str):
         code, _, err = run_cli(*arguments.split())
         assert code == 2
@@ -200,11 +211,66 @@ class TestErrors:
         with pytest.raises(NotADirectoryError):
             run_cli("--traceback", "simulate")
 
-    def test_an_interrupt_exits_with_130(self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(data, "lake_of", mock.Mock(side_effect=KeyboardInterrupt))
+    @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, DagsterExecutionInterruptedError])
+    def test_an_interrupt_exits_with_130(
+        self, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
+    ):
+        monkeypatch.setattr(data, "lake_of", mock.Mock(side_effect=interrupt))
         code, _, err = run_cli("sync")
         assert code == 130
         assert "Traceback" not in err
+
+
+class TestSignals:
+    """The command in a process of its own."""
+
+    @pytest.fixture
+    def command(self, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+        def start(*arguments: str) -> subprocess.Popen[str]:
+            return subprocess.Popen(
+                [sys.executable, "-m", "ml_platform.cli.main", *arguments],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+
+        return start
+
+    def test_a_stopped_simulation_leaves_no_half_file_for_long(
+        self, command: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    ):
+        raw = tmp_path / "data/raw"
+
+        def stop(number: signal.Signals) -> int:
+            before = set(raw.glob(".*"))
+            with command("simulate", "--days-per-file", "3650") as process:
+                while process.poll() is None and not set(raw.glob(".*")) - before:
+                    time.sleep(0.1)
+                process.send_signal(number)
+                process.communicate()
+                return process.returncode
+
+        assert stop(signal.SIGKILL) == -signal.SIGKILL
+        assert len(list(raw.iterdir())) == 1
+        # The next one cleans up after it, and after itself.
+        assert stop(signal.SIGTERM) == 130
+        assert list(raw.iterdir()) == []
+
+    def test_a_reader_that_goes_away_gets_no_traceback(
+        self, command: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    ):
+        report = tmp_path / "data/lake/cleaned_transactions/raw_file=a/_report.json"
+        report.parent.mkdir(parents=True)
+        report.write_text(json.dumps(cleaned_report("a", raw_spec(0), rejected_rows=1, malformed_row=1)))
+        for arguments in (["--help"], ["rejects", "a"]):
+            with command(*arguments) as process:
+                assert process.stdout is not None
+                process.stdout.close()
+                process.stdout = None
+                _, err = process.communicate()
+            assert (process.returncode, err) == (1, "")
 
 
 def test_the_summary_counts_the_rows_of_each_file(run_cli: RunCli, mlflow_ready: None):
@@ -219,6 +285,7 @@ def test_the_summary_counts_the_rows_of_each_file(run_cli: RunCli, mlflow_ready:
         path = Path(f"data/lake/{table}/raw_file=2019-08-22/_report.json")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(content))
+    (Path("data/raw") / "other.csv").touch()
     code, out, _ = run_cli("summary")
     assert code == 0
     first, second = (line for line in out.splitlines() if "2019-" in line)
@@ -226,6 +293,35 @@ def test_the_summary_counts_the_rows_of_each_file(run_cli: RunCli, mlflow_ready:
     assert "2019-08-24" in second
     assert "not cleaned yet" in second
     assert "No model of fraud_model is the champion yet." in out
+
+    code, out, err = run_cli("summary", "--json")
+    assert code == 0
+    assert only_line(err).startswith("ignored 'other.csv'")
+    unknown = dict.fromkeys(("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows", "fraud_rows", "alerts"))
+    counts = {"raw_rows": 20_103, "clean_rows": 20_000, "duplicate_rows": 2, "rejected_rows": 101, "fraud_rows": 200}
+    assert json.loads(out) == {
+        "raw_uri": str(Path("data/raw").absolute()),
+        "lake_uri": str(Path("data/lake").absolute()),
+        "partitions": [
+            {"partition": "2019-08-22", "state": "not_scored", "reason": None, **unknown, **counts},
+            {"partition": "2019-08-24", "state": "not_cleaned", "reason": None, **unknown},
+        ],
+        "champion": None,
+    }
+
+
+def test_the_shell_completes_partitions(run_cli: RunCli):
+    for key in ("2019-08-22", "2019-08-24", "2020-01-01"):
+        Path(f"another lake/cleaned_transactions/raw_file={key}").mkdir(parents=True)
+    Path(".env").write_text('ML_PLATFORM_LAKE_URI="another lake"\n')
+    words = {"COMP_WORDS": "ml-platform alerts 2019", "COMP_CWORD": "2", "_ML_PLATFORM_COMPLETE": "complete_bash"}
+    program = str(Path(sys.executable).with_name("ml-platform"))
+    process = subprocess.run([program], env={**os.environ, **words}, capture_output=True, text=True, check=True)
+    assert (process.stdout.split(), process.stderr) == (["2019-08-22", "2019-08-24"], "")
+
+    for uri in ("s3://bucket/lake", "gs://wrong", "nowhere"):
+        Path(".env").write_text(f"ML_PLATFORM_LAKE_URI={uri}\n")
+        assert complete_partition("") == []
 
 
 def doctor_rows(out: str) -> dict[str, tuple[str, str]]:
@@ -597,6 +693,7 @@ class TestChampion:
 
     def test_set_show_and_roll_back(self, run_cli: RunCli, registry: MlflowResource):
         assert "No model" in run_cli("champion", "show")[1]
+        assert json.loads(run_cli("champion", "show", "--json")[1]) is None
         assert run_cli("champion", "set", "1", "--why", "the first [red]", "--who", "ann")[0] == 0
         assert run_cli("champion", "set", "2", "--why", "by hand", "--who", "ben")[0] == 0
         shown = run_cli("champion", "show")[1]
@@ -607,6 +704,16 @@ class TestChampion:
         shown = run_cli("champion", "show")[1]
         for part in ("version 1", "file-1", "eve", "too many alerts", "0.81"):
             assert part in shown
+        code, out, err = run_cli("champion", "show", "--json")
+        assert (code, err) == (0, "")
+        facts = json.loads(out)
+        assert datetime.fromisoformat(facts.pop("since"))
+        (problem,) = facts.pop("problems")
+        assert problem.startswith("The champion, version 1: its artifacts are gone from")
+        assert facts == {
+            **{"version": 1, "by": "eve", "why": "too many alerts", "cutoff": "file-1", "learner": "xgboost"},
+            **{"train_last_date": None, "run_id": None, "metrics": {"test_roc_auc": 0.81}},
+        }
         # Alerts read each move in Dagster, and the same version again is no move.
         with dg.DagsterInstance.get() as instance:
             moves = instance.fetch_observations(CHAMPION_ASSET, limit=9, ascending=True).records
@@ -751,9 +858,21 @@ class TestClusters:
         assert "orphaned: its run done-run has ended (SUCCESS)" in lines["done"]
         assert "orphaned: its run lost-run is unknown" in lines["lost"]
         assert cloud.calls("ClusterService.Delete") == []
+        code, out, err = run_cli("clusters", "list", "--json")
+        assert (code, err) == (0, "")
+        listed = {cluster["name"]: cluster for cluster in json.loads(out)}
+        assert all(datetime.fromisoformat(cluster.pop("created")) for cluster in listed.values())
+        assert listed["done-1"] == {
+            **{"name": "done-1", "id": ids["done"], "status": "RUNNING", "run_id": "done-run"},
+            "orphaned": "its run done-run has ended (SUCCESS)",
+        }
+        assert {name: bool(cluster["orphaned"]) for name, cluster in listed.items()} == {
+            **{"busy-1": False, "done-1": True, "lost-1": True}
+        }
 
     def test_a_deployment_without_clusters(self, run_cli: RunCli, cloud: FakeDataproc):
         assert only_line(run_cli("clusters", "list")[1]) == "This deployment has no clusters."
+        assert json.loads(run_cli("clusters", "list", "--json")[1]) == []
         assert only_line(run_cli("clusters", "delete", "--orphaned")[1]) == "No orphaned clusters."
 
     def test_only_orphaned_clusters_are_deleted(self, run_cli: RunCli, cloud: FakeDataproc, ids: dict[str, str]):
@@ -785,8 +904,8 @@ class TestClusters:
     def test_delete_takes_either_ids_or_orphaned(self, run_cli: RunCli, cloud: FakeDataproc):
         for arguments in ([], ["some-id", "--orphaned"]):
             code, _, err = run_cli("clusters", "delete", *arguments)
-            assert code == 1
-            assert only_line(err).startswith("error: name clusters")
+            assert code == 2
+            assert "name clusters" in err
         assert cloud.journal == []
 
     def test_a_refusal_of_the_api_is_one_line_with_advice(

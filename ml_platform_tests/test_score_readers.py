@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -92,13 +93,26 @@ def test_alerts_are_shown_with_their_reasons(run_cli: RunCli, lake: LakeResource
     assert end.startswith("2 of 10 alerts of 2019-11-20, by model version 3")
     assert f"/alerts/raw_file={KEYS[1]}/alerts.csv" in end
 
+    code, out, err = run_cli("alerts", KEYS[1], "--day", "2019-11-21", "--top", "2", "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert answer.pop("csv").endswith(f"/alerts/raw_file={KEYS[1]}/alerts.csv")
+    first, second = answer.pop("alerts")
+    assert answer == {"partition": KEYS[1], "model_version": 3, "number_of_alerts": 10}
+    (reason,) = first.pop("reasons")
+    assert (reason["reason"], type(reason["contribution"])) == ("amount 10.00", float)
+    assert first == {
+        **{"transaction_id": 1, "tx_datetime": "2019-11-21T01:00:00Z", "customer_id": 1, "terminal_id": 7},
+        **{"tx_amount": 10.0, "score": pytest.approx(0.89), "rank_of_day": 1},
+    }
+    assert second["terminal_id"] is None
+
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["2019-01-01"], "'2019-01-01' is not a scored partition"),
         (["none"], "none has no scores: there was no champion"),
-        ([KEYS[0], "--day", "yesterday"], "--day yesterday: it must be a date like"),
     ],
 )
 def test_alerts_that_cannot_be_shown(run_cli: RunCli, lake: LakeResource, arguments: list[str], says: str):

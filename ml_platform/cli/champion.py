@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ml_platform.cli.context import CommandError, console, dagster_instance, first_line, mlflow_of, plain, say, warn
+from ml_platform.cli.context import (
+    AsJson,
+    CommandError,
+    console,
+    dagster_instance,
+    first_line,
+    mlflow_of,
+    plain,
+    print_json,
+    say,
+    warn,
+)
 from ml_platform.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -20,40 +31,62 @@ Why = Annotated[str, typer.Option(help="Reason, recorded with the version.")]
 Who = Annotated[str | None, typer.Option(help="Who made the decision; default: the current user.")]
 
 
+#: Fields of a champion in JSON, each with the tag of its version and its label in the table.
+FIELDS = (
+    ("since", "champion_since", "champion since"),
+    ("by", "champion_by", "by"),
+    ("why", "champion_why", "because"),
+    ("cutoff", "cutoff", "trained up to partition"),
+    ("train_last_date", "train_last_date", "last day trained on"),
+    ("learner", "learner", "learner"),
+    ("run_id", "dagster.run_id", "Dagster run"),
+)
+
+
 @app.command("show")
-def show_champion() -> None:
+def show_champion(as_json: AsJson = False) -> None:
     """Show the champion, since when and why it is the champion, its data and its metrics."""
-    print_champion(load_settings())
+    settings = load_settings()
+    if as_json:
+        print_json(champion_facts(settings))
+    else:
+        print_champion(settings)
 
 
-def print_champion(settings: Settings) -> None:
-    from ml_platform.model.gate import lost_parts
-    from ml_platform.model.mlflow import MODEL_NAME
+def champion_facts(settings: Settings) -> dict[str, Any] | None:
+    """The champion as values for JSON; None if there is none."""
+    from ml_platform.model.gate import champion_problem, lost_parts
 
     resource = mlflow_of(settings)
     champion = resource.champion()
     if champion is None:
+        return None
+    metrics = {name: value for name, value in sorted(resource.metrics_of(champion).items()) if name.startswith("test_")}
+    problems = filter(None, (lost_parts(resource, champion), champion_problem(champion)))
+    return {
+        "version": int(champion.version),
+        **{field: champion.tags.get(tag) for field, tag, _ in FIELDS},
+        "metrics": metrics,
+        "problems": [f"The champion, {problem}." for problem in problems],
+    }
+
+
+def print_champion(settings: Settings) -> None:
+    from ml_platform.model.mlflow import MODEL_NAME
+
+    facts = champion_facts(settings)
+    if facts is None:
         say(f"No model of {MODEL_NAME} is the champion yet.")
         return
-    table = Table("", "value", title=f"Champion: {MODEL_NAME} version {champion.version}")
-    for label, tag in (
-        ("champion since", "champion_since"),
-        ("by", "champion_by"),
-        ("because", "champion_why"),
-        ("trained up to partition", "cutoff"),
-        ("last day trained on", "train_last_date"),
-        ("learner", "learner"),
-        ("Dagster run", "dagster.run_id"),
-    ):
-        table.add_row(label, plain(champion.tags.get(tag, "not recorded")))
+    table = Table("", "value", title=f"Champion: {MODEL_NAME} version {facts['version']}")
+    for field, _, label in FIELDS:
+        table.add_row(label, plain(facts[field] or "not recorded"))
     table.add_section()
-    for name, value in sorted(resource.metrics_of(champion).items()):
-        if name.startswith("test_"):
-            table.add_row(name, f"{value:,.4f}".rstrip("0").rstrip("."))
+    for name, value in facts["metrics"].items():
+        table.add_row(name, f"{value:,.4f}".rstrip("0").rstrip("."))
     console.print(table)
-    if problem := lost_parts(resource, champion):
-        say(f"The champion, {problem}.", "yellow")
-    print_champion_problem(champion)
+    for problem in facts["problems"]:
+        say(problem, "yellow")
 
 
 def print_champion_problem(champion: ModelVersion | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ml_platform.cli.context import CommandError, console, dagster_instance, plain, say
+from ml_platform.cli.context import AsJson, CommandError, console, dagster_instance, plain, print_json, say
 from ml_platform.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -36,22 +36,39 @@ def dataproc_engine(settings: Settings) -> DataprocEngine:
 
 
 @app.command("list")
-def list_clusters() -> None:
+def list_clusters(as_json: AsJson = False) -> None:
     """Show the clusters, their runs, and which clusters are orphaned."""
     from datetime import datetime, timezone
 
     from ml_platform.dataproc.orphans import orphan_reason
 
     settings = load_settings()
-    table = Table("cluster", "id", "state", "created", "run", "", title="Clusters of this deployment")
+    table = Table("cluster", "id", "status", "created", "run", "", title="Clusters of this deployment")
     clusters = dataproc_engine(settings).clusters()
+    rows: list[dict[str, str | None]] = []
     with dagster_instance(settings) as instance:
         for cluster in clusters:
-            reason = orphan_reason(instance, cluster)
-            created = datetime.fromtimestamp(cluster.created_at, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+            reason = orphan_reason(instance, cluster) or None
+            created = datetime.fromtimestamp(cluster.created_at, timezone.utc)
             verdict = plain(f"orphaned: {reason}", "red") if reason else plain("in use", "green")
             run_id = cluster.labels.get("dagster-run-id", "")
-            table.add_row(plain(cluster.name), plain(cluster.id), cluster.status, created, plain(run_id), verdict)
+            table.add_row(
+                *(plain(cluster.name), plain(cluster.id), cluster.status),
+                *(f"{created:%Y-%m-%d %H:%M UTC}", plain(run_id), verdict),
+            )
+            rows.append(
+                {
+                    "name": cluster.name,
+                    "id": cluster.id,
+                    "status": cluster.status,
+                    "created": f"{created:%Y-%m-%dT%H:%M:%SZ}",
+                    "run_id": run_id or None,
+                    "orphaned": reason,
+                }
+            )
+    if as_json:
+        print_json(rows)
+        return
     console.print(table if clusters else "This deployment has no clusters.")
 
 
@@ -65,7 +82,7 @@ def delete_clusters(
     from ml_platform.dataproc.orphans import orphan_reason
 
     if bool(cluster_ids) == orphaned:
-        raise CommandError("name clusters (see ml-platform clusters list), or give --orphaned")
+        raise typer.BadParameter("name clusters (see ml-platform clusters list), or give --orphaned")
     settings = load_settings()
     engine = dataproc_engine(settings)
     clusters = {cluster.id: cluster for cluster in engine.clusters()}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from ml_platform.escaping import printable
-from ml_platform.settings import Settings
+from ml_platform.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -32,6 +35,38 @@ console = _console(stderr=False)
 errors = _console(stderr=True)
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts (docs/operations.md).")]
+
+
+def load_dotenv() -> None:
+    """Read .env, which overrides the environment, as in Dagster's commands."""
+    import dotenv
+
+    dotenv.load_dotenv(Path.cwd() / ".env", override=True)
+
+
+def complete_partition(incomplete: str) -> list[str]:
+    """Partitions that a shell completes: the cleaned ones of a lake on this machine. S3 would take too long."""
+    from ml_platform.lake.reports import CLEANED_TABLE
+    from ml_platform.lake.storage import open_store
+
+    load_dotenv()
+    try:
+        lake_uri = load_settings().lake_uri
+    except SettingsError:
+        return []
+    if lake_uri.startswith("s3://"):
+        return []
+    names = [entry.name for entry in open_store(lake_uri).list_directory(CLEANED_TABLE)]
+    keys = [name.removeprefix("raw_file=").rstrip("/") for name in names if name.startswith("raw_file=")]
+    return sorted(key for key in keys if key.startswith(incomplete))
+
+
+Partition = Annotated[
+    str, typer.Argument(help="Partition: the name of the raw file without .txt.", autocompletion=complete_partition)
+]
+
+
 class CommandError(Exception):
     """An error that the user can fix; the message says how."""
 
@@ -49,6 +84,11 @@ def say(text: str, style: str = "") -> None:
 def warn(text: str, style: str = "yellow") -> None:
     """Print one line of plain text to standard error."""
     errors.print(plain(text, style), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; characters outside ASCII are escaped."""
+    typer.echo(json.dumps(value, indent=1))
 
 
 def first_line(error: BaseException) -> str:

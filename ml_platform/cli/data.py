@@ -10,14 +10,26 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ml_platform.cli.champion import print_champion, print_champion_problem
-from ml_platform.cli.context import CommandError, console, dagster_instance, lake_of, mlflow_of, plain, say, warn
+from ml_platform.cli.champion import champion_facts, print_champion, print_champion_problem
+from ml_platform.cli.context import (
+    AsJson,
+    CommandError,
+    Partition,
+    console,
+    dagster_instance,
+    lake_of,
+    mlflow_of,
+    plain,
+    print_json,
+    say,
+    warn,
+)
 from ml_platform.settings import load_settings
 
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from ml_platform.lake.reports import FeaturesReport, ScoredReport
+    from ml_platform.lake.resource import LakeResource, RawFile
 
 
 def simulate(
@@ -27,7 +39,7 @@ def simulate(
     customers: Annotated[int, typer.Option(min=1, help="Number of customers.")] = 2_500,
     terminals: Annotated[int, typer.Option(min=1, help="Number of terminals.")] = 5_000,
     fault_rate: Annotated[
-        float, typer.Option(min=0, help="Fault rate as a multiple of the real files' rate; 0 for none.")
+        float, typer.Option(min=0, max=1000, help="Fault rate as a multiple of the real files' rate; 0 for none.")
     ] = 50.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed produces the same files.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Overwrite existing files.")] = False,
@@ -50,6 +62,7 @@ def simulate(
         raise CommandError(str(error)) from None
     store = open_store(settings.raw_uri)
     existing = {file.name for file in store.list_directory()}
+    store.delete_leftovers()
     table = Table(
         "file", "rows", "frauds", "faulty or rejected", "MB", title=escape(f"Raw files in {settings.raw_uri}")
     )
@@ -136,8 +149,8 @@ def process_new_files(
         raise CommandError(f"{len(failed)} of {len(plan.ranges)} runs failed: {', '.join(failed)}")
 
 
-def rejects(key: Annotated[str, typer.Argument(help="Partition of the file.")]) -> None:
-    """Show how many rows of a file each rule rejected, with a line for each."""
+def rejects(key: Partition) -> None:
+    """Show how many rows of a partition each rule rejected, with a line for each."""
     from ml_platform.lake.reports import REJECTED_TABLE, CleanedReport
     from spark_jobs.schema import REJECT_RULES
 
@@ -158,7 +171,7 @@ def rejects(key: Annotated[str, typer.Argument(help="Partition of the file.")]) 
 
 
 def withdraw(
-    key: Annotated[str, typer.Argument(help="Partition of the file.")],
+    key: Partition,
     undo: Annotated[bool, typer.Option("--undo", help="Let the next run clean the file again.")] = False,
 ) -> None:
     """Take a file out of the lake and keep it out, whatever its raw file holds, until --undo."""
@@ -174,7 +187,7 @@ def withdraw(
         return
     with dagster_instance(settings) as instance:
         if has_active_runs(instance):
-            raise CommandError("runs are queued or running, and may read the file: wait for them or stop them")
+            raise CommandError("runs are queued or running, and may read the file: wait for them or terminate them")
         try:
             effects = withdraw_file(lake, key)
         except ValueError as error:
@@ -184,42 +197,77 @@ def withdraw(
         say(f"* {effect}")
 
 
-def summary() -> None:
+#: Row counts of a partition in the summary, by the label of their column.
+COUNTS = {
+    "raw rows": "raw_rows",
+    "clean": "clean_rows",
+    "duplicate": "duplicate_rows",
+    "rejected": "rejected_rows",
+    "frauds": "fraud_rows",
+}
+
+
+def summary(as_json: AsJson = False) -> None:
     """Show the contents of the lake and the champion."""
+    settings = load_settings()
+    lake = lake_of(settings)
+    files, ignored = lake.list_raw_files()
+    _warn_of_ignored_files(ignored)
+    partitions = _partitions(lake, files)
+    if as_json:
+        uris = {"raw_uri": settings.raw_uri, "lake_uri": settings.lake_uri}
+        print_json({**uris, "partitions": partitions, "champion": champion_facts(settings)})
+        return
+    table = Table("partition", *COUNTS, "state", title="Lake")
+    for item in partitions:
+        counts = ["" if item[name] is None else f"{item[name]:,}" for name in COUNTS.values()]
+        table.add_row(item["partition"], *counts, plain(_state_in_words(item)))
+    console.print(table)
+    print_champion(settings)
+
+
+def _partitions(lake: LakeResource, files: Mapping[str, RawFile]) -> list[dict[str, Any]]:
+    """All partitions with their row counts, state, the reason of the state, and number of alerts."""
     from ml_platform.jobs import run_limits
     from ml_platform.lake.quality import judge_files
     from ml_platform.lake.reports import CleanedReport, FeaturesReport, ScoredReport
     from ml_platform.model.config import run_config
 
-    settings = load_settings()
-    lake = lake_of(settings)
-    files, ignored = lake.list_raw_files()
-    _warn_of_ignored_files(ignored)
     cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
     scored, withdrawn, uncleaned = lake.reports(ScoredReport), set(lake.withdrawn()), lake.uncleaned()
     verdicts = judge_files(cleaned, features, run_limits(run_config()))
-    table = Table("raw file", "raw rows", "clean", "duplicate", "rejected", "frauds", "state", title="Lake")
+    partitions = []
     for key in sorted(files.keys() | cleaned.keys() | withdrawn):
-        if key not in cleaned:
-            reason = f"not cleaned: {uncleaned[key].reason}" if key in uncleaned else "not cleaned yet"
-            table.add_row(key, plain("withdrawn" if key in withdrawn else reason))
-            continue
-        counts = cleaned[key].counts
-        columns = ("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows", "fraud_rows")
-        stopped = verdicts.reason(key)
-        state = f"stopped by {stopped}" if stopped else _state_of(features.get(key), scored.get(key))
-        table.add_row(key, *[f"{getattr(counts, name):,}" for name in columns], plain(state))
-    console.print(table)
-    print_champion(settings)
+        counts, reason, alerts = cleaned[key].counts if key in cleaned else None, None, None
+        if counts is None:
+            state = "withdrawn" if key in withdrawn else "not_cleaned"
+            if state == "not_cleaned" and key in uncleaned:
+                reason = uncleaned[key].reason
+        elif stopped := verdicts.reason(key):
+            state, reason = "stopped", stopped
+        elif key not in features:
+            state = "no_features"
+        elif key not in scored:
+            state = "not_scored"
+        else:
+            state = scored[key].outcome
+            alerts = scored[key].counts.alerts if state == "scored" else None
+        numbers = {name: getattr(counts, name, None) for name in COUNTS.values()}
+        partitions.append({"partition": key, **numbers, "state": state, "reason": reason, "alerts": alerts})
+    return partitions
 
 
-def _state_of(features: FeaturesReport | None, scored: ScoredReport | None) -> str:
-    """What there is of a cleaned file, in a few words."""
-    if features is None or scored is None:
-        return "no features" if features is None else "not scored"
-    if scored.outcome != "scored":
-        return scored.outcome.replace("_", " ")
-    return f"{scored.counts.alerts:,} alerts"
+def _state_in_words(item: Mapping[str, Any]) -> str:
+    state, reason = item["state"], item["reason"]
+    match state:
+        case "not_cleaned":
+            return f"not cleaned: {reason}" if reason else "not cleaned yet"
+        case "stopped":
+            return f"stopped by {reason}"
+        case "scored":
+            return f"{item['alerts']:,} alerts"
+        case _:
+            return str(state).replace("_", " ")
 
 
 def migrate(
@@ -233,8 +281,8 @@ def migrate(
     if not dry_run:
         with dagster_instance(settings) as instance:
             if has_active_runs(instance):
-                raise CommandError("runs are queued or running: wait for them or stop them, then try again")
-    table = Table("table", "raw file", "schema", "", title="Partitions of an older version")
+                raise CommandError("runs are queued or running: wait for them or terminate them, then try again")
+    table = Table("table", "partition", "schema", "", title="Partitions of an older version")
     outcomes = list(migrate_lake(lake_of(settings), dry_run=dry_run))
     for item in outcomes:
         table.add_row(item.table, plain(item.key), str(item.version), plain(item.outcome))

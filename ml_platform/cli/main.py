@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ml_platform.cli import champion, clusters, data, demo, doctor, metrics, scores
-from ml_platform.cli.context import CommandError, first_line, warn
+from ml_platform.cli.context import CommandError, first_line, load_dotenv, warn
 from ml_platform.settings import SettingsError
 
 app = typer.Typer(
     help="Keep a fraud model fresh as raw transaction files arrive.",
+    epilog="Exit codes: 0 success; 1 an error, described on standard error; 2 wrong usage; 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 # In the order shown by --help.
@@ -41,19 +41,26 @@ def _options(
     context: typer.Context,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
 ) -> None:
-    # .env overrides the environment, as in Dagster's commands.
-    from dotenv import load_dotenv
+    load_dotenv()
 
-    load_dotenv(Path.cwd() / ".env", override=True)
+
+#: Exit code of an interrupted command, as shells set it for Ctrl-C.
+INTERRUPTED = 130
 
 
 def main() -> None:
     """Run a command. Errors are printed as one line; ``--traceback`` shows the traceback."""
+    # As Ctrl-C, so that commands clean up; Dagster does the same.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except Exception as error:
-        if "--traceback" in sys.argv:
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BaseException as error:
+        if isinstance(error, SystemExit) or "--traceback" in sys.argv:
             raise
+        if type(error).__name__ == "DagsterExecutionInterruptedError":  # importing Dagster takes a second
+            sys.exit(INTERRUPTED)
         # Imported here to keep successful commands fast.
         from ml_platform.dataproc.api import DataprocError
         from ml_platform.lake.resource import SchemaVersionError

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import datetime
+from typing import Annotated, Any
 
 import typer
 
-from ml_platform.cli.context import CommandError, lake_of, say
+from ml_platform.cli.context import AsJson, CommandError, Partition, lake_of, print_json, say
 from ml_platform.settings import load_settings
 
 
 def alerts(
-    key: Annotated[str, typer.Argument(help="Partition of the file.")],
-    day: Annotated[str | None, typer.Option(help="Only this day, YYYY-MM-DD (UTC).")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Alerts to show, the highest scores first.")] = 10,
+    key: Partition,
+    day: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], metavar="YYYY-MM-DD", help="Only this day (UTC).")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of alerts to show, the highest scores first.")] = 10,
+    as_json: AsJson = False,
 ) -> None:
-    """Show the alerts of a file, with the inputs that raised their scores most."""
+    """Show the alerts of a partition, with the inputs that raised their scores most."""
     import io
-    from datetime import date
 
     from pyarrow import parquet
 
     from ml_platform.lake.reports import ALERTS_TABLE, ScoredReport
-    from spark_jobs.schema import REASONS
     from spark_jobs.scoring.alerts import CSV_NAME, PARQUET_NAME
 
     settings = load_settings()
@@ -32,14 +34,16 @@ def alerts(
         raise CommandError(f"{key!r} is not a scored partition of {settings.lake_uri}; ml-platform summary lists them")
     if report.outcome != "scored":
         raise CommandError(f"{key} has no scores: {report.error or 'there was no champion when it was cleaned'}")
-    try:
-        wanted = date.fromisoformat(day) if day else None
-    except ValueError:
-        raise CommandError(f"--day {day}: it must be a date like 2019-08-22") from None
     directory = lake.partition_path(ALERTS_TABLE, key)
     rows = parquet.read_table(io.BytesIO(lake.store.read(f"{directory}/{PARQUET_NAME}"))).to_pylist()
-    rows = [row for row in rows if wanted in (None, row["tx_datetime"].date())]
+    rows = [row for row in rows if day is None or row["tx_datetime"].date() == day.date()]
     rows = sorted(rows, key=lambda row: -row["score"])[:top]
+    csv = f"{lake.partition_uri(ALERTS_TABLE, key)}/{CSV_NAME}"
+    if as_json:
+        alerts = [_alert(row) for row in rows]
+        counts = {"model_version": report.model_version, "number_of_alerts": report.counts.alerts}
+        print_json({"partition": key, **counts, "csv": csv, "alerts": alerts})
+        return
     for row in rows:
         ids = [
             f"{name} {'unknown' if row[f'{name}_id'] is None else row[f'{name}_id']}"
@@ -49,12 +53,28 @@ def alerts(
             f"{row['score']:.3f}  {row['tx_datetime']:%Y-%m-%d %H:%M:%S} UTC, transaction {row['transaction_id']}, "
             f"{', '.join(ids)}, amount {row['tx_amount']:,.2f}, number {row['rank_of_day']} of its day"
         )
-        reasons = [row[f"reason_{number}"] for number in range(1, REASONS + 1)]
-        say(f"       {'; '.join(filter(None, reasons))}", "dim")
+        say(f"       {'; '.join(_reasons(row))}", "dim")
     say(
         f"{len(rows):,} of {report.counts.alerts:,} alerts of {key}, by model version {report.model_version}; all of "
-        f"them: {lake.partition_uri(ALERTS_TABLE, key)}/{CSV_NAME}"
+        f"them: {csv}"
     )
+
+
+def _reasons(row: dict[str, Any]) -> dict[str, float]:
+    """The inputs that raised a score most, in words, each with the log-odds by which it did."""
+    from spark_jobs.schema import REASONS
+
+    pairs = [(row[f"reason_{number}"], row[f"contribution_{number}"]) for number in range(1, REASONS + 1)]
+    return {reason: contribution for reason, contribution in pairs if reason}
+
+
+def _alert(row: dict[str, Any]) -> dict[str, Any]:
+    names = ("transaction_id", "customer_id", "terminal_id", "tx_amount", "score", "rank_of_day")
+    reasons = [{"reason": reason, "contribution": value} for reason, value in _reasons(row).items()]
+    return {name: row[name] for name in names} | {
+        "tx_datetime": f"{row['tx_datetime']:%Y-%m-%dT%H:%M:%SZ}",
+        "reasons": reasons,
+    }
 
 
 def scores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -70,6 +71,9 @@ class Store(Protocol):
 
     def open_new(self, name: str) -> BinaryIO:
         """Context manager for writing a large file, which becomes visible once it is closed without an error."""
+
+    def delete_leftovers(self) -> None:
+        """Delete what killed processes left directly below the root: files that they had not finished."""
 
 
 #: Names of files that an _AtomicFile is writing.
@@ -144,6 +148,14 @@ class LocalStore:
     def open_new(self, name: str) -> BinaryIO:
         return _AtomicFile(self._path(name))  # type: ignore[return-value]
 
+    def delete_leftovers(self) -> None:
+        for path in self._root.glob(".*"):
+            if _TEMPORARY.fullmatch(path.name):
+                # Its writer, if alive, holds the lock.
+                with suppress(OSError), path.open("r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+
 
 class _AtomicFile:
     """A temporary file that is renamed to its final name once it is written without an error."""
@@ -155,6 +167,8 @@ class _AtomicFile:
     def __enter__(self) -> BinaryIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._temporary.open("wb")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return self._file
 
     def __exit__(self, error_type: object, *_: object) -> None:
@@ -237,6 +251,9 @@ class S3Store:
 
     def open_new(self, name: str) -> BinaryIO:
         return _Upload(self._client, self._bucket, self._key(name))  # type: ignore[return-value]
+
+    def delete_leftovers(self) -> None:
+        """Nothing to do: an object that was not finished does not exist."""
 
 
 @cache
