@@ -6,6 +6,7 @@ from datetime import timedelta
 from functools import partial
 
 import dagster as dg
+from dagster_shared.libraries import DagsterLibraryRegistry
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
@@ -35,6 +36,7 @@ from ml_platform.settings import (
     load_settings,
 )
 from ml_platform.spark.engine import LocalSparkEngine, SparkEngine
+from ml_platform.version import PLATFORM_VERSION
 
 
 def build_engine(settings: Settings) -> SparkEngine:
@@ -83,6 +85,9 @@ def freshness_policy(files_every_days: int) -> dg.FreshnessPolicy:
         fail_window=timedelta(days=2 * files_every_days + FRESHNESS_SLACK_DAYS),
     )
 
+
+# The UI lists these versions on the page of the code location.
+DagsterLibraryRegistry.register("ml-platform", PLATFORM_VERSION, is_dagster_package=False)
 
 _settings = load_settings()
 _with_freshness = partial(dg.apply_freshness_policy, policy=freshness_policy(_settings.files_every_days))

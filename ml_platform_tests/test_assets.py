@@ -33,6 +33,7 @@ from ml_platform.model.mlflow import MlflowResource
 from ml_platform.model.promotion import DECIDED_BY_FIGURES
 from ml_platform.operations.changes import CHAMPION_ASSET
 from ml_platform.planning import plan_runs
+from ml_platform.version import PLATFORM_VERSION
 from ml_platform_tests.fakes import (
     FakeEngine,
     cleaned_report,
@@ -586,6 +587,7 @@ class TestModel:
         assert run.info.run_id == trained["mlflow_run_id"]
         assert run.info.status == "FINISHED"
         assert run.data.tags["dagster.run_id"] == result.run_id
+        assert run.data.tags["platform_version"] == PLATFORM_VERSION
         assert run.data.tags["partitions"] == ",".join(built[:3])
         assert run.data.tags["outcome"] == "trained"
         assert {
@@ -613,6 +615,7 @@ class TestModel:
         champion = bench.mlflow.champion()
         assert champion is not None
         assert (str(champion.version), champion.run_id) == ("1", run.info.run_id)
+        assert champion.tags["platform_version"] == PLATFORM_VERSION
         assert champion.tags["model_uri"] == f"{output}/model.json"
         assert json.loads(champion.tags["features"]) == list(build_features.MODEL_INPUTS)
 

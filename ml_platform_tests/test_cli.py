@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -102,6 +103,11 @@ def test_every_command_has_help(run_cli: RunCli):
     code, out, err = run_cli()
     assert code != 0
     assert "simulate" in out + err
+
+
+def test_the_version_is_that_of_the_project(run_cli: RunCli):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert run_cli("--version") == (0, f"{project['version']}\n", "")
 
 
 class TestSimulateAndSync:
@@ -712,7 +718,7 @@ class TestChampion:
         assert problem.startswith("The champion, version 1: its artifacts are gone from")
         assert facts == {
             **{"version": 1, "by": "eve", "why": "too many alerts", "cutoff": "file-1", "learner": "xgboost"},
-            **{"train_last_date": None, "run_id": None, "metrics": {"test_roc_auc": 0.81}},
+            **{"train_last_date": None, "run_id": None, "platform_version": None, "metrics": {"test_roc_auc": 0.81}},
         }
         # Alerts read each move in Dagster, and the same version again is no move.
         with dg.DagsterInstance.get() as instance:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import dagster as dg
@@ -16,7 +17,7 @@ import pytest
 
 from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.resource import LakeResource
-from ml_platform.operations.dead_runs import PROCESS_TAG, fail_dead_runs, record_process
+from ml_platform.operations.dead_runs import PROCESS_TAG, VERSION_TAG, fail_dead_runs, record_process
 from ml_platform.planning import plan_runs
 from ml_platform.sensors import dead_runs
 from ml_platform_tests.fakes import put_raw, raw_spec
@@ -43,7 +44,9 @@ def process_tag(instance: dg.DagsterInstance) -> str:
     """The tag of a run of this process."""
     run_id = start_run(instance, dg.DagsterRunStatus.SUCCESS)
     record_process(instance, run_id)
-    return get_run(instance, run_id).tags[PROCESS_TAG]
+    tags = get_run(instance, run_id).tags
+    assert tags[VERSION_TAG] == version("ml-platform")
+    return tags[PROCESS_TAG]
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster_shared.libraries import DagsterLibraryRegistry
 
 from ml_platform.definitions import defs, freshness_policy
 
@@ -45,6 +47,11 @@ def run_python(code: str, cwd: Path, **environment: str) -> subprocess.Completed
 
 def test_definitions_are_loadable():
     dg.Definitions.validate_loadable(defs)
+
+
+def test_the_ui_lists_the_version_of_the_platform():
+    """A server of the code location tells these versions to the UI."""
+    assert DagsterLibraryRegistry.get()["ml-platform"] == version("ml-platform")
 
 
 def test_an_unusable_setting_is_named_when_loading(tmp_path: Path):

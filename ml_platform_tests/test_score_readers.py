@@ -47,6 +47,7 @@ def rows_of(key: str) -> list[dict[str, object]]:
             "alert": number < 10,
             "model_version": 3,
             "reason_1": f"amount {10 * number:,.2f}",
+            "contribution_1": 0.5,
         }
         for number in range(12)
     ]
@@ -99,8 +100,7 @@ def test_alerts_are_shown_with_their_reasons(run_cli: RunCli, lake: LakeResource
     assert answer.pop("csv").endswith(f"/alerts/raw_file={KEYS[1]}/alerts.csv")
     first, second = answer.pop("alerts")
     assert answer == {"partition": KEYS[1], "model_version": 3, "number_of_alerts": 10}
-    (reason,) = first.pop("reasons")
-    assert (reason["reason"], type(reason["contribution"])) == ("amount 10.00", float)
+    assert first.pop("reasons") == [{"reason": "amount 10.00", "contribution": 0.5}]
     assert first == {
         **{"transaction_id": 1, "tx_datetime": "2019-11-21T01:00:00Z", "customer_id": 1, "terminal_id": 7},
         **{"tx_amount": 10.0, "score": pytest.approx(0.89), "rank_of_day": 1},

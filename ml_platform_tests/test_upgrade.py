@@ -21,6 +21,7 @@ from ml_platform.model.gate import champion_problem
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
 from ml_platform.planning import plan_runs
 from ml_platform.settings import load_settings
+from ml_platform.version import PLATFORM_VERSION
 from ml_platform_tests.fakes import SessionEngine, definitions, recorded, requests_of, run_assets
 from ml_platform_tests.fixtures.state import EPOCH, KEYS, State, unpack
 from ml_platform_tests.postgres import PostgresServer
@@ -80,9 +81,10 @@ def test_partitions_that_the_new_rules_leave_as_they_are_are_moved(
             assert sorted(after) == list(KEYS)
             # Cleaning the file says the same of it as the migration did.
             for key, report in moved.items():
-                same = report.model_dump(
-                    exclude={"raw", "run_id", "spark_version", "seconds", "reject_samples", "shared_ids", "odd_rows"}
-                )
+                assert report.platform_version is None
+                assert after[key].platform_version == PLATFORM_VERSION
+                job = {"run_id", "platform_version", "spark_version", "seconds"}
+                same = report.model_dump(exclude={"raw", *job, "reject_samples", "shared_ids", "odd_rows"})
                 assert same == after[key].model_dump(include=set(same))
         assert sorted(lake.reports(FeaturesReport)) == list(KEYS)
 

@@ -47,7 +47,7 @@ def run_partitions(
             name, item_started = f"{number}/{len(items)}: {item['partition']}", time.monotonic()
             progress.enter(name, bounds[number - 1] / bounds[-1], bounds[number] / bounds[-1])
             try:
-                report = _build_partition(spark, item, request["run_id"], build, progress)
+                report = _build_partition(spark, item, request, build, progress)
             except Refused as error:
                 log.error("%s %s refused: %s", what, name, error)
                 results[item["partition"]] = {"status": "refused", "error": str(error)}
@@ -61,7 +61,7 @@ def run_partitions(
 
 
 def _build_partition(
-    spark: SparkSession, item: dict[str, Any], run_id: str, build: Build, progress: Progress
+    spark: SparkSession, item: dict[str, Any], request: dict[str, Any], build: Build, progress: Progress
 ) -> dict[str, Any]:
     """Build one partition and return its report, which marks it as complete: it is deleted first and written last."""
     started = time.monotonic()
@@ -70,7 +70,8 @@ def _build_partition(
     report = {
         "schema_version": SCHEMA_VERSION,
         "partition": item["partition"],
-        "run_id": run_id,
+        "run_id": request["run_id"],
+        "platform_version": request.get("platform_version"),
         **build(item, progress),
         **_provenance(spark, started),
     }

@@ -98,6 +98,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
 
     Request:
         run_id: identifies the run in the report.
+        platform_version: version of the platform, noted in the report.
         cutoff: key of the last partition that the model may use.
         feature_uris: directories of ``transaction_features``, Parquet.
         cutoff_uri: the one of `cutoff`; its last full day is D.
@@ -123,8 +124,8 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
         champion: null or {"model_uri", "features", "version"}: a model file that scores the same test rows.
         library_uri: archive of the learners' library (see `library`), or null if Spark's Python has it.
 
-    Report: ``schema_version``, ``run_id``, ``cutoff``, ``features``, ``seed``, ``windows`` (name →
-        ``first_day``, ``last_day``, ``first_date``, ``last_date``, ``days``, ``rows``, ``frauds``; test also
+    Report: ``schema_version``, ``run_id``, ``platform_version``, ``cutoff``, ``features``, ``seed``, ``windows``
+        (name → ``first_day``, ``last_day``, ``first_date``, ``last_date``, ``days``, ``rows``, ``frauds``; test also
         ``removed_rows`` and ``removed_frauds`` of cards known to be compromised), ``spark_version``, ``seconds``
         (phase → seconds), and ``outcome``:
 
@@ -156,6 +157,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run_id": settings["run_id"],
+        "platform_version": settings.get("platform_version"),
         "cutoff": settings["cutoff"],
         "features": settings["features"],
         "seed": settings["seed"],

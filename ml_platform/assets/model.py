@@ -42,6 +42,7 @@ from ml_platform.model.mlflow import MlflowResource
 from ml_platform.model.promotion import DECIDED_BY_FIGURES
 from ml_platform.model.training import Training, TrainingPartition, TrainingResult
 from ml_platform.spark.engine import SparkEngine
+from ml_platform.version import PLATFORM_VERSION
 
 #: Asset checks whose results come from the asset's own step.
 CHECKS = {
@@ -109,7 +110,11 @@ def fraud_model(
         cutoffs = cutoffs[-1:]
     results: dict[str, TrainingResult] = {}
     metadata: dict[str, dict[str, Any]] = {}
-    tags = {"dagster.run_id": context.run.run_id, "partitions": _partitions_tag(keys)}
+    tags = {
+        "dagster.run_id": context.run.run_id,
+        "platform_version": PLATFORM_VERSION,
+        "partitions": _partitions_tag(keys),
+    }
     if cutoffs:
         with mlflow.run(tags) as run:
             for cutoff in cutoffs:

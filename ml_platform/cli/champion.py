@@ -40,6 +40,7 @@ FIELDS = (
     ("train_last_date", "train_last_date", "last day trained on"),
     ("learner", "learner", "learner"),
     ("run_id", "dagster.run_id", "Dagster run"),
+    ("platform_version", "platform_version", "platform version"),
 )
 
 

@@ -36,9 +36,19 @@ app.add_typer(champion.app, name="champion")
 app.add_typer(clusters.app, name="clusters")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ml_platform.version import PLATFORM_VERSION
+
+        typer.echo(PLATFORM_VERSION)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version.")
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
 ) -> None:
     load_dotenv()

@@ -111,6 +111,8 @@ class PartitionReport(_Report):
     schema_version: int
     partition: str
     run_id: str
+    #: None in reports of versions before 0.2.0.
+    platform_version: str | None = None
     spark_version: str
     seconds: float
 
@@ -293,6 +295,7 @@ class TrainingReport(_Report):
 
     schema_version: int
     run_id: str
+    platform_version: str | None = None
     cutoff: str
     outcome: Literal["trained", "too_little_data"]
     reason: str = ""

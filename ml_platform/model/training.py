@@ -32,6 +32,7 @@ from ml_platform.model.packaging import partition_datasets, save_model
 from ml_platform.model.plots import draw_figures, markdown_summary
 from ml_platform.model.promotion import Decision, Scores, decide
 from ml_platform.spark.engine import SparkEngine
+from ml_platform.version import PLATFORM_VERSION
 from spark_jobs.evaluation.metrics import evaluate
 from spark_jobs.features.registry import MODEL_INPUTS
 from spark_jobs.schema import REPORT_NAME
@@ -249,6 +250,7 @@ class Training:
         tags = {
             "cutoff": self.cutoff,
             "dagster.run_id": self.context.run.run_id,
+            "platform_version": PLATFORM_VERSION,
             "model_uri": report.model_uri,
             "features": json.dumps(report.features),
             "train_last_date": report.windows["train"].last_date,

@@ -13,8 +13,13 @@ from pathlib import Path
 
 import dagster as dg
 
+from ml_platform.version import PLATFORM_VERSION
+
 #: Run tag with the value host:pid:start time.
 PROCESS_TAG = "ml_platform/process"
+
+#: Run tag with the version of the platform that executed the run.
+VERSION_TAG = "ml_platform/version"
 
 
 def _start_time(pid: int) -> str | None:
@@ -29,9 +34,11 @@ def _start_time(pid: int) -> str | None:
 
 
 def record_process(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Tag a run with this process, on systems with /proc."""
+    """Tag a run with the platform's version and, on systems with /proc, with this process."""
+    tags = {VERSION_TAG: PLATFORM_VERSION}
     if start_time := _start_time(os.getpid()):
-        instance.add_run_tags(run_id, {PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}:{start_time}"})
+        tags[PROCESS_TAG] = f"{socket.gethostname()}:{os.getpid()}:{start_time}"
+    instance.add_run_tags(run_id, tags)
 
 
 def _is_dead(run: dg.DagsterRun) -> bool:

@@ -25,6 +25,7 @@ from ml_platform.operations.dead_runs import record_process
 from ml_platform.spark import s3a
 from ml_platform.spark.code_archive import ARCHIVE_NAME, LIBRARY_JOBS, build_archive, library_archive
 from ml_platform.spark.session import default_spark_config
+from ml_platform.version import PLATFORM_VERSION
 
 
 def job_file(run_id: str, job: str, label: str, kind: str) -> str:
@@ -65,13 +66,15 @@ class SparkEngine(dg.ConfigurableResource, ABC):
         rows: int,
         label: str = "",
     ) -> dict[str, Any]:
-        """Run ``spark_jobs.<job>`` with `request`, to which the run id is added, and return its report.
+        """Run ``spark_jobs.<job>`` with `request`, the run id and the version of the platform; returns its report.
 
         `rows` is the approximate number of rows that the job processes, history included; an engine that creates
         clusters sizes them by it. A `label` distinguishes jobs of the same name in one run. Raises what the job raises.
         """
         run_id = context.run.run_id
-        call = JobCall(context, lake, job, {"run_id": run_id, **request}, rows, label)
+        # The version goes with the request, because the code archive of a cluster has none.
+        request = {"run_id": run_id, "platform_version": PLATFORM_VERSION, **request}
+        call = JobCall(context, lake, job, request, rows, label)
         if job in LIBRARY_JOBS:
             call.request["library_uri"] = self._library_uri(call)
         lake.write_json(call.file("request.json"), call.request)

@@ -57,10 +57,11 @@ def test_partitions_take_their_share_of_the_work(
     monkeypatch.setattr(Progress, "enter", lambda self, *step: entered.append(step))
     sizes = {"a": 99, "b": 0, "c": 299}
     items = [{"partition": key, "output_uri": f"file://{tmp_path}/{key}"} for key in sizes]
-    request = {"run_id": "run", "partitions": items}
-    partitions.run_partitions(
+    request = {"run_id": "run", "platform_version": "1.2.3", "partitions": items}
+    results = partitions.run_partitions(
         spark, request, lambda item, progress: {}, what="cleaning", size=lambda item: sizes[item["partition"]]
-    )
+    )["partitions"]
+    assert {result["report"]["platform_version"] for result in results.values()} == {"1.2.3"}
     names, begins, ends = zip(*entered)
     assert names == ("1/3: a", "2/3: b", "3/3: c")
     assert begins == pytest.approx((0, 100 / 401, 101 / 401))

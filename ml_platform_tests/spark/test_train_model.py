@@ -108,6 +108,7 @@ def read(*uris):
 def request(uris, output, **changes):
     return {
         "run_id": "run-1",
+        "platform_version": "1.2.3",
         "cutoff": "file1",
         "feature_uris": uris,
         "cutoff_uri": uris[-1],
@@ -222,6 +223,7 @@ class TestReport:
         assert json.loads(json.dumps(trained)) == trained
         assert trained["outcome"] == "trained"
         assert trained["schema_version"] == SCHEMA_VERSION
+        assert trained["platform_version"] == "1.2.3"
         assert trained["champion"] is None
         assert set(trained["seconds"]) == {"windows", "search", "fit", "score", "explain", "total"}
 
