@@ -170,6 +170,18 @@ class TestStore:
         assert store.read("new/large.txt") == b"old"
         assert site.names() == ["new/large.txt"]
 
+    def test_leftovers_of_killed_processes_are_deleted_and_files_being_written_are_not(self, tmp_path: Path):
+        store = LocalStore(str(tmp_path))
+        store.delete_leftovers()
+        for name in (".a.txt.0123456789abcdef0123456789abcdef", ".a.txt", "a.txt"):
+            (tmp_path / name).touch()
+        with store.open_new("a.txt") as file:
+            file.write(b"one")
+            store.delete_leftovers()
+            assert len(list(tmp_path.iterdir())) == 3
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".a.txt", "a.txt"]
+        assert store.read("a.txt") == b"one"
+
     def test_reports_are_one_directory_below(self, site: Site, store: Store):
         wanted = [f"{CLEANED_TABLE}/raw_file={key}/_report.json" for key in ("a", "b")]
         for name in (
