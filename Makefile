@@ -56,6 +56,8 @@ lint: setup ## check packages, style, types, imports, shell scripts and the Dock
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/dg check toml
+	$(BIN)/dg check defs
 	@# Their packages lack wheels for some machines. SC2329 does not see that traps call functions.
 	[ ! -x $(BIN)/shellcheck ] || $(BIN)/shellcheck --exclude=SC2329 .ci/run scripts/*.sh deploy/*.sh
 	[ ! -x $(BIN)/hadolint ] || $(BIN)/hadolint deploy/Dockerfile

@@ -143,6 +143,7 @@ class TestCleaned:
         files, _ = bench.lake.list_raw_files()
         assert request == {
             "run_id": result.run_id,
+            "platform_version": PLATFORM_VERSION,
             "epoch": "2020-01-01",
             "out_of_range": None,
             "neighbours": {},
@@ -178,8 +179,8 @@ class TestCleaned:
             "raw_size_bytes": raw.size,
             "fingerprint": raw.fingerprint,
             "cleaned_by_run": result.run_id,
-            "path": f"file://{bench.lake.lake_uri}/{CLEANED_TABLE}/raw_file={keys[0]}",
-            "rejected_path": f"file://{bench.lake.lake_uri}/{REJECTED_TABLE}/raw_file={keys[0]}",
+            "path": f"{bench.lake.lake_uri}/{CLEANED_TABLE}/raw_file={keys[0]}",
+            "rejected_path": f"{bench.lake.lake_uri}/{REJECTED_TABLE}/raw_file={keys[0]}",
             "first_transaction": "2020-01-01T00:00:00Z",
             "last_transaction": "2020-01-30T23:59:59Z",
         }.items() <= full.items()
@@ -527,6 +528,7 @@ class TestModel:
         output = f"{uri}/models/{built[2]}/{result.run_id}"
         assert request == {
             "run_id": result.run_id,
+            "platform_version": PLATFORM_VERSION,
             "cutoff": built[2],
             "cutoff_uri": f"{uri}/{FEATURES_TABLE}/raw_file={built[2]}",
             "cutoff_last_date": "2020-03-30",
@@ -561,9 +563,9 @@ class TestModel:
             "is_champion": True,
             "champion_version": 1,
             "best_parameters": {"C": 0.5, "max_iter": 20},
-            "test_average_precision": average_precision,
+            "test_average_precision": round(average_precision, 4),
             "test_rows": 500,
-            "path": output,
+            "path": str(local_path(output)),
         }.items() <= trained.items()
         files, _ = bench.lake.list_raw_files()
         data_set = {
@@ -603,7 +605,7 @@ class TestModel:
         ]
         metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("promotion.")}
         assert {
-            "test_average_precision": average_precision,
+            "test_average_precision": round(average_precision, 4),
             "test_rows": 500,
             "test_frauds": 60,
             "grid.0.validation_average_precision": 0.5,

@@ -163,9 +163,7 @@ def _metadata(training: Training, result: TrainingResult) -> dict[str, Any]:
         of_run["mlflow_run"] = dg.MetadataValue.url(url)
     data = {
         "windows": dg.MetadataValue.json(report.model_dump(mode="json")["windows"]),
-        "trained_on": dg.MetadataValue.json(
-            {key: {**vars(part), "uri": readable_path(part.uri)} for key, part in training.partitions.items()}
-        ),
+        "trained_on": dg.MetadataValue.json({key: vars(part) for key, part in training.partitions.items()}),
     }
     if decision is None or result.version is None or report.best is None:
         return {"outcome": report.outcome, "reason": report.reason, **of_run, **data}

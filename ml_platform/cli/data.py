@@ -27,6 +27,7 @@ from ml_platform.cli.context import (
 from ml_platform.settings import load_settings
 
 if TYPE_CHECKING:
+    import dagster as dg
     from rich.status import Status
 
     from ml_platform.lake.resource import LakeResource, RawFile
@@ -142,11 +143,19 @@ def process_new_files(
             else:
                 output = Path(instance.root_directory) / "process-new-files.log"
                 result = execute_with_display(job, instance, ASSETS, output, **options)
+            if any(_is_interrupt(event) for event in result.all_events):
+                raise KeyboardInterrupt
             if not result.success:
                 steps = failed_steps(instance, result.run_id)
                 failed.append("; ".join([result.run_id, *(f"{step}: {error}" for step, error in steps)]))
     if failed:
         raise CommandError(f"{len(failed)} of {len(plan.ranges)} runs failed: {', '.join(failed)}")
+
+
+def _is_interrupt(event: dg.DagsterEvent) -> bool:
+    """Dagster makes a failure of the step of Ctrl-C and SIGTERM."""
+    error = event.step_failure_data.error if event.is_step_failure else None
+    return error is not None and error.cls_name == "DagsterExecutionInterruptedError"
 
 
 def rejects(key: Partition) -> None:

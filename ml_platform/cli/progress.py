@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ml_platform.cli.context import console, errors, plain
 from ml_platform.escaping import printable
+from ml_platform.operations.changes import error_line
 
 #: Name of the line for the steps that are no assets.
 CHECKS = "asset checks"
@@ -46,6 +47,8 @@ def execute_with_display(
         shown = job.with_logger_defs({"console": display_logger})
         others = [node.name for node in job.nodes if node.name not in assets]
         display.lines[CHECKS].steps = others
+        # Dagster uses no logger that the run config does not name, unless the repository has it as a default.
+        options["run_config"] = {**(options.get("run_config") or {}), "loggers": {"console": {}}}
         return shown.execute_in_process(instance=instance, **options)
 
 
@@ -125,7 +128,7 @@ class _RunDisplay:
             line.started = line.started or time.monotonic()
             self._draw(line, "running", is_milestone=False)
         elif line is not None and event.is_step_failure:
-            console.print(plain(f"{step}: {_reason(event)}", "red"))
+            console.print(plain(f"{step}: {printable(error_line(event.step_failure_data.error))}", "red"))
             self._end_step(line, "failed")
         elif line is not None and event.is_step_skipped:
             self._end_step(line, "skipped")
@@ -159,33 +162,24 @@ class _RunDisplay:
             console.print(plain(f"{line.name:<{self._width}}  {detail}"))
 
 
-def _reason(event: dg.DagsterEvent) -> str:
-    """Error of a failed step, in one line."""
-    error = event.step_failure_data.error
-    while error is not None and error.cause is not None:
-        error = error.cause
-    return printable((error.message if error else "it failed").strip().splitlines()[0])
-
-
 @contextmanager
 def _output_to(path: Path) -> Generator[None]:
     """Within it, what this process and its children print goes to a file, except through `console` and `errors`."""
     with ExitStack() as stack:
         file = stack.enter_context(path.open("wb"))
-        for stream, output in ((sys.stdout, console), (sys.stderr, errors)):
+        for number, stream, output in ((1, sys.stdout, console), (2, sys.stderr, errors)):
             stream.flush()
-            number = stream.fileno()
             terminal = stack.enter_context(
                 os.fdopen(os.dup(number), "w", encoding=stream.encoding, errors="backslashreplace")
             )
-            stack.callback(_restore, stream, output, terminal.fileno())
+            stack.callback(_restore, number, stream, output, terminal.fileno())
             os.dup2(file.fileno(), number)
             output.file = terminal
         yield
 
 
-def _restore(stream: Any, output: Any, terminal: int) -> None:
+def _restore(number: int, stream: Any, output: Any, terminal: int) -> None:
     stream.flush()
     output.file.flush()
-    os.dup2(terminal, stream.fileno())
+    os.dup2(terminal, number)
     output.file = None  # the stream of the day

@@ -318,7 +318,7 @@ class ChangeReader:
                 message.changes.append(Change("clusters", "good", "clusters can be deleted again", [], at))
         elif before is not None and "ticks" in self._kinds:
             if tick.status.value == "FAILURE":
-                lines = [_first_line(tick.error)]
+                lines = [error_line(tick.error)]
                 message.changes.append(Change("ticks", "bad", f"the {what} fails", lines, at))
             else:
                 message.changes.append(Change("ticks", "good", f"the {what} works again", [], at))
@@ -339,7 +339,7 @@ def failed_steps(instance: dg.DagsterInstance, run_id: str) -> list[tuple[str, s
     records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=MAX_STEPS)
     for record in records.records:
         if step := record.event_log_entry.dagster_event:
-            steps.append((step.step_key or "?", _first_line(step.step_failure_data.error)))
+            steps.append((step.step_key or "?", error_line(step.step_failure_data.error)))
     return steps
 
 
@@ -350,7 +350,8 @@ def _original_error(error: Any) -> Any:
     return error
 
 
-def _first_line(error: Any) -> str:
+def error_line(error: Any) -> str:
+    """First line of the message of an error in an event, without what Dagster wrapped around it."""
     if error is None:
         return "no error recorded"
     error = _original_error(error)
