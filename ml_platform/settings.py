@@ -66,12 +66,12 @@ class Settings(BaseSettings):
     deployment: Literal["local", "yandex"] = Field(
         "local",
         alias="ML_PLATFORM_DEPLOYMENT",
-        description="Where Spark runs: local (embedded, or cluster at SPARK_MASTER), or yandex (ephemeral clusters).",
+        description="Where Spark runs: local (in the run's process or at SPARK_MASTER), or yandex (a cluster per run).",
     )
     deployment_name: str | None = Field(
         None,
         alias="ML_PLATFORM_DEPLOYMENT_NAME",
-        description="Name of this deployment, unique within its cloud folder; default: the deployment.",
+        description="Name of this deployment, unique within its cloud folder; default: ML_PLATFORM_DEPLOYMENT.",
     )
     raw_uri: str = Field(
         "data/raw",
@@ -82,17 +82,19 @@ class Settings(BaseSettings):
         "data/lake", alias="ML_PLATFORM_LAKE_URI", description="Directory or s3://bucket/prefix of the lake."
     )
     epoch: date = Field(
-        date(2019, 8, 22), alias="ML_PLATFORM_EPOCH", description="First day of the data set, YYYY-MM-DD."
+        date(2019, 8, 22),
+        alias="ML_PLATFORM_EPOCH",
+        description="First day of the data set, YYYY-MM-DD: tx_time_seconds and tx_time_days count from it.",
     )
     mlflow_tracking_uri: str | None = Field(
         None,
         alias="MLFLOW_TRACKING_URI",
-        description="MLflow's tracking server or database; default: an SQLite file next to the lake.",
+        description="MLflow's tracking server or database; default: mlflow.db (SQLite) next to the lake.",
     )
     artifacts_uri: str | None = Field(
         None,
         alias="ML_PLATFORM_ARTIFACTS_URI",
-        description="Where MLflow's client stores artifacts; default: next to the lake, or as the server says.",
+        description="Where MLflow's client stores artifacts; default: next to the lake, or where the server says.",
     )
     mlflow_ui_url: str | None = Field(
         None,
@@ -102,11 +104,15 @@ class Settings(BaseSettings):
     spark_master: str = Field(
         "local[*]",
         alias="SPARK_MASTER",
-        description="Spark master of the local engine: local[*], spark://host:port, yarn.",
+        description="Spark master of the local deployment: local[*] or spark://host:port.",
     )
-    java_home: Path | None = Field(None, alias="JAVA_HOME", description="Java installation for Spark.")
+    java_home: Path | None = Field(
+        None, alias="JAVA_HOME", description="Java installation for Spark; default: java in PATH."
+    )
     spark_home: Path | None = Field(
-        None, alias="SPARK_HOME", description="Another Spark than that of PySpark, as PySpark reads it."
+        None,
+        alias="SPARK_HOME",
+        description="Another Spark installation than that of the package pyspark; read by PySpark.",
     )
     spark_driver_memory: str | None = Field(
         None,
@@ -116,23 +122,29 @@ class Settings(BaseSettings):
     spark_properties: Mapping = Field(
         {},
         alias="SPARK_PROPERTIES",
-        description="Additional Spark properties of the local engine (JSON); they override the platform's.",
+        description="Additional Spark properties of the local deployment, JSON; they override the platform's.",
     )
-    dagster_home: Path | None = Field(None, alias="DAGSTER_HOME", description="Directory of Dagster's storage.")
-    dagster_ui_url: str | None = Field(None, alias="DAGSTER_UI_URL", description="Dagster UI, for links in alerts.")
+    dagster_home: Path | None = Field(
+        None,
+        alias="DAGSTER_HOME",
+        description="Directory of Dagster's configuration and storage; make uses .dagster_home.",
+    )
+    dagster_ui_url: str | None = Field(
+        None, alias="DAGSTER_UI_URL", description="URL of Dagster's UI, for links in alerts."
+    )
     run_config_file: Path | None = Field(
         None,
         alias="ML_PLATFORM_RUN_CONFIG",
-        description="YAML file with run config for runs started by a sensor, the schedule or process-new-files.",
+        description="YAML file with the run configuration of runs that are started for new files.",
     )
     log_format: Literal["text", "json"] = Field(
-        "text", alias="ML_PLATFORM_LOG_FORMAT", description="Log format of run processes."
+        "text", alias="ML_PLATFORM_LOG_FORMAT", description="What runs write to their process's output."
     )
     files_every_days: int = Field(
         30,
         ge=1,
         alias="ML_PLATFORM_FILES_EVERY_DAYS",
-        description="Days between raw files; used by the freshness policies.",
+        description="Days between raw files: the freshness policies call data and model late by it.",
     )
 
     @field_validator("raw_uri", "lake_uri")
@@ -197,42 +209,55 @@ class NodeGroup:
 class ClusterSpec(BaseModel):
     """Composition of a cluster. The defaults come from the Airflow pipeline that this project replaced."""
 
-    folder_id: str = Field(description="Cloud folder of the cluster.")
-    zone: str = Field("ru-central1-a", description="Availability zone.")
+    folder_id: str = Field(description="Cloud folder in which clusters are created.")
+    zone: str = Field("ru-central1-a", description="Availability zone of the subnet.")
     subnet_id: str = Field(description="Subnet of the cluster's hosts; it needs a NAT gateway.")
     security_group_ids: Texts = Field([], description="Security groups of the hosts.")
     service_account_id: str = Field(description="Service account of the cluster; reads and writes the buckets.")
-    autoscaling_service_account_id: str = Field("", description="Service account for autoscaling.")
+    autoscaling_service_account_id: str = Field(
+        "", description="Service account that scales the compute nodes; needed for autoscaling."
+    )
     ssh_public_key: str = Field("", description="Public SSH key for access to the hosts.")
     bucket: str = Field("", description="Bucket for the service's own logs.")
-    description: str = Field("Made by ml_platform for one run; deleted at its end.", max_length=256)
+    description: str = Field(
+        "Made by ml_platform for one run; deleted at its end.",
+        max_length=256,
+        description="Description of the cluster in the console.",
+    )
     labels: Mapping = Field({}, description="Additional labels of the cluster; the platform's own take precedence.")
 
-    image_version: str = Field("2.0", description="Image version.")
+    image_version: str = Field("2.0", description="Version of the cluster's image.")
     services: Texts = Field(["YARN", "SPARK", "HDFS", "MAPREDUCE"], description="Hadoop services of the cluster.")
-    properties: Mapping = Field({}, description="Service properties, e.g. spark:spark.sql.x.")
+    properties: Mapping = Field(
+        {}, description='Properties of the services, by service and name, like {"yarn:NAME": "VALUE"}.'
+    )
     initialization_actions: Annotated[list[InitializationAction], BeforeValidator(_from_json)] = Field(
-        [], description="Initialization scripts of the hosts."
+        [],
+        description='Scripts that new hosts run: JSON [{"uri": "s3://bucket/x.sh", "args": [], "timeout": 600}].',
     )
     oslogin: bool = Field(False, description="Allow access to the hosts by OS Login.")
     ui_proxy: bool = Field(True, description="Make the services' UIs available through the cloud's proxy.")
-    log_group_id: str = Field("", description="Cloud Logging group of the cluster.")
+    log_group_id: str = Field("", description="Cloud Logging group that receives the cluster's logs.")
     host_group_ids: Texts = Field([], description="Groups of dedicated hosts.")
     public_ip: bool = Field(False, description="Give the master a public address.")
-    environment: Literal["", "PRODUCTION", "PRESTABLE"] = Field("", description="Environment of the cluster.")
+    environment: Literal["", "PRODUCTION", "PRESTABLE"] = Field(
+        "", description="Environment of the cluster; default: the service's own."
+    )
 
-    master_preset: str = Field("s3-c2-m8", description="Preset of the master.")
-    master_disk_type: str = Field("network-ssd")
-    master_disk_size_gb: int = Field(40, ge=1)
-    data_preset: str = Field("s3-c4-m16", description="Preset of a data node.")
-    data_disk_type: str = Field("network-hdd")
-    data_disk_size_gb: int = Field(128, ge=1)
+    master_preset: str = Field("s3-c2-m8", description="Preset (cores and memory) of the master.")
+    master_disk_type: str = Field("network-ssd", description="Disk type of the master.")
+    master_disk_size_gb: int = Field(40, ge=1, description="Disk size of the master, in GB.")
+    data_preset: str = Field("s3-c4-m16", description="Preset (cores and memory) of a data node.")
+    data_disk_type: str = Field("network-hdd", description="Disk type of a data node.")
+    data_disk_size_gb: int = Field(128, ge=1, description="Disk size of a data node, in GB.")
     data_count: int = Field(3, ge=0, le=32, description="Data nodes; 0 for a cluster without HDFS.")
-    compute_preset: str = Field("s3-c4-m16", description="Preset of a compute node.")
-    compute_disk_type: str = Field("network-hdd")
-    compute_disk_size_gb: int = Field(128, ge=1)
-    compute_count: int = Field(0, ge=0, le=32, description="Compute nodes.")
-    compute_max_count: int = Field(0, ge=0, le=100, description="Maximum compute nodes for autoscaling; 0: off.")
+    compute_preset: str = Field("s3-c4-m16", description="Preset (cores and memory) of a compute node.")
+    compute_disk_type: str = Field("network-hdd", description="Disk type of a compute node.")
+    compute_disk_size_gb: int = Field(128, ge=1, description="Disk size of a compute node, in GB.")
+    compute_count: int = Field(0, ge=0, le=32, description="Compute nodes; the initial number if they are scaled.")
+    compute_max_count: int = Field(
+        0, ge=0, le=100, description="Maximum compute nodes of autoscaling; 0: no autoscaling."
+    )
     compute_preemptible: bool = Field(False, description="Use preemptible compute nodes.")
     compute_measurement_s: int = Field(60, ge=60, le=600, description="Autoscaling: averaging period of the load.")
     compute_warmup_s: int = Field(60, ge=0, le=600, description="Autoscaling: warm-up time of a new node.")
@@ -264,9 +289,9 @@ class ClusterOptions(BaseModel):
     """API access, timeouts, cluster sizing and prices."""
 
     service_account_key_file: str | None = Field(
-        None, description="Authorized key for the API; default: the token, or the VM's account."
+        None, description="Authorized key for API calls; default: the token, or the account of the virtual machine."
     )
-    iam_token: str | None = Field(None, repr=False, description="IAM token for the API.")
+    iam_token: str | None = Field(None, repr=False, description="IAM token for API calls; it expires within 12 hours.")
     api_endpoint: str | None = Field(None, description="host:port of a non-default API endpoint.")
     root_certificates_file: str | None = Field(None, description="CA certificates for that endpoint (PEM).")
     console_url: str = Field("https://console.yandex.cloud", description="Base URL of links to the console.")
@@ -274,12 +299,18 @@ class ClusterOptions(BaseModel):
     job_timeout_s: Seconds = Field(4 * 3600, description="Timeout of a job, after which it is cancelled.")
     max_lifetime_s: Seconds = Field(8 * 3600, description="Maximum lifetime of a cluster, after which it is deleted.")
     delete_timeout_s: Seconds = Field(900, description="Timeout for the deletion of a cluster.")
-    poll_s: Seconds = Field(10, description="Maximum polling interval.")
-    data_max_count: int = Field(0, ge=0, le=32, description="Maximum data nodes for a large run; 0: data_count.")
+    poll_s: Seconds = Field(
+        10, description="Maximum interval between two questions to the API about a cluster or a job."
+    )
+    data_max_count: int = Field(
+        0, ge=0, le=32, description="Maximum data nodes of a large run; 0: always DATAPROC_DATA_COUNT."
+    )
     target_s: Seconds = Field(900, description="Target time of a run's data work, within the limits on nodes.")
-    job_properties: Mapping = Field({}, description="Additional Spark properties of each job.")
+    job_properties: Mapping = Field(
+        {}, description="Additional Spark properties of each job; they override the platform's."
+    )
     prices: Annotated[dict[str, Price], BeforeValidator(_from_json)] = Field(
-        {}, description="Hourly prices: per host by preset, per GB by disk type."
+        {}, description="Price per hour of a host by preset, and of a GB of disk by disk type, for the cost of a run."
     )
     currency: str = Field("RUB", description="Currency of the prices.")
 
@@ -343,18 +374,31 @@ class AlertSettings(BaseSettings):
         alias_generator=lambda name: "ML_PLATFORM_ALERT_" + name.upper(),
     )
 
-    email_to: Texts = Field([], description="Recipients, comma-separated.")
-    email_from: str | None = Field(None, description="Sender.")
-    smtp_host: str | None = Field(None, description="SMTP server.")
-    smtp_port: int | None = Field(None, ge=1, le=65535, description="Default: 587, 465 or 25, by smtp_security.")
+    email_to: Texts = Field([], description="Recipients of e-mails, comma-separated.")
+    email_from: str | None = Field(None, description="Sender of e-mails.")
+    smtp_host: str | None = Field(None, description="SMTP server for e-mails.")
+    smtp_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port of the SMTP server; default: 587 for starttls, 465 for tls, 25 for none.",
+    )
     smtp_security: Literal["starttls", "tls", "none"] = Field("starttls", description="Encryption of the connection.")
-    smtp_user: str | None = Field(None, description="SMTP user, if the server requires a login.")
-    smtp_password: SecretStr | None = Field(None, description="Password of the SMTP user.")
-    smtp_password_file: Path | None = Field(None, description="File with the password.")
-    webhook_url: SecretStr | None = Field(None, description="URL that accepts a POST of JSON.")
-    webhook_url_file: Path | None = Field(None, description="File with the URL.")
-    apprise_file: Path | None = Field(None, description="File with URLs of apprise, one per line.")
-    on: Texts = Field([*ALERT_KINDS], description="Kinds of changes to tell, comma-separated; default: all.")
+    smtp_user: str | None = Field(None, description="User of the SMTP server, if it requires a login.")
+    smtp_password: SecretStr | None = Field(None, description="Password of that user.")
+    smtp_password_file: Path | None = Field(
+        None, description="File with the password, instead of ML_PLATFORM_ALERT_SMTP_PASSWORD."
+    )
+    webhook_url: SecretStr | None = Field(
+        None, description="URL that accepts a POST of JSON; https, or http on this machine."
+    )
+    webhook_url_file: Path | None = Field(
+        None, description="File with the URL, instead of ML_PLATFORM_ALERT_WEBHOOK_URL."
+    )
+    apprise_file: Path | None = Field(
+        None, description="File with a URL of apprise per line: Slack, Telegram and others."
+    )
+    on: Texts = Field([*ALERT_KINDS], description="Kinds of changes that alerts tell.")
 
     @field_validator("on")
     @classmethod
