@@ -70,6 +70,7 @@ class ExampleRow(_Report):
 class OddRows(_Report):
     """Rows far from the usual days (see spark_jobs.cleaning.bulk), with the farthest as examples."""
 
+    #: Number of such rows.
     rows: int
     #: First and last; empty of an empty partition.
     usual_days: list[Instant]
@@ -79,15 +80,20 @@ class OddRows(_Report):
 class SharedIds(_Report):
     """Ids of a partition that another one has, too, as of `version` of that one; None if it could not be read."""
 
+    #: Version of the other partition's rows.
     version: str
+    #: Rows of this partition whose id the other one has.
     rows: int | None
+    #: Some of these ids.
     examples: list[int]
 
 
 class RawVersion(_Report):
     """Size and fingerprint of the raw file when it was cleaned."""
 
+    #: Bytes.
     size: int
+    #: Size and modification time, or the ETag of an object.
     fingerprint: str
 
 
@@ -96,24 +102,36 @@ class CleanedCounts(_Report):
 
     __pydantic_extra__: dict[str, int]
 
+    #: Lines of the file, without empty ones and the header: clean + duplicate + rejected rows.
     raw_rows: int
+    #: Rows of the table.
     clean_rows: int
+    #: Copies of rows, of which one is kept.
     duplicate_rows: int
+    #: Rows that a rule rejected.
     rejected_rows: int
+    #: Clean rows with tx_fraud = 1.
     fraud_rows: int
+    #: Clean rows without a customer.
     unknown_customer: int
+    #: Clean rows without a terminal.
     unknown_terminal: int
 
 
 class PartitionReport(_Report):
     """Fields common to all partition reports."""
 
+    #: Version of reports, tables and cleaning rules (spark_jobs/schema.py).
     schema_version: int
+    #: Key of the raw file: its name without .txt.
     partition: str
+    #: Dagster run that wrote the partition.
     run_id: str
-    #: None in reports of versions before 0.2.0.
+    #: Version of the platform that wrote it; None before 0.2.0.
     platform_version: str | None = None
+    #: Version of Spark that wrote it.
     spark_version: str
+    #: Duration of the work on this partition.
     seconds: float
 
 
@@ -122,12 +140,16 @@ class CleanedReport(PartitionReport):
 
     table: ClassVar[str] = CLEANED_TABLE
 
+    #: First day of the data set, from which tx_time_seconds and tx_time_days count.
     epoch: str
+    #: The raw file as it was read.
     raw: RawVersion
+    #: Rows by outcome and by rule.
     counts: CleanedCounts
     #: None if the partition is empty, as is `transaction_id`.
     tx_datetime: Annotated[Instants | None, BeforeValidator(_none_if_empty)]
     transaction_id: Annotated[Ids | None, BeforeValidator(_none_if_empty)]
+    #: Rows far from the others in time.
     odd_rows: OddRows
     #: Of the days with most rows, at most 400.
     rows_per_day: dict[Instant, int]
@@ -153,13 +175,18 @@ class CleanedReport(PartitionReport):
 class FeatureInputs(_Report):
     """Versions of the cleaned partitions that features were built from: the partition itself and its history."""
 
+    #: Version of the cleaned partition itself.
     cleaned: str
+    #: Partition → version, of the earlier partitions whose rows were read.
     history: dict[str, str]
 
 
 class FeaturesCounts(_Report):
+    #: Rows of the table.
     rows: int
+    #: Rows with tx_fraud = 1.
     fraud_rows: int
+    #: Rows with an input that is not a finite number; a check fails if there are any.
     unusable_rows: int
 
 
@@ -168,8 +195,11 @@ class FeaturesReport(PartitionReport):
 
     table: ClassVar[str] = FEATURES_TABLE
 
+    #: What the features were built from: they are stale if it changes.
     inputs: FeatureInputs
+    #: Names of the model's inputs, in their order.
     features: list[str]
+    #: Rows.
     counts: FeaturesCounts
 
 
@@ -184,24 +214,38 @@ class HeldOut(_Report):
 class Grade(_Report):
     """Figures of one version's scores in a week whose labels are known; see `spark_jobs.scoring.grading`."""
 
+    #: Number of the week, from the epoch.
     week: int
+    #: Version whose scores are graded.
     model_version: int
+    #: First day of the week.
     first_date: str
+    #: Last day of the week.
     last_date: str
     #: Partition → run that gave the scores.
     scores: dict[str, str]
+    #: When it was graded.
     graded_at: str
+    #: Figures of the version's held-out week, to compare with.
     held_out: HeldOut | None
+    #: Alert budget of the figures.
     alerts_per_day: int
+    #: Graded rows.
     rows: int
+    #: Frauds among them.
     frauds: int
+    #: None if it is not defined for these rows, for instance without frauds, as all figures below.
     average_precision: float | None
     average_precision_lower: float | None
     average_precision_upper: float | None
     roc_auc: float | None
+    #: Daily mean of the share of compromised cards among the 100 highest-scored.
     card_precision_at_100: float | None
+    #: Share of frauds among the alerts.
     precision_at_budget: float | None
+    #: Share of the frauds that are alerts.
     recall_at_budget: float | None
+    #: Frauds over the sum of the scores: 1 is ideal.
     calibration: float | None
 
     def figures(self) -> dict[str, float]:
@@ -214,7 +258,9 @@ class Grade(_Report):
 
 
 class ScoredCounts(_Report):
+    #: Scored rows.
     rows: int
+    #: Rows that are alerts.
     alerts: int
 
 
@@ -234,23 +280,31 @@ class ScoredReport(PartitionReport):
 
     table: ClassVar[str] = SCORED_TABLE
 
+    #: What was scored.
     inputs: ScoredInputs
     #: Why the run scored it: new, new_rows, no_scores, rebuild, model_version.
     cause: str
+    #: scored, or why there are no scores (docs/scores.md).
     outcome: ScoringOutcome
     #: Why the champion could not score.
     error: str | None
+    #: Version that gave the scores.
     model_version: int | None
     #: First day that the model had not seen; None if that is not known.
     out_of_time_from: str | None
+    #: Figures of the version's held-out week.
     held_out: HeldOut | None
+    #: Rows of a day that become alerts.
     alerts_per_day: int
+    #: Rows and alerts.
     counts: ScoredCounts
+    #: Sum of the scores: the frauds that the model expects.
     score_sum: float
     #: Week from the epoch → rows of it that can be graded as live.
     weeks: dict[str, int]
     #: The first ten alerts.
     alerts: list[dict[str, Any]]
+    #: Measures of drift against the champion's training window (spark_jobs/scoring/drift.py).
     drift: dict[str, Any]
     #: Grades that this run made, of any partition's weeks, and why there are none.
     grades: list[Grade]
@@ -269,22 +323,29 @@ class Window(_Report):
 class Candidate(_Report):
     """A learner with parameters and its average precision on the validation window."""
 
+    #: xgboost or logistic_regression.
     learner: str
+    #: Parameters of the learner.
     params: dict[str, Any]
+    #: Mean over the validation folds.
     validation_average_precision: float
 
 
 class Sampling(_Report):
     """Row counts of the sample that a model was fitted on, if not on all rows."""
 
+    #: Rows of the training window.
     rows: int
+    #: Rows that were fitted on.
     kept_rows: int
+    #: Frauds among them.
     kept_frauds: int
 
 
 class ChampionScoring(_Report):
     """Result of scoring the held-out rows with the champion; `error` says why it could not."""
 
+    #: Version of the champion.
     version: str
     status: Literal["scored", "unreadable", "newer_library"]
     error: str | None = None
@@ -293,22 +354,39 @@ class ChampionScoring(_Report):
 class TrainingReport(_Report):
     """Report of a training job. Fields that describe the model are empty if none was trained."""
 
+    #: Version of reports, tables and cleaning rules.
     schema_version: int
+    #: Dagster run that trained the model.
     run_id: str
+    #: Version of the platform that trained it; None before 0.2.0.
     platform_version: str | None = None
+    #: Last partition that the model may use.
     cutoff: str
+    #: trained, or too_little_data.
     outcome: Literal["trained", "too_little_data"]
+    #: Why nothing was trained.
     reason: str = ""
+    #: Names of the inputs, in the order of the model.
     features: list[str]
+    #: Seed of the learners and of sampling.
     seed: int
+    #: train, validation_train, validation, test → its days.
     windows: dict[str, Window]
+    #: Version of Spark.
     spark_version: str
+    #: Phase → duration.
     seconds: dict[str, float]
+    #: All candidates.
     grid: list[Candidate] = Field(default_factory=list)
+    #: The candidate that was fitted on the whole window.
     best: Candidate | None = None
+    #: None if the model was fitted on all rows.
     sampling: Sampling | None = None
+    #: Input → mean absolute contribution to the log-odds, over held-out rows.
     feature_importances: dict[str, float] = Field(default_factory=dict)
+    #: None without a champion.
     champion: ChampionScoring | None = None
+    #: The model file.
     model_uri: str = ""
     #: What the platform adds to the job's report: partitions that the rows came from; metrics and tables of the
     #: held-out rows (see `ml_platform.model.evaluation`, `spark_jobs.evaluation.metrics`).
@@ -325,8 +403,11 @@ class UncleanedFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    #: Why it could not be cleaned.
     reason: str
+    #: No other try can clean this version of the file.
     refused: bool
+    #: Run that tried.
     run_id: str
     #: Version of the platform's rules, epoch, fingerprint of the raw file.
     version: str
