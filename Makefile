@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup classes demo dev test test-image test-images lint audit benchmark clean constraints
+.PHONY: help setup classes demo dev test test-image test-images lint docs audit benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -50,7 +50,7 @@ test-image: setup ## build the image of deploy/ and test it in containers withou
 test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see CONTRIBUTING.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh
 
-lint: setup ## check packages, style, types, imports, shell scripts and the Dockerfile
+lint: setup docs ## check packages, style, types, imports, shell scripts, the Dockerfile and the documentation
 	$(BIN)/python -m pip check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +61,13 @@ lint: setup ## check packages, style, types, imports, shell scripts and the Dock
 	@# Their packages lack wheels for some machines. SC2329 does not see that traps call functions.
 	[ ! -x $(BIN)/shellcheck ] || $(BIN)/shellcheck --exclude=SC2329 .ci/run scripts/*.sh deploy/*.sh
 	[ ! -x $(BIN)/hadolint ] || $(BIN)/hadolint deploy/Dockerfile
+
+# The pages keep their places relative to each other, so a link works in the repository and in the site.
+docs: setup ## build the documentation in build/site/index.html; fails on links that lead nowhere
+	@rm -rf build/pages build/site && mkdir -p build/pages/deploy/terraform
+	@cp -R README*.md CONTRIBUTING.md CHANGELOG.md docs build/pages
+	@cp deploy/README.md build/pages/deploy && cp deploy/terraform/README.md build/pages/deploy/terraform
+	@NO_COLOR=1 $(BIN)/python -m zensical build --strict --clean
 
 audit: setup ## look up the pinned versions among known vulnerabilities (needs PyPI itself, no mirror)
 	@$(BIN)/python -m pip check
