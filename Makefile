@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup classes demo dev test test-image test-images lint docs audit benchmark clean constraints
+.PHONY: help setup classes demo dev test test-image test-images lint docs reference audit benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -69,6 +69,9 @@ docs: setup ## build the documentation in build/site/index.html; fails on links 
 	@cp deploy/README.md build/pages/deploy && cp deploy/terraform/README.md build/pages/deploy/terraform
 	@NO_COLOR=1 $(BIN)/python -m zensical build --strict --clean
 
+reference: setup ## write the pages of docs/reference from the code
+	@$(BIN)/python -m scripts.reference
+
 audit: setup ## look up the pinned versions among known vulnerabilities (needs PyPI itself, no mirror)
 	@$(BIN)/python -m pip check
 	@$(BIN)/python -m venv .audit
@@ -95,7 +98,7 @@ benchmark: classes ## small versions of the benchmarks (docs/performance.md has 
 
 clean: ## remove .venv, data, Dagster's state and caches
 	rm -rf .venv data .dagster_home build *.egg-info spark-warehouse metastore_db derby.log mlruns mlartifacts
-	rm -rf .audit .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .audit .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 constraints: ## renew constraints.txt for changed dependencies (UV_ARGS=--upgrade: all of them)
