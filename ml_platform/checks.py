@@ -41,7 +41,7 @@ DESCRIPTIONS = {
 }
 
 #: Where the remedy is, in the description of each check that stops files.
-REMEDY = "A file that fails gets no features and trains no model: docs/operations.md, “Stopped files”."
+REMEDY = "A file that fails gets no features and trains no model: docs/operations.md, “A file is bad”."
 
 #: Steps with a lower priority than others run last: they fail the run when all else is done.
 LAST = {"dagster/priority": "-1"}
