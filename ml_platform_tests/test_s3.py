@@ -585,6 +585,6 @@ def test_an_endpoint_that_dies_leaves_no_partition(
     with pytest.raises(FileNotFoundError):
         store.read(report)
     # What the interrupted job left is not in the way.
-    printed += user.materialize(CLEANED, file.key, file.key)
+    printed += user.launch(CLEANED, file.key, file.key)
     assert_counts(json.loads(store.read(report)), file.truth)
     assert real_s3.secret_key not in printed

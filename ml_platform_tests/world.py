@@ -98,6 +98,7 @@ def command(name: str, module: str) -> list[str]:
 
 
 DAGSTER = command("dagster", "dagster")
+DG = command("dg", "dagster_dg_cli.cli")
 DAGSTER_DAEMON = command("dagster-daemon", "dagster._daemon")
 ML_PLATFORM = command("ml-platform", "ml_platform.cli.main")
 
@@ -185,9 +186,10 @@ class World:
         with self.instance() as instance:
             instance.add_dynamic_partitions("raw_files", keys)
 
-    def materialize(self, selection: str, first: str, last: str) -> str:
-        """`dagster asset materialize` over a range of partitions."""
-        return self.run(*materialize_command(selection, first, last))
+    def launch(self, selection: str, first: str, last: str) -> str:
+        """`dg launch` of assets over a range of partitions."""
+        options = ["--target-path", str(PROJECT), "--assets", selection, "--partition-range", f"{first}...{last}"]
+        return self.run(*DG, "launch", *options)
 
     @contextmanager
     def instance(self) -> Generator[dg.DagsterInstance]:
