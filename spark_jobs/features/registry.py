@@ -223,7 +223,7 @@ def _registry() -> Iterator[Feature]:
                        f"The terminal's transactions in the {text} that end {delay} days ago; 0 if unknown.",
                        _phrase("{:,.0f} payments at this terminal in the {} until {} days ago", text, delay))
         yield terminal(f"terminal_fraud_risk_{days}d", terminal_risk(days), days, "handbook", "share",
-                       f"Share of frauds among the terminal's transactions in these {text}; 0 if there are none.",
+                       f"Share of frauds at the terminal in the {text} that end {delay} days ago; 0 without payments.",
                        _phrase("{:.1%} frauds among this terminal's payments in the {} until {} days ago", text, delay))
     yield customer("customer_amount_ratio_to_mean", ratio_to_mean, 30, "own", "ratio",
                    "Amount over the mean of the customer's 30 days before; 1 without any.",
