@@ -30,14 +30,15 @@ from ml_platform.checks import ASSET_CHECKS
 from ml_platform.jobs import process_new_files
 from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.quality import QualityLimits
-from ml_platform.lake.reports import CLEANED_TABLE, CleanedReport, FeatureInputs
+from ml_platform.lake.reports import ALERTS_TABLE, CLEANED_TABLE, SCORED_TABLE, CleanedReport, FeatureInputs
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.spark.engine import JobCall, SparkEngine
 from spark_jobs import build_features
 from spark_jobs.partitions import Refused
-from spark_jobs.schema import FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION
+from spark_jobs.schema import ALERT_COLUMNS, FIX_RULES, REJECT_RULES, REPORT_NAME, SCHEMA_VERSION, SCORED_COLUMNS
 from spark_jobs.scoring import grading
+from spark_jobs.scoring.alerts import PARQUET_NAME
 from spark_jobs.train_model import MODEL_FILE, SAMPLE_FILE
 from spark_jobs.training.learners import LogisticRegressionModel, Scorer
 
@@ -156,6 +157,25 @@ def put_cleaned(lake: LakeResource, *keys: str, **changes: Any) -> None:
         spec = json.loads(content) if content else None
         report = cleaned_report(key, spec, raw=files[key].as_request(), epoch=lake.epoch)
         put_report(lake, CLEANED_TABLE, key, {**report, **changes})
+
+
+def put_scores(lake: LakeResource, key: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows of ``scored_transactions``, and those of them that are alerts; the report is not written."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    types = {
+        **{"bigint": pa.int64(), "int": pa.int32(), "double": pa.float64(), "boolean": pa.bool_()},
+        **{"string": pa.string(), "timestamp": pa.timestamp("us", "UTC")},
+    }
+    for table, columns, name, chosen in (
+        (SCORED_TABLE, SCORED_COLUMNS, "part-0.parquet", rows),
+        (ALERTS_TABLE, ALERT_COLUMNS, PARQUET_NAME, [row for row in rows if row["alert"]]),
+    ):
+        directory = Path(lake.lake_uri) / lake.partition_path(table, key)
+        directory.mkdir(parents=True, exist_ok=True)
+        schema = pa.schema([(column, types[kind]) for column, kind, *_ in columns])
+        parquet.write_table(pa.Table.from_pylist(chosen, schema), directory / name)
 
 
 class FakeEngine(SparkEngine):

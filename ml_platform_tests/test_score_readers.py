@@ -1,31 +1,27 @@
-"""What people read scores with: the commands, and the snippets of docs/scores.md, run as they stand there."""
+"""What people read scores with: the commands, and the snippets of docs/scores.md, run as they stand there.
+
+test_documented_commands.py runs the commands of that page.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import duckdb
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
-from ml_platform.lake.reports import ALERTS_TABLE, SCORED_TABLE
+from ml_platform.lake.reports import SCORED_TABLE
 from ml_platform.lake.resource import LakeResource
-from ml_platform_tests.fakes import scored_report
+from ml_platform_tests.fakes import put_scores, scored_report
 from ml_platform_tests.world import PROJECT
-from spark_jobs.schema import ALERT_COLUMNS, SCORED_COLUMNS
-from spark_jobs.scoring.alerts import PARQUET_NAME
 
 RunCli = Callable[..., tuple[int, str, str]]
 TEXT = (PROJECT / "docs/scores.md").read_text()
 KEYS = ("2019-10-21", "2019-11-20")
-TYPES = {"bigint": pa.int64(), "int": pa.int32(), "double": pa.float64(), "boolean": pa.bool_(), "string": pa.string()}
-TYPES["timestamp"] = pa.timestamp("us", "UTC")
 
 
 def snippets(language: str) -> list[str]:
@@ -59,29 +55,15 @@ def lake(lake: LakeResource, monkeypatch: pytest.MonkeyPatch) -> LakeResource:
     monkeypatch.setenv("ML_PLATFORM_RAW_URI", lake.raw_uri)
     monkeypatch.setenv("ML_PLATFORM_LAKE_URI", lake.lake_uri)
     for key in (*KEYS, "replaced"):
-        rows = rows_of(KEYS[0] if key == "replaced" else key)
-        for table, columns, name, chosen in (
-            (SCORED_TABLE, SCORED_COLUMNS, "part-0.parquet", rows),
-            (ALERTS_TABLE, ALERT_COLUMNS, PARQUET_NAME, [row for row in rows if row["alert"]]),
-        ):
-            directory = Path(lake.lake_uri) / lake.partition_path(table, key)
-            directory.mkdir(parents=True)
-            schema = pa.schema([(column, TYPES[kind]) for column, kind, *_ in columns])
-            parquet.write_table(pa.Table.from_pylist(chosen, schema), directory / name)
+        put_scores(lake, key, rows_of(KEYS[0] if key == "replaced" else key))
     for key in KEYS:
         lake.write_json(f"{SCORED_TABLE}/raw_file={key}/_report.json", scored_report(key, rows=12, model_version=3))
     lake.write_json(f"{SCORED_TABLE}/raw_file=none/_report.json", scored_report("none", rows=0, model_version=None))
     return lake
 
 
-def documented(command: str) -> list[str]:
-    """The words of a command as it stands in the documentation, without comment and pipe."""
-    (line,) = re.findall(rf"^\$ ml-platform ({command}.*)$", TEXT, re.MULTILINE)
-    return shlex.split(line.partition("|")[0], comments=True)
-
-
 def test_alerts_are_shown_with_their_reasons(run_cli: RunCli, lake: LakeResource):
-    code, out, _ = run_cli(*documented("alerts"))
+    code, out, _ = run_cli("alerts", KEYS[1], "--day", "2019-11-25")
     assert (code, out.count("amount")) == (0, 0), "no row of the file is of that day"
     code, out, _ = run_cli("alerts", KEYS[1], "--day", "2019-11-21", "--top", "2")
     assert code == 0
@@ -122,13 +104,13 @@ def test_alerts_that_cannot_be_shown(run_cli: RunCli, lake: LakeResource, argume
 
 
 def test_only_complete_partitions_are_listed(run_cli: RunCli, lake: LakeResource):
-    code, out, _ = run_cli(*documented(r"scores\s+#"))
+    code, out, _ = run_cli("scores")
     assert code == 0
     assert out.split() == [lake.partition_uri(SCORED_TABLE, key) for key in KEYS]
 
 
 def test_duckdb_reads_them(run_cli: RunCli, lake: LakeResource):
-    code, views, _ = run_cli(*documented("scores --sql"))
+    code, views, _ = run_cli("scores", "--sql")
     assert code == 0
     database = duckdb.connect()
     database.execute(views)
