@@ -149,6 +149,11 @@ def test_commands_are_in_blocks_that_are_read():
     assert sum(map(len, COMMANDS.values())) > 50
 
 
+def test_the_russian_readme_has_the_same_commands():
+    commands = [command.without_comment for command in commands_of("README.ru.md")]
+    assert commands == [command.without_comment for command in COMMANDS["README.md"]]
+
+
 # docs/quickstart-yandex.md and Terraform
 
 
