@@ -60,8 +60,9 @@ find_engine() {
             fail "install Docker, or podman with runc, debootstrap and catatonit; missing: ${missing[*]}"
         say "no Docker engine runs here: installing ${missing[*]} with apt-get"
         export DEBIAN_FRONTEND=noninteractive
-        { apt-get update && apt-get install --yes --no-install-recommends "${missing[@]}"; } \
-            >"$work/apt.log" 2>&1 </dev/null || {
+        # A machine may be busy with its own updates.
+        { apt-get update && apt-get install --option DPkg::Lock::Timeout=300 --yes --no-install-recommends \
+            "${missing[@]}"; } >"$work/apt.log" 2>&1 </dev/null || {
             tail -n 5 "$work/apt.log" >&2
             fail "cannot install ${missing[*]}: install Docker, or these"
         }
@@ -209,12 +210,12 @@ start() {
 }
 
 wait_for() {
-    local what=$1 end=$((SECONDS + 300))
+    local what=$1 end=$((SECONDS + 600))
     shift
     until "$@" >"$work/check.log" 2>&1; do
         if ((SECONDS > end)); then
             tail -n 5 "$work/check.log" >&2
-            fail "not so after five minutes: $what"
+            fail "not so after ten minutes: $what"
         fi
         sleep 2
     done
