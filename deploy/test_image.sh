@@ -350,6 +350,28 @@ print("both UIs answer, and refuse a foreign host name")
 PYTHON
 }
 
+# What Prometheus would scrape. Two runs have ended by then, and all files are processed.
+check_metrics() {
+    prove metrics <<'PYTHON'
+import urllib.request
+
+with urllib.request.urlopen("http://127.0.0.1:9464/metrics", timeout=60) as response:
+    lines = response.read().decode().splitlines()
+found = dict(line.rsplit(" ", 1) for line in lines if line.startswith("ml_platform_"))
+for series, expected in (
+    ('ml_platform_source_up{source="dagster"}', 1),
+    ('ml_platform_source_up{source="lake"}', 1),
+    ('ml_platform_source_up{source="mlflow"}', 1),
+    ('ml_platform_runs{job="process_new_files",status="success"}', 2),
+    ("ml_platform_files_waiting", 0),
+):
+    assert float(found.get(series, "nan")) == expected, (series, found)
+assert float(found["ml_platform_champion_version"]) >= 1
+assert float(found['ml_platform_rows_per_second{table="cleaned_transactions"}']) > 0
+print("the metrics are those of both runs")
+PYTHON
+}
+
 work=$(mktemp -d)
 trap clean_up EXIT
 trap 'exit 1' HUP INT TERM
@@ -363,7 +385,7 @@ for name in postgres dagster mlflow; do
 done
 : >"$work/secrets/aws_credentials"
 # One network for all: every name leads to loopback.
-echo "127.0.0.1 localhost network postgres mlflow code webserver scorer daemon" >"$work/hosts"
+echo "127.0.0.1 localhost network postgres mlflow code webserver scorer metrics daemon" >"$work/hosts"
 chmod 644 "$work/hosts" "$work"/secrets/*
 code_options=() mlflow_options=()
 
@@ -386,9 +408,11 @@ inside code entrypoint.sh ml-platform simulate --files 3 --customers 200 --termi
 inside code entrypoint.sh ml-platform process-new-files
 inside code entrypoint.sh ml-platform summary
 start scorer
+start metrics "${code_options[@]}"
 start daemon
 check_uis
-for name in mlflow code webserver scorer daemon; do
+check_metrics
+for name in mlflow code webserver scorer metrics daemon; do
     check_restrictions "$name"
 done
 size=$(inside code du -xs --block-size=1000000 / 2>/dev/null | cut -f 1) || :
