@@ -286,7 +286,7 @@ assert os.getuid() == os.getgid() == 10001
 with open("/proc/net/route") as file:
     assert len(file.readlines()) == 1, "there is a route"
 with open("/proc/self/status") as file:
-    status = dict(line.rstrip().split(":\t", 1) for line in file)
+    status = {name: value.strip() for name, value in (line.split(":", 1) for line in file)}
 assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0, status
 assert status["NoNewPrivs"] == "1"
 for directory in ("/", "/opt/venv", "/opt/dagster", "/home/platform", "/home/platform/.cache/ml_platform"):
