@@ -8,11 +8,13 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version as version_of_package
@@ -24,6 +26,7 @@ from unittest import mock
 import dagster as dg
 import pytest
 from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster._daemon.types import DaemonHeartbeat
 
 from ml_platform.cli import clusters, data, doctor
 from ml_platform.cli.context import CommandError, complete_partition
@@ -333,7 +336,7 @@ def test_the_shell_completes_partitions(run_cli: RunCli):
 def doctor_rows(out: str) -> dict[str, tuple[str, str]]:
     """Verdict and text of each check in the doctor's table."""
     cells = [[cell.strip() for cell in re.split("[│┃|]", line)[1:-1]] for line in out.splitlines()]
-    return {row[0]: (row[1], row[2]) for row in cells if len(row) == 3 and row[1] in ("ok", "failed")}
+    return {row[0]: (row[1], row[2]) for row in cells if len(row) == 3 and row[1] in ("ok", "note", "failed")}
 
 
 @pytest.fixture
@@ -378,8 +381,18 @@ def test_java_of_versions_17_and_21_is_suitable(install_java: Callable[[str], Pa
 def dagster_home(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Dagster's storage, which takes a second to make; the doctor only reads it."""
     home = str(tmp_path_factory.mktemp("dagster home"))
+    shutil.copy(ROOT / "dagster.yaml", home)
     with mock.patch.dict(os.environ, DAGSTER_HOME=home), dg.DagsterInstance.get():
         return home
+
+
+@pytest.fixture
+def own_dagster_home(dagster_home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of Dagster's storage that a test may change."""
+    home = tmp_path / "own dagster home"
+    shutil.copytree(dagster_home, home)
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    return home
 
 
 @pytest.fixture
@@ -397,11 +410,14 @@ def faults(
         code, out, err = run_cli("doctor")
         rows = doctor_rows(out)
         faults = {name: text for name, (verdict, text) in rows.items() if verdict == "failed"}
-        # MLflow says where its artifacts go.
+        # MLflow says where its artifacts go, and Dagster when its daemon was last there.
         artifacts = [] if "MLflow" in faults else ["artifacts"]
-        assert list(rows) == ["settings", "Java", "raw files", "lake", "MLflow", *artifacts, "Dagster", *alerts]
+        daemon = [] if "Dagster" in faults else ["daemon"]
+        expected = ["settings", "Java", "raw files", "lake", "MLflow", *artifacts, "Dagster", *daemon, *alerts]
+        assert list(rows) == expected
         assert code == (1 if faults else 0)
-        assert (f"error: {len(faults)} of {7 + len(alerts)} checks failed" in err) == bool(faults)
+        assert (f"error: {len(faults)} of {8 + len(alerts)} checks failed" in err) == bool(faults)
+        assert "Traceback" not in out + err
         return faults
 
     return faults
@@ -435,19 +451,20 @@ class TestDoctorAndMlflow:
             Thread(target=server.serve_forever, daemon=True).start()
             address = f"http://127.0.0.1:{server.server_port}"
             if fits:
-                doctor._check_server_version(address)
+                doctor._check_server(address)
             else:
                 with pytest.raises(
                     CommandError, match=rf"server is version {version}, its client here {mlflow_version}"
                 ):
-                    doctor._check_server_version(address)
+                    doctor._check_server(address)
             server.shutdown()
 
     def test_an_unreachable_mlflow_is_named(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        ((name, text),) = faults().items()
-        assert name == "MLflow"
-        assert "127.0.0.1" in text
+        assert faults() == {
+            "MLflow": "MLflow's server at http://127.0.0.1:9 does not answer (Connection refused): start it, or check "
+            "MLFLOW_TRACKING_URI"
+        }
 
     def test_artifacts_that_cannot_be_written_are_named(self, faults: Faults, empty_mlflow_store: Path):
         shutil.copy(empty_mlflow_store, "data/mlflow.db")
@@ -481,7 +498,7 @@ class TestDoctor:
             (
                 {"MLFLOW_TRACKING_URI": "postgresql+psycopg2://me:very-secret@127.0.0.1:9/mlflow"},
                 "MLflow",
-                ["Connection refused"],
+                ["in MLFLOW_TRACKING_URI", "Connection refused: start the database, or check its address"],
             ),
         ],
     )
@@ -551,6 +568,7 @@ class TestDoctor:
     def test_dagsters_broken_storage_is_named(self, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         home = tmp_path / "broken home"
         (home / "history" / "runs.db").mkdir(parents=True)
+        shutil.copy(ROOT / "dagster.yaml", home)
         monkeypatch.setenv("DAGSTER_HOME", str(home))
         ((name, text),) = faults().items()
         assert name == "Dagster"
@@ -568,6 +586,57 @@ class TestDoctor:
         shutil.copy(ROOT / "deploy" / "dagster.yaml", home)
         monkeypatch.setenv("DAGSTER_HOME", str(home))
         assert "DAGSTER_POSTGRES_URL: not set, but " in faults()["Dagster"]
+
+    def test_a_database_of_dagster_that_does_not_answer_is_tried_once(
+        self, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ):
+        shutil.copy(ROOT / "deploy" / "dagster.yaml", tmp_path)
+        url = "postgresql+psycopg2://dagster:very-secret@127.0.0.1:9/dagster"
+        environment = {"DAGSTER_HOME": str(tmp_path), "DAGSTER_POSTGRES_URL": url, "DAGSTER_MAX_CONCURRENT_RUNS": "1"}
+        set_environment(monkeypatch, dict(environment))
+        ((name, text),) = faults().items()
+        assert name == "Dagster"
+        assert text.startswith("cannot connect to the database in DAGSTER_POSTGRES_URL: ")
+        assert text.endswith("Connection refused: start the database, or check its address and password")
+        assert "very-secret" not in text
+        # Dagster logs each of its attempts.
+        assert not [record for record in caplog.records if "database" in record.getMessage()]
+
+    def test_a_home_without_dagsters_settings_is_named(
+        self, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "empty"))
+        assert faults()["Dagster"].startswith(f"there is no {tmp_path}/empty/dagster.yaml, so Dagster would use its ")
+        assert not (tmp_path / "empty").exists()
+
+    @pytest.mark.parametrize("file", ["history/runs.db", "history/runs/index.db", "schedules/schedules.db"])
+    def test_tables_of_another_version_of_dagster_are_named(self, faults: Faults, own_dagster_home: Path, file: str):
+        with closing(sqlite3.connect(own_dagster_home / file)) as database, database:
+            (head,) = database.execute("SELECT version_num FROM alembic_version").fetchone()
+            database.execute("UPDATE alembic_version SET version_num = 'older'")
+        assert faults()["Dagster"].startswith(
+            f"Dagster's tables are of revision older, and this version needs {head}: back them up, then run "
+            "dagster instance migrate"
+        )
+
+    @pytest.mark.parametrize(
+        ("age_s", "verdict", "text"),
+        [
+            (None, "note", "none has run yet: sensors, schedules and queued runs need one"),
+            (3600, "note", "none has run for 60 minutes: sensors, schedules and queued runs need one"),
+            (0, "ok", "last heartbeat "),
+        ],
+    )
+    @pytest.mark.usefixtures("faults", "own_dagster_home")
+    def test_a_daemon_that_does_not_run_is_noted(self, run_cli: RunCli, age_s: float | None, verdict: str, text: str):
+        if age_s is not None:
+            with dg.DagsterInstance.get() as instance:
+                instance.add_daemon_heartbeat(DaemonHeartbeat(time.time() - age_s, "SENSOR", "id"))
+        code, out, _ = run_cli("doctor")
+        assert code == 0
+        found = doctor_rows(out)["daemon"]
+        assert found[0] == verdict
+        assert found[1].startswith(text)
 
     def test_destinations_of_alerts_are_tried(self, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         with socket.create_server(("127.0.0.1", 0)) as server:

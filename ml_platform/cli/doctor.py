@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from rich.table import Table
@@ -20,15 +23,26 @@ from ml_platform.cli.clusters import dataproc_engine
 from ml_platform.cli.context import CommandError, console, dagster_instance, first_line, lake_of, mlflow_of, plain
 from ml_platform.settings import Settings, SettingsError, is_set, load_settings
 
+if TYPE_CHECKING:
+    import dagster as dg
+
 #: Longer than any check's own timeouts; the slowest is an S3 endpoint that does not answer.
 CHECK_TIMEOUT_S = 75
 
+#: Age of the newest heartbeat of a daemon that has ended; a running one sends two a minute.
+MAX_HEARTBEAT_AGE_S = 300
+
 #: Advice if artifacts cannot be stored, by URI scheme.
 ARTIFACTS_ADVICE = {
-    "mlflow-artifacts": "MLflow's server stores them: check its log, its --artifacts-destination and its permissions",
+    "mlflow-artifacts": "MLflow's server stores them: check its log, that the bucket or directory of its "
+    "--artifacts-destination exists, and its permissions there",
     "s3": "this machine stores them itself: check AWS_ENDPOINT_URL_S3, and the key and its permissions",
     "file": "a directory of this machine: check its owner and the free space",
 }
+
+
+class Remark(Exception):
+    """Something to know about the installation that is not always a fault."""
 
 
 def doctor() -> None:
@@ -37,12 +51,15 @@ def doctor() -> None:
     table = Table("check", "", "result", show_lines=False)
     failed: list[str] = []
     for name, check in checks.items():
-        if name == "artifacts" and "MLflow" in failed:
-            table.add_row(name, "", "not checked: MLflow is needed to find their location")
+        needed = {"artifacts": "MLflow", "daemon": "Dagster"}.get(name)
+        if needed in failed:
+            table.add_row(name, "", f"not checked: {needed} is needed for it")
             continue
         try:
             with console.status(f"checking {name}"):
                 result, verdict = _with_timeout(check), "[green]ok[/green]"
+        except Remark as remark:
+            result, verdict = str(remark), "[yellow]note[/yellow]"
         except Exception as error:
             failed.append(name)
             result, verdict = first_line(error), "[red]failed[/red]"
@@ -63,7 +80,8 @@ def _checks(settings: Settings) -> dict[str, Callable[[], str]]:
         if not settings.spark_master.startswith("local"):
             checks |= {"library": _check_library}
     checks |= {"raw files": _check_raw_files, "lake": _check_lake}
-    checks |= {"MLflow": _check_mlflow, "artifacts": _check_artifacts, "Dagster": _check_dagster}
+    checks |= {"MLflow": _check_mlflow, "artifacts": _check_artifacts}
+    checks |= {"Dagster": _check_dagster, "daemon": _check_daemon}
     return {name: partial(check, settings) for name, check in checks.items()} | _alert_checks()
 
 
@@ -171,10 +189,10 @@ def _check_mlflow(settings: Settings) -> str:
 
     scheme = re.split("[:+]", settings.tracking_uri)[0]
     if scheme in ("postgresql", "mysql", "mssql"):
-        _check_database(settings.tracking_uri)
+        _check_database(settings.tracking_uri, "MLFLOW_TRACKING_URI")
     elif scheme.startswith("http"):
         limit_retries()
-        _check_server_version(settings.tracking_uri)
+        _check_server(settings.tracking_uri)
     from ml_platform.model.gate import champion_problem, lost_parts
     from ml_platform.model.mlflow import EXPERIMENT
 
@@ -193,25 +211,32 @@ def _check_mlflow(settings: Settings) -> str:
     return f"{scheme}: champion is version {champion.version}"
 
 
-def _check_server_version(url: str) -> None:
-    """MLflow's client and server must be of the same major version."""
-    import mlflow
+def _check_server(url: str) -> None:
+    """MLflow's server must answer, and be of the client's major version."""
     import requests
 
     try:
         answer = requests.get(f"{url.rstrip('/')}/version", timeout=15)
-    except requests.RequestException:  # MLflow's client, with its own settings for TLS, will say why
+    except (requests.exceptions.SSLError, requests.exceptions.ProxyError):
+        return  # MLflow's client, with its own settings for TLS, will say why
+    except (requests.ConnectionError, requests.Timeout) as error:
+        reason = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
+        raise CommandError(
+            f"MLflow's server at {url} does not answer ({reason[1] if reason else type(error).__name__}): "
+            "start it, or check MLFLOW_TRACKING_URI"
+        ) from None
+    except requests.RequestException:
         return
     server = re.fullmatch(r"([0-9]+)\.[0-9a-z.]+", answer.text.strip()) if answer.ok else None
-    if server and server[1] != mlflow.__version__.partition(".")[0]:
+    client = version("mlflow")
+    if server and server[1] != client.partition(".")[0]:
         raise CommandError(
-            f"MLflow's server is version {server[0]}, its client here {mlflow.__version__}: install the same major "
-            "version on both"
+            f"MLflow's server is version {server[0]}, its client here {client}: install the same major version on both"
         )
 
 
-def _check_database(url: str) -> None:
-    """Connect once; MLflow itself would retry for minutes."""
+def _check_database(url: str, variable: str) -> None:
+    """Connect once to the database that `variable` names; MLflow and Dagster would retry and log each attempt."""
     from sqlalchemy import create_engine
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -221,12 +246,15 @@ def _check_database(url: str) -> None:
         engine.connect().close()
         engine.dispose()
     except ImportError as error:
-        raise CommandError(f"MLFLOW_TRACKING_URI needs the driver {error.name}: install it") from None
+        raise CommandError(f"{variable} needs the driver {error.name}: install it") from None
     except SQLAlchemyError as error:
         # Leave out the error's text: it may contain the URL.
         cause = getattr(error, "orig", None)
         reason = first_line(cause) if cause else type(error).__name__
-        raise CommandError(f"cannot connect to the database in MLFLOW_TRACKING_URI: {reason}") from None
+        raise CommandError(
+            f"cannot connect to the database in {variable}: {reason}: start the database, or check its address and "
+            "password"
+        ) from None
 
 
 def _check_artifacts(settings: Settings) -> str:
@@ -292,10 +320,13 @@ def probe_artifacts(location: str, tracking_uri: str) -> None:
 def _check_dagster(settings: Settings) -> str:
     from ml_platform.lake.partitions import raw_files
 
-    if missing := _missing_variables(settings):
+    config = _dagster_config(settings)
+    if missing := sorted({name for name in _variables(config) if not is_set(name)}):
         raise CommandError(f"{', '.join(missing)}: not set, but {settings.dagster_home}/dagster.yaml needs it")
+    _check_dagster_database(config)
     try:
         with dagster_instance(settings) as instance:
+            _check_tables(instance)
             partitions = len(instance.get_dynamic_partitions(str(raw_files.name)))
             storage = type(instance.event_log_storage).__name__
     except CommandError:
@@ -309,22 +340,63 @@ def _check_dagster(settings: Settings) -> str:
     return f"{partitions} partitions in {kind}"
 
 
-def _missing_variables(settings: Settings) -> list[str]:
-    """Environment variables that dagster.yaml names and that are not set, such as DAGSTER_POSTGRES_URL."""
+def _dagster_config(settings: Settings) -> Mapping[str, Any]:
+    """Content of dagster.yaml, empty without DAGSTER_HOME, which the next check names."""
     import dagster as dg
 
-    file = settings.dagster_home / "dagster.yaml" if settings.dagster_home else None
-    if file is None or not file.is_file():
-        return []
+    if settings.dagster_home is None:
+        return {}
+    file = settings.dagster_home / "dagster.yaml"
+    if not file.is_file():
+        raise CommandError(
+            f"there is no {file}, so Dagster would use its defaults (no monitoring of runs, SQLite): copy the "
+            "dagster.yaml of this project there (of deploy/ for PostgreSQL), or check DAGSTER_HOME"
+        )
+    return dg.config_from_files([str(file)])
 
-    def names(value: object) -> Iterator[str]:
-        if isinstance(value, dict):
-            if set(value) == {"env"}:
-                yield str(value["env"])
-            for item in value.values():
-                yield from names(item)
-        elif isinstance(value, list):
-            for item in value:
-                yield from names(item)
 
-    return sorted({name for name in names(dg.config_from_files([str(file)])) if not is_set(name)})
+def _variables(value: object) -> Iterator[str]:
+    """Environment variables that a part of dagster.yaml names, such as DAGSTER_POSTGRES_URL."""
+    if isinstance(value, dict):
+        if set(value) == {"env"}:
+            yield str(value["env"])
+        for item in value.values():
+            yield from _variables(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _variables(item)
+
+
+def _check_dagster_database(config: Mapping[str, Any]) -> None:
+    """Connect once to the PostgreSQL that dagster.yaml names."""
+    import dagster as dg
+
+    url = config.get("storage", {}).get("postgres", {}).get("postgres_url")
+    if isinstance(url, dict):
+        _check_database(dg.EnvVar(url["env"]).get_value() or "", url["env"])
+    elif url:
+        _check_database(str(url), "dagster.yaml")
+
+
+def _check_tables(instance: dg.DagsterInstance) -> None:
+    """Raise CommandError if Dagster's tables are of another version than its code."""
+    for storage in (instance.run_storage, instance.event_log_storage, instance.schedule_storage):
+        found, expected = (storage and storage.alembic_version()) or (None, None)
+        if found != expected:
+            raise CommandError(
+                f"Dagster's tables are of revision {found}, and this version needs {expected}: back them up, then run "
+                "dagster instance migrate (or install the newer version that has changed them)"
+            )
+
+
+def _check_daemon(settings: Settings) -> str:
+    """Find out whether a daemon runs. None is needed for runs by hand."""
+    with dagster_instance(settings) as instance:
+        heartbeats = instance.get_daemon_heartbeats().values()
+    advice = "sensors, schedules and queued runs need one (dagster-daemon run, or make dev)"
+    if not heartbeats:
+        raise Remark(f"none has run yet: {advice}")
+    age = time.time() - max(heartbeat.timestamp for heartbeat in heartbeats)
+    if age > MAX_HEARTBEAT_AGE_S:
+        raise Remark(f"none has run for {age / 60:,.0f} minutes: {advice}")
+    return f"last heartbeat {max(age, 0):.0f} s ago"
