@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
+from ml_platform.operations.log_lines import configure_root_logger
 from ml_platform.settings import load_settings
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def main() -> None:
     from dotenv import load_dotenv
 
     load_dotenv(Path.cwd() / ".env", override=True)
+    configure_root_logger()
     middleware = guard(load_settings().dagster_ui_url)
     build_middleware = DagsterWebserver.build_middleware
     DagsterWebserver.build_middleware = lambda self: [*middleware, *build_middleware(self)]  # type: ignore[method-assign]
