@@ -27,7 +27,10 @@ def main() -> None:
     from mlflow.db import commands
 
     # The command is called in this process: on a command line everybody could read the address, maybe with a password.
-    commands.main(["upgrade", uri], prog_name="mlflow db")
+    try:
+        commands.main(["upgrade", uri], prog_name="mlflow db")
+    except sqlalchemy.exc.DBAPIError as error:
+        sys.exit(f"mlflow_database: the tables cannot be upgraded: {str(error.orig).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 # its own virtual environment, its tables in the database, a service that starts with the machine. Run as root; may be
 # run again at any time. Settings that are not given again stay as they are.
 #
-# An installed server runs on while the packages of the new one are fetched, and runs again if the database refuses the
-# new settings or an upgrade of its tables.
+# An installed server runs on while the packages of the new one are fetched, and runs again, with its settings of
+# before, if the database refuses the new settings or an upgrade of its tables, or if the new server does not answer.
 #
 # Variables, kept in /etc/mlflow/server.env, which only root can read:
 #   MLFLOW_BACKEND_STORE_URI       needed at first: postgresql+psycopg2://mlflow@host:5432/mlflow
@@ -17,6 +17,8 @@
 # PYTHON: interpreter, 3.11 to 3.14; default python3.
 # DESTDIR: write the files below that directory, install and start nothing.
 set -euo pipefail
+# The server's user, who is not root, reads what is installed.
+umask 022
 
 clone=$(cd "$(dirname "$0")/.." && pwd)
 root=${DESTDIR:-}
@@ -165,16 +167,34 @@ prepare_database() (
     exec "$environment/bin/python" "$clone/deploy/mlflow_database.py"
 )
 
-# Makes $home/venv lead to the new environment, and deletes the others.
+# Makes $home/venv lead to environment $1.
 switch_environment() {
     [ -L "$home/venv" ] || rm -rf "$home/venv" # of an earlier version of this script
-    ln -sfn "$environment" "$home/venv"
+    ln -sfn "$1" "$home/venv"
+}
+
+delete_other_environments() {
     find "$home" -maxdepth 1 -name 'venv-*' ! -path "$environment" -exec rm -rf {} +
 }
 
-# What was installed before runs again.
-start_again() {
+# Keeps what the running server has, to go back to.
+save_installed() {
+    saved=$(mktemp -d) # root's alone
+    cp "$settings" "$saved/settings"
+    cp "$unit" "$saved/unit"
+    installed=$(readlink "$home/venv" || :)
+}
+
+# Starts the server of before. Its upgraded tables, if any, stay: a database does not go back.
+go_back() {
+    trap - EXIT
     say "the installed server starts again, with its settings of before"
+    systemctl stop mlflow.service || :
+    [ -z "$installed" ] || switch_environment "$installed"
+    install_file 600 "$settings" <"$saved/settings"
+    install_file 644 "$unit" <"$saved/unit"
+    rm -rf "$saved"
+    systemctl daemon-reload
     systemctl start mlflow.service
 }
 
@@ -203,16 +223,20 @@ fi
 check_python
 install_packages
 # The tables are changed while nobody uses them.
+saved=
 if systemctl is-active --quiet mlflow.service; then
-    trap start_again EXIT
+    save_installed
+    trap go_back EXIT
     systemctl stop mlflow.service
 fi
 prepare_database
-trap - EXIT
-switch_environment
+switch_environment "$environment"
 print_settings | install_file 600 "$settings"
 write_unit
 systemctl daemon-reload
 systemctl enable --quiet mlflow.service
 systemctl start mlflow.service
 wait_until_healthy
+trap - EXIT
+delete_other_environments
+[ -z "$saved" ] || rm -rf "$saved"

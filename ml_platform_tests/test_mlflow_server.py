@@ -63,7 +63,7 @@ is-active)
     ;;
 stop)
     if [ -f pid ]; then
-        kill -TERM -- "-$(cat pid)"
+        kill -TERM -- "-$(cat pid)" || :
         while kill -0 -- "-$(cat pid)" 2>/dev/null; do sleep 0.1; done
         rm pid
     fi
@@ -291,10 +291,25 @@ def test_a_server_is_installed_once_and_brought_up_to_date_by_the_next_run(
     constraints.write_text(versions + "# newer\n")
     not_upgraded = machine.run(PGPASSWORD="not-that-one")
     assert not_upgraded.returncode == 1
-    assert machine.lines("systemctl") == [look, steps[0], steps[-1]]
+    went_back = [steps[0], "daemon-reload", steps[-1]]
+    assert machine.lines("systemctl") == [look, steps[0], *went_back]
     wait_until(lambda: listens(machine.port), "the old server runs again")
     assert len(machine.environments()) == 2
     assert machine.files() == files
+
+    # A new server that does not answer, because its port is another's: likewise. It is asked without pauses.
+    machine.add_program("sleep", "#!/bin/sh\n")
+    silent = machine.run(MLFLOW_PORT=str(database.server.port))
+    (machine.programs / "sleep").unlink()
+    assert silent.returncode == 1
+    assert "mlflow_server: MLflow does not answer: journalctl -u mlflow" in silent.stderr.splitlines()
+    assert machine.lines("systemctl") == [look, *steps, *went_back]
+    wait_until(lambda: listens(machine.port), "the old server runs again")
+    assert len(machine.environments()) == 2
+    assert {name: content for name, (content, _) in machine.files().items()} == {
+        name: content for name, (content, _) in files.items()
+    }
+    files = machine.files()
 
     again = machine.run()
     assert again.returncode == 0, again.stderr
@@ -311,7 +326,7 @@ def test_a_server_is_installed_once_and_brought_up_to_date_by_the_next_run(
     places = {
         "arguments of the script's programs": "\n".join(machine.lines("arguments")),
         "arguments of the server": listed.stdout,
-        "output": "".join(run.stdout + run.stderr for run in (refused, done, unpacked, not_upgraded, again)),
+        "output": "".join(run.stdout + run.stderr for run in (refused, done, unpacked, not_upgraded, silent, again)),
         "unit": files["etc/systemd/system/mlflow.service"][0].decode(),
         "log": "\n".join(machine.lines("server.log")),
     }
