@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup classes demo dev test test-image test-images lint docs reference audit benchmark clean constraints
+.PHONY: help setup classes demo dev test test-image test-images test-mlflow-server lint docs reference audit benchmark clean
+.PHONY: constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -49,6 +50,9 @@ test-image: setup ## build the image of deploy/ and test it in containers withou
 
 test-images: setup ## test the Spark jobs in copies of the cluster's images (needs Python 3.8, see CONTRIBUTING.md)
 	@$(WITH_JAVA) sh scripts/test_images.sh
+
+test-mlflow-server: ## install and upgrade MLflow's server in a fresh Debian; for root (deploy/README.md)
+	@bash deploy/test_mlflow_server.sh
 
 lint: setup docs ## check packages, style, types, imports, shell scripts, the Dockerfile and the documentation
 	$(BIN)/python -m pip check
