@@ -123,7 +123,7 @@ StateDirectory=mlflow
 StateDirectoryMode=0700
 WorkingDirectory=%S/mlflow
 EnvironmentFile=/etc/mlflow/server.env
-ExecStart=$home/venv/bin/mlflow server --host 127.0.0.1 --port \${MLFLOW_PORT} --workers 2
+ExecStart=$home/venv/bin/mlflow server --host 127.0.0.1 --port \${MLFLOW_PORT} --workers 2 --uvicorn-opts=--timeout-worker-healthcheck=120
 Restart=always
 RestartSec=5
 MemoryMax=3G

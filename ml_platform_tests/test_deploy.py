@@ -385,3 +385,42 @@ def test_an_upgrade_starts_nothing_before_the_migration() -> None:
     commands = re.findall(r"^\$ (docker compose run.*)$", section, re.MULTILINE)
     assert len(commands) == 3
     assert all(" --no-deps " in command for command in commands)
+
+
+def test_the_commands_of_the_installation_replace_no_file(tmp_path: Path) -> None:
+    section = (DEPLOY / "README.md").read_text().partition("\n## Install\n")[2].partition("\n## ")[0]
+    (block,) = (block for block in re.findall(r"```console\n(.*?)```", section, re.DOTALL) if "secrets/" in block)
+    commands = re.sub(r"^\$ ", "", block, flags=re.MULTILINE)
+    deploy, programs = tmp_path / "deploy", tmp_path / "bin"
+    for directory in (deploy, programs):
+        directory.mkdir()
+    shutil.copy(DEPLOY / ".env.example", deploy)
+    (programs / "docker").symlink_to(str(shutil.which("true")))
+
+    def type_in(*answers: str) -> dict[str, tuple[bytes, int]]:
+        done = subprocess.run(
+            ["bash", "-c", commands],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
+            input="".join(f"{answer}\n" for answer in answers),
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert "very-secret" not in done.stdout + done.stderr
+        paths = [deploy / ".env", *(deploy / "secrets").iterdir()]
+        return {path.name: (path.read_bytes(), path.stat().st_mode & 0o777) for path in paths}
+
+    first = type_in("key", "very-secret")
+    assert first.keys() == {".env", *COMPOSE["secrets"]}
+    assert first["aws_credentials"][0].decode().splitlines()[1:] == [
+        "aws_access_key_id = key",
+        "aws_secret_access_key = very-secret",
+    ]
+    passwords = [content for name, (content, _) in first.items() if name.endswith("_password")]
+    assert len({*passwords}) == 3
+    assert all(len(password.strip()) == 48 for password in passwords)
+    assert {mode for name, (_, mode) in first.items() if name != ".env"} == {0o444}
+    assert (deploy / "secrets").stat().st_mode & 0o777 == 0o700
+    (deploy / ".env").write_text("edited")
+    assert type_in("other key", "other secret") == first | {".env": (b"edited", first[".env"][1])}
