@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup classes demo dev test test-image test-images test-mlflow-server lint docs reference audit benchmark clean
-.PHONY: constraints
+.PHONY: help setup classes demo dev test test-ui screenshots test-image test-images test-mlflow-server lint docs
+.PHONY: reference audit benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -41,8 +41,19 @@ dev: setup ## Dagster's UI on port 3000, MLflow's UI on port 5000
 	@$(WITH_JAVA) exec bash scripts/dev.sh
 
 # Three at a time on two cores: the tests of whole systems wait half of the time.
-test: classes ## run all tests
-	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+test: classes ## run all tests but those in a browser
+	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not ui'
+
+# Root on Debian gets Chromium for it; elsewhere Chromium or Chrome must be installed.
+test-ui: classes ## test the pages of both UIs in a browser
+	@sh scripts/chromium.sh
+	@$(WITH_JAVA) $(BIN)/python -m pytest ml_platform_tests/ui
+
+# The pages show paths of the world that they are made in, so it has a short one.
+screenshots: classes ## make docs/images anew, by the same tests
+	@sh scripts/chromium.sh
+	@$(WITH_JAVA) $(BIN)/python -m pytest ml_platform_tests/ui \
+	  --screenshots docs/images --basetemp "$${TMPDIR:-/tmp}/ml-platform-ui"
 
 # Root on a Debian-like system gets podman for it; elsewhere it needs a Docker engine.
 test-image: setup ## build the image of deploy/ and test it in containers without a network (deploy/README.md)
