@@ -13,7 +13,7 @@ import dagster as dg
 
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.features import transaction_features
-from ml_platform.assets.outcomes import INTAKE_CHECKS, check_partitions, listed
+from ml_platform.assets.outcomes import INTAKE_CHECKS, check_partitions, listed, rounded
 from ml_platform.assets.scores import scored_transactions
 from ml_platform.escaping import printable
 from ml_platform.lake.grades import problem_of_grade, valid_grades
@@ -76,15 +76,15 @@ def intake_checks(
             return {}
         report = cleaned[key]
         if check == "fraud_rate":
-            return {"rate": fraud_rate_of(report)}
+            return {"rate": rounded(fraud_rate_of(report))}
         if check == "reject_rate":
             reasons = {
                 rule: {"rows": rows, "for instance": report.reject_samples.get(rule, "")}
                 for rule, rows in commonest_reasons(report)
             }
             return {
-                "rate": reject_rate_of(report),
-                "limit": limits.max_reject_rate,
+                "rate": rounded(reject_rate_of(report)),
+                "limit": str(limits.max_reject_rate),  # Dagster would draw a plot of a number
                 "commonest_reasons": dg.JsonMetadataValue(reasons),
             }
         return {}

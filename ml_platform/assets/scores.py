@@ -46,7 +46,7 @@ CHAMPION_TAG = "ml_platform/scoring_champion"
 NO_CHAMPION = "none"
 
 #: Columns of the table of alerts in the metadata: as many as the page has room for.
-ALERTS_SHOWN = ("score", "reason_1", "tx_amount", "customer_id", "terminal_id", "transaction_id")
+ALERTS_SHOWN = ("score", "reason_1", "tx_amount", "transaction_id")
 
 
 class ScoresConfig(dg.Config):
