@@ -49,12 +49,12 @@ PAGES = [
 
 #: What is not run, by a pattern of "page: command", and why.
 EXCEPTIONS = {
-    r": make (demo|dev)\b": "takes minutes, or runs until Ctrl-C: scripts/ and test_end_to_end.py",
+    r": make (demo|dev)\b": "takes minutes, or runs until Ctrl-C: ml_platform_tests/ui",
     r": git pull && make setup": "would change this clone and its packages",
     r"^README\.md: ml-platform (simulate|alerts)\b": "a month more takes minutes: the tutorial adds a smaller file so",
     r"^README\.md: (dagster|dg) .*'\*'": "trains with Spark, which finds no rows in a fake lake: test_engines.py",
     r": ml-platform metrics\b": "runs until Ctrl-C: test_stack.py",
-    r": python -m ml_platform\.model\.serve\b": "runs until Ctrl-C: test_mlflow_model.py",
+    r": python -m ml_platform\.model\.serve\b": "runs until Ctrl-C: test_scores.py",
     r": curl -s localhost:8080/invocations\b": "asks the server above",
     r"^docs/s3\.md: ml-platform doctor": "the buckets are an example: test_s3.py",
     r"^docs/tutorials/add_a_feature\.md: (python -m pytest|make|dagster|dg)\b": "needs the feature that the page adds",
