@@ -383,3 +383,32 @@ def test_a_command_that_fails_or_prints_something_else_is_found(tmp_path: Path):
     commands = [Command("page", 1, text, output) for text, output in texts.items()]
     problems = list(type_in(commands, tmp_path, dict(os.environ), tmp_path))
     assert [re.sub(r"\s*\n.*", "", problem) for problem in problems] == ["page:1: $ echo a", "page:1 failed: $ false"]
+
+
+@pytest.mark.e2e
+def test_the_demo_says_what_there_is_after_it(clone: Path, shell_environment: dict[str, str]):
+    """All of its files are there, so that it has nothing to do but to say so."""
+    environment = shell_environment | {"DAGSTER_HOME": str(clone / ".dagster_home"), "COLUMNS": "120"}
+    done = subprocess.run(
+        ["ml-platform", "demo"], cwd=clone, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    results = lines[lines.index("Results") + 1 :]
+    assert re.match(r"Rows: 80,000 raw = 80,000 clean \+ 0 duplicate \+ 0 rejected", results[0])
+    assert re.match(r"Champion: version \d, trained up to \d{4}-", results[1])
+    assert re.match(r"  of 100 alerts a day in the held-out week \d+ are frauds", results[2])
+    assert f"rows of {KEYS[3]} by version" in results[3]
+    assert any(line.startswith(f"Next: ml-platform alerts {KEYS[3]} ") for line in results)
+    assert max(map(len, lines)) <= 120
+
+    refused = subprocess.run(
+        ["ml-platform", "demo"],
+        cwd=clone,
+        env=environment | {"ML_PLATFORM_LAKE_URI": "s3://my-lake/prefix"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert "the demo uses ./data only; other places are set by ML_PLATFORM_LAKE_URI" in refused.stderr

@@ -24,7 +24,7 @@ def demo() -> None:
     settings = load_settings()
     if own := [str(Settings.model_fields[name].alias) for name in PLACES if name in settings.model_fields_set]:
         raise CommandError(
-            f"the demo uses ./data only, and {', '.join(own)} name other places: unset them (also in .env), or use "
+            f"the demo uses ./data only; other places are set by {', '.join(own)}: unset them (also in .env), or use "
             "ml-platform simulate and ml-platform process-new-files"
         )
     say("Three months of transactions arrive", "bold")
