@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup classes demo dev test test-ui screenshots test-image test-images test-mlflow-server lint docs
-.PHONY: reference audit benchmark clean constraints
+.PHONY: help setup classes demo dev test test-tutorials test-ui screenshots test-image test-images
+.PHONY: test-mlflow-server lint docs reference audit benchmark clean constraints
 
 # Absolute because Dagster demands it; .venv and all else are relative, so that the path may hold spaces.
 export DAGSTER_HOME := $(CURDIR)/.dagster_home
@@ -42,9 +42,12 @@ dev: setup ## Dagster's UI on port 3000, MLflow's UI on port 5000
 
 # Three at a time on two cores: the tests of whole systems wait half of the time.
 test: classes ## run all tests but those in a browser
-	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not ui'
+	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not ui and not tutorial'
 
 # Root on Debian gets Chromium for it; elsewhere Chromium or Chrome must be installed.
+test-tutorials: classes ## run the commands of the long pages: a minute or two each
+	@$(WITH_JAVA) $(BIN)/python -m pytest ml_platform_tests/test_documented_commands.py -m tutorial
+
 test-ui: classes ## test the pages of both UIs in a browser
 	@sh scripts/chromium.sh
 	@$(WITH_JAVA) $(BIN)/python -m pytest ml_platform_tests/ui

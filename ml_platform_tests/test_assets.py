@@ -605,7 +605,7 @@ class TestModel:
         ]
         metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("promotion.")}
         assert {
-            "test_average_precision": round(average_precision, 4),
+            "test_average_precision": average_precision,
             "test_rows": 500,
             "test_frauds": 60,
             "grid.0.validation_average_precision": 0.5,

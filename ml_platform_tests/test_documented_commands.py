@@ -68,7 +68,11 @@ EXCEPTIONS = {
     r": sudo\b": "changes the machine: test_mlflow_server.py",
     r": ssh -L\b": "needs another machine",
     r": read -rp\b": "asks for a secret",
+    r"create_databases\.sh": "needs PostgreSQL on another machine: test_stack.py",
 }
+
+#: Pages that process files from their first day on, which takes a minute each: `make test-tutorials`.
+TUTORIALS = ("docs/tutorials/your_own_data.md", "docs/quickstart-yandex.md")
 
 #: Commands that run until Ctrl-C, and the file that is there when they are ready.
 SERVERS = {"ml-platform dev-cloud": "data/dev-cloud/environment"}
@@ -364,7 +368,12 @@ def type_in(commands: list[Command], clone: Path, environment: dict[str, str], o
 @pytest.mark.spark
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    "page", [page for page, commands in COMMANDS.items() if not all(command.exceptions for command in commands)]
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.tutorial if page in TUTORIALS else ())
+        for page, commands in COMMANDS.items()
+        if not all(command.exceptions for command in commands)
+    ],
 )
 def test_commands_work(page: str, clone: Path, shell_environment: dict[str, str], tmp_path: Path):
     environment = shell_environment | {"DAGSTER_HOME": str(clone / ".dagster_home")}

@@ -241,7 +241,7 @@ def test_a_panel_without_data_is_left_out(report: dict[str, Any]):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         png_of(figures["overview"])
-    assert "| `test_roc_auc` |  |  |  |" in plots.markdown_summary(one_class, {})
+    assert "| ROC AUC |  |  |  |" in plots.markdown_summary(one_class, {})
     assert plots.build_figures(report | {"tables": {}, "feature_importances": {"a": 0.0}}, {}).keys() == {
         "overview",
         "grid",
@@ -318,8 +318,7 @@ def test_the_summary_has_the_metrics_the_budgets_and_the_pictures(report: dict[s
     assert lines[2] == "Best of 25 candidates: xgboost, max_depth=9, rounds=100, max_bin=1024"
     for line in (
         "| metric | model | interval | champion 3 |",
-        "| `test_average_precision` | 0.5480 | 0.5070 to 0.5880 | 0.4820 |",
-        "| `test_rows` | 21,000 |  |  |",
+        "| average precision | 0.5480 | 0.5070 to 0.5880 | 0.4820 |",
         "| alerts a day | precision | recall | share of the frauds' amount | amount caught |",
         "| 10 | 66.7 % (60.0 to 70.0) | 25.0 % (22.5 to 32.5) | 50.0 % (45.0 to 55.0) | 12,346 |",
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,8 +79,13 @@ class DevCloud:
 
         path = self.directory / "environment"
         # Separates runs and models of this cloud from others.
+        home = self.directory / "dagster_home"
+        home.mkdir(exist_ok=True)
+        instance = Path(__file__).parents[3] / "dagster.yaml"
+        if instance.exists():  # in a clone
+            shutil.copy(instance, home)
         storage = {
-            "DAGSTER_HOME": str(self.directory / "dagster_home"),
+            "DAGSTER_HOME": str(home),
             "MLFLOW_TRACKING_URI": f"sqlite:///{self.directory}/mlflow.db",
         }
         lines = [f"{name}={shlex.quote(value)}\n" for name, value in {**self.environment(), **storage}.items()]
