@@ -56,11 +56,11 @@ def _results(settings: Settings) -> Iterator[str]:
         report = TrainingReport.model_validate(json.loads(lake.store.read(f"{directory}/_report.json")))
         yield f"Champion: version {champion.version}, trained up to {report.windows['train'].last_date}"
         yield f"  {quality_in_words(report)}"
-    scored = {key: report for key, report in sorted(lake.reports(ScoredReport).items()) if report.alerts}
+    scored = {key: report for key, report in sorted(lake.reports(ScoredReport).items()) if report.outcome == "scored"}
     for key, found in list(scored.items())[-1:]:
         yield (
             f"Scores: {found.counts.rows:,} rows of {key} by version {found.model_version}, {found.counts.alerts:,} of "
-            "them alerts. The first:"
+            "them alerts, for instance:"
         )
         for alert in found.alerts[:ALERTS_SHOWN]:
             reasons = "; ".join(filter(None, (alert.get(f"reason_{number}") for number in (1, 2))))
