@@ -171,7 +171,7 @@ def _metadata(training: Training, result: TrainingResult) -> dict[str, Any]:
         "outcome": report.outcome,
         "promotion": decision.outcome,
         "promotion_reasons": dg.MetadataValue.text(" ".join(decision.reasons)),
-        "quality": f"{quality_in_words(report)}.",
+        "quality": f"{quality_in_words(report, training.config.alerts_per_day)}.",
         "report": dg.MetadataValue.md(result.summary),  # noqa: TID251 - its text is escaped
         "is_champion": decision.apply,
         "model_version": int(result.version.version),

@@ -53,7 +53,9 @@ def quality_in_words(report: TrainingReport, alerts_per_day: int = 100) -> str:
     """What alerts at this budget would have been worth in the held-out week, in a sentence without capital and end."""
     rows = report.tables.get("thresholds", [])
     row = next((row for row in rows if row["alerts_per_day"] == alerts_per_day), None)
-    if row is None or None in (row["precision"], row["recall"], row["amount_share"]):
+    if row is None:
+        return f"its report has no figures for {alerts_per_day} alerts a day"
+    if None in (row["precision"], row["recall"], row["amount_share"]):
         return "no frauds in the held-out week"
     return (
         f"of {alerts_per_day} alerts a day in the held-out week {alerts_per_day * row['precision']:.0f} are frauds; "
