@@ -101,11 +101,9 @@ _MEAN_SECOND, _SD_SECOND = 43_200.0, 20_000.0
 
 # Independent random streams; the day is the last word of a stream's key.
 _CUSTOMERS, _TERMINALS, _TOTALS, _TRANSACTIONS = 0, 1, 2, 3
-_COMPROMISED_TERMINALS, _COMPROMISED_CUSTOMERS, _FAULTY_ROWS = 4, 5, 6
+_COMPROMISED_TERMINALS, _COMPROMISED_CUSTOMERS, _FAULTY_ROWS, _CHOICES = 4, 5, 6, 7
 
 _BLOCK_ROWS = 65_536  # lines formatted per block
-_BLOCK_PAIRS = 131_072  # distances computed per block, which fit into a processor's cache
-_TILES = 8  # per cell: more take memory, fewer take time
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,7 @@ class _Population(NamedTuple):
     customer_id: Integers
     cumulative_rate: Floats  # transactions a day inside the day, summed up to and including the customer
     mean_amount: Floats
-    number_of_terminals: Integers
-    reach: _Reach
+    nearby: _Nearby
 
 
 class _Day(NamedTuple):
@@ -170,7 +167,7 @@ class Simulation:
     compromised_customers_per_day, compromised_customer_days, compromised_share, compromised_factor:
         scenario 3; the share of the customer's transactions that are fraud, and the factor of their amounts.
 
-    Memory depends on the population and one day, not on the number of files: about 500 bytes for each customer, 100 for
+    Memory depends on the population and one day, not on the number of files: about 160 bytes for each customer, 50 for
     each terminal, and 300 for each transaction of a day.
     Raises ValueError if a setting is out of range.
     """
@@ -285,8 +282,9 @@ class Simulation:
         customers = random.uniform(0, _SQUARE, (2, self.customers))
         mean_amount = random.uniform(5, 100, self.customers)
         rate = random.uniform(0, 4, self.customers)
-        reach = _Reach(customers, self._random(_TERMINALS).uniform(0, _SQUARE, (2, self.terminals)), self.radius)
-        active = np.flatnonzero(reach.number)
+        terminals = self._random(_TERMINALS).uniform(0, _SQUARE, (2, self.terminals))
+        nearby = _Nearby(customers, terminals, self.radius)
+        active = np.flatnonzero(nearby.exists())
         # Probability that the second of the day, truncated to a whole number, is 1..86,399.
         scale = _SD_SECOND * math.sqrt(2)
         inside = (math.erf((_DAY_SECONDS - _MEAN_SECOND) / scale) - math.erf((1 - _MEAN_SECOND) / scale)) / 2
@@ -294,8 +292,7 @@ class Simulation:
             customer_id=active,
             cumulative_rate=np.cumsum(rate[active] * inside),
             mean_amount=mean_amount[active],
-            number_of_terminals=reach.number[active],
-            reach=reach,
+            nearby=nearby,
         )
 
     def _total(self, day: int) -> int:
@@ -321,8 +318,7 @@ class Simulation:
         else:
             customer = np.zeros(0, dtype=np.int64)
         customer_id = people.customer_id[customer]
-        choice = (random.random(total) * people.number_of_terminals[customer]).astype(np.int64)
-        terminal_id = people.reach.terminals(customer_id, choice)
+        terminal_id = people.nearby.choose(customer_id, self._random(_CHOICES, number))
 
         second = random.normal(_MEAN_SECOND, _SD_SECOND, total)
         outside = np.flatnonzero((second < 1) | (second >= _DAY_SECONDS))
@@ -392,14 +388,11 @@ class Simulation:
         return [_Fault(*values) for values in zip(*columns, strict=True)]
 
 
-class _Reach:
+class _Nearby:
     """The terminals within a radius of each customer, without a list of all such pairs: there may be billions.
 
     The square is a grid of cells at least as wide as the radius, so a customer reaches only terminals in the 3 x 3
-    cells around. A cell is divided into tiles of equally many terminals. `_reached` holds how many terminals of each
-    tile are within reach of a customer; a transaction then has to search a single tile for its terminal.
-
-    A customer's terminals are ordered by cell, then by id. Another order would change the files of a seed.
+    cells around. A random terminal of these is drawn again until it is within the radius.
     """
 
     def __init__(self, customers: Floats, terminals: Floats, radius: float) -> None:
@@ -407,85 +400,42 @@ class _Reach:
         import numpy as np
 
         side = max(1, min(int(_SQUARE / radius), math.isqrt(terminals.shape[1])))
+        self._customers, self._terminals, self._radius = customers, terminals, radius
         cell = _cells(terminals, side)
-        self._terminal_id = np.argsort(cell, kind="stable").astype(np.int32)
-        self._terminals = terminals[:, self._terminal_id]
-        self._customers, self._radius, self._side = customers, radius, side
-        self._cell = _cells(customers, side)
-        bounds = np.searchsorted(cell[self._terminal_id], np.arange((side + 2) ** 2 + 1))
-        begin = bounds[:-1, None] + np.diff(bounds)[:, None] * np.arange(_TILES) // _TILES
-        # Where each tile begins in the order of terminals; the next one's begin is its end.
-        self._tiles = np.append(begin, bounds[-1])
-        self._reached = self._count()
+        self._by_cell = np.argsort(cell, kind="stable")
+        bounds = np.searchsorted(cell[self._by_cell], np.arange((side + 2) ** 2 + 1))
+        # The three cells of a column follow one another in the order by cell.
+        columns = _cells(customers, side) + (side + 2) * np.array([[-1], [0], [1]])
+        self._begin = bounds[columns - 1]
+        self._end_number = np.cumsum(bounds[columns + 2] - self._begin, axis=0)
 
-    @property
-    def number(self) -> Integers:
-        """Number of terminals within reach, by customer."""
-        return self._reached[:, -1].astype("int64")
+    def exists(self) -> NDArray[np.bool_]:
+        """Whether there is a terminal within the radius, by customer."""
+        import numpy as np
+        from scipy.spatial import KDTree
 
-    def terminals(self, customer: Integers, choice: Integers) -> Integers:
-        """For each customer, the id of their terminal number `choice`, from 0."""
+        _, nearest = KDTree(self._terminals.T).query(self._customers.T)
+        return self._is_near(np.arange(nearest.size), nearest)
+
+    def choose(self, customer: Integers, random: np.random.Generator) -> Integers:
+        """A random terminal within the radius of each of these customers, who must have one."""
         import numpy as np
 
-        step = self._customers_per_block(1)
-        ids = np.empty(customer.size, dtype=np.int64)
-        for start in range(0, customer.size, step):
-            part = slice(start, start + step)
-            ids[part] = self._terminal_id[self._find(customer[part], choice[part])]
-        return ids
+        chosen = np.empty(customer.size, dtype=np.int64)
+        left = np.arange(customer.size)
+        while left.size:
+            who = customer[left]
+            end = self._end_number[:, who]
+            number = random.integers(0, end[2])
+            column = (number >= end[0]).astype(np.int64) + (number >= end[1])
+            first_number = np.where(column, end[column - 1, np.arange(who.size)], 0)
+            chosen[left] = self._by_cell[self._begin[column, who] + number - first_number]
+            left = left[~self._is_near(who, chosen[left])]
+        return chosen
 
-    def _count(self) -> NDArray[np.int32]:
-        """Number of terminals within reach in the first tile around each customer, in the first two, and so on."""
-        import numpy as np
-
-        customers, tiles = self._cell.size, 9 * _TILES
-        reached = np.empty((customers, tiles), dtype=np.int32)
-        step = self._customers_per_block(tiles)
-        for start in range(0, customers, step):
-            customer = np.arange(start, min(start + step, customers))
-            tile = self._tile(customer[:, None], np.arange(tiles))
-            begin, end = self._tiles[tile], self._tiles[tile + 1]
-            # The tiles of a column of cells follow one another.
-            columns = begin[:, :: tiles // 3].ravel(), end[:, tiles // 3 - 1 :: tiles // 3].ravel()
-            near, _ = self._near(customer.repeat(3), *columns)
-            sums = np.append(0, np.cumsum(near, dtype=np.int32))
-            ends = np.cumsum(end - begin).reshape(end.shape)
-            reached[customer] = sums[ends] - sums[np.append(0, ends[:-1, -1])][:, None]
-        return reached
-
-    def _find(self, customer: Integers, choice: Integers) -> Integers:
-        """The places of the chosen terminals in the order of terminals."""
-        import numpy as np
-
-        rows, reached = np.arange(customer.size), self._reached[customer]
-        position = np.argmax(reached > choice.astype(np.int32)[:, None], axis=1)
-        before = np.where(position, reached[rows, position - 1], 0)
-        tile = self._tile(customer, position)
-        near, place = self._near(customer, self._tiles[tile], self._tiles[tile + 1])
-        number = reached[rows, position] - before
-        return place[near][np.cumsum(number) - number + choice - before]
-
-    def _near(self, customer: Integers, begin: Integers, end: Integers) -> tuple[NDArray[np.bool_], Integers]:
-        """Whether the terminals at the places `begin` to `end` are within reach of each customer; these places."""
-        import numpy as np
-
-        size = end - begin
-        place = np.arange(size.sum()) + np.repeat(begin - np.cumsum(size) + size, size)
-        x, y = (
-            terminals.take(place) - customers.take(customer).repeat(size)
-            for terminals, customers in zip(self._terminals, self._customers, strict=True)
-        )
-        return x * x + y * y <= self._radius**2, place
-
-    def _tile(self, customer: Integers, position: Integers) -> Integers:
-        """Number of the tile at `position` among those of the 3 x 3 cells around a customer."""
-        column, row = position // (3 * _TILES), position % (3 * _TILES)
-        return (self._cell[customer] + (column - 1) * (self._side + 2) - 1) * _TILES + row
-
-    def _customers_per_block(self, tiles: int) -> int:
-        """Number of customers per block, if `tiles` tiles are searched for each of them."""
-        pairs = tiles * self._terminal_id.size // (_TILES * self._side**2)
-        return max(1, _BLOCK_PAIRS // max(9 * _TILES, pairs))
+    def _is_near(self, customer: Integers, terminal: Integers) -> NDArray[np.bool_]:
+        x, y = self._terminals[:, terminal] - self._customers[:, customer]
+        return x * x + y * y <= self._radius**2
 
 
 def _cells(points: Floats, side: int) -> Integers:
