@@ -1,7 +1,7 @@
 """Quality of the models: learners and sets of inputs on weekly folds, trained and scored by the platform's jobs.
 
 Folds are those of the Fraud Detection Handbook: training ends on a given day, labels are 7 days late, and the test is
-the following 7 days without cards known to be compromised. Intervals are those of the promotion rule: 95 %,
+the following 7 days without cards known to be compromised. Intervals are those of the promotion rule: 95%,
 bootstrap over customers.
 """
 

@@ -379,7 +379,7 @@ def find_leaks(samples: list[Sample]) -> list[str]:
             leaks.append(f"LEAK: {name}: at most {before:.0f} in the first half, at least {after:.0f} at the end")
     for name in MEMORY:
         if (per_cent := 100 * (last[name] / middle[name] - 1)) > MEMORY_TOLERANCE:
-            leaks.append(f"LEAK: {name} grew by {per_cent:.1f} % in the second half")
+            leaks.append(f"LEAK: {name} grew by {per_cent:.1f}% in the second half")
     expected = {"ticks", "files", "dagster: job_ticks", SKIPPED, *CONSTANT, *THREADS, *MEMORY}
     for name in last:
         if name not in expected and not name.endswith(" kB"):

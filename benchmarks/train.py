@@ -50,7 +50,7 @@ def main() -> None:
         help="rows to train on (default: 144 288 575)",
     )
     parser.add_argument(
-        "--terminals", type=int, help="terminals to simulate (default: twice the customers; 1000 give 5.9 %% frauds)"
+        "--terminals", type=int, help="terminals to simulate (default: twice the customers; 1000 give 5.9%% frauds)"
     )
     parser.add_argument("--rounds", type=int, default=1, help="number of measurements of each (default: 1)")
     parser.add_argument("--driver-memory", help="memory of Spark's driver (default: a third of the machine's, to 8 GB)")

@@ -33,9 +33,9 @@ from ml_platform.lake.resource import LakeResource
 
 DESCRIPTIONS = {
     "rows_add_up": "Every raw row is a clean, duplicate or rejected row.",
-    "reject_rate": "The share of rejected rows is small (`limits.max_reject_rate`, 2 % by default).",
-    "fraud_rate": "The share of frauds is plausible (`limits.min_fraud_rate` and `max_fraud_rate`, 0.05 to 25 %).",
-    "known_ids": "Nearly all rows have a customer and a terminal (`limits.max_unknown_ids`, 5 % may lack one).",
+    "reject_rate": "The share of rejected rows is small (`limits.max_reject_rate`, 2% by default).",
+    "fraud_rate": "The share of frauds is plausible (`limits.min_fraud_rate` and `max_fraud_rate`, 0.05 to 25%).",
+    "known_ids": "Nearly all rows have a customer and a terminal (`limits.max_unknown_ids`, 5% may lack one).",
     "time_range": "The times of a file match its name and its place among the other files.",
     "unique_ids": "No transaction_id is in two files.",
 }

@@ -138,7 +138,7 @@ class PlatformMetrics(Collector):
                 live.add_metric([name], value)
             yield live
             if grade.held_out is not None:
-                text = "Lower end of the 95 % interval of the average precision in the held-out week."
+                text = "Lower end of the 95% interval of the average precision in the held-out week."
                 yield _gauge("champion_held_out_average_precision_lower", text, grade.held_out.lower)
 
     def _clusters(self) -> Iterator[GaugeMetricFamily]:

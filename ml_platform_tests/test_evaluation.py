@@ -237,8 +237,8 @@ class TestTables:
 
     def test_budgets(self):
         rows = random_week(3).to_dict("records")
-        table = evaluation_tables(pd.DataFrame(rows))["thresholds"]
-        assert [entry["alerts_per_day"] for entry in table] == [10, 20, 50, 100, 200, 500]
+        table = evaluation_tables(pd.DataFrame(rows), alerts_per_day=15)["thresholds"]
+        assert [entry["alerts_per_day"] for entry in table] == [10, 15, 20, 50, 100, 200, 500]
         frauds = [row for row in rows if row["tx_fraud"]]
         for entry in table:
             alerts = alerts_of(rows, entry["alerts_per_day"])
@@ -292,7 +292,7 @@ class TestIntervalsOfShares:
             variance = squares / whole**2 * customers / (customers - 1)
             lower, upper = figures.share_interval(part / whole, variance, customers=customers, rows=whole)
             covered += lower <= 0.3 <= upper
-        # The standard error of 95 % of a thousand is 0.7 %.
+        # The standard error of 95% of a thousand is 0.7%.
         assert covered / 1000 >= 0.93
 
 

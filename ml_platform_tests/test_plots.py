@@ -32,7 +32,7 @@ def with_bounds(name: str, share: float) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """The report of a training with 25 candidates, a champion, and 1 % frauds in the held-out week."""
+    """The report of a training with 25 candidates, a champion, and 1% frauds in the held-out week."""
     steps = [step / 200 for step in range(201)]
     grid = [
         {"learner": "logistic_regression", "params": {"C": 0.1, "max_iter": 100}, "validation_average_precision": 0.61},
@@ -320,7 +320,7 @@ def test_the_summary_has_the_metrics_the_budgets_and_the_pictures(report: dict[s
         "| metric | model | interval | champion 3 |",
         "| average precision | 0.5480 | 0.5070 to 0.5880 | 0.4820 |",
         "| alerts a day | precision | recall | share of the frauds' amount | amount caught |",
-        "| 10 | 66.7 % (60.0 to 70.0) | 25.0 % (22.5 to 32.5) | 50.0 % (45.0 to 55.0) | 12,346 |",
+        "| 10 | 66.7% (60.0 to 70.0) | 25.0% (22.5 to 32.5) | 50.0% (45.0 to 55.0) | 12,346 |",
     ):
         assert line in lines
     images = [token for token in rendered(summary) if token.type == "image"]

@@ -264,7 +264,7 @@ def test_amounts_stay_exact_when_multiplied_again_and_again() -> None:
 def test_size_and_fraud_are_those_of_the_handbook() -> None:
     simulation = Simulation(fault_rate=0)
     content, first = write(simulation)
-    # The handbook's own draw: 9,585 transactions a day; the spread of the customers' rates alone is 0.85 %.
+    # The handbook's own draw: 9,585 transactions a day; the spread of the customers' rates alone is 0.85%.
     assert first.counts["raw_rows"] / 30 == pytest.approx(9_585, rel=0.04)
     # Handbook: about 1,700 frauds in the first 30 days, when windows are still opening, and 2,500 later.
     assert 0.004 < first.counts["fraud_rows"] / first.counts["raw_rows"] < 0.008

@@ -352,7 +352,7 @@ class DataprocApi:
     # waiting and calling
 
     def wait(self, poll: Callable[[], Any], *, timeout_s: float, poll_s: float, what: str) -> Any:
-        """Call `poll` until it returns a result other than None; pauses grow from `poll_s` / 5 to `poll_s` (±20 %).
+        """Call `poll` until it returns a result other than None; pauses grow from `poll_s` / 5 to `poll_s` (±20%).
 
         Raises WaitTimeout after `timeout_s`.
         """

@@ -160,7 +160,7 @@ class Simulation:
     radius: maximum distance from a customer to a terminal, in units of the 100 x 100 square.
     seed: a different seed gives a different data set.
     fault_rate: multiple of the fault rates of the course's files, 0..1000; 0 gives clean files. The default
-        affects about 2 % of the rows (of 300,000 rows, on average at least 15 have each fault).
+        affects about 2% of the rows (of 300,000 rows, on average at least 15 have each fault).
     without: faults to leave out, keys of `_FAULTS`.
     large_amount: scenario 1; amounts above it are fraud.
     compromised_terminals_per_day, compromised_terminal_days: scenario 2.

@@ -204,7 +204,7 @@ class FeaturesReport(PartitionReport):
 
 
 class HeldOut(_Report):
-    """Average precision of a version on its held-out week, with its 95 % interval."""
+    """Average precision of a version on its held-out week, with its 95% interval."""
 
     average_precision: float
     lower: float

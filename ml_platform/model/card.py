@@ -42,7 +42,7 @@ def model_card(
         "**Windows.**\n\n" + _table(("window", "days", "rows", "frauds"), _windows(report)),
         f"**Learner.** {best.learner} ({params or 'defaults'}), the best of {len(report.grid)} candidates on the "
         f"validation window (average precision {best.validation_average_precision:.3f}).{_sampling(report)}",
-        "**Held-out week.**\n\n" + _table(("figure", "value", "95 % interval"), _figures(report, decision)),
+        "**Held-out week.**\n\n" + _table(("figure", "value", "95% interval"), _figures(report, decision)),
         f"**Promotion.** {decision.outcome}. {printable(' '.join(decision.reasons))}",
         LIMITS.replace("\n", " "),
     ]
@@ -59,7 +59,7 @@ def quality_in_words(report: TrainingReport, alerts_per_day: int = 100) -> str:
         return "no frauds in the held-out week"
     return (
         f"of {alerts_per_day} alerts a day in the held-out week {alerts_per_day * row['precision']:.0f} are frauds; "
-        f"they catch {100 * row['recall']:.0f} % of the frauds and {100 * row['amount_share']:.0f} % of the money"
+        f"they catch {100 * row['recall']:.0f}% of the frauds and {100 * row['amount_share']:.0f}% of the money"
     )
 
 

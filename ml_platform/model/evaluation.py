@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
-#: Daily alert budgets in the table ``thresholds``.
+#: Daily alert budgets in the table ``thresholds``, besides the deployment's own.
 BUDGETS = (10, 20, 50, 100, 200, 500)
 
 #: Maximum number of points per curve, and numbers of bins.
@@ -83,7 +83,7 @@ def evaluation_tables(scores: pd.DataFrame, alerts_per_day: int = 100) -> dict[s
             _scenario(int(scenario), rows, alerts_per_day)
             for scenario, rows in ranked[ranked["tx_fraud"] == 1].groupby("tx_fraud_scenario")
         ],
-        "thresholds": [_threshold(ranked, budget) for budget in BUDGETS],
+        "thresholds": [_threshold(ranked, budget) for budget in sorted({*BUDGETS, alerts_per_day})],
     }
 
 

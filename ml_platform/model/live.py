@@ -101,10 +101,10 @@ def drift_summary(drift: Mapping[str, Any]) -> str:
     ]
     of_inputs = drift.get("feature_drift", {})
     inputs, threshold = of_inputs.get("inputs", [])[:INPUTS_SHOWN], of_inputs.get("threshold")
-    table = ["The inputs that differ most; a clean file stays below 100 % of the limits.", ""]
+    table = ["The inputs that differ most; a clean file stays below 100% of the limits.", ""]
     table += ["| input | PSI | part of its limit |", "|---|---|---|"]
     for row in inputs:
-        part = f"{100 * row['exceedance'] / threshold:.0f} %" if threshold and row["exceedance"] is not None else ""
+        part = f"{100 * row['exceedance'] / threshold:.0f}%" if threshold and row["exceedance"] is not None else ""
         table.append(f"| {markdown(row['input'])} | {row['psi']:.3g} | {part} |")
     pictures = [picture for found in drift.values() for picture in found.get("pictures", [])]
     parts = ["\n".join(lines), "\n".join(table) if inputs else ""]

@@ -37,7 +37,7 @@ def grades_plot(grades: Sequence[Grade]) -> bytes:
     place = {week: number for number, week in enumerate(weeks)}
     dates = {grade.week: grade.first_date for grade in grades}
     shown = [grade for grade in grades if grade.week in place]
-    figure = new_figure("Bars: 95 % intervals. Bands: interval of the version's held-out week.", width=8, height=3.6)
+    figure = new_figure("Bars: 95% intervals. Bands: interval of the version's held-out week.", width=8, height=3.6)
     ax = styled(figure.subplots())
     for number, version in enumerate(sorted({grade.model_version for grade in shown})):
         colour = COLOURS[number % len(COLOURS)]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito, "Color Universal Design" (https://jfly.uni-koeln.de/color/): safe for colour-blind readers.
 BLUE, VERMILION, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+#: Height of two lines of tick labels and the axis label, in units of the legend's font size.
+LABELS_HEIGHT = 6
 INK, GREY, PALE = "#222222", "#666666", "#DDDDDD"
 
 
@@ -64,8 +66,10 @@ def set_labels(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_ylabel(y, fontsize=8.5, color=INK)
 
 
-def add_legend(ax: Axes, place: str, columns: int = 1) -> None:
-    ax.legend(loc=place, ncols=columns, fontsize=7.5, framealpha=0.9, edgecolor=PALE)
+def add_legend(ax: Axes, place: str, columns: int = 1, *, below: bool = False) -> None:
+    """Add a legend at a place of the axes, or `below` them and their labels."""
+    outside = {"bbox_to_anchor": (0, 0), "borderaxespad": LABELS_HEIGHT} if below else {}
+    ax.legend(loc=place, ncols=columns, fontsize=7.5, framealpha=0.9, edgecolor=PALE, **outside)
 
 
 def add_note(
@@ -84,7 +88,7 @@ def name_rows(ax: Axes, names: Sequence[str], limit: int = 58) -> None:
 
 def as_percent(*axes: Any) -> None:
     for axis in axes:
-        axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+        axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
 
 
 def shorten(text: str, limit: int) -> str:

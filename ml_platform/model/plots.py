@@ -112,9 +112,9 @@ def markdown_summary(
     parts = [
         markdown(_caption(report)),
         f"Best of {len(report['grid'])} candidates: {markdown(shorten(best_candidate, 300))}",
-        "Figures of the held-out week, with 95 % intervals:",
+        "Figures of the held-out week, with 95% intervals:",
         _metrics_table(report, intervals or {}),
-        "What a number of alerts a day would have caught in that week, with 95 % intervals:",
+        "What a number of alerts a day would have caught in that week, with 95% intervals:",
         _thresholds_table(report.get("tables", {}).get("thresholds", [])),
     ]
     # Reserve 200 bytes for the line that names omitted plots.
@@ -140,7 +140,7 @@ def _precision_recall(ax: Axes, report: Report, intervals: Intervals) -> None:
     # Average precision is the area under these steps: each precision applies from the previous recall.
     ax.plot(_column(curve, "recall"), _column(curve, "precision"), color=BLUE, drawstyle="steps-pre", label="model")
     base_rate = report["metrics"]["test_frauds"] / report["metrics"]["test_rows"]
-    ax.axhline(base_rate, color=GREY, linewidth=1, linestyle="--", label=f"no skill ({100 * base_rate:.2g} % frauds)")
+    ax.axhline(base_rate, color=GREY, linewidth=1, linestyle="--", label=f"no skill ({100 * base_rate:.2g}% frauds)")
     points = list(zip(_column(budgets, "recall"), _column(budgets, "precision"), strict=True))
     ax.plot(*zip(*points, strict=True), "o", color=VERMILION, markersize=5, label="alerts a day")
     for row, point in zip(budgets, points, strict=True):
@@ -156,13 +156,13 @@ def _thresholds(ax: Axes, report: Report, intervals: Intervals) -> None:
     rows = report["tables"]["thresholds"]
     _share_lines(ax, rows, THRESHOLDS, partial(ax.fill_between, linewidth=0))
     ax.set_xticks(range(len(rows)), [f"{row['alerts_per_day']:,}" for row in rows])
-    set_labels(ax, "Daily budgets of alerts\nBands: 95 % intervals", "alerts a day", "")
+    set_labels(ax, "Daily budgets of alerts\nBands: 95% intervals", "alerts a day", "")
 
 
 def _per_day(ax: Axes, report: Report, intervals: Intervals) -> None:
     days = report["tables"]["per_day"]
     _share_lines(ax, days, PER_DAY, partial(ax.vlines, linewidth=3))
-    title = "Figures per day (bars: 95 % intervals)"
+    title = "Figures per day (bars: 95% intervals)"
     if "test_average_precision" in intervals:
         ax.axhspan(*intervals["test_average_precision"], color=BLUE, alpha=0.12, linewidth=0)
         title += "\nBand: interval of the average precision"
@@ -193,9 +193,9 @@ def _calibration(ax: Axes, report: Report, intervals: Intervals) -> None:
     # Rows are treated as independent, although rows of one card are correlated.
     lower, upper = zip(*(wilson_interval(share, count) for share, count in zip(shares, rows, strict=True)), strict=True)
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfect calibration")
-    ax.vlines(scores, lower, upper, color=BLUE, linewidth=1.2, label="95 % interval")
+    ax.vlines(scores, lower, upper, color=BLUE, linewidth=1.2, label="95% interval")
     ax.plot(scores, shares, "o", color=BLUE, markersize=5, label="bin of rows")
-    # A symmetric log scale, because most scores are far below 1 % and bins without frauds are at 0.
+    # A symmetric log scale, because most scores are far below 1% and bins without frauds are at 0.
     for set_scale in (ax.set_xscale, ax.set_yscale):
         set_scale("symlog", linthresh=1e-4, linscale=0.4)
     limits, ticks = (-2e-5, min(1, 2 * max(*scores, *upper))), (0, 1e-4, 1e-3, 1e-2, 0.1, 1)
@@ -215,7 +215,7 @@ def _feature_importances(ax: Axes, report: Report, intervals: Intervals) -> None
     shares = [value / total for _, value in best]
     ax.barh(range(len(best)), shares, height=0.68, color=BLUE)
     for place, share in enumerate(shares):
-        add_note(ax, f"{100 * share:.1f} %", (share, place))
+        add_note(ax, f"{100 * share:.1f}%", (share, place))
     name_rows(ax, [name for name, _ in best], limit=34)
     ax.set_xlim(0, 1.3 * max(shares) or 1.0)
     as_percent(ax.xaxis)
@@ -233,7 +233,7 @@ def _per_scenario(ax: Axes, report: Report, intervals: Intervals) -> None:
     # Leave room for the counts to the right of a full bar.
     ax.set(xlim=(0, 1.2), xticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
     as_percent(ax.xaxis)
-    title = "Frauds caught per scenario at the daily alert budget (lines: 95 % intervals)"
+    title = "Frauds caught per scenario at the daily alert budget (lines: 95% intervals)"
     set_labels(ax, title, "recall (share of the scenario's frauds that are among the alerts)", "")
 
 
@@ -308,16 +308,16 @@ def _caption(report: Report) -> str:
 def _share_lines(
     ax: Axes, rows: Sequence[Row], columns: Mapping[str, tuple[str, str, str]], draw_intervals: Callable[..., Any]
 ) -> None:
-    """Plot lines of shares with their intervals; the legend is below 0, where it covers no line."""
+    """Plot lines of shares with their intervals; the legend is below the axes, where it covers no line."""
     places = range(len(rows))
     for column, (label, colour, marker) in columns.items():
         ax.plot(places, _column(rows, column), color=colour, marker=marker, markersize=4.5, label=label)
         if f"{column}_lower" in rows[0]:
             bounds = (_column(rows, f"{column}_{end}") for end in ("lower", "upper"))
             draw_intervals(places, *bounds, color=colour, alpha=0.25)
-    ax.set(ylim=(-0.38, 1.04), yticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
+    ax.set(ylim=(-0.02, 1.04), yticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
     as_percent(ax.yaxis)
-    add_legend(ax, "lower left", columns=2)
+    add_legend(ax, "upper left", columns=2, below=True)
 
 
 def _column(rows: Sequence[Row], name: str) -> list[float]:
@@ -345,7 +345,7 @@ def _metrics_table(report: Report, intervals: Intervals) -> str:
 def _thresholds_table(thresholds: Sequence[Row]) -> str:
     def shown(row: Row, column: str) -> str:
         share, lower, upper = (row[f"{column}{end}"] for end in ("", "_lower", "_upper"))
-        return "" if share is None else f"{100 * share:.1f} % ({100 * lower:.1f} to {100 * upper:.1f})"
+        return "" if share is None else f"{100 * share:.1f}% ({100 * lower:.1f} to {100 * upper:.1f})"
 
     rows = [
         (f"{row['alerts_per_day']:,}", *(shown(row, column) for column in THRESHOLDS), f"{row['amount_caught']:,.0f}")

@@ -331,7 +331,7 @@ def _comparison(promote: bool, rule: PromotionRule, figures: Figures, champion: 
     return (
         f"The challenger is {verdict}: average precision {figures['average_precision']:.4f} against "
         f"{figures['champion_average_precision']:.4f} of the {champion}, difference "
-        f"{figures['average_precision_difference']:+.4f} ({100 * rule.confidence:g} % interval {lower:+.4f} to "
+        f"{figures['average_precision_difference']:+.4f} ({100 * rule.confidence:g}% interval {lower:+.4f} to "
         f"{upper:+.4f}; {_basis(figures)}); the lower bound is {'' if promote else 'not '}above the margin of "
         f"{rule.margin:g}."
     )
@@ -366,7 +366,7 @@ def _quality(rule: PromotionRule, figures: Figures) -> str:
         return f"Its quality cannot be measured on {_basis(figures)}."
     chances = (("average precision", figures["fraud_share"]), ("ROC AUC", 0.5))
     parts = [
-        f"{name} {figures[key]:.4f} ({100 * rule.confidence:g} % interval {figures[f'{key}_lower']:.4f} to "
+        f"{name} {figures[key]:.4f} ({100 * rule.confidence:g}% interval {figures[f'{key}_lower']:.4f} to "
         f"{figures[f'{key}_upper']:.4f}; random order: {chance:.4f})"
         for key, (name, chance) in zip(("average_precision", "roc_auc"), chances, strict=True)
     ]

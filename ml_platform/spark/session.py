@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MEGABYTE = 1 << 20
 
-#: Cleaning a file of 4.9 M rows took 10 % less time with the parallel collector than with Java's default, and 2.4 GB
+#: Cleaning a file of 4.9 M rows took 10% less time with the parallel collector than with Java's default, and 2.4 GB
 #: instead of 4 GB of memory with the young generation at an eighth of the heap.
 GARBAGE_COLLECTOR = "-XX:+UseParallelGC -XX:NewRatio=7"
 

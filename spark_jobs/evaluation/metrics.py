@@ -132,7 +132,7 @@ def share_interval(share: float, variance: float, *, customers: int, rows: int) 
 
 
 def wilson_interval(share: float, draws: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share of `draws` independent draws; `draws` need not be an integer.
+    """Wilson's 95% score interval of a share of `draws` independent draws; `draws` need not be an integer.
 
     Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953.
     """

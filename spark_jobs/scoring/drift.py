@@ -51,7 +51,7 @@ SCORE = "score"
 WARM_UP_DAYS = HISTORY_DAYS
 
 #: Days over which days depend on each other: as far as inputs remember. The same for fraud rates, although a
-#: compromised terminal stays compromised for 28 days only: with 28, up to 1 % of clean files gave a warning.
+#: compromised terminal stays compromised for 28 days only: with 28, up to 1% of clean files gave a warning.
 DEPENDENCE_DAYS = HISTORY_DAYS
 
 #: Fewer weeks of training cannot show how weeks differ: six are just as long as inputs remember. More than eight would
@@ -65,7 +65,7 @@ FALSE_ALARM_RATE = 0.02
 #: An exceedance of 1 is the value that this share of clean files exceeds, input by input.
 REFERENCE_RATE = 0.01
 
-#: Values drawn from each predictive distribution: enough that 1 % of them are 200.
+#: Values drawn from each predictive distribution: enough that 1% of them are 200.
 DRAWS = 20_000
 
 #: Shares of lasting variance that are tried; the prior is the same for all.

@@ -298,7 +298,7 @@ def _sorted(columns: Columns) -> Columns:
 
 
 def _calibration(label: Array, score: Array, customers: Array) -> dict[str, float | None]:
-    """Frauds over the sum of the scores, with its 95 % interval.
+    """Frauds over the sum of the scores, with its 95% interval.
 
     A ratio of sums over independent customers; its variance is linearized (Cochran, Sampling Techniques, 1977, chapter
     6), and the interval is symmetric on the logarithm, since the ratio is positive.
