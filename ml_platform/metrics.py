@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -18,7 +19,7 @@ from prometheus_client.registry import Collector
 from ml_platform.dataproc.engine import DataprocEngine
 from ml_platform.jobs import delete_orphaned_clusters, process_new_files
 from ml_platform.lake.grades import newest_grade
-from ml_platform.lake.reports import CleanedReport, FeaturesReport, ScoredReport
+from ml_platform.lake.reports import CleanedReport, FeaturesReport, ScoredReport, ScoredReports
 from ml_platform.model.gate import INSTANT, SINCE_TAG
 from ml_platform.planning import waiting_files
 
@@ -59,10 +60,12 @@ class PlatformMetrics(Collector):
         up = GaugeMetricFamily(
             "ml_platform_source_up", "Whether a source could be read (1) or not (0).", labels=["source"]
         )
+        # Read once per scrape, by whichever source asks first.
+        scored = cache(lambda: self.lake.reports(ScoredReport))
         sources: dict[str, Callable[[], Iterator[GaugeMetricFamily]]] = {
             "dagster": self._runs,
-            "lake": self._data,
-            "mlflow": self._champion,
+            "lake": lambda: self._data(scored()),
+            "mlflow": lambda: self._champion(scored),
         }
         if self.engine is not None:
             sources["dataproc"] = self._clusters
@@ -97,9 +100,8 @@ class PlatformMetrics(Collector):
             text = "Node-hours of the last cluster up to its last finished step."
             yield _gauge("last_run_node_hours", text, newest[1])
 
-    def _data(self) -> Iterator[GaugeMetricFamily]:
+    def _data(self, scored: ScoredReports) -> Iterator[GaugeMetricFamily]:
         cleaned, features = self.lake.reports(CleanedReport), self.lake.reports(FeaturesReport)
-        scored = self.lake.reports(ScoredReport)
         waiting = len(waiting_files(self.lake, cleaned, features))
         yield _gauge("files_waiting", "Raw files without a cleaned counterpart.", waiting)
         times = {key: report.tx_datetime.max for key, report in cleaned.items() if report.tx_datetime}
@@ -121,7 +123,7 @@ class PlatformMetrics(Collector):
                 speeds.add_metric([table], number / seconds)
         yield speeds
 
-    def _champion(self) -> Iterator[GaugeMetricFamily]:
+    def _champion(self, scored: Callable[[], ScoredReports]) -> Iterator[GaugeMetricFamily]:
         champion = self.mlflow.champion()
         if champion is None:
             return
@@ -130,7 +132,7 @@ class PlatformMetrics(Collector):
         if since := champion.tags.get(SINCE_TAG):
             text = "Instant at which the model came into service, in Unix seconds."
             yield _gauge("champion_since_timestamp_seconds", text, _unix_seconds(datetime.strptime(since, INSTANT)))
-        grade = newest_grade(self.lake.reports(ScoredReport), version)
+        grade = newest_grade(scored(), version)
         if grade is not None:
             text = "Figures of the champion's scores in its last graded week."
             live = GaugeMetricFamily("ml_platform_champion_live", text, labels=["figure"])

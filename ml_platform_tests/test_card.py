@@ -16,8 +16,7 @@ ROW = {"alerts_per_day": 50, "precision": 0.42, "recall": 0.751, "amount_share":
         (
             ROW,
             50,
-            "of 50 alerts a day in the held-out week 21 are frauds; "
-            "they catch 75% of the frauds and 89% of the money",
+            "of 50 alerts a day in the held-out week 21 are frauds; they catch 75% of the frauds and 89% of the money",
         ),
         (ROW, 30, "its report has no figures for 30 alerts a day"),
         ({**ROW, "recall": None}, 50, "no frauds in the held-out week"),

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from ml_platform.assets.outcomes import (
     OWNERS,
-    readable_path,
     record_outcomes,
     record_partitions,
     split_verdicts,
@@ -28,6 +27,7 @@ from ml_platform.lake.reports import (
     instant_text,
 )
 from ml_platform.lake.resource import LakeResource, RawFile
+from ml_platform.lake.storage import readable_path
 from ml_platform.model.config import check_run_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION

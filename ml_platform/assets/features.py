@@ -12,7 +12,6 @@ from pydantic import Field
 from ml_platform.assets.cleaned import cleaned_transactions
 from ml_platform.assets.outcomes import (
     OWNERS,
-    readable_path,
     record_outcomes,
     record_partitions,
     shorten_list,
@@ -34,6 +33,7 @@ from ml_platform.lake.reports import (
     instant_text,
 )
 from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import readable_path
 from ml_platform.model.config import check_run_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.features.registry import FEATURE_COLUMNS, HISTORY_DAYS, LABEL_DELAY_DAYS, MODEL_INPUTS
@@ -229,8 +229,8 @@ def transaction_features(
         )
     if plan.extra:
         context.log.info(
-            f"also rebuilding {shorten_list(plan.extra)}: the history or the platform version changed, or the features "
-            "are missing"
+            f"also rebuilding {shorten_list(plan.extra)}: the history or the way of building features changed, or the "
+            "features are missing"
         )
     left_out = {key: problem for key, problem in plan.stopped.items() if key in keys} | {
         key: "no cleaned data; materialize cleaned_transactions first" for key in keys if key not in cleaned

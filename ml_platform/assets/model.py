@@ -18,7 +18,6 @@ from ml_platform.assets.outcomes import (
     check_partitions,
     listed,
     materialize_only,
-    readable_path,
     record_partitions,
     rounded,
     shorten_list,
@@ -36,6 +35,7 @@ from ml_platform.lake.reports import (
     TrainingReport,
 )
 from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import readable_path
 from ml_platform.model.card import quality_in_words
 from ml_platform.model.config import FraudModelConfig
 from ml_platform.model.mlflow import MlflowResource
@@ -231,7 +231,7 @@ def _check_results(context: dg.AssetExecutionContext, results: Results) -> list[
     findings = {
         "enough_data": lambda key: _trained_on(results[key].report) if key in results else None,
         "promotion": lambda key: " ".join(decisions[key].reasons) if key in decisions else None,
-        "champion_health": lambda key: None,
+        "champion_health": lambda key: _in_service(results[key].champion_version) if key in results else None,
     }
     return [
         check_partitions(
@@ -244,6 +244,10 @@ def _check_results(context: dg.AssetExecutionContext, results: Results) -> list[
         )
         for name, (problem_of, measure) in checks.items()
     ]
+
+
+def _in_service(version: str | None) -> str:
+    return f"version {version} is in service" if version else "no model is in service"
 
 
 def _trained_on(report: TrainingReport) -> str | None:

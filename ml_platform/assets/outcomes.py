@@ -186,11 +186,6 @@ def check_partitions(
     )
 
 
-def readable_path(uri: str) -> str:
-    """A URI of Spark's as a path to copy. Dagster would make a link of a path, which browsers refuse to open."""
-    return uri.removeprefix("file://").replace("s3a://", "s3://", 1)
-
-
 def rounded(value: float | int | None) -> float | int | None:
     """A figure as people read it: four decimals."""
     return round(value, 4) if isinstance(value, float) else value

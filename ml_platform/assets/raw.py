@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from ml_platform.assets.outcomes import OWNERS, readable_path, table_schema
+from ml_platform.assets.outcomes import OWNERS, table_schema
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.resource import LakeResource, RawFile
+from ml_platform.lake.storage import readable_path
 from spark_jobs.schema import RAW_COLUMNS
 
 DATA_VERSION_TAG = "dagster/data_version"

@@ -10,7 +10,6 @@ from pydantic import Field
 from ml_platform.assets.features import time_ranges, transaction_features, unusable_files
 from ml_platform.assets.outcomes import (
     OWNERS,
-    readable_path,
     record_outcomes,
     record_partitions,
     rounded,
@@ -33,6 +32,7 @@ from ml_platform.lake.reports import (
     ScoredReports,
 )
 from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import readable_path
 from ml_platform.model.config import FraudModelConfig, check_run_config, run_config, training_config
 from ml_platform.model.live import drift_summary, grades_summary, log_grades, scoring_request
 from ml_platform.model.mlflow import MlflowResource

@@ -25,6 +25,7 @@ def alerts(
     from pyarrow import parquet
 
     from ml_platform.lake.reports import ALERTS_TABLE, ScoredReport
+    from ml_platform.lake.storage import readable_path
     from spark_jobs.scoring.alerts import CSV_NAME, PARQUET_NAME
 
     settings = load_settings()
@@ -38,7 +39,7 @@ def alerts(
     rows = parquet.read_table(io.BytesIO(lake.store.read(f"{directory}/{PARQUET_NAME}"))).to_pylist()
     rows = [row for row in rows if day is None or row["tx_datetime"].date() == day.date()]
     rows = sorted(rows, key=lambda row: -row["score"])[:top]
-    csv = f"{lake.partition_uri(ALERTS_TABLE, key)}/{CSV_NAME}"
+    csv = f"{readable_path(lake.partition_uri(ALERTS_TABLE, key))}/{CSV_NAME}"
     if as_json:
         alerts = [_alert(row) for row in rows]
         counts = {"model_version": report.model_version, "number_of_alerts": report.counts.alerts}
@@ -82,6 +83,7 @@ def scores(
 ) -> None:
     """List the directories of scored partitions, complete ones only."""
     from ml_platform.lake.reports import ALERTS_TABLE, SCORED_TABLE, ScoredReport
+    from ml_platform.lake.storage import readable_path
 
     settings = load_settings()
     lake = lake_of(settings)
@@ -90,14 +92,9 @@ def scores(
         raise CommandError(f"no partition of {settings.lake_uri} has scores yet")
     if not sql:
         for key in keys:
-            say(_readable(lake.partition_uri(SCORED_TABLE, key)))
+            say(readable_path(lake.partition_uri(SCORED_TABLE, key)))
         return
     for view, table in (("scored_transactions", SCORED_TABLE), ("alerts", ALERTS_TABLE)):
-        files = [f"'{_readable(lake.partition_uri(table, key))}/*.parquet'".replace("file://", "") for key in keys]
+        files = [f"'{readable_path(lake.partition_uri(table, key))}/*.parquet'" for key in keys]
         # Keys are letters, digits and ._-, and the lake's URI is the user's own.
         say(f"CREATE OR REPLACE VIEW {view} AS SELECT * FROM read_parquet([{', '.join(files)}]);")  # noqa: S608
-
-
-def _readable(uri: str) -> str:
-    """A URI as readers other than Hadoop write it."""
-    return uri.replace("s3a://", "s3://", 1)

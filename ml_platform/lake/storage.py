@@ -45,6 +45,14 @@ def checked_name(name: str) -> str:
     return name
 
 
+def readable_path(uri: str) -> str:
+    """A URI of Spark's as a path for people and other readers: an absolute path, or s3://bucket/key.
+
+    Dagster would make a link of a file URI, which browsers refuse to open.
+    """
+    return uri.removeprefix("file://").replace("s3a://", "s3://", 1)
+
+
 class Store(Protocol):
     """A tree of files. Names are relative to its root and separated by ``/``; other names raise ValueError."""
 
