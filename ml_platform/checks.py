@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from ml_platform.assets.cleaned import cleaned_transactions
+from ml_platform.assets.documentation import with_links
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.outcomes import INTAKE_CHECKS, check_partitions, listed, rounded
 from ml_platform.assets.scores import scored_transactions
@@ -41,7 +42,7 @@ DESCRIPTIONS = {
 }
 
 #: Where the remedy is, in the description of each check that stops files.
-REMEDY = "A file that fails gets no features and trains no model: docs/operations.md, “A file is bad”."
+REMEDY = "A file that fails gets no features and trains no model: docs/operations.md, “A file is bad: what do I do?”."
 
 #: Steps with a lower priority than others run last: they fail the run when all else is done.
 LAST = {"dagster/priority": "-1"}
@@ -51,7 +52,10 @@ LAST = {"dagster/priority": "-1"}
     name=INTAKE_CHECKS,
     specs=[
         dg.AssetCheckSpec(
-            name, asset=cleaned_transactions, description=f"{DESCRIPTIONS[name]} {REMEDY}", partitions_def=raw_files
+            name,
+            asset=cleaned_transactions,
+            description=with_links(f"{DESCRIPTIONS[name]} {REMEDY}"),
+            partitions_def=raw_files,
         )
         for name in CHECK_NAMES
     ],
@@ -161,24 +165,24 @@ def feature_checks(
         raise dg.Failure(f"{printable(listed(bad))}", allow_retries=False)
 
 
-SCORE_CHECKS = {
-    "champion_scores": "The champion before the run could score the rows, or there was none.",
-    "live_quality": "No week's average precision is certainly below that of the version's held-out week.",
-    "feature_drift": "The model's inputs are distributed as in its training window.",
-    "score_drift": "The scores are distributed as in the training window.",
-    "label_drift": "The share of frauds is as in the training window.",
-}
+#: Where a warning about distributions is explained.
+DRIFT = "It warns and stops nothing: docs/scores.md, “Drift”."
 
-#: What these checks mean and what to do: in the description of each.
-SCORE_REMEDY = "It warns and stops nothing: docs/scores.md."
+SCORE_CHECKS = {
+    "champion_scores": "The champion before the run could score the rows, or there was none. It warns and stops "
+    "nothing: docs/scores.md, “Which model scores what”.",
+    "live_quality": "No week's average precision is certainly below that of the version's held-out week. It warns and "
+    "stops nothing: docs/scores.md, “Grades”.",
+    "feature_drift": f"The model's inputs are distributed as in its training window. {DRIFT}",
+    "score_drift": f"The scores are distributed as in the training window. {DRIFT}",
+    "label_drift": f"The share of frauds is as in the training window. {DRIFT}",
+}
 
 
 @dg.multi_asset_check(
     name="score_checks",
     specs=[
-        dg.AssetCheckSpec(
-            name, asset=scored_transactions, description=f"{text} {SCORE_REMEDY}", partitions_def=raw_files
-        )
+        dg.AssetCheckSpec(name, asset=scored_transactions, description=with_links(text), partitions_def=raw_files)
         for name, text in SCORE_CHECKS.items()
     ],
     can_subset=True,

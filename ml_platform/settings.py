@@ -132,6 +132,11 @@ class Settings(BaseSettings):
     dagster_ui_url: str | None = Field(
         None, alias="DAGSTER_UI_URL", description="URL of Dagster's UI, for links in alerts."
     )
+    docs_url: str | None = Field(
+        None,
+        alias="ML_PLATFORM_DOCS_URL",
+        description="URL of the directory docs/ in your repository, for links to its pages in Dagster's UI.",
+    )
     run_config_file: Path | None = Field(
         None,
         alias="ML_PLATFORM_RUN_CONFIG",
@@ -159,7 +164,17 @@ class Settings(BaseSettings):
             raise ValueError("must not contain '?', which is not allowed in an SQLite URL")
         return str(Path(value).expanduser().absolute())
 
-    @field_validator("mlflow_tracking_uri", "mlflow_ui_url", "dagster_ui_url")
+    @field_validator("docs_url")
+    @classmethod
+    def _page(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"https?://[!-~]+", value):
+            raise ValueError("must be a URL that begins with https:// or http://")
+        # It becomes part of Markdown.
+        if value and set("()<>[]") & set(value):
+            raise ValueError("must not contain brackets: write them as %28 and so on")
+        return value.rstrip("/") if value else value
+
+    @field_validator("mlflow_tracking_uri", "mlflow_ui_url", "dagster_ui_url", "docs_url")
     @classmethod
     def _no_credentials(cls, value: str | None, info: ValidationInfo) -> str | None:
         """Reject an HTTP URL with credentials, which would leak into logs, errors and links."""

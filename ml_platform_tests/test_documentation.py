@@ -15,6 +15,7 @@ import markdown
 import pytest
 from markdown_it import MarkdownIt
 
+from ml_platform.assets.documentation import MENTION, with_links
 from scripts import reference
 
 PROJECT = Path(__file__).parent.parent
@@ -45,6 +46,38 @@ def test_navigation_has_each_page() -> None:
         return [page for child in children for page in pages_of(child)]
 
     assert sorted(pages_of(tomllib.loads((PROJECT / "zensical.toml").read_text())["project"]["nav"])) == PAGES
+
+
+def test_descriptions_name_pages_and_sections_that_exist() -> None:
+    from ml_platform.definitions import defs
+
+    graph = defs.resolve_asset_graph()
+    checks = [graph.get_check_spec(key) for key in graph.asset_check_keys]
+    texts = [spec.description or "" for spec in (*defs.resolve_all_asset_specs(), *checks)]
+    mentions = [mention for text in texts for mention in MENTION.finditer(text)]
+    assert len(mentions) > 10
+    for mention in mentions:
+        text = (PROJECT / "docs" / mention["page"]).read_text()
+        headings = re.findall("^#+ (.*)", text, re.MULTILINE)
+        assert mention["section"] is None or " ".join(mention["section"].split()) in headings, mention[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "linked"),
+    [
+        ("See docs/s3.md.", "See [docs/s3.md](https://git.example/docs/s3.md)."),
+        (
+            "docs/a.md, “What now,\nand then?”, says it",
+            "[docs/a.md, “What now,\nand then?”](https://git.example/docs/a.md#what-now-and-then), says it",
+        ),
+        ("docs/ and other.md", "docs/ and other.md"),
+    ],
+)
+def test_mentions_of_pages_become_links(text: str, linked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ML_PLATFORM_DOCS_URL", raising=False)
+    assert with_links(text) == text
+    monkeypatch.setenv("ML_PLATFORM_DOCS_URL", "https://git.example/docs/")
+    assert with_links(text) == linked
 
 
 class Outline(HTMLParser):

@@ -105,6 +105,10 @@ def test_directories_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("MLFLOW_TRACKING_URI", "HTTP://me@mlflow.example:5000/"),
         ("MLFLOW_UI_URL", "https://me:hunter22@mlflow.example"),
         ("DAGSTER_UI_URL", "https://me:hunter22@dagster.example"),
+        ("ML_PLATFORM_DOCS_URL", "https://me:hunter22@git.example/docs"),
+        ("ML_PLATFORM_DOCS_URL", "git.example/docs"),
+        ("ML_PLATFORM_DOCS_URL", "javascript:alert(1)"),
+        ("ML_PLATFORM_DOCS_URL", "https://git.example/a)[b]"),
     ],
 )
 def test_an_unusable_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyPatch, variable: str, value: str):

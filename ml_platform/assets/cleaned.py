@@ -6,6 +6,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from ml_platform.assets.documentation import with_links
 from ml_platform.assets.outcomes import (
     OWNERS,
     record_outcomes,
@@ -83,7 +84,8 @@ def is_cleaned(report: CleanedReport | None, raw: RawFile, epoch: str) -> bool:
             never_null=[name for name, *_ in CLEANED_COLUMNS if name not in ("customer_id", "terminal_id")],
         )
     },
-    description="""Transactions of one raw file: typed, times in UTC, duplicates dropped, known faults repaired.
+    description=with_links(
+        """Transactions of one raw file: typed, times in UTC, duplicates dropped, known faults repaired.
 
 Rejected rows go to `rejected_transactions` with their reasons; no row is lost:
 raw rows = clean rows + duplicate rows + rejected rows. A file that is already clean is neither read nor rewritten.
@@ -93,7 +95,8 @@ the rejected lines (`ml-platform rejects KEY` shows one for each reason).
 
 **If a check fails:** the file gets no features and trains no model; all others go on. The check says what is wrong.
 Mend the raw file, or take it as it is (`accept: true` in the run configuration of `transaction_features`):
-docs/cleaning.md and docs/operations.md.""",
+docs/operations.md, “A file is bad: what do I do?”, and docs/cleaning.md."""
+    ),
 )
 def cleaned_transactions(
     context: dg.AssetExecutionContext,

@@ -10,6 +10,7 @@ import dagster as dg
 from pydantic import Field
 
 from ml_platform.assets.cleaned import cleaned_transactions
+from ml_platform.assets.documentation import with_links
 from ml_platform.assets.outcomes import (
     OWNERS,
     record_outcomes,
@@ -185,17 +186,20 @@ def unusable_files(
     kinds={"pyspark", "parquet"},
     owners=OWNERS,
     metadata={"dagster/column_schema": table_schema([*CLEANED_COLUMNS, *FEATURE_COLUMNS], never_null=NEVER_NULL)},
-    description=f"""Cleaned transactions with the {len(MODEL_INPUTS)} model inputs.
+    description=with_links(
+        f"""Cleaned transactions with the {len(MODEL_INPUTS)} model inputs.
 
 History comes only from earlier partitions, and labels younger than {LABEL_DELAY_DAYS} days are not
 used. Features whose history changed (a late file, a file cleaned again) are rebuilt in the next run. Files that the
 checks on `cleaned_transactions` stop get none, unless they are accepted.
 
 **How to read its metadata:** `history_partitions` are the earlier files that went into the windows; `built_by_run` is
-the run that wrote the partition. The columns and their windows are under "Columns"; docs/model.md says how to add one.
+the run that wrote the partition. The columns and their windows are under "Columns"; docs/model.md, “Add or change a
+feature”, says how to add one.
 
 **If the check `usable_features` fails:** it names the partition and what is wrong. Materialize the partition again with
-`rebuild: true`.""",
+`rebuild: true`."""
+    ),
 )
 def transaction_features(
     context: dg.AssetExecutionContext,

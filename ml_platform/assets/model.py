@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from ml_platform.assets.documentation import with_links
 from ml_platform.assets.features import (
     chronological_keys,
     time_ranges,
@@ -47,8 +48,10 @@ from ml_platform.version import PLATFORM_VERSION
 #: Asset checks whose results come from the asset's own step.
 CHECKS = {
     "enough_data": "There was enough data to train the run's models.",
-    "promotion": "The promotion decision with its reasons; passes if the metrics could decide it.",
-    "champion_health": "The champion is still fit for use: accurate enough, readable, and compared recently.",
+    "promotion": "The promotion decision with its reasons; passes if the metrics could decide it: docs/model.md, "
+    "“Promotion rule”.",
+    "champion_health": "The champion is still fit for use: accurate enough, readable, and compared recently. If not: "
+    "docs/model.md, “How do I change or roll back the champion?”.",
 }
 
 Results = Mapping[str, TrainingResult]
@@ -63,10 +66,11 @@ Results = Mapping[str, TrainingResult]
     kinds={"pyspark", "mlflow"},
     owners=OWNERS,
     check_specs=[
-        dg.AssetCheckSpec(name, asset="fraud_model", description=text, partitions_def=raw_files)
+        dg.AssetCheckSpec(name, asset="fraud_model", description=with_links(text), partitions_def=raw_files)
         for name, text in CHECKS.items()
     ],
-    description="""A fraud classifier, trained on data up to its partition, the cut-off.
+    description=with_links(
+        """A fraud classifier, trained on data up to its partition, the cut-off.
 
 A run over several partitions trains one model, at the latest of them; with `train_each` one per partition.
 Parameters are chosen on days after those used for fitting, and the model is evaluated on the last week of the data,
@@ -79,7 +83,9 @@ candidates, environment and the model.
 
 **If a check warns:** `enough_data` says which window lacks days or frauds. `promotion` warns if the figures could not
 decide, for instance without a champion that can be read. `champion_health` says why the champion should be replaced:
-docs/model.md, "Promotion". `ml-platform champion rollback` goes back to the one before.""",
+docs/model.md, “How do I change or roll back the champion?”. `ml-platform champion rollback` goes back to the one
+before."""
+    ),
 )
 def fraud_model(
     context: dg.AssetExecutionContext,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
+from ml_platform.assets.documentation import with_links
 from ml_platform.assets.outcomes import OWNERS, table_schema
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.resource import LakeResource, RawFile
@@ -41,13 +42,15 @@ def raw_file_observation(file: RawFile) -> dg.AssetObservation:
                 "format": "text, 9 comma-separated fields per line, optional header line",
                 "dagster/column_schema": table_schema(RAW_COLUMNS),
             },
-            description="""Raw transaction files as they arrive in the raw store, one partition per file.
+            description=with_links(
+                """Raw transaction files as they arrive in the raw store, one partition per file.
 
 **How to read it:** files are observed, never materialized. The latest observation of a partition has the path, the size
 and the fingerprint of the file, from which the platform notices that a file has changed.
 
 **If a file is missing here:** `ml-platform sync` registers files now and names those that it ignores; the sensor
-`new_raw_files` does the same each day. What a file must look like: docs/cleaning.md.""",
+`new_raw_files` does the same each day. What a file must look like: docs/cleaning.md, “File requirements”."""
+            ),
         )
     ]
 )

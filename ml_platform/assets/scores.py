@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from ml_platform.assets.documentation import with_links
 from ml_platform.assets.features import time_ranges, transaction_features, unusable_files
 from ml_platform.assets.outcomes import (
     OWNERS,
@@ -93,7 +94,8 @@ def causes_to_score(
             never_null=[name for name, *_ in SCORED_COLUMNS if name not in ("customer_id", "terminal_id")],
         )
     },
-    description="""Scores and alerts: the probability of fraud of each clean row, by the champion before the run.
+    description=with_links(
+        """Scores and alerts: the probability of fraud of each clean row, by the champion before the run.
 
 The rows of each day with the highest scores are alerts: `alerts.csv` and `alerts.parquet` name for each the three
 inputs that raised its score most. Scores stay as they were given when the champion or the history changes. They are
@@ -105,8 +107,9 @@ holds all. `expected_frauds` is the sum of the scores. `live_quality` shows all 
 the champion's training window.
 
 **If a check warns:** `champion_scores` says why the champion could not score; the run trains its successor anyway.
-`live_quality` and the drift checks say that the model may be out of date, or the data unusual: docs/scores.md says what
-to look at. All of them warn; none stops a file.""",
+`live_quality` (docs/scores.md, “Grades”) and the drift checks (docs/scores.md, “Drift”) say that the model may be out
+of date, or the data unusual. All of them warn; none stops a file."""
+    ),
 )
 def scored_transactions(
     context: dg.AssetExecutionContext,

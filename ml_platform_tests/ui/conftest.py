@@ -29,6 +29,9 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "goo
 #: Long enough for a machine that is busy with other tests.
 TIMEOUT_S = 180
 
+#: No test opens it.
+DOCS_URL = "https://git.example/team/ml_platform/docs"
+
 # The ports of `make dev`, for pictures that show them.
 DAGSTER_PORT, MLFLOW_PORT = 3000, 5000
 
@@ -73,6 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, screenshot_directory: Path |
         "SPARK_PROPERTIES": json.dumps(NO_CODEGEN),
         "PORT": str(ports[0]),
         "MLFLOW_PORT": str(ports[1]),
+        "ML_PLATFORM_DOCS_URL": DOCS_URL,
         "MLFLOW_UI_URL": f"http://127.0.0.1:{ports[1]}",
     }
     world = World(tmp_path_factory.mktemp("ui") / "world", overrides=settings)

@@ -11,7 +11,7 @@ import pytest
 
 from ml_platform.assets.model import CHECKS as MODEL_CHECKS
 from ml_platform.checks import DESCRIPTIONS, SCORE_CHECKS
-from ml_platform_tests.ui.conftest import BROWSER, HISTORY, NEW, NEW_LINES, SCORED, TIMEOUT_S, Ui, write_raw
+from ml_platform_tests.ui.conftest import BROWSER, DOCS_URL, HISTORY, NEW, NEW_LINES, SCORED, TIMEOUT_S, Ui, write_raw
 from ml_platform_tests.world import ticks, wait_until
 
 if TYPE_CHECKING:
@@ -109,12 +109,19 @@ def test_checks_say_what_they_check_and_what_came_out(
     for name, description in descriptions.items():
         page.get_by_text(name, exact=True).first.click()
         expect(page.get_by_text(beginning(description))).to_be_visible()
+        expect(page.locator(f"[href^='{DOCS_URL}']")).to_be_visible()
         expect(page.get_by_text("Passed", exact=True)).to_be_visible()
         if name == saved:
             save("checks", page)
     page.get_by_text("Execution history").click()
     for key in KEYS:
         expect(row_of(page, key)).to_contain_text("Passed")
+
+
+@pytest.mark.parametrize("asset", ASSETS)
+def test_descriptions_link_the_pages_of_the_documentation(page: Page, ui: Ui, asset: str) -> None:
+    page.goto(f"{ui.dagster}/assets/{asset}?view=overview")
+    expect(page.locator(f"[href^='{DOCS_URL}']").first).to_be_visible()
 
 
 def test_scores_show_the_first_alerts_with_their_reasons(page: Page, ui: Ui, save: Save) -> None:
