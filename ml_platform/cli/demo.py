@@ -21,18 +21,21 @@ PLACES = ("deployment", "raw_uri", "lake_uri", "mlflow_tracking_uri", "artifacts
 
 def demo() -> None:
     """Simulate three months of transactions, train a first model, and let it score a fourth month. Uses ./data only."""
+    from ml_platform.spark.engine import shared_session
+
     settings = load_settings()
     if own := [str(Settings.model_fields[name].alias) for name in PLACES if name in settings.model_fields_set]:
         raise CommandError(
             f"the demo uses ./data only; other places are set by {', '.join(own)}: unset them (also in .env), or use "
             "ml-platform simulate and ml-platform process-new-files"
         )
-    say("Three months of transactions arrive", "bold")
-    simulate(files=FIRST_FILES)
-    process_new_files()
-    say("A fourth month arrives", "bold")
-    simulate(files=1, first_file=FIRST_FILES)
-    process_new_files()
+    with shared_session():
+        say("Three months of transactions arrive", "bold")
+        simulate(files=FIRST_FILES)
+        process_new_files()
+        say("A fourth month arrives", "bold")
+        simulate(files=1, first_file=FIRST_FILES)
+        process_new_files()
     say("Results", "bold")
     for line in _results(settings):
         say(line)

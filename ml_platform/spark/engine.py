@@ -13,6 +13,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,23 @@ class SparkEngine(dg.ConfigurableResource, ABC):
         """Run the job, store its report in the lake and return it."""
 
 
+#: Sessions to stop at the end of `shared_session`; None outside of it.
+_SHARED: ContextVar[set[Any] | None] = ContextVar("shared sessions", default=None)
+
+
+@contextmanager
+def shared_session() -> Generator[None]:
+    """Within it, the runs of this process share one embedded Spark session."""
+    sessions: set[Any] = set()
+    token = _SHARED.set(sessions)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+        for session in sessions:
+            session.stop()
+
+
 class LocalSparkEngine(SparkEngine):
     """Spark driven from this process, embedded or on the cluster at `master`. All steps share one session."""
 
@@ -125,7 +143,12 @@ class LocalSparkEngine(SparkEngine):
             yield self
         finally:
             if self._pyspark is not None:
-                self._pyspark.spark_session.stop()
+                shared = _SHARED.get()
+                # Executors elsewhere fetch files of the run, which are deleted at its end.
+                if shared is not None and self.master.startswith("local"):
+                    shared.add(self._pyspark.spark_session)
+                else:
+                    self._pyspark.spark_session.stop()
                 self._pyspark = None
             self._code.close()
 
