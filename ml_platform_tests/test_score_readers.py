@@ -16,6 +16,7 @@ import pytest
 
 from ml_platform.lake.reports import SCORED_TABLE
 from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.storage import readable_path
 from ml_platform_tests.fakes import put_scores, scored_report
 from ml_platform_tests.world import PROJECT
 
@@ -106,7 +107,7 @@ def test_alerts_that_cannot_be_shown(run_cli: RunCli, lake: LakeResource, argume
 def test_only_complete_partitions_are_listed(run_cli: RunCli, lake: LakeResource):
     code, out, _ = run_cli("scores")
     assert code == 0
-    assert out.split() == [lake.partition_uri(SCORED_TABLE, key) for key in KEYS]
+    assert out.split() == [readable_path(lake.partition_uri(SCORED_TABLE, key)) for key in KEYS]
 
 
 def test_duckdb_reads_them(run_cli: RunCli, lake: LakeResource):
