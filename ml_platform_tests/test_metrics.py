@@ -14,6 +14,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.error import HTTPError
+from urllib.parse import urlencode
 
 import dagster as dg
 import pytest
@@ -121,9 +123,16 @@ def test_the_command_serves_them(directory: Path):
 def described() -> set[str]:
     """Names of metrics in the rules and the dashboard."""
     rules = yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())["groups"][0]["rules"]
+    return names_in(*(rule["expr"] for rule in rules), *shown())
+
+
+def shown() -> list[str]:
+    """Expressions of the dashboard."""
     panels = json.loads((PROMETHEUS / "dashboard.json").read_text())["panels"]
-    expressions = [rule["expr"] for rule in rules]
-    expressions += [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    return [target["expr"] for panel in panels for target in panel.get("targets", [])]
+
+
+def names_in(*expressions: str) -> set[str]:
     return set(re.findall(r"\bml_platform_\w+", " ".join(expressions)))
 
 
@@ -165,6 +174,35 @@ def scraping(registry: CollectorRegistry, tmp_path: Path) -> Iterator[str]:
     thread.join()
 
 
+def ask(prometheus: str, method: str, **parameters: str) -> dict[str, Any]:
+    """Answer of Prometheus; empty as long as it starts."""
+    try:
+        with urllib.request.urlopen(f"{prometheus}/api/v1/{method}?{urlencode(parameters)}", timeout=30) as response:
+            return dict(json.load(response)["data"])
+    except HTTPError as error:
+        if error.code == 503:
+            return {}
+        raise  # a wrong query
+    except OSError:
+        return {}
+
+
+@needs_prometheus
+def test_the_dashboard_shows_what_is_collected(registry: CollectorRegistry, scraping: str):
+    collected = {family.name for family in registry.collect()}
+    expressions = [expression for expression in shown() if names_in(expression) <= collected]
+    assert len(expressions) > 5
+
+    def answered(expression: str) -> bool:
+        return bool(ask(scraping, "query", query=expression).get("result"))
+
+    for expression in expressions:
+        # Two scrapes make an increase.
+        wait_until(lambda expression=expression: answered(expression), expression, timeout=120, pause=0.5)
+    # What this deployment has not, such as clusters, is asked for correctly all the same.
+    assert all(ask(scraping, "query", query=expression)["resultType"] == "vector" for expression in shown())
+
+
 @needs_prometheus
 def test_a_rule_fires_when_the_champion_is_too_old(directory: Path, scraping: str):
     mlflow = MlflowResource(tracking_uri=f"sqlite:///{directory}/mlflow.db")
@@ -172,11 +210,7 @@ def test_a_rule_fires_when_the_champion_is_too_old(directory: Path, scraping: st
     mlflow.tag_version("1", {SINCE_TAG: long_ago.strftime(INSTANT)})
 
     def firing() -> list[str]:
-        try:
-            with urllib.request.urlopen(f"{scraping}/api/v1/alerts", timeout=30) as response:
-                alerts = json.load(response)["data"]["alerts"]
-        except OSError:
-            return []
+        alerts = ask(scraping, "alerts").get("alerts", [])
         return [alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"]
 
     wait_until(lambda: "ChampionTooOld" in firing(), "the rule fires", timeout=120, pause=0.5)
