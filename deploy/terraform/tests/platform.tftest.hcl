@@ -52,7 +52,7 @@ run "least" {
   }
 
   assert {
-    condition     = sort([for rule in yandex_vpc_security_group.cluster.egress : "${rule.protocol} ${rule.port}" if rule.port > 0]) == ["TCP 443", "UDP 123"]
+    condition     = join(", ", sort([for rule in yandex_vpc_security_group.cluster.egress : "${rule.protocol} ${rule.port}" if coalesce(rule.port, -1) > 0])) == "TCP 443, UDP 123"
     error_message = "Hosts reach HTTPS and NTP, without which Data Proc makes no cluster."
   }
 }
