@@ -11,6 +11,7 @@ import pytest
 
 from ml_platform.assets.model import CHECKS as MODEL_CHECKS
 from ml_platform.checks import DESCRIPTIONS, SCORE_CHECKS
+from ml_platform.version import PLATFORM_VERSION
 from ml_platform_tests.ui.conftest import BROWSER, DOCS_URL, HISTORY, NEW, NEW_LINES, SCORED, TIMEOUT_S, Ui, write_raw
 from ml_platform_tests.world import ticks, wait_until
 
@@ -197,6 +198,11 @@ def test_mlflow_shows_the_champion_with_its_card(page: Page, ui: Ui, save: Save)
 def close_assistant(page: Page) -> None:
     """Close the panel that MLflow opens beside its pages."""
     page.get_by_role("button", name="Close").click()
+
+
+def test_the_code_location_has_the_version(page: Page, ui: Ui) -> None:
+    page.goto(f"{ui.dagster}/locations/ml_platform")
+    expect(row_of(page, "ml-platform")).to_contain_text(PLATFORM_VERSION)
 
 
 def test_the_sensor_gives_the_reason_of_its_last_tick(page: Page, ui: Ui, save: Save) -> None:
