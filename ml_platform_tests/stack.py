@@ -204,6 +204,7 @@ class Stack:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._watcher.join()
+        self.stop("scorer")  # in a session of its own, MLflow's server would outlive a killed one
         for service in self.services.values():
             if error[0] is not None:
                 print(f"--- {service.name}", self.said(service.name), sep="\n")  # pytest shows it with the failure
