@@ -166,12 +166,9 @@ class Settings(BaseSettings):
 
     @field_validator("docs_url")
     @classmethod
-    def _page(cls, value: str | None) -> str | None:
-        if value and not re.fullmatch(r"https?://[!-~]+", value):
-            raise ValueError("must be a URL that begins with https:// or http://")
-        # It becomes part of Markdown.
-        if value and set("()<>[]") & set(value):
-            raise ValueError("must not contain brackets: write them as %28 and so on")
+    def _target_of_markdown_links(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"(?i)https?://[^\s()<>\[\]]+", value):
+            raise ValueError("must be a URL that begins with https:// or http://, without brackets and blanks")
         return value.rstrip("/") if value else value
 
     @field_validator("mlflow_tracking_uri", "mlflow_ui_url", "dagster_ui_url", "docs_url")

@@ -6,14 +6,17 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
+import dagster as dg
 import pytest
 
 from ml_platform.dev.cloud.spark_submit import spark_home
 from ml_platform.spark import class_archive
+from ml_platform.spark.engine import LocalSparkEngine, shared_session
 from ml_platform.spark.session import CLASS_ARCHIVE, GARBAGE_COLLECTOR, default_spark_config, java_options
 from spark_jobs.runtime import START_PROPERTIES
 
@@ -94,6 +97,23 @@ def test_a_failure_is_one_line_and_is_remembered(
 
 
 @pytest.mark.spark
+@pytest.mark.parametrize(
+    ("master", "within", "before"),
+    [("local[2]", False, 2), ("local[2]", True, 0), ("spark://127.0.0.1:7077", True, 2)],
+    ids=["run by run", "shared", "of a cluster"],
+)
+def test_a_session_ends_with_its_run_unless_it_is_shared(master: str, within: bool, before: int) -> None:
+    """`before` is how often it was stopped by the runs; in the end it is stopped in any case."""
+    session = mock.Mock()
+    engine = LocalSparkEngine(master=master)
+    with shared_session() if within else nullcontext():
+        for _ in range(2):
+            with engine.yield_for_execution(dg.build_init_resource_context()) as spark:
+                spark._pyspark = mock.Mock(spark_session=session)
+        assert session.stop.call_count == before
+    assert session.stop.call_count == (before or 1)
+
+
 def test_workers_of_python_are_reached_without_tcp(spark: SparkSession) -> None:
     def families(_: int) -> list[str]:
         found = set()
