@@ -404,8 +404,9 @@ def write_scores(
 ) -> dict[str, Any] | None:
     """Write the test rows with the scores of a model file and the champion; return the champion with its ``status``.
 
-    If the champion cannot be loaded or applied, champion_score is NULL and the status unreadable, or newer_library if
-    it was written by a newer library, which this one would misread; the job does not fail.
+    If the champion's file is missing or cannot be applied, champion_score is NULL and the status unreadable, or
+    newer_library if it was written by a newer library, which this one would misread. Errors of the storage are raised:
+    they say nothing about the champion, which a challenger would replace.
     """
     from pyspark.sql import functions as F
 
@@ -448,16 +449,24 @@ def write_scores(
         except NewerModelError as error:
             champion = {**champion, "status": "newer_library", "error": str(error)}
         except Exception as error:
-            # Any error, assumed to be the champion's: if it is not, the write below fails as well.
-            champion = {**champion, "status": "unreadable", "error": runtime.describe(error)}
+            problem = runtime.describe(error)
+            # A task's error arrives as text. If it is of the new model, the write below fails as well.
+            if not isinstance(error, ModelError) and ModelError.__name__ not in problem:
+                raise
+            champion = {**champion, "status": "unreadable", "error": problem}
         log.warning("the champion cannot score: %s", champion["error"])
     write({"score": model})
     return champion
 
 
 def _champion_model(spark: SparkSession, test: DataFrame, champion: dict[str, Any]) -> str:
-    """Read the champion's model file. Raises ModelError if it cannot score these rows."""
-    text = runtime.Files(spark).read(champion["model_uri"]).decode("utf-8", errors="replace")
+    """Read the champion's model file. Raises ModelError if it is not there or cannot score these rows."""
+    try:
+        text = runtime.Files(spark).read(champion["model_uri"]).decode("utf-8", errors="replace")
+    except Exception as error:
+        if not runtime.is_not_found(error):
+            raise
+        raise ModelError("there is no {}".format(champion["model_uri"])) from None
     features = Scorer.from_json(text).features
     missing = [name for name in features if name not in test.columns]
     if missing:

@@ -675,6 +675,21 @@ class TestChampion:
         assert {row["champion_score"] for row in scores} == {None}
         assert sum(row["score"] is not None for row in scores) > 50
 
+    @pytest.mark.parametrize("call", ["read", "write"])
+    def test_an_error_of_the_storage_is_not_the_champions(self, score_beside, boosted, monkeypatch, call):
+        """The champion could be read another time; taken for unreadable, it would be replaced."""
+        champion = {"model_uri": boosted["model_uri"], "features": boosted["features"], "version": "1"}
+
+        def unavailable(*_, **__):
+            raise ConnectionError("503 Slow Down")
+
+        if call == "read":
+            monkeypatch.setattr(train_model.runtime.Files, "read", unavailable)
+        else:
+            monkeypatch.setattr(train_model.fits, "with_scores", unavailable)
+        with pytest.raises(ConnectionError, match="503"):
+            score_beside(champion)
+
     def test_a_champion_that_fails_on_some_rows_is_unreadable(self, score_beside, trained, tmp_path):
         """An input is NULL on some rows only, so the champion loads, applies, and fails while it scores."""
         document = {**json.loads(model_file(trained)), "features": ["tx_amount", "risk", "age"]}

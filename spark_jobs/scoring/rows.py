@@ -15,8 +15,8 @@ from spark_jobs.features.registry import in_words
 from spark_jobs.io import blocks, parquet_files
 from spark_jobs.schema import NO_KEY, REASONS, SCORED_COLUMNS
 from spark_jobs.scoring.drift import SCORE, bin_counts
-from spark_jobs.training import library
-from spark_jobs.training.learners import ModelError, Scorer, matrix_of
+from spark_jobs.training import fits, library
+from spark_jobs.training.learners import Scorer, matrix_of
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -57,7 +57,7 @@ class Scoring(NamedTuple):
         alerts_per_day: rows of a day that are alerts.
         first_days: first day of each task, ascending, but for the first task.
         edges: input or ``score`` → edges of the bins to count (see `drift`).
-        step: every which row of a file is counted in bins.
+        step: every `step`-th row of a file is counted in bins.
     """
 
     model: str
@@ -95,7 +95,7 @@ def scored_files(
             content = files.pop(0)
             bins: dict[int, dict[str, Any]] = {}
             for columns, matrix in _batches(content, features):
-                columns["score"] = _scores(scorer, matrix)
+                columns["score"] = fits.checked_scores(scorer, matrix)
                 _count(bins, columns, matrix, features, scoring.edges, scoring.step)
                 yield from _packed(columns, matrix, scoring, keys, candidate_layout)
             report_bins([bins])
@@ -125,19 +125,6 @@ def scored_files(
     contents = _file_contents(spark, features_uri)
     shuffled = blocks.exchange(blocks.map_blocks(contents, score_files, blocks.BLOCK_SCHEMA), len(keys))
     return blocks.map_blocks(shuffled, finish, parquet_files.FILE_SCHEMA)
-
-
-def _scores(scorer: Scorer, matrix: Array) -> Array:
-    """Scores of the rows. Raises ModelError if the model fails or gives one that is not a number."""
-    import numpy as np
-
-    try:
-        scores = scorer.score(matrix)
-    except Exception as error:
-        raise ModelError(f"it fails: {type(error).__name__}: {error}") from None
-    if not np.isfinite(scores).all():
-        raise ModelError("it gives scores that are not numbers")
-    return scores
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple,
 
 from spark_jobs.io import blocks
 from spark_jobs.training import library
-from spark_jobs.training.learners import LEARNERS, Scorer, matrix_of
+from spark_jobs.training.learners import LEARNERS, ModelError, Scorer, matrix_of
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -287,9 +287,22 @@ def _cached_scorer(models: Sequence[str], library_name: str | None) -> Callable[
         if number not in scorers:
             library.use(library_name)
             scorers[number] = Scorer.from_json(models[number])
-        return scorers[number].score(matrix_of(columns, scorers[number].features))
+        return checked_scores(scorers[number], matrix_of(columns, scorers[number].features))
 
     return score
+
+
+def checked_scores(scorer: Scorer, matrix: Array) -> Array:
+    """Scores of the rows. Raises ModelError if the model fails or gives one that is not a number."""
+    import numpy as np
+
+    try:
+        scores = scorer.score(matrix)
+    except Exception as error:
+        raise ModelError(f"it fails: {type(error).__name__}: {error}") from None
+    if not np.isfinite(scores).all():
+        raise ModelError("it gives scores that are not numbers")
+    return scores
 
 
 def with_scores(rows: DataFrame, models: dict[str, str], kept: dict[str, str], library_name: str | None) -> DataFrame:
