@@ -174,14 +174,15 @@ def sort_partitions(instance: dg.DagsterInstance, lake: LakeResource) -> str:
     return "partitions were put in order"
 
 
-def _active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    """Runs that are queued, running or about to be retried; a running run without any update for a day is not."""
     oldest = datetime.now(timezone.utc) - MAX_RUN_TIME
     waiting, running = dg.RunsFilter(statuses=_WAITING), dg.RunsFilter(statuses=_RUNNING, updated_after=oldest)
     return [*instance.get_runs(waiting), *instance.get_runs(running), *_runs_to_be_retried(instance)]
 
 
 def _partitions_of_active_runs(instance: dg.DagsterInstance, order: list[str]) -> Iterable[str]:
-    for run in _active_runs(instance):
+    for run in active_runs(instance):
         yield from keys_of_run(run.tags, order)
 
 

@@ -689,6 +689,17 @@ class TestWithdrawAndRejects:
         assert run_cli("withdraw", "--undo", "2019-08-22")[0] == 0
         assert lake.withdrawn() == []
 
+    def test_nothing_is_processed_beside_a_run(self, run_cli: RunCli):
+        """It may be rebuilding the features of the same partitions."""
+        assert (
+            run_cli("simulate", "--first-file", "9", "--files", "1", "--days-per-file", "1", "--customers", "5")[0] == 0
+        )
+        assert run_cli("sync")[0] == 0
+        with dg.DagsterInstance.get() as instance:
+            instance.add_run(dg.DagsterRun("process_new_files", status=dg.DagsterRunStatus.STARTED))
+        code, _, err = run_cli("process-new-files")
+        assert (code, "may write the same partitions: wait for it" in err) == (1, True)
+
     def test_nothing_is_withdrawn_under_a_run(self, run_cli: RunCli, lake: lake_module.LakeResource):
         """Any run may read the file, as history or as a neighbour."""
         assert run_cli("sync")[0] == 0

@@ -102,6 +102,24 @@ def test_a_pid_in_use_again_is_another_process(instance: dg.DagsterInstance, reu
     assert get_run(instance, ended).status == dg.DagsterRunStatus.SUCCESS
 
 
+def test_a_retry_that_has_not_recorded_its_process_is_alive(instance: dg.DagsterInstance, reused: str):
+    """Dagster copies the tags of the run that died."""
+    died = start_run(instance, dg.DagsterRunStatus.FAILURE, **{PROCESS_TAG: reused})
+    retry = dg.DagsterRun(
+        job_name="process_new_files",
+        run_id=str(uuid.uuid4()),
+        status=dg.DagsterRunStatus.STARTED,
+        tags={PROCESS_TAG: reused},
+        parent_run_id=died,
+        root_run_id=died,
+    )
+    instance.add_run(retry)
+    assert fail_dead_runs(instance) == []
+    host, pid, start_time = reused.rsplit(":", 2)
+    instance.add_run_tags(retry.run_id, {PROCESS_TAG: f"{host}:{pid}:{int(start_time) - 1}"})
+    assert fail_dead_runs(instance) == [retry.run_id]
+
+
 def test_a_tick_asks_for_the_dead_runs_partitions(instance: dg.DagsterInstance, lake: LakeResource, reused: str):
     keys = ["a", "b"]
     for number, key in enumerate(keys):

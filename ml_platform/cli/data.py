@@ -123,7 +123,7 @@ def process_new_files(
         from ml_platform.jobs import ASSETS
         from ml_platform.lake.partitions import range_tags
         from ml_platform.operations.changes import failed_steps
-        from ml_platform.planning import plan_runs, prepare
+        from ml_platform.planning import active_runs, plan_runs, prepare
 
         plan = plan_runs(instance, lake_of(settings))
         _warn_of_ignored_files(plan.ignored)
@@ -132,6 +132,11 @@ def process_new_files(
         job = defs.resolve_job_def("process_new_files")
         failed = []
         for start, end in plan.ranges:
+            # A run also rebuilds stale features of other partitions than its own.
+            if active := [run.run_id for run in active_runs(instance)]:
+                raise CommandError(
+                    f"{', '.join(active)} may write the same partitions: wait for it, or terminate it in Dagster's UI"
+                )
             say(f"processing {start} to {end}" if start != end else f"processing {start}", "bold")
             options: dict[str, Any] = {
                 "tags": range_tags(start, end),

@@ -41,17 +41,22 @@ def record_process(instance: dg.DagsterInstance, run_id: str) -> None:
     instance.add_run_tags(run_id, tags)
 
 
-def _is_dead(run: dg.DagsterRun) -> bool:
+def _is_dead(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Return True if the run's process is known to be gone; processes on other hosts cannot be checked."""
-    host, _, process = run.tags.get(PROCESS_TAG, "").partition(":")
+    tag = run.tags.get(PROCESS_TAG, "")
+    host, _, process = tag.partition(":")
     pid, _, start_time = process.partition(":")
-    return host == socket.gethostname() and _start_time(int(pid)) != start_time
+    if host != socket.gethostname() or _start_time(int(pid)) == start_time:
+        return False
+    # Dagster copies the tags of a run to its retry, which has its parent's process until it records its own.
+    parent = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None
+    return parent is None or parent.tags.get(PROCESS_TAG) != tag
 
 
 def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Report runs with a dead process as failed; returns their ids."""
     active = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING])
-    dead = [run for run in instance.get_runs(active) if _is_dead(run)]
+    dead = [run for run in instance.get_runs(active) if _is_dead(instance, run)]
     for run in dead:
         instance.report_run_failed(run, f"The process of the run died: {run.tags[PROCESS_TAG]}.")
     return [run.run_id for run in dead]

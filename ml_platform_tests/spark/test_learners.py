@@ -223,12 +223,27 @@ class TestXGBoostFiles:
             ("split_indices", lambda values: [-1, *values[1:]]),
             ("split_conditions", lambda values: values[1:]),
             ("default_left", lambda values: "x"),
+            ("parents", lambda values: [10**9] * len(values)),
+            ("parents", lambda values: values[1:]),
+            ("split_type", lambda values: [1, *values[1:]]),
+            ("categories_nodes", lambda values: [10**8]),
+            ("categories_segments", lambda values: [10**9]),
+            ("tree_param", lambda values: {**values, "size_leaf_vector": "3"}),
         ],
     )
     def test_trees_with_invalid_nodes_are_refused(self, copy, part, change):
         tree = copy["model"]["learner"]["gradient_booster"]["model"]["trees"][3]
         tree[part] = change(tree[part])
         with pytest.raises(ModelError):
+            Scorer.from_json(json.dumps(copy))
+
+    @pytest.mark.parametrize("change", [{"tree_info": [10**6] * 20}, {"tree_info": []}, {"num_class": "3"}])
+    def test_trees_of_other_outputs_are_refused(self, copy, change):
+        learner = copy["model"]["learner"]
+        place = learner["gradient_booster"]["model"] if "tree_info" in change else learner["learner_model_param"]
+        assert change.keys() <= place.keys()
+        place.update(change)
+        with pytest.raises(ModelError, match="do not all belong to one output"):
             Scorer.from_json(json.dumps(copy))
 
     def test_another_objective_is_refused(self, copy):

@@ -541,12 +541,20 @@ def _check_booster(content: Any, features: int) -> None:
         inputs, objective = int(learner["learner_model_param"]["num_feature"]), learner["objective"]["name"]
         if inputs != features or objective != "binary:logistic":
             raise ModelError(f"it is a model of {objective} with {inputs} inputs, not binary:logistic with {features}")
-        for tree in learner["gradient_booster"]["model"]["trees"]:
+        model, parameters = learner["gradient_booster"]["model"], learner["learner_model_param"]
+        outputs = max(int(parameters.get(name, "1")) for name in ("num_class", "num_target"))
+        if outputs > 1 or any(model["tree_info"]) or len(model["tree_info"]) != len(model["trees"]):
+            raise ModelError("its trees do not all belong to one output")
+        for tree in model["trees"]:
             _check_tree(tree, features)
     except ModelError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"it is not an XGBoost model: {_first_line(error)}") from None
+
+
+#: Parent of a tree's first node in XGBoost's files.
+ROOT = 2**31 - 1
 
 
 def _check_tree(tree: Any, features: int) -> None:
@@ -563,6 +571,13 @@ def _check_tree(tree: Any, features: int) -> None:
             raise ModelError("a tree has a node without its children")
     if not ((split >= 0) & (split < features)).all():
         raise ModelError("a tree splits by an input that the model does not have")
+    parents, inner = np.full(len(left), ROOT), np.flatnonzero(~is_leaf)
+    parents[left[inner]] = parents[right[inner]] = inner
+    if not np.array_equal(parents, np.array(tree["parents"], "i8")):
+        raise ModelError("a tree has a node that does not name its parent")
+    categories = (tree.get(name) for name in ("categories", "categories_nodes", "categories_segments"))
+    if any(tree.get("split_type", ())) or any(categories) or int(tree["tree_param"].get("size_leaf_vector", "1")) > 1:
+        raise ModelError("a tree has categories, or vectors in its leaves")
 
 
 def _first_line(error: BaseException) -> str:
