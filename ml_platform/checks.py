@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from ml_platform.assets.cleaned import cleaned_transactions
+from ml_platform.assets.cleaned import WITHDRAWN, cleaned_transactions
 from ml_platform.assets.documentation import with_links
 from ml_platform.assets.features import transaction_features
 from ml_platform.assets.outcomes import INTAKE_CHECKS, check_partitions, listed, rounded
@@ -74,6 +74,7 @@ def intake_checks(
         for key in keys
         if key not in cleaned or (key in uncleaned and uncleaned[key].run_id == context.run.run_id)
     }
+    not_cleaned |= {key: WITHDRAWN for key in lake.withdrawn() if key in keys}
 
     def figures(check: str, key: str) -> Mapping[str, Any]:
         if key not in cleaned:

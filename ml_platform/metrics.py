@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
@@ -131,7 +132,8 @@ class PlatformMetrics(Collector):
         yield _gauge("champion_version", "Version of the model in service.", version)
         if since := champion.tags.get(SINCE_TAG):
             text = "Instant at which the model came into service, in Unix seconds."
-            yield _gauge("champion_since_timestamp_seconds", text, _unix_seconds(datetime.strptime(since, INSTANT)))
+            with suppress(ValueError):  # anyone can edit the tag
+                yield _gauge("champion_since_timestamp_seconds", text, _unix_seconds(datetime.strptime(since, INSTANT)))
         grade = newest_grade(scored(), version)
         if grade is not None:
             text = "Figures of the champion's scores in its last graded week."

@@ -29,6 +29,7 @@ from ml_platform.assets.raw import raw_transactions
 from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, REJECTED_TABLE, CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.withdrawal import allow_again, withdraw_file
+from ml_platform.model import training
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.model.promotion import DECIDED_BY_FIGURES
 from ml_platform.operations.changes import CHAMPION_ASSET
@@ -846,6 +847,27 @@ class TestModel:
         assert (challenger.tags["reload_proof"], champion.tags["reload_proof"]) == (proof, proof)
         assert bench.mlflow.client().get_model_version_by_alias("fraud_model", "challenger").version == 2
 
+    @pytest.mark.usefixtures("champion")
+    def test_a_champion_that_changed_during_the_training_stays(
+        self, bench: Bench, built: list[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        """The challenger was compared with the one before."""
+        self.trained(bench, built[2], challenger_skill=0.5, champion_skill=3.0)
+        verify = training.verify_reload
+
+        def roll_back(mlflow: MlflowResource, *arguments: Any) -> None:
+            verify(mlflow, *arguments)
+            mlflow.set_champion("2", {}, lambda event: None)
+
+        monkeypatch.setattr(training, "verify_reload", roll_back)
+        metadata = self.trained(bench, built[2], challenger_skill=3.0, champion_skill=0.5)
+        assert (metadata["promotion"], metadata["is_champion"], metadata["champion_version"]) == ("better", False, 2)
+        aliases = {
+            name: bench.mlflow.client().get_model_version_by_alias("fraud_model", name).version
+            for name in ("champion", "challenger")
+        }
+        assert aliases == {"champion": 2, "challenger": 3}
+
     @pytest.mark.parametrize("challenger", [False, True])
     def test_a_model_that_does_not_reload_to_the_same_scores_fails_the_run(
         self, bench: Bench, built: list[str], challenger: bool, request: pytest.FixtureRequest
@@ -1074,6 +1096,9 @@ class TestIntake:
         put_raw(bench.lake, keys[1], raw_spec(1, rows=15_000))
         assert plan_runs(bench.instance, bench.lake).ranges == []
         assert "it was withdrawn" in failure_of(bench.run(*ALL, keys=(keys[1], keys[1])), CLEANED_KEY)
+        among_others = bench.run(*ALL, keys=(keys[0], keys[-1]))
+        checks = {check.check_name: check for check in among_others.get_asset_check_evaluations() if not check.passed}
+        assert f"{keys[1]}: it was withdrawn" in checks["rows_add_up"].description
         assert allow_again(bench.lake, keys[1])
         assert not allow_again(bench.lake, keys[1])
         assert plan_runs(bench.instance, bench.lake).ranges == [(keys[1], keys[1])]

@@ -179,6 +179,7 @@ def _request(
                 # The same rows stay accepted.
                 "accepted": file.key in reports
                 and reports[file.key].accepted
+                and reports[file.key].out_of_range == limits.out_of_range
                 and is_cleaned(reports[file.key], file, lake.epoch),
             }
             for file in files

@@ -179,7 +179,7 @@ def _metadata(training: Training, result: TrainingResult) -> dict[str, Any]:
         "promotion_reasons": dg.MetadataValue.text(" ".join(decision.reasons)),
         "quality": f"{quality_in_words(report, training.config.alerts_per_day)}.",
         "report": dg.MetadataValue.md(result.summary),  # noqa: TID251 - its text is escaped
-        "is_champion": decision.apply,
+        "is_champion": result.promoted,
         "model_version": int(result.version.version),
         "champion_version": int(result.champion_version or 0),
         "learner": report.best.learner,
@@ -221,7 +221,7 @@ def _check_results(context: dg.AssetExecutionContext, results: Results) -> list[
         decision = decisions[key]
         return {
             "outcome": decision.outcome,
-            "promoted": decision.apply,
+            "promoted": results[key].promoted,
             "reasons": dg.MetadataValue.text(" ".join(decision.reasons)),
             "figures": dg.JsonMetadataValue(decision.figures),
         }

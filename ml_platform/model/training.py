@@ -75,6 +75,11 @@ class TrainingResult:
     version: ModelVersion | None = None
     summary: str = ""
 
+    @property
+    def promoted(self) -> bool:
+        """Whether the trained version is the one in service."""
+        return self.version is not None and self.champion_version == str(self.version.version)
+
 
 @dataclass(frozen=True)
 class Training:
@@ -125,9 +130,8 @@ class Training:
             replaced=decision.apply,
             average_precision=report.metrics.get("champion_test_average_precision"),
         )
-        self.promote(version, decision)
-        in_service = version if decision.apply or self.champion is None else self.champion
-        return TrainingResult(report, problem, in_service.version, self.run.active_run(), decision, version, summary)
+        in_service = self.promote(version, decision)
+        return TrainingResult(report, problem, in_service, self.run.active_run(), decision, version, summary)
 
     def train(self) -> TrainingReport:
         """Run the Spark job."""
@@ -281,11 +285,21 @@ class Training:
             self.mlflow.tag_version(self.champion.version, tags)
         return problem
 
-    def promote(self, version: ModelVersion, decision: Decision) -> None:
-        """Set the version's alias: ``champion`` or ``challenger``."""
-        if decision.apply:
+    def promote(self, version: ModelVersion, decision: Decision) -> str | None:
+        """Set the version's alias, ``champion`` or ``challenger``; returns the version in service."""
+        current = self.mlflow.champion()
+        in_service = None if current is None else str(current.version)
+        compared = None if self.champion is None else str(self.champion.version)
+        if decision.apply and in_service == compared:
             tags = champion_tags(who="fraud_model", why=decision.reasons[0])
             self.mlflow.set_champion(version.version, tags, self.context.log_event)
+            in_service = str(version.version)
         else:
+            if decision.apply:
+                # Someone has rolled it back, for example. The decision is about another champion.
+                self.context.log.warning(
+                    f"the champion was changed during the training: version {version.version} stays a challenger"
+                )
             self.mlflow.set_challenger(version.version)
         self.context.log.info(f"model version {version.version}: {decision.outcome}. {decision.reasons[0]}")
+        return in_service

@@ -198,7 +198,7 @@ def _forward_log(log: dg.DagsterLogManager) -> Generator[None]:
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            log.log(record.levelno, record.getMessage())
+            log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
 
     logger, handler = logging.getLogger("spark_jobs"), Forward(logging.INFO)
     before = logger.level, logger.propagate
