@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -51,11 +52,25 @@ def _split_at_commas(value: Any) -> Any:
     return [item for part in value.split(",") if (item := part.strip())] if isinstance(value, str) else value
 
 
+#: Names of Spark's and Hadoop's properties that hold secrets.
+SECRET_PROPERTY = re.compile(r"secret|access\.key|password|token")
+
+
+def _without_secrets(value: dict[str, str]) -> dict[str, str]:
+    if secret := [name for name in value if SECRET_PROPERTY.search(name)]:
+        raise ValueError(
+            f"must hold no secrets ({', '.join(secret)}), because Dagster's UI shows properties: keys of S3 belong "
+            "into AWS_... variables, others into the spark-defaults.conf of SPARK_CONF_DIR"
+        )
+    return value
+
+
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 #: In environment variables, lists are comma-separated and mappings are JSON.
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_split_at_commas)]
 Mapping = Annotated[dict[str, str], NoDecode, BeforeValidator(_from_json)]
+Properties = Annotated[Mapping, AfterValidator(_without_secrets)]
 
 
 class Settings(BaseSettings):
@@ -119,7 +134,7 @@ class Settings(BaseSettings):
         alias="SPARK_DRIVER_MEMORY",
         description="Driver memory of the embedded Spark, e.g. 4g; default: a third of the machine's, from 1 to 8 GB.",
     )
-    spark_properties: Mapping = Field(
+    spark_properties: Properties = Field(
         {},
         alias="SPARK_PROPERTIES",
         description="Additional Spark properties of the local deployment, JSON; they override the platform's.",
@@ -240,7 +255,7 @@ class ClusterSpec(BaseModel):
 
     image_version: str = Field("2.0", description="Version of the cluster's image.")
     services: Texts = Field(["YARN", "SPARK", "HDFS", "MAPREDUCE"], description="Hadoop services of the cluster.")
-    properties: Mapping = Field(
+    properties: Properties = Field(
         {}, description='Properties of the services, by service and name, like {"yarn:NAME": "VALUE"}.'
     )
     initialization_actions: Annotated[list[InitializationAction], BeforeValidator(_from_json)] = Field(
@@ -318,7 +333,7 @@ class ClusterOptions(BaseModel):
         0, ge=0, le=32, description="Maximum data nodes of a large run; 0: always DATAPROC_DATA_COUNT."
     )
     target_s: Seconds = Field(900, description="Target time of a run's data work, within the limits on nodes.")
-    job_properties: Mapping = Field(
+    job_properties: Properties = Field(
         {}, description="Additional Spark properties of each job; they override the platform's."
     )
     prices: Annotated[dict[str, Price], BeforeValidator(_from_json)] = Field(

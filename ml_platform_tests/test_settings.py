@@ -101,6 +101,7 @@ def test_directories_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("ML_PLATFORM_RAW_URI", "s3://bucket/data/../raw"),
         ("SPARK_PROPERTIES", "spark.local.dir=/tmp"),
         ("SPARK_PROPERTIES", '["spark.local.dir"]'),
+        ("SPARK_PROPERTIES", '{"spark.hadoop.fs.s3a.secret.key": "hunter22"}'),
         ("MLFLOW_TRACKING_URI", "https://me:hunter22@mlflow.example"),
         ("MLFLOW_TRACKING_URI", "HTTP://me@mlflow.example:5000/"),
         ("MLFLOW_UI_URL", "https://me:hunter22@mlflow.example"),

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import re
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -618,3 +619,16 @@ def test_counting_and_a_few_rejects_cost_no_second_scan(
     assert scans * len(content) <= read < (scans + 0.5) * len(content)
     assert (counts["clean_rows"], counts["rejected_rows"]) == (50_000, len(bad))
     assert [reject["raw_line"] for reject in cleaner.rejects()] == sorted(line.rstrip("\r") for line in bad)
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_a_file_that_stands_for_gigabytes_is_tested_in_pieces(suffix: str, compress: Any) -> None:
+    """Decompressed at once, 100 MB here, it would take the memory of the driver."""
+    whole = compress(b"x" * (50 << 20)) * 2
+    files = mock.Mock(read=lambda uri, limit, start: whole[start : start + limit])
+    tracemalloc.start()
+    assert raw_text.damage_of(files, {"uri": f"file{suffix}", "size": len(whole)}) is None
+    assert raw_text.damage_of(files, {"uri": f"file{suffix}", "size": len(whole) - 9})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6

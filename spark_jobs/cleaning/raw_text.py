@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import gzip
+import io
 import zlib
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spark_jobs.cleaning.rules import has_only_carriage_returns
@@ -22,8 +23,8 @@ _SAMPLE_BYTES = 1 << 20
 #: Text of a sample, at most: a few compressed bytes may stand for gigabytes.
 _MAX_SAMPLE_TEXT = 32 << 20
 
-#: Compressed bytes that are tested at a time.
-_CHUNK_BYTES = 8 << 20
+#: Compressed bytes that are read at a time to test a file, and bytes of its text.
+_CHUNK_BYTES, _PIECE_BYTES = 8 << 20, 1 << 20
 
 
 class RawText(NamedTuple):
@@ -79,16 +80,30 @@ def damage_of(files: Files, raw: dict[str, Any]) -> str | None:
     uri, size = raw["uri"], raw["size"]
     if not is_compressed(uri) or not size:
         return None
-    new = partial(zlib.decompressobj, wbits=31) if uri.endswith(".gz") else bz2.BZ2Decompressor
-    decompressor: Any = new()
+    source = io.BufferedReader(_Source(files, uri, size), _CHUNK_BYTES)
     try:
-        for start in range(0, size, _CHUNK_BYTES):
-            rest = files.read(uri, _CHUNK_BYTES, start=start)
-            while rest:
-                if decompressor.eof:  # a file may have several members
-                    decompressor = new()
-                decompressor.decompress(rest)
-                rest = decompressor.unused_data
+        # In pieces, because a few bytes may stand for gigabytes.
+        with gzip.GzipFile(fileobj=source) if uri.endswith(".gz") else bz2.BZ2File(source) as text:
+            while text.read(_PIECE_BYTES):
+                pass
     except (zlib.error, OSError, EOFError) as error:
         return str(error)
-    return None if decompressor.eof else "it ends too early"
+    return None
+
+
+class _Source(io.RawIOBase):
+    """The bytes of a file in order."""
+
+    def __init__(self, files: Files, uri: str, size: int) -> None:
+        super().__init__()
+        self._files, self._uri, self._size, self._position = files, uri, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        limit = min(len(buffer), self._size - self._position)
+        content = self._files.read(self._uri, limit, start=self._position) if limit else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ml_platform.dev.cloud.processes import TetheredProcess
+from ml_platform.settings import SECRET_PROPERTY
 from ml_platform.spark.session import default_spark_config
 
 #: Seconds between SIGTERM and SIGKILL.
@@ -43,8 +43,7 @@ class SparkSubmit:
     driver_memory: str = "1g"
 
     def __post_init__(self) -> None:
-        secret = [name for name in self.spark_properties if re.search(r"secret|access\.key|password|token", name)]
-        if secret:
+        if secret := [name for name in self.spark_properties if SECRET_PROPERTY.search(name)]:
             raise ValueError(
                 f"{', '.join(secret)}: Spark properties are visible to all users of this machine;"
                 " pass credentials in `environment`"
