@@ -18,7 +18,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from ml_platform.dataproc.engine import DataprocEngine
-from ml_platform.jobs import delete_orphaned_clusters, process_new_files
+from ml_platform.jobs import ASSETS, delete_orphaned_clusters, process_new_files
 from ml_platform.lake.grades import newest_grade
 from ml_platform.lake.reports import CleanedReport, FeaturesReport, ScoredReport, ScoredReports
 from ml_platform.model.gate import INSTANT, SINCE_TAG
@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 RETRY_FOR_S = 3.0
 
 OUTCOMES = (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-
-#: Assets whose steps may use a cluster.
-ASSETS = ("cleaned_transactions", "transaction_features", "scored_transactions", "fraud_model")
 
 
 @dataclass(frozen=True, eq=False)  # a registry keeps collectors by identity

@@ -32,7 +32,7 @@ MAX_RUN_TIME = timedelta(days=1)
 #: Dagster's daemon retries a run within seconds (run_retries in dagster.yaml); after this time it will not.
 RETRY_WINDOW = timedelta(minutes=5)
 
-#: All partitions, while `sort_partitions` is at work.
+#: Backup of all partition keys while `sort_partitions` rewrites them.
 SAVED_PARTITIONS = "_partitions.json"
 
 FRAUD_MODEL = dg.AssetKey("fraud_model")
@@ -55,7 +55,7 @@ class Plan:
 
 
 def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
-    """Compare the raw files with the lake.
+    """Compare the raw files with the lake, after reporting runs whose process died as failed.
 
     One run is planned per contiguous range of files without a cleaned counterpart, and one per range of cleaned
     files whose last run failed later; never for a file that a queued or running run covers, or that is stopped, refused
@@ -164,7 +164,7 @@ def sort_partitions(instance: dg.DagsterInstance, lake: LakeResource) -> str:
         return "partitions are in order"
     if has_active_runs(instance):
         instance.add_dynamic_partitions(name, lost)
-        return "partitions are not in order, and stay so while runs are queued or running: sync again later"
+        return "partitions are out of order and cannot be sorted while runs are queued or running: sync again later"
     lake.write_json(SAVED_PARTITIONS, ordered)
     kept = next((n for n, key in enumerate(registered) if key != ordered[n]), len(registered))
     for key in registered[kept:]:

@@ -33,7 +33,7 @@ _INVALID_KEY_PARTS = {"", ".", ".."}
 _EMAIL_ADDRESS = re.compile(r"[!-~]+@[A-Za-z0-9.-]+")
 #: Hosts to which secrets may be sent unencrypted.
 LOCALHOST = ("localhost", "127.0.0.1", "::1")
-#: Kinds of changes that alerts tell.
+#: Kinds of changes that alerts report.
 ALERT_KINDS = ("runs", "checks", "freshness", "champion", "ticks", "clusters")
 
 
@@ -389,7 +389,7 @@ def _webhook_url(value: str) -> str:
 
 
 class AlertSettings(BaseSettings):
-    """What alerts tell, and their destinations: e-mail, webhook, services known to apprise, or none if nothing is set.
+    """Which changes alerts report, and to which destinations: e-mail, webhook, services known to apprise, or none.
 
     Secrets come from a variable or from a file named by a variable; the file is read on each use.
     """
@@ -425,7 +425,7 @@ class AlertSettings(BaseSettings):
     apprise_file: Path | None = Field(
         None, description="File with a URL of apprise per line: Slack, Telegram and others."
     )
-    on: Texts = Field([*ALERT_KINDS], description="Kinds of changes that alerts tell.")
+    on: Texts = Field([*ALERT_KINDS], description="Kinds of changes to report.")
 
     @field_validator("on")
     @classmethod

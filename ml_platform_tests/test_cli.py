@@ -592,7 +592,7 @@ class TestDoctor:
     ):
         shutil.copy(ROOT / "deploy" / "dagster.yaml", tmp_path)
         url = "postgresql+psycopg2://dagster:very-secret@127.0.0.1:9/dagster"
-        environment = {"DAGSTER_HOME": str(tmp_path), "DAGSTER_POSTGRES_URL": url, "DAGSTER_MAX_CONCURRENT_RUNS": "1"}
+        environment = {"DAGSTER_HOME": str(tmp_path), "DAGSTER_POSTGRES_URL": url}
         set_environment(monkeypatch, dict(environment))
         ((name, text),) = faults().items()
         assert name == "Dagster"

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from dagster._core.instance.ref import InstanceRef
-from dagster._core.run_coordinator import QueuedRunCoordinator
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -230,19 +228,9 @@ def test_the_class_archive_is_made_of_files_that_the_build_has_copied() -> None:
 # Dagster
 
 
-def test_runs_queue_one_at_a_time_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variable = "DAGSTER_MAX_CONCURRENT_RUNS"
-    assert SERVICES["daemon"]["environment"][variable] == f"${{{variable}:-1}}"
-    monkeypatch.setenv(variable, "3")
-    monkeypatch.setenv("DAGSTER_POSTGRES_URL", "postgresql+psycopg2://dagster@localhost:5432/dagster")
-    coordinator = InstanceRef.from_dir(str(tmp_path), config_dir=str(DEPLOY)).run_coordinator
-    assert isinstance(coordinator, QueuedRunCoordinator)
-    assert coordinator.get_run_queue_config().max_concurrent_runs == 3
-
-
-def test_monitoring_and_retention_are_those_of_the_clone() -> None:
+def test_queue_monitoring_and_retention_are_those_of_the_clone() -> None:
     deployed, local = (yaml.safe_load((directory / "dagster.yaml").read_text()) for directory in (DEPLOY, ROOT))
-    for key in ("telemetry", "nux", "python_logs", "run_monitoring", "run_retries", "retention"):
+    for key in ("telemetry", "nux", "concurrency", "python_logs", "run_monitoring", "run_retries", "retention"):
         assert deployed[key] == local[key], key
 
 

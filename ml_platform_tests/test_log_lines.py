@@ -100,7 +100,6 @@ def test_servers_log_each_line_once_after_postgresql_was_late(tmp_path: Path) ->
         "DAGSTER_HOME": str(tmp_path),
         "DAGSTER_POSTGRES_URL": f"postgresql+psycopg2://postgres@127.0.0.1:{postgres.port}/postgres",
         "PGPASSWORD": postgres.password,
-        "DAGSTER_MAX_CONCURRENT_RUNS": "1",
         "DAGSTER_CODE_HOST": "127.0.0.1",
         "DAGSTER_CODE_PORT": str(free_port()),  # nothing listens there
     }

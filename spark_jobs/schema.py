@@ -81,7 +81,7 @@ REJECTED_COLUMNS = (
 
 #: Rules that reject a row, in words; each is a key of a report's ``counts`` and a value of ``reasons``.
 REJECT_RULES = {
-    "malformed_row": "not 9 fields, or a number that is none",
+    "malformed_row": "not 9 fields, or a numeric field that is not a number",
     "invalid_datetime": "not an existing date and time",
     "invalid_amount": "negative amount",
     "invalid_label": "tx_fraud is neither 0 nor 1",

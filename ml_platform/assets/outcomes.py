@@ -106,8 +106,8 @@ def materialize_only(context: dg.AssetExecutionContext, keys: Sequence[str]) -> 
     """Make Dagster record only some of the run's partitions as materialized when the step ends.
 
     Dagster records all partitions of a step that succeeds, and skips what depends on one that fails; users have asked
-    for more (dagster issues 17836 and 15666). This goes through a private attribute, and a test notices when it stops
-    to work.
+    for more (dagster issues 17836 and 15666). This goes through a private attribute, and a test fails when it stops
+    working.
     """
     from dagster._core.definitions.partitions.subset import DefaultPartitionsSubset
 

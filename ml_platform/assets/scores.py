@@ -1,4 +1,4 @@
-"""Asset ``scored_transactions``: each new row scored by the champion of before, with alerts for people."""
+"""Asset ``scored_transactions``: scores of each new row by the champion in service before the run, with alerts."""
 
 from collections.abc import Collection, Iterator, Mapping
 from datetime import date, datetime

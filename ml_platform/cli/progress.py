@@ -21,7 +21,7 @@ from ml_platform.cli.context import console, errors, plain
 from ml_platform.escaping import printable
 from ml_platform.operations.changes import error_line
 
-#: Name of the line for the steps that are no assets.
+#: Name of the line for the steps that are not assets.
 CHECKS = "asset checks"
 
 #: Part of an asset's bar for its Spark job; the rest is for what its step does afterwards.
@@ -182,4 +182,4 @@ def _restore(number: int, stream: Any, output: Any, terminal: int) -> None:
     stream.flush()
     output.file.flush()
     os.dup2(terminal, number)
-    output.file = None  # the stream of the day
+    output.file = None  # whatever sys.stdout or sys.stderr is at the time

@@ -1,8 +1,8 @@
 """Spark engine on a Yandex Data Proc cluster, created for a run's first job and deleted when the run ends.
 
 The resource owns the cluster; Dagster calls its clean-up whether the run succeeds, fails or is terminated. A cluster
-left by a killed process is deleted by the next run or by the sensor ``orphaned_clusters``, which find it because its
-name and id are recorded in run tags before the engine waits for it.
+left by a killed process is deleted by the next run or by the sensor ``orphaned_clusters``, which find it by its labels.
+Its name and id are also recorded in run tags, for people.
 """
 
 from __future__ import annotations

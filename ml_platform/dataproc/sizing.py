@@ -29,7 +29,7 @@ FIT_S_PER_MILLION_ROWS = 23.0
 #: 27 inputs: 2.95 GB (logistic regression), 1.78 GB (XGBoost). The Java heap is small: Java only passes the rows on.
 WORKERS_MB = 600
 FIT_MB_PER_MILLION_ROWS = 600
-#: Two tasks of an executor that score; a grade of a week of 11 million rows takes the room of both.
+#: Two tasks of an executor that score; a grade of a week of 11 million rows takes the memory of both.
 SCORING_MB = 2400
 #: Heap of executors whose rows pass through Java to Python in large pieces.
 SMALL_HEAP = "2g"

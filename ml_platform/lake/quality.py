@@ -1,7 +1,7 @@
 """Verdicts on cleaned files: which ones get features and train models, as a pure function of reports and limits.
 
-A file is stopped by its own figures, or because it shares days or ids with another file. Files that their own figures
-stop accuse nobody.
+A file is stopped by its own figures, or because it shares days or ids with another file. A file stopped by its own
+figures cannot stop another file.
 """
 
 from __future__ import annotations

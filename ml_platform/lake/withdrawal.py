@@ -1,4 +1,4 @@
-"""Withdraws raw files from the lake: their data go, and no run cleans them again until that is undone."""
+"""Withdraws raw files from the lake: deletes their data, and keeps runs from cleaning them until that is undone."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def withdraw_file(lake: LakeResource, key: str) -> list[str]:
         effects.append(f"features of {', '.join(stale)} become stale; the next run builds them again")
     if models := models_trained_on(lake, key):
         effects.append(f"models that were trained or tested on its rows, and their test scores: {', '.join(models)}")
+    effects.append("the reports of its runs below _runs/ keep samples of its rejected rows and alerts")
     # The mark comes first: from then on no run cleans the file.
     lake.write_json(f"{WITHDRAWN_DIRECTORY}/{key}.json", {"partition": key})
     for path in paths:

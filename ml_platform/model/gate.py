@@ -102,7 +102,7 @@ def champion_problem(version: ModelVersion) -> str | None:
 
 
 def lost_parts(mlflow: MlflowResource, version: ModelVersion) -> str | None:
-    """Reason why a version is not all there any more: its MLflow run or its artifacts; None if nothing is lost."""
+    """The part of a version that is missing, its MLflow run or its artifacts; None if nothing is."""
     from mlflow.artifacts import list_artifacts
     from mlflow.exceptions import MlflowException
 

@@ -35,9 +35,6 @@ MODEL_DESCRIPTION = """Probability that a card transaction is a fraud, one versi
 #: Maximum length of a version's description in MLflow's database.
 MAX_DESCRIPTION = 5000
 
-#: MLflow's limit for one call.
-METRICS_PER_CALL = 1000
-
 #: MLflow's error codes, across store types, for a version, alias or model that does not exist.
 NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
@@ -158,8 +155,7 @@ class MlflowResource(dg.ConfigurableResource):
                 for name, value in values.items()
                 if step in again or step not in logged[name]
             ]
-            for first in range(0, len(points), METRICS_PER_CALL):
-                client.log_batch(version.run_id, metrics=points[first : first + METRICS_PER_CALL])
+            client.log_batch(version.run_id, metrics=points)
         except MlflowException as error:
             if error.error_code not in NOT_FOUND_CODES:
                 raise

@@ -1,4 +1,4 @@
-"""Alerts: tells each destination what changed, and nothing twice or never."""
+"""Alerts: report every change to each destination, exactly once as far as its answers arrive."""
 
 from __future__ import annotations
 
