@@ -203,6 +203,13 @@ def test_the_dashboard_shows_what_is_collected(registry: CollectorRegistry, scra
     assert all(ask(scraping, "query", query=expression)["resultType"] == "vector" for expression in shown())
 
 
+def test_a_tag_that_someone_edited_hides_nothing_else(directory: Path, registry: CollectorRegistry):
+    MlflowResource(tracking_uri=f"sqlite:///{directory}/mlflow.db").tag_version("1", {SINCE_TAG: "yesterday"})
+    assert value(registry, "source_up", source="mlflow") == 1
+    assert value(registry, "champion_version") == 1
+    assert value(registry, "champion_since_timestamp_seconds") is None
+
+
 @needs_prometheus
 def test_a_rule_fires_when_the_champion_is_too_old(directory: Path, scraping: str):
     mlflow = MlflowResource(tracking_uri=f"sqlite:///{directory}/mlflow.db")
