@@ -109,6 +109,10 @@ def fault(name: str, arrange: Arrange, *expected: Any, **settings: Any) -> Any:
 # --- What a run does
 
 
+#: Per hour of a host, and of a GB of disk.
+PRICES = {"s3-c2-m8": 10, "s3-c4-m16": 20, "network-ssd": 0.02, "network-hdd": 0.005}
+
+
 class TestARun:
     def test_its_steps_share_one_cluster_that_is_gone_afterwards(self, platform: Platform):
         result = succeed(platform, "cleaned_transactions", "transaction_features", keys=("a", "c"))
@@ -186,8 +190,7 @@ class TestARun:
         assert platform.accepted("ClusterService.Delete") == [{"cluster_id": cluster_id}]
 
     def test_metadata_of_a_step(self, platform: Platform):
-        prices = {"s3-c2-m8": 10, "s3-c4-m16": 20, "network-ssd": 0.02, "network-hdd": 0.005}
-        result = platform.run(prices=prices, currency="EUR", poll_s=10)
+        result = platform.run(prices=PRICES, currency="EUR", poll_s=10)
         metadata = recorded(platform.instance, "cleaned_transactions", result.run_id)["a"]
         url = f"https://console.yandex.cloud/folders/{platform.cloud.folder_id}/data-proc/cluster"
         cluster_id = result.run.tags[CLUSTER_ID_TAG]
@@ -213,9 +216,17 @@ class TestARun:
         assert metadata["cluster_cost_currency"] == "EUR"
         assert any(re.search(r"is deleted; it used 0\.\d\d node-hours, \d\.\d\d EUR", line) for line in result.log)
 
-    @pytest.mark.parametrize("prices", [{}, {"s3-c2-m8": 10.0, "network-ssd": 0.02}], ids=["no table", "gaps"])
-    def test_unknown_prices_give_no_cost(self, platform: Platform, prices: dict[str, float]):
-        result = platform.run(prices=prices)
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"prices": {}},
+            {"prices": {"s3-c2-m8": 10.0, "network-ssd": 0.02}},
+            {"prices": PRICES, "cluster": {"compute_count": 1, "compute_max_count": 6}},
+        ],
+        ids=["no table", "gaps", "unknown number of nodes"],
+    )
+    def test_unknown_prices_give_no_cost(self, platform: Platform, changes: dict[str, Any]):
+        result = platform.run(**changes)
         metadata = recorded(platform.instance, "cleaned_transactions", result.run_id)["a"]
         assert metadata["cluster_node_hours"] > 0
         assert "cluster_cost" not in metadata

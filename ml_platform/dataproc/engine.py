@@ -354,10 +354,15 @@ class DataprocEngine(SparkEngine, ClusterOptions):
         return f"{self.console_url}/folders/{cluster.spec.folder_id}/data-proc/cluster/{cluster.id}"
 
     def _usage(self, cluster: RunCluster) -> tuple[float, float | None]:
-        """Node-hours since the cluster was requested, and their price; None if a price is not configured."""
+        """Node-hours since the cluster was requested, and their price; None if a price is not configured.
+
+        With autoscaling, nodes that were added are not known here: the hours are a lower bound, and there is no price.
+        """
         hours = (self._clock.time() - cluster.requested_at) / HOUR_S
         groups = cluster.spec.node_groups()
         node_hours = hours * sum(group.hosts for group in groups)
+        if cluster.spec.compute_max_count:
+            return node_hours, None
         try:
             price = sum(
                 group.hosts * (self.prices[group.preset] + group.disk_size_gb * self.prices[group.disk_type])
