@@ -1022,6 +1022,15 @@ class TestIntake:
         put_raw(bench.lake, keys[1], raw_spec(1, frauds=19_999))
         assert not bench.run(CLEANED_KEY, FEATURES_KEY, keys=(keys[1], keys[1])).success
 
+    def test_rows_that_another_limit_rejects_are_not_accepted(self, bench: Bench, keys: list[str]):
+        assert bench.run(CLEANED_KEY, keys=(keys[0], keys[0])).success
+        bench.run(FEATURES_KEY, keys=(keys[0], keys[0]), config={FEATURES_KEY: {"accept": True}})
+        rebuild = {"keys": (keys[0], keys[0]), "config": {CLEANED_KEY: {"rebuild": True}}}
+        for limits, accepted in (({}, True), ({"out_of_range": 2.0}, False)):
+            result = bench.run(CLEANED_KEY, limits=limits, **rebuild)
+            (request,) = bench.requests(result, "clean_transactions")
+            assert [item["accepted"] for item in request["partitions"]] == [accepted]
+
     def test_a_file_with_features_can_be_accepted(self, bench: Bench, keys: list[str]):
         """It was built under other limits, or its features are gone."""
         put_raw(bench.lake, keys[1], raw_spec(1, frauds=20_000))

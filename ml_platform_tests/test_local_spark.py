@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from ml_platform.dev.cloud.spark_submit import spark_home
 from ml_platform.spark import class_archive
-from ml_platform.spark.engine import LocalSparkEngine, shared_session
+from ml_platform.spark.engine import LocalSparkEngine, _forward_log, shared_session
 from ml_platform.spark.session import CLASS_ARCHIVE, GARBAGE_COLLECTOR, default_spark_config, java_options
 from spark_jobs.runtime import START_PROPERTIES
 
@@ -112,6 +113,18 @@ def test_a_session_ends_with_its_run_unless_it_is_shared(master: str, within: bo
                 spark._pyspark = mock.Mock(spark_session=session)
         assert session.stop.call_count == before
     assert session.stop.call_count == (before or 1)
+
+
+def test_the_traceback_of_a_partition_reaches_the_runs_log() -> None:
+    log = mock.Mock()
+    with _forward_log(log):
+        try:
+            raise ValueError("of a partition")
+        except ValueError:
+            logging.getLogger("spark_jobs.partitions").exception("2019-08-22 failed")
+    (call,) = log.log.call_args_list
+    assert call.args == (logging.ERROR, "2019-08-22 failed")
+    assert str(call.kwargs["exc_info"][1]) == "of a partition"
 
 
 def test_workers_of_python_are_reached_without_tcp(spark: SparkSession) -> None:
