@@ -565,7 +565,7 @@ class TestOrder:
     def test_nothing_is_moved_under_a_run(self, planner: Planner, status: Status):
         planner.instance.add_dynamic_partitions("raw_files", ["b", "a"])
         planner.add_run(status, "b", "a")
-        assert "stay so while runs are queued or running" in sort_partitions(planner.instance, planner.lake)
+        assert "cannot be sorted while runs are queued or running" in sort_partitions(planner.instance, planner.lake)
         assert list(planner.instance.get_dynamic_partitions("raw_files")) == ["b", "a"]
 
     def test_a_run_keeps_the_partitions_that_it_started_with(self):
