@@ -41,13 +41,13 @@ dev: setup ## Dagster's UI on port 3000, MLflow's UI on port 5000
 	@$(WITH_JAVA) exec bash scripts/dev.sh
 
 # Three at a time on two cores: the tests of whole systems wait half of the time.
-test: classes ## run all tests but those in a browser
+test: classes ## run all tests but those in a browser and of the long pages
 	@$(WITH_JAVA) $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not ui and not tutorial'
 
-# Root on Debian gets Chromium for it; elsewhere Chromium or Chrome must be installed.
 test-tutorials: classes ## run the commands of the long pages: a minute or two each
 	@$(WITH_JAVA) $(BIN)/python -m pytest ml_platform_tests/test_documented_commands.py -m tutorial
 
+# Root on Debian gets Chromium for it; elsewhere Chromium or Chrome must be installed.
 test-ui: classes ## test the pages of both UIs in a browser
 	@sh scripts/chromium.sh
 	@$(WITH_JAVA) $(BIN)/python -m pytest ml_platform_tests/ui

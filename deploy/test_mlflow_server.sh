@@ -212,7 +212,7 @@ check_inside() {
     before=$(state) pid=$(cat /run/mlflow.pid)
     install_server 1 PYTHON=/nowhere/python3
     said "/nowhere/python3 is not a Python"
-    install_server 1 PIP_INDEX_URL=http://127.0.0.1:9/simple PIP_RETRIES=0
+    install_server 1 PIP_INDEX_URL=http://127.0.0.1:9 PIP_RETRIES=0
     said "the packages cannot be installed"
     [ ! -s /run/systemctl ] && [ "$pid" = "$(cat /run/mlflow.pid)" ] || fail "the server was touched"
     [ "$before" = "$(state)" ] || fail "something was changed"

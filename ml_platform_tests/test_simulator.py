@@ -324,6 +324,24 @@ def test_memory_does_not_grow_with_the_pairs_of_customers_and_terminals() -> Non
     assert peak < 4e6
 
 
+def test_customers_use_all_terminals_within_reach_and_no_others() -> None:
+    simulation = Simulation(customers=200, terminals=20, radius=10, days_per_file=60, fault_rate=0)
+    people = simulation._population
+    assert 0 < people.customer_id.size < 200
+    at, of = people.nearby._customers, people.nearby._terminals
+    near = np.hypot(at[0][:, None] - of[0], at[1][:, None] - of[1]) <= 10
+    reachable = {
+        customer: set(np.flatnonzero(near[customer]).tolist()) for customer in np.flatnonzero(near.any(axis=1)).tolist()
+    }
+    assert people.customer_id.tolist() == list(reachable)
+    used: dict[int, set[int]] = defaultdict(set)
+    for row in clean_rows(simulation):
+        used[int(row[2])].add(int(row[3]))
+    assert all(used[customer] <= reachable[customer] for customer in used)
+    # In 60 days nearly all customers use all of their few terminals.
+    assert sum(used[customer] == reachable[customer] for customer in reachable) > 0.9 * len(reachable)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
