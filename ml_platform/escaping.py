@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 #: Invisible word break that stops the autolinking of bare URLs.
 _ZERO_WIDTH_SPACE = "\u200b"
+
+_UNESCAPED_BAR = re.compile(r"(?<!\\)\|")
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -27,6 +30,12 @@ def markdown(text: str) -> str:
     line = printable(" ".join(text.split()))
     line = re.sub(r"[\\`*\[\]<>&~|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
     return re.sub(r"(?i)(?<=://)|(?<=\bwww)(?=\.)|(?<=@)", _ZERO_WIDTH_SPACE, line)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown table, in which ``|`` is escaped where it is not yet. Other escapes are up to the caller."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_UNESCAPED_BAR.sub(r"\|", cell) for cell in line) + " |" for line in lines)
 
 
 def from_markdown(text: str) -> str:

@@ -425,16 +425,15 @@ class TestConnection:
 
 class TestProperties:
     @pytest.mark.parametrize(
-        ("url", "path_style", "expected"),
+        ("url", "expected"),
         [
-            ("https://s3.example.org", None, ("https://s3.example.org", "true", "true")),
-            ("http://127.0.0.1:1", None, ("http://127.0.0.1:1", "false", "true")),
-            ("https://s3.example.org", False, ("https://s3.example.org", "true", "false")),
-            (None, None, (None, None, "false")),
+            ("https://s3.example.org", ("https://s3.example.org", "true", "true")),
+            ("http://127.0.0.1:1", ("http://127.0.0.1:1", "false", "true")),
+            (None, (None, None, "false")),
         ],
     )
-    def test_endpoint(self, url: str | None, path_style: bool | None, expected: tuple[str | None, ...]):
-        found = s3a.s3a_properties(s3a.S3Connection(url, "r"), path_style=path_style)
+    def test_endpoint(self, url: str | None, expected: tuple[str | None, ...]):
+        found = s3a.s3a_properties(s3a.S3Connection(url, "r"))
         names = ("endpoint", "connection.ssl.enabled", "path.style.access")
         assert tuple(found.get(f"spark.hadoop.fs.s3a.{name}") for name in names) == expected
         assert found["spark.hadoop.fs.s3a.endpoint.region"] == "r"

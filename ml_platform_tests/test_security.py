@@ -174,6 +174,11 @@ def test_hostile_text_in_markdown_stays_plain_text(text: str):
     assert not re.search(r"(?i)https?://[-.\w]|\bwww\.|[-.\w+]@[-\w]", plain)
 
 
+def test_a_bar_in_a_cell_does_not_end_it():
+    found = escaping.markdown_table(("name", "n"), [("a|b", "1"), (escaping.markdown("a|b"), "2")])
+    assert found.splitlines() == ["| name | n |", "| --- | --- |", r"| a\|b | 1 |", r"| a\|b | 2 |"]
+
+
 @pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202eright", "\x9b31m", "\u200f", "a\x00"])
 def test_control_characters_are_escaped(text: str):
     assert escaping.printable(text).isprintable()

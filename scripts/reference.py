@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import types
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+from ml_platform.escaping import markdown_table
 
 PAGES = Path(__file__).parent.parent / "docs" / "reference"
 
@@ -32,12 +34,6 @@ LIBRARY_VARIABLES = (
 )
 
 TYPE_NAMES = {str: "text", bool: "boolean", int: "integer", float: "number", Path: "path", date: "date"}
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def type_name(annotation: Any, metadata: Iterable[Any] = ()) -> str:
@@ -90,7 +86,7 @@ def settings_table(kind: type[BaseModel], first: str, only: Collection[str] = ()
         if (not only or name in only)
         and not (inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel))
     ]
-    return table((first, "type", "default", "meaning"), rows)
+    return markdown_table((first, "type", "default", "meaning"), rows)
 
 
 def settings_page() -> Iterator[str]:
@@ -120,7 +116,7 @@ def settings_page() -> Iterator[str]:
         yield settings_table(ClusterSettings, "variable", part.model_fields)
     yield "### Variables of libraries"
     yield "boto3, Spark's S3 connector and MLflow read these themselves."
-    yield table(("variable", "meaning"), [(f"`{name}`", text) for name, text in LIBRARY_VARIABLES])
+    yield markdown_table(("variable", "meaning"), [(f"`{name}`", text) for name, text in LIBRARY_VARIABLES])
     yield "## Run configuration"
     yield (
         "YAML, in the launchpad of the UI for one run, or in the file of `ML_PLATFORM_RUN_CONFIG` for all runs that "
@@ -172,7 +168,7 @@ def tables_page() -> Iterator[str]:
     from spark_jobs.schema import ALERT_COLUMNS, CLEANED_COLUMNS, REJECTED_COLUMNS, SCHEMA_VERSION, SCORED_COLUMNS
 
     def columns(rows: Iterable[tuple[str, str, str]]) -> str:
-        return table(("column", "type", "meaning"), [(f"`{name}`", kind, text) for name, kind, text in rows])
+        return markdown_table(("column", "type", "meaning"), [(f"`{name}`", kind, text) for name, kind, text in rows])
 
     yield NOTE.format("`spark_jobs/schema.py` and `spark_jobs/features/registry.py`")
     yield "# Tables"
@@ -192,7 +188,7 @@ def tables_page() -> Iterator[str]:
         "Detection Handbook](https://fraud-detection-handbook.github.io), chapter 3, or this project (own). The "
         "inputs of a model are `tx_amount` and these features, in this order."
     )
-    yield table(
+    yield markdown_table(
         ("feature", "of", "history", "unit", "source", "meaning"),
         [
             (
@@ -236,7 +232,7 @@ def reports_page() -> Iterator[str]:
         base = ast.unparse(node.bases[0])
         also = f"Also the fields of [{base}](#{base.lower()})." if base == "PartitionReport" else ""
         text = inspect.cleandoc(ast.get_docstring(node) or "").replace("``", "`").replace("\n", " ")
-        fields = table(
+        fields = markdown_table(
             ("field", "type", "meaning"),
             [
                 (f"`{ast.unparse(item.target)}`", type_text(item.annotation), meaning(item.lineno))

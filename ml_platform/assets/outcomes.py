@@ -191,7 +191,7 @@ def rounded(value: float | int | None) -> float | int | None:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def shorten_list(keys: Sequence[str], limit: int = 5) -> str:
-    """Join partition keys with commas, naming at most `limit` of them."""
-    rest = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return printable(", ".join(keys[:limit])) + rest
+def shorten_list(keys: Sequence[str]) -> str:
+    """Join partition keys with commas, naming at most five of them."""
+    rest = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return printable(", ".join(keys[:5])) + rest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ml_platform.escaping import printable
+from ml_platform.escaping import markdown_table, printable
 from ml_platform.lake.reports import TrainingReport
 from ml_platform.model.promotion import Decision
 
@@ -39,10 +39,10 @@ def model_card(
         f"The score is the probability that a card transaction is a fraud, from {len(report.features)} inputs.",
         f"**Data.** {sum(rows_by_partition.values()):,} transactions of {len(keys)} raw files, {printable(keys[0])} to "
         f"{printable(keys[-1])}.",
-        "**Windows.**\n\n" + _table(("window", "days", "rows", "frauds"), _windows(report)),
+        "**Windows.**\n\n" + markdown_table(("window", "days", "rows", "frauds"), _windows(report)),
         f"**Learner.** {best.learner} ({params or 'defaults'}), the best of {len(report.grid)} candidates on the "
         f"validation window (average precision {best.validation_average_precision:.3f}).{_sampling(report)}",
-        "**Held-out week.**\n\n" + _table(("figure", "value", "95% interval"), _figures(report, decision)),
+        "**Held-out week.**\n\n" + markdown_table(("figure", "value", "95% interval"), _figures(report, decision)),
         f"**Promotion.** {decision.outcome}. {printable(' '.join(decision.reasons))}",
         LIMITS.replace("\n", " "),
     ]
@@ -91,8 +91,3 @@ def _figures(report: TrainingReport, decision: Decision) -> list[tuple[str, ...]
             ]
             rows.append((label, f"{value:.3f}", " to ".join(bounds)))
     return rows
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ml_platform.escaping import markdown
+from ml_platform.escaping import markdown, markdown_table
 from ml_platform.lake.reports import Grade
 from ml_platform.model.gate import champion_problem, champion_request, train_last_date
 from ml_platform.model.live_plots import drift_plot, grades_plot
@@ -71,15 +71,18 @@ def grades_summary(grades: Sequence[Grade]) -> str:
     """Grades of all versions as Markdown: a plot and a table, the newest week first."""
     at_budget = ("precision at the budget", "recall at the budget")
     header = ("week", "version", "rows", "frauds", "average precision", *at_budget, "calibration")
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for grade in reversed(grades[-26:]):
-        figures = (
+    rows = [
+        (
+            f"{grade.first_date} to {grade.last_date}",
+            str(grade.model_version),
+            f"{grade.rows:,}",
+            f"{grade.frauds:,}",
             _with_bounds(grade, "average_precision"),
             *(_shown(getattr(grade, name)) for name in ("precision_at_budget", "recall_at_budget", "calibration")),
         )
-        days, rows = f"{grade.first_date} to {grade.last_date}", f"{grade.rows:,} | {grade.frauds:,}"
-        lines.append(f"| {days} | {grade.model_version} | {rows} | {' | '.join(figures)} |")
-    return f"{markdown_image('live_quality', grades_plot(grades))}\n\n" + "\n".join(lines) + "\n"
+        for grade in reversed(grades[-26:])
+    ]
+    return f"{markdown_image('live_quality', grades_plot(grades))}\n\n{markdown_table(header, rows)}\n"
 
 
 def _shown(value: float | None) -> str:
@@ -101,13 +104,15 @@ def drift_summary(drift: Mapping[str, Any]) -> str:
     ]
     of_inputs = drift.get("feature_drift", {})
     inputs, threshold = of_inputs.get("inputs", [])[:INPUTS_SHOWN], of_inputs.get("threshold")
-    table = ["The inputs that differ most; a clean file stays below 100% of the limits.", ""]
-    table += ["| input | PSI | part of its limit |", "|---|---|---|"]
+    rows = []
     for row in inputs:
         part = f"{100 * row['exceedance'] / threshold:.0f}%" if threshold and row["exceedance"] is not None else ""
-        table.append(f"| {markdown(row['input'])} | {row['psi']:.3g} | {part} |")
+        rows.append((markdown(row["input"]), f"{row['psi']:.3g}", part))
     pictures = [picture for found in drift.values() for picture in found.get("pictures", [])]
-    parts = ["\n".join(lines), "\n".join(table) if inputs else ""]
+    parts = ["\n".join(lines)]
+    if rows:
+        parts.append("The inputs that differ most; a clean file stays below 100% of the limits.")
+        parts.append(markdown_table(("input", "PSI", "part of its limit"), rows))
     if pictures:
         parts.append(markdown_image("drift", drift_plot(pictures)))
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ml_platform.escaping import markdown
+from ml_platform.escaping import markdown, markdown_table
 from ml_platform.model.card import METRIC_LABELS
 from ml_platform.model.plot_elements import (
     BLUE,
@@ -339,7 +339,7 @@ def _metrics_table(report: Report, intervals: Intervals) -> str:
             interval = " to ".join(map(shown, intervals.get(name, ())))
             label = METRIC_LABELS.get(name.removeprefix("test_"), f"`{name}`")
             rows.append((label, shown(value), interval, shown(metrics.get(f"champion_{name}"))))
-    return _table(("metric", "model", "interval", f"champion {champion.get('version', '')}".strip()), rows)
+    return markdown_table(("metric", "model", "interval", f"champion {champion.get('version', '')}".strip()), rows)
 
 
 def _thresholds_table(thresholds: Sequence[Row]) -> str:
@@ -351,9 +351,5 @@ def _thresholds_table(thresholds: Sequence[Row]) -> str:
         (f"{row['alerts_per_day']:,}", *(shown(row, column) for column in THRESHOLDS), f"{row['amount_caught']:,.0f}")
         for row in thresholds
     ]
-    return _table(("alerts a day", *(label for label, *_ in THRESHOLDS.values()), "amount caught"), rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+    header = ("alerts a day", *(label for label, *_ in THRESHOLDS.values()), "amount caught")
+    return markdown_table(header, rows) if rows else ""

@@ -6,7 +6,7 @@ absolute.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,10 +42,10 @@ def clean(spark: SparkSession, raw: Sequence[Path], lake: Path, epoch: date) -> 
     return _reports(clean_transactions.run(spark, request))
 
 
-def features(spark: SparkSession, cleaned: Reports, lake: Path, *, only: Iterable[str] | None = None) -> Reports:
+def features(spark: SparkSession, cleaned: Reports, lake: Path) -> Reports:
     """Build the features of cleaned partitions, each with the two before it as history; reports by partition.
 
-    `only` limits which partitions are built. Raises RuntimeError if one fails.
+    Raises RuntimeError if one fails.
     """
     keys = list(cleaned)
     items = []
@@ -62,8 +62,6 @@ def features(spark: SparkSession, cleaned: Reports, lake: Path, *, only: Iterabl
                 "output_uri": partition_uri(lake, "transaction_features", key),
             }
         )
-    wanted = set(keys if only is None else only)
-    items = [item for item in items if item["partition"] in wanted]
     return _reports(build_features.run(spark, {"run_id": RUN_ID, "partitions": items}))
 
 

@@ -127,9 +127,6 @@ class LocalSparkEngine(SparkEngine):
         default=False,
         description="Raw files or lake are on S3: add the S3A connector, with boto3's endpoint.",
     )
-    cache_directory: str = Field(
-        default=str(s3a.DEFAULT_CACHE), description="Cache directory for the S3A jars, which are downloaded once."
-    )
     _pyspark: Any = PrivateAttr(default=None)
     #: Keeps files that executors fetch from this process until the session ends.
     _code: ExitStack = PrivateAttr(default_factory=ExitStack)
@@ -178,7 +175,7 @@ class LocalSparkEngine(SparkEngine):
                 config |= s3a.s3a_properties(s3a.S3Connection.from_boto3())
             config |= self.spark_config
             if self.with_s3:
-                config |= s3a.connector_properties(self.spark_config, cache=Path(self.cache_directory))
+                config |= s3a.connector_properties(self.spark_config)
             pyspark = LazyPySparkResource(spark_config={"spark.app.name": "ml_platform", **config})
             pyspark.spark_session.sparkContext.setLogLevel("ERROR")
             if self.master.startswith("local"):

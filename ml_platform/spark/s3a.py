@@ -57,12 +57,8 @@ class S3Connection:
         return cls(None if is_aws else client_meta.endpoint_url, region)
 
 
-def s3a_properties(connection: S3Connection, *, path_style: bool | None = None) -> dict[str, str]:
-    """Spark properties for ``s3a://`` on `connection`, without credentials.
-
-    `path_style` puts the bucket into the path instead of the host name; the default is True for every endpoint except
-    AWS.
-    """
+def s3a_properties(connection: S3Connection) -> dict[str, str]:
+    """Spark properties for ``s3a://`` on `connection`, without credentials."""
     options = {
         "endpoint.region": connection.region,
         # Searches the same places as boto3; S3A's default chain lacks profiles before Hadoop 3.4.2.
@@ -74,13 +70,12 @@ def s3a_properties(connection: S3Connection, *, path_style: bool | None = None) 
         "attempts.maximum": "1",
         "retry.limit": "3",
         "retry.interval": "1s",
+        # Whether the bucket is in the path rather than in the host name, which only AWS resolves everywhere.
+        "path.style.access": str(connection.endpoint_url is not None).lower(),
     }
     if connection.endpoint_url is not None:
         options["endpoint"] = connection.endpoint_url
         options["connection.ssl.enabled"] = str(connection.endpoint_url.startswith("https:")).lower()
-    if path_style is None:
-        path_style = connection.endpoint_url is not None
-    options["path.style.access"] = str(path_style).lower()
     properties = {f"spark.hadoop.fs.s3a.{name}": value for name, value in options.items()}
     # S3 renames by copying, so tasks write files in place; readers ignore them until the report exists.
     return properties | {"spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2"}

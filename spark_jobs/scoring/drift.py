@@ -374,9 +374,10 @@ def _predict(
         noise: variance of a day of the file, where it does not last, relative to that of a training day.
     """
     import numpy as np
+    from scipy.linalg import helmert
 
     weeks = len(deviations)
-    contrasts = _contrasts(weeks)
+    contrasts = helmert(weeks)  # orthonormal rows that sum to 0: what is left of a series without its mean
     varied = contrasts @ deviations
     product = varied @ varied.T
     total, squares = float(np.trace(product)), float((product**2).sum())
@@ -409,17 +410,6 @@ def _predict(
     draws = (parts[0] + parts[1]) * 2 * random.gamma(rank / 2, size=DRAWS)
     reference = float(np.quantile(draws, 1 - REFERENCE_RATE))
     return _Predicted(draws, reference, (float(parts[0].mean()), float(parts[1].mean())))
-
-
-def _contrasts(weeks: int) -> Array:
-    """Orthonormal rows that sum to 0: what is left of a series of `weeks` without its mean (Helmert's matrix)."""
-    import numpy as np
-
-    matrix = np.zeros((weeks - 1, weeks))
-    for row in range(1, weeks):
-        matrix[row - 1, :row] = 1 / math.sqrt(row * (row + 1))
-        matrix[row - 1, row] = -row / math.sqrt(row * (row + 1))
-    return matrix
 
 
 def _kernel(weeks: int) -> Array:

@@ -21,12 +21,12 @@ DURATION_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 BOUND = re.compile(r"(\d+)([smh]?)")
 
 
-def violations(message: Any, path: str = "") -> list[str]:
+def violations(message: Any) -> list[str]:
     """List the constraints that a protobuf `message` violates, each as ``field: reason``.
 
     Raises ValueError for a range of unknown notation.
     """
-    return list(_violations(message, path))
+    return list(_violations(message, ""))
 
 
 def _violations(message: Any, path: str) -> Iterator[str]:
