@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -825,13 +825,14 @@ class RunProcess:
 
     def send(self, number: int) -> None:
         """Send a signal and wait for the end; send it again if it was lost, as a user would."""
-        for sent in (1, 2, 3):
-            self.process.send_signal(number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(60)
-                return
-            assert self.lost_signals() == sent, self.log.read_text()
-        raise AssertionError(self.log.read_text())
+        deadline = time.monotonic() + 60
+        sent = 0
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.log.read_text()
+            if self.lost_signals() == sent:
+                self.process.send_signal(number)
+                sent += 1
+            time.sleep(0.1)
 
     def lost_signals(self) -> int:
         """How often Python dropped the exception of Dagster's signal handler, by the log.
