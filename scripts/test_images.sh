@@ -45,7 +45,7 @@ prepare() {
     say "making $environment (0.6 GB)"
     rm -rf "$environment"
     "$python38" -m venv "$environment"
-    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 \
+    "$environment/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check --use-pep517 \
         -r "ml_platform_tests/images/$1.txt"
     wanted_state "$1" >"$environment/installed"
 }

@@ -484,10 +484,10 @@ def _write_sample(files: runtime.Files, test: DataFrame, scorer: Scorer, seed: i
     from pyspark.sql import functions as F
 
     ids = ("transaction_id", "tx_datetime", "customer_id", "terminal_id", LABEL)
-    numbers = {"tx_datetime": F.expr("CAST(tx_datetime AS BIGINT)")}
+    numbers = {"tx_datetime": F.expr("CAST(tx_datetime AS BIGINT) AS tx_datetime")}
     names = [*ids, *scorer.features]
     chosen = test.orderBy(fits.hash_of_transaction(seed), "transaction_id").limit(IMPORTANCE_ROWS)
-    rows = chosen.select(*[numbers.get(name, F.col(name)).alias(name) for name in names]).collect()
+    rows = chosen.select(*[numbers.get(name, name) for name in names]).collect()
     matrix = matrix_of({name: [row[name] for row in rows] for name in scorer.features}, scorer.features)
     importances = np.abs(scorer.contributions(matrix)[:, :-1]).mean(axis=0)
 

@@ -105,7 +105,9 @@ def input_columns(features: Iterable[str]) -> list[Column]:
     """Inputs as 32-bit floats; NULL becomes NaN, which scorers and learners reject."""
     from pyspark.sql import functions as F
 
-    return [F.coalesce(F.col(name).cast("float"), F.expr("float('NaN')")).alias(name) for name in features]
+    # One call of the JVM each; with the functions of columns it is forty, a third of a small training's time.
+    names = ["`{}`".format(name.replace("`", "``")) for name in features]
+    return [F.expr(f"coalesce(CAST({name} AS FLOAT), float('NaN')) AS {name}") for name in names]
 
 
 def fit_all(
