@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
@@ -95,6 +96,24 @@ def pytest_testnodedown(node: Any) -> None:
     """What a worker of pytest-xdist found out, for the summary."""
     if reason := getattr(node, "workeroutput", {}).get("mock_reason"):
         node.config.stash[MOCK_REASON] = reason
+
+
+def crash_file(config: pytest.Config, worker: str) -> Path:
+    """Where a worker of pytest-xdist leaves its threads' stacks if it crashes."""
+    return Path(config.cache.mkdir("crashes")) / worker  # type: ignore[union-attr]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Keep the stacks of a crash for its report: standard error has them among the dots of all workers."""
+    if worker := getattr(session.config, "workerinput", None):
+        faulthandler.enable(crash_file(session.config, worker["workerid"]).open("w"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(report: Any) -> None:
+    """Add the stacks to the report of the test during which a worker crashed. SIGKILL leaves none."""
+    stacks = crash_file(report.node.config, report.node.gateway.id).read_text()
+    report.longrepr += f"\n{stacks or 'it left no stacks: was it killed?'}"
 
 
 @pytest.fixture(scope="session", autouse=True)
