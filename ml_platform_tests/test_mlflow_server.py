@@ -287,15 +287,23 @@ def test_a_server_is_installed_once_and_brought_up_to_date_by_the_next_run(
     assert unpacked.stderr.splitlines()[-1] == "mlflow_server: the packages cannot be installed; nothing was changed"
     assert machine.lines("systemctl") == []
 
-    # A new server that does not answer, because its port is another's: the old one runs again, with its settings. The
-    # same for an upgrade that the database refuses is in deploy/test_mlflow_server.sh. The script does not wait here.
+    # An upgrade that the database refuses: the old server runs again, with its settings.
     constraints.write_text(versions + "# newer\n")
+    not_upgraded = machine.run(PGPASSWORD="not-that-one")
+    assert not_upgraded.returncode == 1
+    went_back = [steps[0], "daemon-reload", steps[-1]]
+    assert machine.lines("systemctl") == [look, steps[0], *went_back]
+    wait_until(lambda: listens(machine.port), "the old server runs again")
+    assert len(machine.environments()) == 2
+    assert machine.files() == files
+
+    # A new server that does not answer, because its port is another's: likewise. It is asked without pauses.
     machine.add_program("sleep", "#!/bin/sh\n")
     silent = machine.run(MLFLOW_PORT=str(database.server.port))
     (machine.programs / "sleep").unlink()
     assert silent.returncode == 1
     assert "mlflow_server: MLflow does not answer: journalctl -u mlflow" in silent.stderr.splitlines()
-    assert machine.lines("systemctl") == [look, *steps, steps[0], "daemon-reload", steps[-1]]
+    assert machine.lines("systemctl") == [look, *steps, *went_back]
     wait_until(lambda: listens(machine.port), "the old server runs again")
     assert len(machine.environments()) == 2
     assert {name: content for name, (content, _) in machine.files().items()} == {
@@ -318,7 +326,7 @@ def test_a_server_is_installed_once_and_brought_up_to_date_by_the_next_run(
     places = {
         "arguments of the script's programs": "\n".join(machine.lines("arguments")),
         "arguments of the server": listed.stdout,
-        "output": "".join(run.stdout + run.stderr for run in (refused, done, unpacked, silent, again)),
+        "output": "".join(run.stdout + run.stderr for run in (refused, done, unpacked, not_upgraded, silent, again)),
         "unit": files["etc/systemd/system/mlflow.service"][0].decode(),
         "log": "\n".join(machine.lines("server.log")),
     }
