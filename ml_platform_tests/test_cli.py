@@ -522,7 +522,7 @@ class TestDoctor:
             # To list is one permission of S3, to read another.
             (storage.LocalStore, "read_start", storage.StorageError("S3 denies"), "raw files", "S3 denies"),
             (MlflowResource, "champion", RuntimeError("no MLflow\nwith details"), "MLflow", "no MLflow"),
-            (MlflowResource, "champion", lambda: time.sleep(5), "MLflow", "timed out after 1 s: check its address "),
+            (MlflowResource, "champion", lambda: time.sleep(60), "MLflow", "timed out after 5 s: check its address "),
             (MlflowResource, "champion", lambda: SPARK_ML, "MLflow", "the champion, version 3 is a Spark ML pipeline"),
         ],
     )
@@ -536,7 +536,7 @@ class TestDoctor:
         check: str,
         text: str,
     ):
-        monkeypatch.setattr(doctor, "CHECK_TIMEOUT_S", 1)
+        monkeypatch.setattr(doctor, "CHECK_TIMEOUT_S", 5)
         monkeypatch.setattr(owner, method, mock.Mock(side_effect=answer))
         ((name, found),) = faults().items()
         assert name == check

@@ -824,8 +824,8 @@ class RunProcess:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
 
-    def send(self, number: int) -> None:
-        """Send a signal and wait for the end; send it again if it was lost, as a user would."""
+    def send(self, number: int) -> int:
+        """Send a signal and wait for the end; send it again if it was lost, as a user would. Returns how often."""
         deadline = time.monotonic() + 60
         sent = 0
         while self.process.poll() is None:
@@ -834,6 +834,7 @@ class RunProcess:
                 self.process.send_signal(number)
                 sent += 1
             time.sleep(0.1)
+        return sent
 
     def lost_signals(self) -> int:
         """How often Python dropped the exception of Dagster's signal handler, by the log.
@@ -901,15 +902,15 @@ def test_a_terminated_process_deletes_its_cluster(run_process: Callable[..., Run
     settings, wait = MOMENTS[moment]
     run = run_process(**settings, run_job=jobs_of(0 if moment == "deleting" else math.inf))
     wait(run)
-    run.send(number)
+    sent = run.send(number)
     assert len(run.cloud.calls("ClusterService.Create")) == 1
     if moment == "deleting":
         # The deletion was requested before, and goes on without the process.
         run.wait_for_no_cluster()
         assert len(run.cloud.calls("ClusterService.Delete")) == 1
         assert list(run.lake.reports(CleanedReport)) == ["a"]
-        # A run that lost the signal ends normally.
-        expected = dg.DagsterRunStatus.SUCCESS if run.lost_signals() else dg.DagsterRunStatus.FAILURE
+        # A run that lost every signal ends normally.
+        expected = dg.DagsterRunStatus.SUCCESS if run.lost_signals() == sent else dg.DagsterRunStatus.FAILURE
         assert run.status() == expected, run.log.read_text()
     else:
         assert run.cloud.clusters == {}, run.log.read_text()

@@ -380,16 +380,17 @@ def test_credentials_are_neither_properties_nor_shown():
         ("polite", "trap 'echo bye; exit 1' TERM; echo up; sleep 300 & sleep 300 & wait"),
         ("stubborn", "trap '' TERM; echo up; sleep 300 & sleep 300; wait"),
         ("delete", "trap '' TERM; echo up; sleep 300 & sleep 300; wait"),
-        ("DONE", "echo up; sleep 300 & sleep 300 & sleep 1"),
-        ("ERROR", "echo up; sleep 300 & sleep 300 & sleep 1; exit 3"),
+        ("DONE", "echo up; sleep 300 & sleep 300 & until [ -e $GO ]; do sleep 0.1; done"),
+        ("ERROR", "echo up; sleep 300 & sleep 300 & until [ -e $GO ]; do sleep 0.1; done; exit 3"),
     ],
 )
 def test_no_process_outlives_its_job(
     end: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ):
     monkeypatch.setattr("ml_platform.dev.cloud.spark_submit.GRACE_SECONDS", 30 if end == "polite" else 0.3)
-    directory = tmp_path / "cloud"
-    with FakeDataproc(directory, clock=clock, run_job=shell_spark(tmp_path, monkeypatch, body)) as cloud:
+    directory, go = tmp_path / "cloud", tmp_path / "go"
+    spark = shell_spark(tmp_path, monkeypatch, body, GO=str(go))
+    with FakeDataproc(directory, clock=clock, run_job=spark) as cloud:
         client, cluster_id = Client(cloud), cloud.add_cluster("cluster-1")
         _, job = client.submit(cluster_id)
         wait_for(lambda: client.log(job) == "up\n" and len(processes_under(directory)) >= 3)
@@ -398,12 +399,13 @@ def test_no_process_outlives_its_job(
             client.call("ClusterService.Delete", cluster_id=cluster_id)
             assert client.job_state(job) == "ERROR"
         elif end in ("DONE", "ERROR"):
-            wait_for(lambda: client.job_state(job) == end, 10)
+            go.touch()
+            wait_for(lambda: client.job_state(job) == end)
         else:
             client.call("JobService.Cancel", **job)
-            wait_for(lambda: client.job_state(job) == "CANCELLED", 10)
+            wait_for(lambda: client.job_state(job) == "CANCELLED")
             assert ("bye" in client.log(job)) == (end == "polite")
-        wait_for(lambda: not processes_under(directory), 5)
+        wait_for(lambda: not processes_under(directory))
 
 
 @pytest.mark.e2e
@@ -412,7 +414,7 @@ def test_dev_cloud_runs_until_it_is_interrupted(tmp_path: Path):
     environment = tmp_path / "cloud" / "environment"
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         try:
-            wait_for(environment.exists, 120)
+            wait_for(lambda: environment.exists() and environment.read_text() != "", 120)
             assert stat.S_IMODE(environment.stat().st_mode) == 0o600
             values = dict(line.split("=", 1) for line in environment.read_text().splitlines())
             credentials = grpc.ssl_channel_credentials(Path(values["YC_ROOT_CERTIFICATES_FILE"]).read_bytes())
@@ -428,4 +430,4 @@ def test_dev_cloud_runs_until_it_is_interrupted(tmp_path: Path):
             else:
                 process.kill()
     assert "set -a; ." in printed
-    wait_for(lambda: not processes_under(tmp_path), 5)
+    wait_for(lambda: not processes_under(tmp_path))

@@ -363,7 +363,8 @@ class TestErrors:
             started = time.monotonic()
             with pytest.raises(StorageError, match="AWS_ENDPOINT_URL_S3"):
                 open_store("s3://some-bucket").read("a")
-        assert time.monotonic() - started < 15
+        # Unchanged, the timeouts of the attempts add up to 54 s.
+        assert time.monotonic() - started < 50
 
     def test_the_longest_wait_fits_a_tick(self):
         waits = storage.S3_ATTEMPTS * storage.READ_TIMEOUT_S

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import dagster as dg
 import pytest
 
 from ml_platform.assets.scores import CHAMPION_TAG
+from ml_platform.dev.cloud.processes import free_port
 from ml_platform.lake.grades import newest_grade, problem_of_grade, valid_grades
 from ml_platform.lake.reports import ALERTS_TABLE, FEATURES_TABLE, SCORED_TABLE, Grade, ScoredReport
 from ml_platform.lake.resource import LakeResource
@@ -331,9 +331,7 @@ def test_cleaning_again_with_other_limits_scores_again(in_service: Platform):
 
 def test_the_champion_is_served_over_http_and_then_its_successor(in_service: Platform, tmp_path: Path):
     assert in_service.run(MODEL, first=0, engine=FakeEngine(challenger_skill=0.5, champion_skill=3.0)).success
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path / "serve.log"
     with log.open("wb") as out:
         server = subprocess.Popen(

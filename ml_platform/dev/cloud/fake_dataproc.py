@@ -79,7 +79,7 @@ class FakeDataproc(DataprocService):
         super().__init__(directory, **settings)
         self.bucket, self.token_lifetime_seconds = bucket, token_lifetime_seconds
         self.journal: list[dict[str, Any]] = []
-        self._stopping = threading.Event()
+        self._undelayed = threading.Event()
         self._tokens: dict[str, float] = {}
         self._faults: list[_Fault] = []
         self._stack = ExitStack()
@@ -106,7 +106,7 @@ class FakeDataproc(DataprocService):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stopping.set()
+        self.end_delays()
         self._stack.close()
 
     # --- Client configuration
@@ -169,6 +169,10 @@ class FakeDataproc(DataprocService):
         """Delay the next call of a method by real seconds, whatever the clock, because gRPC deadlines are real, too."""
         self._add_fault(_Fault("delay", method, 1, None, seconds))
 
+    def end_delays(self) -> None:
+        """End all delays, of calls that wait now and of later ones."""
+        self._undelayed.set()
+
     def answer(
         self,
         method: str,
@@ -228,7 +232,7 @@ class FakeDataproc(DataprocService):
             with self._lock:
                 delay = self._take_fault("delay", _name(method), request)
             if delay:
-                self._stopping.wait(delay)
+                self._undelayed.wait(delay)
             with self._lock:
                 refusal = response = None
                 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,6 +18,9 @@ _TETHER = 'exec 3<&0 </dev/null; { trap "" INT TERM; cat <&3 >/dev/null; kill -K
 
 #: Bytes from the end of a log in an error message.
 LOG_TAIL_BYTES = 2000
+
+#: Ports of `free_port`. Linux gives those from 32768 on to connections, other systems those from 49152 on.
+SERVER_PORTS = range(15_000, 32_000)
 
 
 class TetheredProcess:
@@ -90,10 +94,12 @@ class TetheredProcess:
 
 
 def free_port() -> int:
-    """A currently free TCP port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free TCP port of this machine, below those that systems give to outgoing connections: nothing takes it soon."""
+    while True:
+        port = secrets.choice(SERVER_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def listens(port: int) -> bool:
