@@ -11,8 +11,8 @@ export MLFLOW_PORT
 ifeq ($(filter http%,$(MLFLOW_TRACKING_URI))$(shell grep -Es '^MLFLOW_TRACKING_URI=.?https?:' .env),)
 export MLFLOW_UI_URL ?= http://127.0.0.1:$(MLFLOW_PORT)
 endif
-# Settings of other Python and Spark installations do not apply to the one in .venv. Its bytecode is kept, for dozens of
-# processes import the same packages.
+# Settings of other Python and Spark installations do not apply to the one in .venv. Its bytecode is kept because
+# dozens of processes import the same packages.
 unexport PYTHONHOME PYTHONPATH SPARK_HOME PYTHONDONTWRITEBYTECODE
 
 BIN := .venv/bin

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Starts a command with the password of its database in PGPASSWORD, which every PostgreSQL client reads. It is taken
-# from the file that PGPASSWORD_FILE names, if any. No address holds it, so none can give it away.
+# from the file that PGPASSWORD_FILE names, if any, so that it never appears in a URL.
 # The option --log-format=text becomes what Dagster calls text.
 set -eu
 

@@ -3,8 +3,9 @@
 # its own virtual environment, its tables in the database, a service that starts with the machine. Run as root; may be
 # run again at any time. Settings that are not given again stay as they are.
 #
-# An installed server runs on while the packages of the new one are fetched, and runs again, with its settings of
+# An installed server runs on while the packages of the new one are fetched. It is started again, with its settings of
 # before, if the database refuses the new settings or an upgrade of its tables, or if the new server does not answer.
+# MLflow refuses tables of a newer version, so back up the database before an upgrade: the way back may need it.
 #
 # Variables, kept in /etc/mlflow/server.env, which only root can read:
 #   MLFLOW_BACKEND_STORE_URI       needed at first: postgresql+psycopg2://mlflow@host:5432/mlflow
@@ -185,7 +186,7 @@ save_installed() {
     installed=$(readlink "$home/venv" || :)
 }
 
-# Starts the server of before. Its upgraded tables, if any, stay: a database does not go back.
+# Starts the server of before. Its upgraded tables, if any, stay, and it may refuse them.
 go_back() {
     trap - EXIT
     say "the installed server starts again, with its settings of before"
@@ -196,19 +197,24 @@ go_back() {
     rm -rf "$saved"
     systemctl daemon-reload
     systemctl start mlflow.service
+    # shellcheck source=/dev/null # written by this script
+    . "$settings"
+    becomes_healthy ||
+        say "MLflow does not answer (journalctl -u mlflow): if its tables were upgraded, restore the database's backup"
 }
 
-wait_until_healthy() {
+# Waits two minutes for an answer of the server.
+becomes_healthy() {
     local i
     for ((i = 0; i < 60; i++)); do
-        if "$environment/bin/python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
+        if "$python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' \
             "http://127.0.0.1:$MLFLOW_PORT/health" 2>/dev/null; then
             say "MLflow answers on http://127.0.0.1:$MLFLOW_PORT"
             return
         fi
         sleep 2
     done
-    fail "MLflow does not answer: journalctl -u mlflow"
+    return 1
 }
 
 load_settings
@@ -224,7 +230,8 @@ check_python
 install_packages
 # The tables are changed while nobody uses them.
 saved=
-if systemctl is-active --quiet mlflow.service; then
+# Also if it is not active at this moment: a server that fails is started again and again.
+if [ -f "$unit" ]; then
     save_installed
     trap go_back EXIT
     systemctl stop mlflow.service
@@ -236,7 +243,7 @@ write_unit
 systemctl daemon-reload
 systemctl enable --quiet mlflow.service
 systemctl start mlflow.service
-wait_until_healthy
+becomes_healthy || fail "MLflow does not answer: journalctl -u mlflow"
 trap - EXIT
 delete_other_environments
 [ -z "$saved" ] || rm -rf "$saved"

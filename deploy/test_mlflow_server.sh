@@ -85,7 +85,6 @@ case "$1 ${*: -1}" in
         bash "$(value EnvironmentFile)" "$(value ExecStart)" >>/var/log/mlflow.log 2>&1 </dev/null &
     echo $! >/run/mlflow.pid
     ;;
-"is-active mlflow.service") runs ;;
 "stop mlflow.service")
     ! runs || kill -TERM -- "-$(cat /run/mlflow.pid)"
     while runs; do sleep 0.2; done

@@ -86,6 +86,12 @@ def test_ports_are_open_to_this_machine_alone() -> None:
     assert SERVICES["postgres"]["networks"] == ["database"]
 
 
+def test_the_code_of_a_model_reaches_mlflow_alone() -> None:
+    """The scorer runs it, and whoever reaches Dagster's code server or UI can run code with its keys."""
+    networks = {name: set(service["networks"]) for name, service in SERVICES.items()}
+    assert [name for name in SERVICES if networks[name] & networks["scorer"]] == ["mlflow", "scorer"]
+
+
 def test_no_secret_has_a_value_or_a_default() -> None:
     for service in SERVICES.values():
         for name, value in service.get("environment", {}).items():
@@ -128,7 +134,8 @@ def test_browsers_find_mlflow_and_a_restarted_container_finds_its_runs() -> None
     code, mlflow = SERVICES["code"], SERVICES["mlflow"]
     # MLflow refuses host names that it was not given.
     address = code["environment"]["MLFLOW_TRACKING_URI"].removeprefix("http://")
-    assert address in mlflow["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    allowed = VARIABLE.sub(r"\3", mlflow["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"])
+    assert address in allowed.split(",")
     assert code["environment"]["MLFLOW_UI_URL"] == f"http://{mlflow['ports'][0].removesuffix(':5000')}"
     for service in (code, mlflow, SERVICES["webserver"]):
         assert service["command"][service["command"].index("--host") + 1] == "0.0.0.0"
@@ -253,7 +260,7 @@ def test_the_code_location_has_the_name_and_module_of_the_clone() -> None:
         ("compose", 0, "== all other checks passed; DOCKER COMPOSE DID NOT CHECK deploy/compose.yaml"),
         ("prometheus", 0, "== all other checks passed; PROMETHEUS DID NOT CHECK deploy/prometheus"),
         ("", 3, "== all other checks passed; THE CLUSTER'S IMAGES WERE NOT TESTED"),
-        ("compose", 3, "deploy/compose.yaml, for it cannot be had here; THE CLUSTER'S IMAGES WERE NOT TESTED"),
+        ("compose", 3, "deploy/compose.yaml: it is not available here; THE CLUSTER'S IMAGES WERE NOT TESTED"),
         ("compose", 1, "== scripts/test_images.sh"),
     ],
 )
@@ -372,7 +379,7 @@ def test_an_upgrade_starts_nothing_before_the_migration() -> None:
     """`run` would start the services that the command's own depends on, with the new code."""
     section = (DEPLOY / "README.md").read_text().partition("\n## Upgrade\n")[2].partition("\n## ")[0]
     commands = re.findall(r"^\$ (docker compose run.*)$", section, re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     assert all(" --no-deps " in command for command in commands)
 
 

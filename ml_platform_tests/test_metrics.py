@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -20,14 +21,18 @@ from urllib.parse import urlencode
 import dagster as dg
 import pytest
 import yaml
+from dagster._daemon.types import DaemonHeartbeat
 from prometheus_client import CollectorRegistry, start_http_server
 
+from ml_platform import metrics
+from ml_platform.dev.cloud.fake_dataproc import FakeDataproc
 from ml_platform.dev.cloud.processes import TetheredProcess, free_port
 from ml_platform.lake.resource import LakeResource
 from ml_platform.metrics import PlatformMetrics
 from ml_platform.model.gate import INSTANT, SINCE_TAG
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform_tests.fakes import put_raw, raw_spec
+from ml_platform_tests.fakes_cloud import FakeClock, engine_of
 from ml_platform_tests.world import ML_PLATFORM, PROJECT, wait_until
 
 PROMETHEUS = PROJECT / "deploy/prometheus"
@@ -63,9 +68,12 @@ def test_metrics_say_what_the_sources_hold(registry: CollectorRegistry, instance
     instance.report_runless_asset_event(
         dg.AssetMaterialization("fraud_model", metadata={"cluster_node_hours": 0.75}, partition="file-0")
     )
+    for at, daemon in ((1_700_000_060.0, "SENSOR"), (1_700_000_000.0, "SCHEDULER")):
+        instance.add_daemon_heartbeat(DaemonHeartbeat(at, daemon, "id"))
     assert value(registry, "runs", job="process_new_files", status="failure") == 1
     assert value(registry, "runs", job="process_new_files", status="success") == 0
     assert value(registry, "last_run_node_hours") == 0.75
+    assert value(registry, "daemon_heartbeat_timestamp_seconds") == 1_700_000_060
     assert value(registry, "files_waiting") == 1
     assert value(registry, "newest_data_timestamp_seconds") == last.timestamp()
     rows_per_second = report["counts"]["raw_rows"] / report["seconds"]
@@ -89,6 +97,48 @@ def test_a_source_that_fails_hides_no_other(
     assert value(registry, "files_waiting") == 1
     assert "mlflow cannot be read (ConnectionError)" in caplog.text
     assert "a-password" not in caplog.text
+
+
+def test_the_champion_is_seen_while_the_lake_is_not(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(LakeResource, "reports", mock.Mock(side_effect=OSError))
+    assert value(registry, "source_up", source="lake") == 0
+    assert value(registry, "source_up", source="mlflow") == 1
+    assert value(registry, "champion_version") == 1
+
+
+def test_a_source_that_hangs_hides_no_other(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(metrics, "SOURCES_TIMEOUT_S", 5)
+    end = threading.Event()
+    monkeypatch.setattr(MlflowResource, "champion", lambda self: end.wait(600))
+    (up,) = (family for family in registry.collect() if family.name == "ml_platform_source_up")
+    end.set()
+    assert {one.labels["source"]: one.value for one in up.samples} == {"dagster": 1, "lake": 1, "mlflow": 0}
+    assert "mlflow cannot be read (TimeoutError)" in caplog.text
+
+
+def test_clusters_and_the_age_of_the_oldest(
+    tmp_path: Path, lake: LakeResource, instance: dg.DagsterInstance, directory: Path
+):
+    clock = FakeClock()
+    with FakeDataproc(tmp_path / "cloud", clock=clock) as cloud:
+        engine = engine_of(cloud, lake, clock)
+        registry = CollectorRegistry()
+        mlflow = MlflowResource(tracking_uri=f"sqlite:///{directory}/mlflow.db")
+        registry.register(PlatformMetrics(instance, lake, mlflow, engine))
+        assert value(registry, "clusters", status="running") == 0
+        assert value(registry, "oldest_cluster_created_timestamp_seconds") is None
+        created = clock.time()
+        cloud.add_cluster("first", engine.labels("run-1", created + 3600))
+        clock.sleep(1000)
+        cloud.add_cluster("second", engine.labels("run-2", created + 3600))
+        cloud.add_cluster("of another")
+        assert value(registry, "clusters", status="running") == 2
+        assert value(registry, "oldest_cluster_created_timestamp_seconds") == pytest.approx(created, abs=1)
+        assert value(registry, "source_up", source="dataproc") == 1
 
 
 def test_the_command_serves_them(directory: Path):
@@ -197,7 +247,6 @@ def test_the_dashboard_shows_what_is_collected(registry: CollectorRegistry, scra
         return bool(ask(scraping, "query", query=expression).get("result"))
 
     for expression in expressions:
-        # Two scrapes make an increase.
         wait_until(lambda expression=expression: answered(expression), expression, timeout=120, pause=0.5)
     # What this deployment has not, such as clusters, is asked for correctly all the same.
     assert all(ask(scraping, "query", query=expression)["resultType"] == "vector" for expression in shown())

@@ -109,7 +109,7 @@ if [[ $tracking_uri == http://* || $tracking_uri == https://* ]]; then
     say "MLflow  $tracking_uri"
 else
     require_free_port MLFLOW_PORT "$mlflow_port"
-    # In the environment, for on a command line everybody could read the address, maybe with a password.
+    # In the environment, because everybody can read a command line, and the address may contain a password.
     MLFLOW_BACKEND_STORE_URI=$tracking_uri MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false start TERM \
         env -u MLFLOW_TRACKING_URI .venv/bin/mlflow ui --host 127.0.0.1 --port "$mlflow_port" --workers 1 \
         --uvicorn-opts '--log-level error'

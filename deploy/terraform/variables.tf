@@ -41,7 +41,7 @@ variable "bucket_prefix" {
 }
 
 variable "raw_uploaders" {
-  description = "Who delivers raw files: serviceAccount:ID, userAccount:ID, federatedUser:ID or group:ID."
+  description = "Accounts that deliver raw files: serviceAccount:ID, userAccount:ID, federatedUser:ID or group:ID."
   type        = list(string)
   default     = []
 
@@ -153,8 +153,8 @@ variable "vm_memory_gb" {
   default     = 16
 
   validation {
-    condition     = var.vm_memory_gb >= 4
-    error_message = "Dagster, MLflow and PostgreSQL need 4 GB at least."
+    condition     = var.vm_memory_gb >= 12
+    error_message = "The containers of deploy/ need 12 GB at least."
   }
 }
 

@@ -9,7 +9,7 @@ terraform {
   }
 }
 
-# Who applies this: YC_TOKEN, or YC_SERVICE_ACCOUNT_KEY_FILE, in the environment.
+# Credentials: YC_TOKEN, or YC_SERVICE_ACCOUNT_KEY_FILE, in the environment.
 provider "yandex" {
   folder_id = var.folder_id
   zone      = var.zone

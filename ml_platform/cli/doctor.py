@@ -8,12 +8,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from ml_platform.cli.clusters import dataproc_engine
 from ml_platform.cli.context import CommandError, console, dagster_instance, first_line, lake_of, mlflow_of, plain
+from ml_platform.operations.background import in_background
 from ml_platform.settings import Settings, SettingsError, is_set, load_settings
 
 if TYPE_CHECKING:
@@ -104,16 +104,7 @@ def _alert_checks() -> dict[str, Callable[[], str]]:
 
 def _with_timeout(check: Callable[[], str]) -> str:
     """Run `check`. Raises CommandError if it takes too long: some libraries wait for hours."""
-    future: Future[str] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(check())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # A daemon thread, because an executor's thread would keep the process alive.
-    Thread(target=run, daemon=True).start()
+    future = in_background(check)
     if not wait([future], CHECK_TIMEOUT_S).done:
         raise CommandError(f"timed out after {CHECK_TIMEOUT_S:g} s: check its address and the network")
     return future.result()

@@ -101,7 +101,7 @@ run "everything" {
 
   assert {
     condition     = length(yandex_kms_symmetric_key_iam_binding.buckets.members) == 4
-    error_message = "Who uploads encrypts."
+    error_message = "An account that uploads must be able to encrypt."
   }
 }
 
