@@ -518,6 +518,13 @@ def load_alert_settings() -> AlertSettings:
     return _load(AlertSettings)
 
 
+def load_dotenv() -> None:
+    """Read .env of this directory, which overrides the environment, as in Dagster's commands."""
+    import dotenv
+
+    dotenv.load_dotenv(Path.cwd() / ".env", override=True)
+
+
 def is_set(variable: str) -> bool:
     """True if an environment variable has a value."""
     return bool(os.environ.get(variable))  # noqa: TID251 - this is where settings come from

@@ -37,6 +37,7 @@ from ml_platform_tests.fakes import (
     rows_per_day,
     run_assets,
 )
+from ml_platform_tests.world import PROJECT
 from spark_jobs.features.registry import MODEL_INPUTS
 from spark_jobs.scoring import grading
 
@@ -333,10 +334,13 @@ def test_the_champion_is_served_over_http_and_then_its_successor(in_service: Pla
     assert in_service.run(MODEL, first=0, engine=FakeEngine(challenger_skill=0.5, champion_skill=3.0)).success
     port = free_port()
     log = tmp_path / "serve.log"
+    # As in Dagster's commands, .env is read from the working directory and wins.
+    (tmp_path / ".env").write_text(f"MLFLOW_TRACKING_URI={in_service.mlflow.tracking_uri}\n")
     with log.open("wb") as out:
         server = subprocess.Popen(
             [sys.executable, "-m", "ml_platform.model.serve", "--port", str(port), "--poll", "0.5"],
-            env={**os.environ, "MLFLOW_TRACKING_URI": in_service.mlflow.tracking_uri},
+            cwd=tmp_path,
+            env={**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "PYTHONPATH": str(PROJECT)},
             stderr=out,
             stdout=out,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ml_platform.escaping import printable
-from ml_platform.settings import Settings, SettingsError, load_settings
+from ml_platform.settings import Settings, SettingsError, load_dotenv, load_settings
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -36,13 +35,6 @@ errors = _console(stderr=True)
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts (docs/operations.md).")]
-
-
-def load_dotenv() -> None:
-    """Read .env, which overrides the environment, as in Dagster's commands."""
-    import dotenv
-
-    dotenv.load_dotenv(Path.cwd() / ".env", override=True)
 
 
 def complete_partition(incomplete: str) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ml_platform.cli import champion, clusters, data, demo, doctor, metrics, scores
-from ml_platform.cli.context import CommandError, first_line, load_dotenv, warn
-from ml_platform.settings import SettingsError
+from ml_platform.cli.context import CommandError, first_line, warn
+from ml_platform.settings import SettingsError, load_dotenv
 
 app = typer.Typer(
     help="Keep a fraud model fresh as raw transaction files arrive.",

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from ml_platform.model.mlflow import MODEL_NAME, MlflowResource
-from ml_platform.settings import load_settings
+from ml_platform.settings import load_dotenv, load_settings
 
 #: Seconds that the server has to end.
 STOP_TIMEOUT_S = 20
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080, help="port (default: 8080)")
     parser.add_argument("--poll", type=float, default=30.0, metavar="S", help="seconds between looks at the champion")
     arguments = parser.parse_args()
+    load_dotenv()
     signal.signal(signal.SIGTERM, _exit)  # so that the server ends, too
     sys.exit(serve(arguments.host, arguments.port, arguments.poll))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -18,7 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 
 from ml_platform.operations.log_lines import configure_root_logger
-from ml_platform.settings import load_settings
+from ml_platform.settings import load_dotenv, load_settings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -76,9 +75,8 @@ def main() -> None:
     """Run the webserver."""
     from dagster_webserver import cli
     from dagster_webserver.webserver import DagsterWebserver
-    from dotenv import load_dotenv
 
-    load_dotenv(Path.cwd() / ".env", override=True)
+    load_dotenv()
     configure_root_logger()
     middleware = guard(load_settings().dagster_ui_url)
     build_middleware = DagsterWebserver.build_middleware
