@@ -44,6 +44,12 @@ DESCRIPTIONS = {
 #: Where the remedy is, in the description of each check that stops files.
 REMEDY = "A file that fails gets no features and trains no model: docs/operations.md, “A file is bad: what do I do?”."
 
+#: How to go on if files could not be cleaned, and none is stopped.
+ADVICE_NOT_CLEANED = (
+    "Correct or restore the files; a changed file is cleaned by a later run. ml-platform summary lists the raw files "
+    "with their states"
+)
+
 #: Steps with a lower priority than others run last: they fail the run when all else is done.
 LAST = {"dagster/priority": "-1"}
 
@@ -110,7 +116,8 @@ def intake_checks(
     if bad := not_cleaned | stopped:
         raise dg.Failure(
             f"{len(bad)} of {len(keys)} files are left out; everything else is done. "
-            f"{printable(listed(bad))}. {ADVICE}",
+            # Only a file that was cleaned can be accepted, or pass with another limit.
+            f"{printable(listed(bad))}. {ADVICE if stopped else ADVICE_NOT_CLEANED}",
             metadata={"left_out": dg.JsonMetadataValue(bad)},
             allow_retries=False,
         )

@@ -94,7 +94,11 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
     for keys, text in (
         ([f"{key}: {reason}" for key, reason in left_out.items()], "left out"),
         (withdrawn, "withdrawn"),
-        (unrecoverable, "of an older version left out, for their raw files are gone (see ml-platform migrate)"),
+        (
+            unrecoverable,
+            "partitions of an older version left out because their raw files are gone (restore these files; "
+            "ml-platform migrate --dry-run lists them)",
+        ),
         ([f"{name!r} ({why})" for name, why in ignored.items()], "ignored"),
     ):
         if keys:

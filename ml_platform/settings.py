@@ -557,8 +557,15 @@ def _load(kind: Any) -> Any:
     try:
         return kind()
     except ValidationError as error:
-        problems = [
-            ": ".join([*map(str, item["loc"][:1]), item["msg"].removeprefix("Value error, ")])
-            for item in error.errors()
-        ]
+        problems = [": ".join([*map(str, item["loc"][:1]), _in_words(item)]) for item in error.errors()]
         raise SettingsError("; ".join(problems)) from None
+
+
+def _in_words(item: Any) -> str:
+    """What is wrong with a variable, where pydantic's own words do not say what to do."""
+    if item["type"] == "missing":
+        inner = item["loc"][1:]  # within a JSON value
+        return f"needs {inner[-1]}" if inner else "is required, but not set: see .env.example"
+    if item["type"].startswith("date_"):
+        return "must be a date like 2019-08-22"
+    return str(item["msg"]).removeprefix("Value error, ")

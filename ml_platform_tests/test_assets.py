@@ -218,6 +218,9 @@ class TestCleaned:
         assert "2 of 4 files are left out; everything else is done. " in message
         assert f"{keys[1]}: RuntimeError: not a text file" in message
         assert f"{keys[2]}: file not found in {bench.lake.raw_uri}" in message
+        # These files cannot be accepted.
+        assert "Correct or restore the files; a changed file is cleaned by a later run." in message
+        assert "accept" not in message
 
     def test_an_engine_that_breaks_down_fails_the_step(self, bench: Bench, keys: list[str]):
         engine = FakeEngine(breaks_down="clean_transactions")
@@ -976,6 +979,7 @@ class TestIntake:
         message = failure_of(result, "intake_checks")
         assert "5 of 8 files are left out; everything else is done. file-" in message
         assert [key for key, (_, reason) in bad.items() if f"{key}: {reason}" not in message] == []
+        assert "take the file as it is: materialize transaction_features with accept: true" in message
         assert self.materialized(bench) == [set(keys) - {"file-3", "file-4"}, set(good), set(good)]
         (request,) = bench.requests(result, "train_model")
         # The first file is older than the window.

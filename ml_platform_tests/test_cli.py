@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -521,9 +522,24 @@ class TestDoctor:
         [
             # To list is one permission of S3, to read another.
             (storage.LocalStore, "read_start", storage.StorageError("S3 denies"), "raw files", "S3 denies"),
+            (storage.LocalStore, "read_start", FileNotFoundError("s3://b/a.txt"), "raw files", "s3://b/a.txt"),
+            (
+                storage.LocalStore,
+                "read_start",
+                PermissionError(errno.EACCES, "Permission denied", "/raw/a.txt"),
+                "raw files",
+                "Permission denied: /raw/a.txt: check that the directory exists and is readable, or set "
+                "ML_PLATFORM_RAW_URI",
+            ),
             (MlflowResource, "champion", RuntimeError("no MLflow\nwith details"), "MLflow", "no MLflow"),
             (MlflowResource, "champion", lambda: time.sleep(60), "MLflow", "timed out after 5 s: check its address "),
-            (MlflowResource, "champion", lambda: SPARK_ML, "MLflow", "the champion, version 3 is a Spark ML pipeline"),
+            (
+                MlflowResource,
+                "champion",
+                lambda: SPARK_ML,
+                "MLflow",
+                "problem with the champion: version 3 is a Spark ML",
+            ),
         ],
     )
     def test_a_service_that_fails_is_named(
@@ -553,6 +569,8 @@ class TestDoctor:
         assert wrong["MLflow"] == "RuntimeError"
         assert str(tmp_path / "file") in wrong["raw files"]
         assert str(tmp_path / "file") in wrong["lake"]
+        assert "exists and is readable, or set ML_PLATFORM_RAW_URI" in wrong["raw files"]
+        assert "exists and is writable, or set ML_PLATFORM_LAKE_URI" in wrong["lake"]
 
     def test_a_lake_of_another_version(self, run_cli: RunCli, faults: Faults, monkeypatch: pytest.MonkeyPatch):
         lake = lake_module.LakeResource(raw_uri="data/raw", lake_uri="data/lake", epoch="2020-01-01")
@@ -669,7 +687,10 @@ class TestWithdrawAndRejects:
         assert code == 0
         rows = [re.split(r"\s*│\s*", line)[1:4] for line in out.splitlines() if "│" in line]
         assert rows == [["malformed_row", "100", "[bold]garbage"], ["invalid_amount", "1", "1,-1"]]
-        assert "101 of 20,000 rows are rejected" in out
+        assert "101 of 20,000 rows are rejected; all of them, with reasons: " in out
+        clean = cleaned_report("2019-08-24", raw_spec(0))
+        lake.write_json("cleaned_transactions/raw_file=2019-08-24/_report.json", clean)
+        assert run_cli("rejects", "2019-08-24") == (0, "none of the 20,000 rows was rejected\n", "")
         code, _, err = run_cli("rejects", "2000-01-01")
         assert (code, "'2000-01-01' is not a cleaned partition" in err) == (1, True)
 
@@ -682,7 +703,7 @@ class TestWithdrawAndRejects:
         for arguments, error in (
             (("2019-08-23",), "neither a raw file nor a partition"),
             (("../..",), "neither a raw file nor a partition"),
-            (("2019-08-24", "--undo"), "is not withdrawn"),
+            (("2019-08-24", "--undo"), "is not withdrawn; ml-platform summary lists withdrawn files"),
         ):
             code, _, err = run_cli("withdraw", *arguments)
             assert (code, error in err) == (1, True)
@@ -795,7 +816,7 @@ class TestChampion:
         facts = json.loads(out)
         assert datetime.fromisoformat(facts.pop("since"))
         (problem,) = facts.pop("problems")
-        assert problem.startswith("The champion, version 1: its artifacts are gone from")
+        assert problem.startswith("Problem with the champion: version 1: its artifacts are gone from")
         assert facts == {
             **{"version": 1, "by": "eve", "why": "too many alerts", "cutoff": "file-1", "learner": "xgboost"},
             **{"train_last_date": None, "run_id": None, "platform_version": None, "metrics": {"test_roc_auc": 0.81}},
@@ -819,7 +840,8 @@ class TestChampion:
     ):
         monkeypatch.delenv("DAGSTER_HOME")
         code, _, error = run_cli("champion", "set", "1", "--why", "x")
-        assert (code, "no alert tells it: DAGSTER_HOME is not set" in error) == (0, True)
+        assert code == 0
+        assert "no alert will report it. Check DAGSTER_HOME (ml-platform doctor): DAGSTER_HOME is not set" in error
         champion = registry.champion()
         assert champion is not None
         assert str(champion.version) == "1"
@@ -858,7 +880,7 @@ class TestChampion:
             ({"reload_proof": None}, "version 2 was never verified"),
             ({"library_version": "99.1.0"}, "version 2 was written by xgboost 99.1.0"),
             ({"model_uri": "file:///m/model", "spark_version": "4.3.0"}, "version 2 is a Spark ML pipeline"),
-            ({"features": "edited"}, "version 2 has no inputs in its tags"),
+            ({"features": "edited"}, "version 2 has no inputs in its tags: choose another version, or materialize"),
         ],
     )
     def test_a_version_that_cannot_be_champion(

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from ml_platform import planning
 from ml_platform.definitions import defs
 from ml_platform.lake.partitions import PARTITION_TAG, keys_of_run, range_tags
-from ml_platform.lake.reports import CLEANED_TABLE
+from ml_platform.lake.reports import CLEANED_TABLE, CleanedReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import StoredFile
 from ml_platform.model.config import run_config
@@ -380,6 +380,14 @@ class TestFailedRunsOverCleanedFiles:
         put_cleaned(planner.lake, "a", "b", "d")
         planner.add_run(Status.FAILURE, "a", "d")
         assert planner.ranges() == [("c", "c"), ("a", "b"), ("d", "d")]
+
+    def test_an_accepted_file_is_asked_for_again(self, planner: Planner, done: list[str]):
+        planner.replace("b", 1, frauds=20_000)
+        put_cleaned(planner.lake, "b")
+        planner.add_run(Status.FAILURE, "b", "b")
+        assert planner.ranges() == []
+        planner.lake.accept([planner.lake.reports(CleanedReport)["b"]])
+        assert planner.ranges() == [("b", "b")]
 
     def test_a_vanished_raw_file_is_not_tried_again(self, planner: Planner, done: list[str]):
         planner.add_run(Status.FAILURE, "a", "b")

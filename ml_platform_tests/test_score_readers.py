@@ -105,7 +105,7 @@ def test_alerts_are_shown_with_their_reasons(run_cli: RunCli, lake: LakeResource
     ("arguments", "says"),
     [
         (["2019-01-01"], "'2019-01-01' is not a scored partition"),
-        (["none"], "none has no scores: there was no champion"),
+        (["none"], "run dg launch --assets scored_transactions --partition none"),
     ],
 )
 def test_alerts_that_cannot_be_shown(run_cli: RunCli, lake: LakeResource, arguments: list[str], says: str):

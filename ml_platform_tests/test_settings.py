@@ -121,6 +121,12 @@ def test_an_unusable_value_is_named_but_not_repeated(monkeypatch: pytest.MonkeyP
     assert "\n" not in message
 
 
+def test_a_date_is_expected_in_its_form(monkeypatch: pytest.MonkeyPatch):
+    for value in ("22.08.2019", "soon", "2019-08-22T10:00:00"):
+        with pytest.raises(SettingsError, match=r"^ML_PLATFORM_EPOCH: must be a date like 2019-08-22$"):
+            load(monkeypatch, ML_PLATFORM_EPOCH=value)
+
+
 def test_all_unusable_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(SettingsError, match=r"ML_PLATFORM_RAW_URI: .*; ML_PLATFORM_EPOCH: "):
         load(monkeypatch, ML_PLATFORM_RAW_URI="ftp://x", ML_PLATFORM_EPOCH="yesterday")
@@ -293,8 +299,9 @@ def test_an_unusable_value_of_the_cluster_is_named(yandex: pytest.MonkeyPatch, v
         ({"DATAPROC_DATA_COUNT": "3", "DATAPROC_DATA_MAX_COUNT": "2"}, "from 1 to DATAPROC_DATA_MAX_COUNT"),
         ({"DATAPROC_DATA_COUNT": "0", "DATAPROC_DATA_MAX_COUNT": "5"}, "from 1 to DATAPROC_DATA_MAX_COUNT"),
         ({"DATAPROC_MAX_LIFETIME_S": "1800"}, "DATAPROC_MAX_LIFETIME_S must be above DATAPROC_CREATE_TIMEOUT_S"),
-        ({"YC_FOLDER_ID": ""}, "^YC_FOLDER_ID: "),
+        ({"YC_FOLDER_ID": ""}, r"^YC_FOLDER_ID: is required, but not set: see \.env\.example$"),
         ({"YC_SUBNET_ID": ""}, "^YC_SUBNET_ID: "),
+        ({"DATAPROC_INITIALIZATION_ACTIONS": '[{"args": []}]'}, "^DATAPROC_INITIALIZATION_ACTIONS: needs uri$"),
         ({"YC_SERVICE_ACCOUNT_ID": ""}, "^YC_SERVICE_ACCOUNT_ID: "),
     ],
 )

@@ -68,7 +68,7 @@ def champion_facts(settings: Settings) -> dict[str, Any] | None:
         "version": int(champion.version),
         **{field: champion.tags.get(tag) for field, tag, _ in FIELDS},
         "metrics": metrics,
-        "problems": [f"The champion, {problem}." for problem in problems],
+        "problems": [f"Problem with the champion: {problem}." for problem in problems],
     }
 
 
@@ -95,7 +95,7 @@ def print_champion_problem(champion: ModelVersion | None) -> None:
     from ml_platform.model.gate import champion_problem
 
     if champion is not None and (problem := champion_problem(champion)):
-        say(f"The champion, {problem}.", "yellow")
+        say(f"Problem with the champion: {problem}.", "yellow")
 
 
 @app.command("set")
@@ -152,4 +152,7 @@ def _move_alias(settings: Settings, version: str, who: str | None, why: str) -> 
             for event in events:
                 instance.report_runless_asset_event(event)
     except Exception as error:  # whatever Dagster's storage raises: the alias has moved
-        warn(f"The move is not recorded in Dagster, so no alert tells it: {first_line(error)}")
+        warn(
+            "The move is not recorded in Dagster, so no alert will report it. Check DAGSTER_HOME (ml-platform doctor): "
+            f"{first_line(error)}"
+        )

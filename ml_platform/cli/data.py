@@ -180,8 +180,12 @@ def rejects(key: Partition) -> None:
             table.add_row(rule, f"{rows:,}", plain(report.reject_samples.get(rule, "")))
     if table.rows:
         console.print(table)
-    say(f"{report.counts.rejected_rows:,} of {report.counts.raw_rows:,} rows are rejected; all of them, with their ")
-    say(f"reasons: {lake.partition_uri(REJECTED_TABLE, key)}")
+    rejected, rows = report.counts.rejected_rows, report.counts.raw_rows
+    if not rejected:  # then there is no file of them either
+        say(f"none of the {rows:,} rows was rejected")
+        return
+    uri = lake.partition_uri(REJECTED_TABLE, key)
+    say(f"{rejected:,} of {rows:,} rows are rejected; all of them, with reasons: {uri}")
 
 
 def withdraw(
@@ -196,7 +200,7 @@ def withdraw(
     lake = lake_of(settings)
     if undo:
         if not allow_again(lake, key):
-            raise CommandError(f"{key!r} is not withdrawn")
+            raise CommandError(f"{key!r} is not withdrawn; ml-platform summary lists withdrawn files")
         say(f"{key} is no longer withdrawn: the next run cleans it again if its raw file is there")
         return
     with dagster_instance(settings) as instance:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ml_platform.cli.clusters import dataproc_engine
 from ml_platform.cli.context import CommandError, console, dagster_instance, first_line, lake_of, mlflow_of, plain
+from ml_platform.lake.storage import StorageError
 from ml_platform.operations.background import in_background
 from ml_platform.settings import Settings, SettingsError, is_set, load_settings
 
@@ -145,6 +146,22 @@ def _check_dataproc(settings: Settings) -> str:
     return f"the API answers; {len(engine.clusters())} clusters of this deployment in folder {engine.spec.folder_id}"
 
 
+@contextmanager
+def _directory_advice(needed: str, variable: str) -> Generator[None]:
+    """Turn the operating system's error about a local directory into advice; errors of S3 have their own."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise CommandError(
+            f"{error.strerror}: {error.filename}: check that the directory exists and is {needed}, or set {variable}"
+        ) from error
+
+
+@_directory_advice("readable", "ML_PLATFORM_RAW_URI")
 def _check_raw_files(settings: Settings) -> str:
     from ml_platform.assets.outcomes import shorten_list
 
@@ -163,6 +180,7 @@ def _check_raw_files(settings: Settings) -> str:
     return f"{len(files)} files, {size:,.1f} MB in {settings.raw_uri}, {len(ignored)} ignored{names}"
 
 
+@_directory_advice("writable", "ML_PLATFORM_LAKE_URI")
 def _check_lake(settings: Settings) -> str:
     from ml_platform.lake.reports import CleanedReport
 
@@ -198,7 +216,7 @@ def _check_mlflow(settings: Settings) -> str:
     if champion is None:
         return f"{scheme}: no champion yet"
     if problem := champion_problem(champion) or lost_parts(resource, champion):
-        raise CommandError(f"the champion, {problem} (ml-platform champion set)")
+        raise CommandError(f"problem with the champion: {problem}")
     return f"{scheme}: champion is version {champion.version}"
 
 

@@ -34,7 +34,11 @@ def alerts(
     if report is None:
         raise CommandError(f"{key!r} is not a scored partition of {settings.lake_uri}; ml-platform summary lists them")
     if report.outcome != "scored":
-        raise CommandError(f"{key} has no scores: {report.error or 'there was no champion when it was cleaned'}")
+        no_champion = (
+            "there was no champion when it was processed: once there is one, run "
+            f"dg launch --assets scored_transactions --partition {key}"
+        )
+        raise CommandError(f"{key} has no scores: {report.error or no_champion}")
     directory = lake.partition_path(ALERTS_TABLE, key)
     rows = parquet.read_table(io.BytesIO(lake.store.read(f"{directory}/{PARQUET_NAME}"))).to_pylist()
     rows = [row for row in rows if day is None or row["tx_datetime"].date() == day.date()]

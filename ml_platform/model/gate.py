@@ -79,16 +79,16 @@ def features_of(version: ModelVersion) -> list[str]:
 
 def champion_problem(version: ModelVersion) -> str | None:
     """Reason why this platform cannot score with a version, by its tags; None if they show no problem."""
-    name = f"version {version.version}"
+    name, way_out = f"version {version.version}", "choose another version, or materialize fraud_model"
     if not version.tags.get("model_uri", "").endswith(".json"):
         if "spark_version" in version.tags:
             return (
                 f"{name} is a Spark ML pipeline of an earlier version of ml_platform, with which this one "
                 "cannot score; the next run trains a successor"
             )
-        return f"{name} has no model file in its tags"
+        return f"{name} has no model file in its tags: {way_out}"
     if not features_of(version):
-        return f"{name} has no inputs in its tags"
+        return f"{name} has no inputs in its tags: {way_out}"
     learner = LEARNERS.get(version.tags.get("learner", ""))
     if learner is not None and learner.library is not None:
         written_by, installed = version.tags.get("library_version", ""), installed_version(learner.library)

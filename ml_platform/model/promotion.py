@@ -288,7 +288,7 @@ def _reasons(outcome: Outcome, promote: bool, rule: PromotionRule, figures: Figu
     champion = f"champion (version {facts.champion})"
     not_scored = f"The {champion} could not score the held-out rows: {facts.champion_error}"
     if outcome == "first_model":
-        reasons = ["There is no champion, so the first model becomes it.", _quality(rule, figures)]
+        reasons = ["There is no champion, so this first model becomes the champion.", _quality(rule, figures)]
         if not _beats_chance(figures):
             reasons.append("It is not clearly better than a random order: review it before you rely on it.")
     elif outcome == "no_difference":
