@@ -60,7 +60,7 @@ def _without_secrets(value: dict[str, str]) -> dict[str, str]:
     if secret := [name for name in value if SECRET_PROPERTY.search(name)]:
         raise ValueError(
             f"must hold no secrets ({', '.join(secret)}), because Dagster's UI shows properties: keys of S3 belong "
-            "into AWS_... variables, others into the spark-defaults.conf of SPARK_CONF_DIR"
+            "in AWS_... variables, others in the spark-defaults.conf of SPARK_CONF_DIR"
         )
     return value
 
@@ -104,12 +104,14 @@ class Settings(BaseSettings):
     mlflow_tracking_uri: str | None = Field(
         None,
         alias="MLFLOW_TRACKING_URI",
-        description="MLflow's tracking server or database; default: mlflow.db (SQLite) next to the lake.",
+        description="MLflow's tracking server or database; default: mlflow.db (SQLite) next to a local lake, or in "
+        "./data if the lake is in S3.",
     )
     artifacts_uri: str | None = Field(
         None,
         alias="ML_PLATFORM_ARTIFACTS_URI",
-        description="Where MLflow's client stores artifacts; default: next to the lake, or where the server says.",
+        description="Where MLflow's client stores artifacts; default: mlflow-artifacts next to a local lake, or in "
+        "./data if the lake is in S3; a server uses its own location.",
     )
     mlflow_ui_url: str | None = Field(
         None,
@@ -127,7 +129,7 @@ class Settings(BaseSettings):
     spark_home: Path | None = Field(
         None,
         alias="SPARK_HOME",
-        description="Another Spark installation than that of the package pyspark; read by PySpark.",
+        description="Spark installation to use instead of the one in the package pyspark; read by PySpark.",
     )
     spark_driver_memory: str | None = Field(
         None,
@@ -158,13 +160,14 @@ class Settings(BaseSettings):
         description="YAML file with the run configuration of runs that are started for new files.",
     )
     log_format: Literal["text", "json"] = Field(
-        "text", alias="ML_PLATFORM_LOG_FORMAT", description="What runs write to their process's output."
+        "text", alias="ML_PLATFORM_LOG_FORMAT", description="Format of the runs' output."
     )
     files_every_days: int = Field(
         30,
         ge=1,
         alias="ML_PLATFORM_FILES_EVERY_DAYS",
-        description="Days between raw files: the freshness policies call data and model late by it.",
+        description="Expected days between raw files; the freshness policies use it to decide when data and model are "
+        "late.",
     )
 
     @field_validator("raw_uri", "lake_uri")

@@ -100,7 +100,9 @@ def settings_page() -> Iterator[str]:
 
     yield NOTE.format("`ml_platform/settings.py` and the configuration of the assets")
     yield "# Settings"
-    yield "An unset or empty variable has its default. Where to set what: [operations.md](../operations.md#settings)."
+    yield (
+        "An unset or empty variable has its default. Where settings belong: [operations.md](../operations.md#settings)."
+    )
     yield "## Environment variables"
     yield settings_table(Settings, "variable")
     yield "### Alerts"
@@ -194,7 +196,7 @@ def tables_page() -> Iterator[str]:
             (
                 f"`{item.name}`",
                 item.entity,
-                f"{item.days} days" if item.days else "",
+                f"{item.days} day{'s' if item.days > 1 else ''}" if item.days else "",
                 item.unit,
                 item.source,
                 item.description,

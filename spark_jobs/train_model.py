@@ -1,6 +1,6 @@
 """Train a fraud model on ``transaction_features``: choose learner and parameters, fit, and score later rows.
 
-All windows are whole days (``tx_time_days``) and end with the last full day D of the cut-off partition::
+All windows are whole days (``tx_time_days``) and end with the last day D of the cut-off partition (see `_ends`)::
 
     |<------------------- train ------------------>|<- delay ->|<-- test -->|
     |<-- validation_train -->|<- delay ->|<- valid. ->|                     D
@@ -528,9 +528,10 @@ def _read_features(spark: SparkSession, settings: dict[str, Any]) -> DataFrame:
 
 
 def _ends(spark: SparkSession, frame: DataFrame, settings: dict[str, Any]) -> tuple[int, int] | None:
-    """(last full day of the cut-off, days from 1970-01-01 to day 0); None if the cut-off has no rows.
+    """(D, days from 1970-01-01 to day 0); None if the cut-off has no rows.
 
-    One second is subtracted because a row at 24:00:00 falls on the first instant of the next file's first day.
+    D is the day of the cut-off's last transaction, or `cutoff_last_date` if that is earlier. One second is subtracted
+    because a row at 24:00:00 falls on the first instant of the next file's first day.
     """
     from pyspark.sql import functions as F
 

@@ -94,7 +94,7 @@ raw rows = clean rows + duplicate rows + rejected rows. A file that is already c
 the rejected lines (`ml-platform rejects KEY` shows one for each reason).
 
 **If a check fails:** the file gets no features and trains no model; all others go on. The check says what is wrong.
-Mend the raw file, or take it as it is (`accept: true` in the run configuration of `transaction_features`):
+Correct the raw file, or take it as it is (`accept: true` in the run configuration of `transaction_features`):
 docs/operations.md, “A file is bad: what do I do?”, and docs/cleaning.md."""
     ),
 )

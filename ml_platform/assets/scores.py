@@ -95,12 +95,13 @@ def causes_to_score(
         )
     },
     description=with_links(
-        """Scores and alerts: the probability of fraud of each clean row, by the champion before the run.
+        """Scores and alerts: the probability of fraud of each clean row, by the model that was the champion when
+scoring started.
 
-The rows of each day with the highest scores are alerts: `alerts.csv` and `alerts.parquet` name for each the three
-inputs that raised its score most. Scores stay as they were given when the champion or the history changes. They are
-graded week by week as soon as their labels are known. Without a champion that can score, a partition has a report that
-says so, and no rows.
+The rows of each day with the highest scores are alerts: `alerts.csv` and `alerts.parquet` name, for each alert, up to
+three inputs that raised its score most. Scores stay as they were given when the champion or the history changes. They
+are graded week by week as soon as their labels are known. Without a champion that can score, a partition has a report
+that says so, and no rows.
 
 **How to read its metadata:** `first_alerts` are the first ten; `ml-platform alerts KEY` lists more, and `alerts_path`
 holds all. `expected_frauds` is the sum of the scores. `live_quality` shows all graded weeks, `drift` this file against

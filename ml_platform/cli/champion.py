@@ -46,7 +46,7 @@ FIELDS = (
 
 @app.command("show")
 def show_champion(as_json: AsJson = False) -> None:
-    """Show the champion, since when and why it is the champion, its data and its metrics."""
+    """Show the champion: when, by whom and why it was chosen, its training data and metrics."""
     settings = load_settings()
     if as_json:
         print_json(champion_facts(settings))

@@ -164,7 +164,7 @@ def _is_interrupt(event: dg.DagsterEvent) -> bool:
 
 
 def rejects(key: Partition) -> None:
-    """Show how many rows of a partition each rule rejected, with a line for each."""
+    """Count a partition's rejected rows by rule, with an example line for each rule."""
     from ml_platform.lake.reports import REJECTED_TABLE, CleanedReport
     from spark_jobs.schema import REJECT_RULES
 

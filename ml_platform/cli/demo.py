@@ -20,7 +20,10 @@ PLACES = ("deployment", "raw_uri", "lake_uri", "mlflow_tracking_uri", "artifacts
 
 
 def demo() -> None:
-    """Simulate three months of transactions, train a first model, and let it score a fourth month. Uses ./data only."""
+    """Simulate three months of transactions, train a first model, and let it score a fourth month.
+
+    Writes to ./data and DAGSTER_HOME only.
+    """
     from ml_platform.spark.engine import shared_session
 
     settings = load_settings()

@@ -44,8 +44,8 @@ class QualityLimits(dg.ConfigurableResource):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Rows are rejected (out_of_range) if they lie farther outside the 0.1 to 99.9 percentiles of their "
-        "file's days or ids than this many times their width. None: no row is.",
+        description="Reject rows whose day or id lies farther outside the file's 0.1 to 99.9 percentile range than "
+        "this multiple of the range's width. Unset: off.",
     )
 
 

@@ -146,8 +146,9 @@ class CleanedReport(PartitionReport):
     raw: RawVersion
     #: Rows by outcome and by rule.
     counts: CleanedCounts
-    #: None if the partition is empty, as is `transaction_id`.
+    #: None if the partition is empty.
     tx_datetime: Annotated[Instants | None, BeforeValidator(_none_if_empty)]
+    #: None if the partition is empty.
     transaction_id: Annotated[Ids | None, BeforeValidator(_none_if_empty)]
     #: Rows far from the others in time.
     odd_rows: OddRows
@@ -306,8 +307,9 @@ class ScoredReport(PartitionReport):
     alerts: list[dict[str, Any]]
     #: Measures of drift against the champion's training window (spark_jobs/scoring/drift.py).
     drift: dict[str, Any]
-    #: Grades that this run made, of any partition's weeks, and why there are none.
+    #: Grades made by this run, for weeks of any partition.
     grades: list[Grade]
+    #: Why grading failed; None if it did not.
     grading_error: str | None
 
 
@@ -388,10 +390,12 @@ class TrainingReport(_Report):
     champion: ChampionScoring | None = None
     #: The model file.
     model_uri: str = ""
-    #: What the platform adds to the job's report: partitions that the rows came from; metrics and tables of the
-    #: held-out rows (see `ml_platform.model.evaluation`, `spark_jobs.evaluation.metrics`).
+    # The job's report lacks the following, which the platform adds: see ml_platform.model.evaluation.
+    #: Partitions the rows came from.
     partitions: list[str] = Field(default_factory=list)
+    #: Metrics of the held-out rows.
     metrics: dict[str, float | int | None] = Field(default_factory=dict)
+    #: Tables of the held-out rows.
     tables: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
 
 

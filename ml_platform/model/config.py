@@ -16,7 +16,11 @@ class PromotionConfig(PromotionRule):
     """Promotion rule and thresholds of the check ``champion_health``; see docs/model.md."""
 
     min_champion_average_precision: float = Field(
-        default=0.2, ge=0, le=1, description="champion_health warns below this on the newest held-out week."
+        default=0.2,
+        ge=0,
+        le=1,
+        description="champion_health warns if the champion's average precision is below this in its last graded week "
+        "or, until there is one, on the held-out week.",
     )
     max_champion_age_days: int = Field(
         default=120, ge=1, description="champion_health warns after this many days without a comparable challenger."
@@ -41,7 +45,9 @@ class FraudModelConfig(dg.Config):
     min_train_days: int = _setting("min_train_days", "Minimum days to fit on while parameters are chosen.", ge=1)
     min_frauds: int = _setting("min_frauds", "Minimum frauds in each of these windows.", ge=1)
     alerts_per_day: int = Field(100, ge=1, description="Alert budget: transactions that can be investigated per day.")
-    validation_folds: int = _setting("validation_folds", "Validation weeks, each one week earlier than the last.", ge=1)
+    validation_folds: int = _setting(
+        "validation_folds", "Validation windows, each `validation_days` earlier than the one before.", ge=1
+    )
     search_rows: int = _setting("search_rows", "Maximum rows that each candidate is fitted on.", ge=1000)
     max_train_rows: int = _setting(
         "max_train_rows", "Maximum rows that the final model is fitted on; see docs/model.md.", ge=1000

@@ -212,18 +212,20 @@ def _registry() -> Iterator[Feature]:
     yield row("tx_during_night", during_night, "handbook", "0 or 1", "00:00 to 06:59 (UTC).",
               lambda value: "at night (before 07:00 UTC)" if value else "by day (from 07:00 UTC)")
     for days, text in windows:
+        period = "day" if days == 1 else text
         yield customer(f"customer_tx_count_{days}d", customer_count(days), days, "handbook", "transactions",
-                       f"The customer's transactions in the {text} up to and including this one; 1 if unknown.",
+                       f"The customer's transactions in the {period} up to and including this one; 1 if unknown.",
                        _phrase("{:,.0f} payments of this customer within {}", text))
         yield customer(f"customer_mean_amount_{days}d", customer_mean(days), days, "handbook", "amount",
-                       f"Mean amount of the customer's {text} up to this transaction; if unknown, this amount.",
+                       f"Mean customer amount in the {period} up to this transaction; if unknown, this amount.",
                        _phrase("mean amount {:,.2f} of this customer within {}", text))
     for days, text in windows:
+        period = "day" if days == 1 else text
         yield terminal(f"terminal_tx_count_{days}d", terminal_count(days), days, "handbook", "transactions",
-                       f"The terminal's transactions in the {text} that end {delay} days ago; 0 if unknown.",
+                       f"The terminal's transactions in the {period} ending {delay} days ago; 0 if unknown.",
                        _phrase("{:,.0f} payments at this terminal in the {} until {} days ago", text, delay))
         yield terminal(f"terminal_fraud_risk_{days}d", terminal_risk(days), days, "handbook", "share",
-                       f"Share of frauds at the terminal in the {text} that end {delay} days ago; 0 without payments.",
+                       f"Share of frauds at the terminal in the {period} ending {delay} days ago; 0 without payments.",
                        _phrase("{:.1%} frauds among this terminal's payments in the {} until {} days ago", text, delay))
     yield customer("customer_amount_ratio_to_mean", ratio_to_mean, 30, "own", "ratio",
                    "Amount over the mean of the customer's 30 days before; 1 without any.",
@@ -246,7 +248,7 @@ def _registry() -> Iterator[Feature]:
                    _phrase("another payment of {:.1f} times this customer's mean within 14 days"))
     for days in (3, 21):
         yield terminal(f"terminal_fraud_count_{days}d", terminal_frauds(days), days, "own", "frauds",
-                       f"Known frauds at the terminal in the {days} days that end {delay} days ago.",
+                       f"Known frauds at the terminal in the {days} days ending {delay} days ago.",
                        _phrase("{:.0f} frauds at this terminal in the {} days until {} days ago", days, delay))
     known, without = f"{LABEL_DAYS} known days", f"{NO_LABEL_AGE:.0f}"
     yield terminal("terminal_first_fraud_age", first_known_fraud_age, LABEL_DAYS, "own", "days",

@@ -422,7 +422,7 @@ def _kernel(weeks: int) -> Array:
 
 
 def _noise(training_rows: Array, file_rows: Array) -> float:
-    """How much larger the noise of a file's week is than that of a training week, for it has fewer rows; at least 1."""
+    """Noise of a file's week as a multiple of that of a training week, because it has fewer rows; at least 1."""
     return max(float(training_rows.mean() / file_rows.mean()), 1.0)
 
 
