@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,9 +12,11 @@ import uuid
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import dagster as dg
 import pytest
+from dagster_shared.record import copy
 
 from ml_platform.lake.partitions import range_tags
 from ml_platform.lake.resource import LakeResource
@@ -65,8 +68,8 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 def tag_of(process: subprocess.Popen[bytes]) -> str:
     """The tag that a process would give its run, its start time read from the kernel."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return f"{socket.gethostname()}:{process.pid}:{fields[19]}"
+    fields = Path(f"/proc/{process.pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return f"{socket.gethostname()}:{process.pid}:{int(fields[19])}"
 
 
 def tick(instance: dg.DagsterInstance) -> str | None:
@@ -93,6 +96,37 @@ def test_a_run_of_a_living_or_unknown_process_is_left_alone(instance: dg.Dagster
     for tags in ({}, {PROCESS_TAG: process_tag}, {PROCESS_TAG: f"elsewhere:{pid}:1"}, {PROCESS_TAG: "anything"}):
         start_run(instance, **tags)
     assert fail_dead_runs(instance) == []
+
+
+def test_a_process_may_have_any_name(instance: dg.DagsterInstance, tmp_path: Path):
+    program = os.fsencode(tmp_path) + b"/) caf\xe9"
+    os.symlink(os.fsencode(str(shutil.which("sleep"))), program)
+    with subprocess.Popen([program, b"600"]) as process:
+        start_run(instance, **{PROCESS_TAG: tag_of(process)})
+        try:
+            assert fail_dead_runs(instance) == []
+        finally:
+            process.kill()
+
+
+def test_a_process_that_cannot_be_looked_at_may_be_alive(
+    instance: dg.DagsterInstance, reused: str, monkeypatch: pytest.MonkeyPatch
+):
+    """With the mount option hidepid, /proc shows nothing of other users' processes."""
+    start_run(instance, **{PROCESS_TAG: reused})
+    for read in ("read_bytes", "read_text"):
+        monkeypatch.setattr(Path, read, mock.Mock(side_effect=PermissionError))
+    assert fail_dead_runs(instance) == []
+
+
+def test_a_run_that_ends_while_it_is_looked_at_has_not_died(
+    instance: dg.DagsterInstance, reused: str, monkeypatch: pytest.MonkeyPatch
+):
+    listed = get_run(instance, start_run(instance, **{PROCESS_TAG: reused}))
+    ended = get_run(instance, start_run(instance, dg.DagsterRunStatus.SUCCESS, **{PROCESS_TAG: reused}))
+    monkeypatch.setattr(instance, "get_runs", lambda _: [copy(listed, run_id=ended.run_id), listed])
+    assert fail_dead_runs(instance) == [listed.run_id]
+    assert get_run(instance, ended.run_id).status == dg.DagsterRunStatus.SUCCESS
 
 
 def test_a_pid_in_use_again_is_another_process(instance: dg.DagsterInstance, reused: str):
