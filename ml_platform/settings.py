@@ -30,6 +30,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
 #: boto3 takes empty, `.` or `..` parts of a key literally; Hadoop normalizes them.
 _INVALID_KEY_PARTS = {"", ".", ".."}
+_TRACKING_URI = re.compile(r"(?i)(https?|file|sqlite|postgresql|mysql|mssql)(\+\w+)?://")
 _EMAIL_ADDRESS = re.compile(r"[!-~]+@[A-Za-z0-9.-]+")
 #: Hosts to which secrets may be sent unencrypted.
 LOCALHOST = ("localhost", "127.0.0.1", "::1")
@@ -188,6 +189,14 @@ class Settings(BaseSettings):
         if value and not re.fullmatch(r"(?i)https?://[^\s()<>\[\]]+", value):
             raise ValueError("must be a URL that begins with https:// or http://, without brackets and blanks")
         return value.rstrip("/") if value else value
+
+    @field_validator("mlflow_tracking_uri")
+    @classmethod
+    def _known_store(cls, value: str | None) -> str | None:
+        """Reject what MLflow would only refuse in a run, with an error that repeats the URI and its password."""
+        if value and "://" in value and not _TRACKING_URI.match(value):
+            raise ValueError("must begin with https://, http://, sqlite:///, postgresql://, mysql:// or mssql://")
+        return value
 
     @field_validator("mlflow_tracking_uri", "mlflow_ui_url", "dagster_ui_url", "docs_url")
     @classmethod

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import dagster as dg
 import pandas as pd
@@ -923,6 +924,14 @@ class TestModel:
     def test_impossible_values_are_refused(self, config: dict[str, Any]):
         with pytest.raises(ValueError, match=next(iter(config))):
             FraudModelConfig(**config)
+
+
+def test_an_unusable_address_of_mlflow_is_not_a_missing_champion():
+    """MLflow answers both with the same code."""
+    resource = MlflowResource(tracking_uri="postgres://db.example/mlflow")
+    for call in (resource.champion, lambda: resource.version("1"), lambda: resource.metrics_of(mock.Mock(run_id="x"))):
+        with pytest.raises(Exception, match="unsupported URI"):
+            call()
 
 
 def test_the_address_of_an_mlflow_run_is_that_of_its_web_page():

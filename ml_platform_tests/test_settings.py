@@ -104,6 +104,7 @@ def test_directories_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("SPARK_PROPERTIES", '{"spark.hadoop.fs.s3a.secret.key": "hunter22"}'),
         ("MLFLOW_TRACKING_URI", "https://me:hunter22@mlflow.example"),
         ("MLFLOW_TRACKING_URI", "HTTP://me@mlflow.example:5000/"),
+        ("MLFLOW_TRACKING_URI", "postgres://me:hunter22@db.example/mlflow"),
         ("MLFLOW_UI_URL", "https://me:hunter22@mlflow.example"),
         ("DAGSTER_UI_URL", "https://me:hunter22@dagster.example"),
         ("ML_PLATFORM_DOCS_URL", "https://me:hunter22@git.example/docs"),

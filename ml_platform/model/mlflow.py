@@ -57,7 +57,10 @@ class MlflowResource(dg.ConfigurableResource):
         self._init_context = context
 
     def client(self) -> Any:
-        """Create an MlflowClient for the tracking store and registry."""
+        """Create an MlflowClient for the tracking store and registry.
+
+        For an unusable URI it raises one of NOT_FOUND_CODES: call it outside a `try` that catches these.
+        """
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
@@ -115,8 +118,9 @@ class MlflowResource(dg.ConfigurableResource):
         """Version with the alias ``champion``; None if there is no champion."""
         from mlflow.exceptions import MlflowException
 
+        client = self.client()
         try:
-            return self.client().get_model_version_by_alias(MODEL_NAME, CHAMPION)
+            return client.get_model_version_by_alias(MODEL_NAME, CHAMPION)
         except MlflowException as error:
             if error.error_code in NOT_FOUND_CODES:
                 return None
@@ -126,8 +130,9 @@ class MlflowResource(dg.ConfigurableResource):
         """A version of the registered model; None if there is none."""
         from mlflow.exceptions import MlflowException
 
+        client = self.client()
         try:
-            return self.client().get_model_version(MODEL_NAME, number)
+            return client.get_model_version(MODEL_NAME, number)
         except MlflowException as error:
             if error.error_code in NOT_FOUND_CODES:
                 return None
@@ -164,8 +169,9 @@ class MlflowResource(dg.ConfigurableResource):
         """Metrics of a version's MLflow run; empty if the run is gone."""
         from mlflow.exceptions import MlflowException
 
+        client = self.client()
         try:
-            return dict(self.client().get_run(version.run_id).data.metrics)
+            return dict(client.get_run(version.run_id).data.metrics)
         except MlflowException as error:
             if error.error_code in NOT_FOUND_CODES:
                 return {}
