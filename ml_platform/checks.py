@@ -211,7 +211,7 @@ def score_checks(context: dg.AssetCheckExecutionContext, lake: LakeResource) -> 
             # The run's own grades, or the newest that there are.
             newest = [grade for grade in grades if grade.week == grades[-1].week] if key == last else []
             problems = [problem for grade in report.grades or newest if (problem := problem_of_grade(grade))]
-            return "; ".join([report.grading_error] if report.grading_error else problems) or None
+            return "; ".join(filter(None, [report.grading_error, *problems])) or None
         found = report.drift.get(check, {})
         return found.get("reason") if found.get("outcome") == "drift" else None
 

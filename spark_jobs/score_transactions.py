@@ -56,7 +56,7 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
     ``out_of_time_from``, ``held_out``, ``alerts_per_day``, ``counts`` (``rows``, ``alerts``), ``score_sum``, ``weeks``
     (week → rows that can be graded as live, see `grading`), ``alerts`` (the first ten), ``drift`` (see
     `drift.measure`), and ``grades`` (those that the run made, in the report of its last partition) with
-    ``grading_error`` (why there are none).
+    ``grading_error`` (why a week has none).
 
     Writes into ``output_uri`` the scored rows (SCORED_COLUMNS), and into ``alerts_uri`` the alerts (ALERT_COLUMNS) as
     Parquet and CSV, which the report in ``output_uri`` commits.
@@ -84,10 +84,10 @@ def run(spark: SparkSession, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _grades(spark: SparkSession, request: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """(grades, None), or no grades and why: the scores of a file do not wait for those of others, and the next run
+    """The grades, and why a week has none: the scores of a file do not wait for those of others, and the next run
     grades what this one could not."""
     try:
-        return grading.grade_weeks(spark, request), None
+        return grading.grade_weeks(spark, request)
     except Exception as error:
         log.exception("the scores cannot be graded")
         return [], runtime.describe(error)

@@ -331,11 +331,16 @@ class TestGrades:
         ]
         assert report["grades"][0]["rows"] + report["grades"][0]["removed_rows"] == 5 * ROWS_PER_DAY
 
-    def test_scores_of_other_rows_than_the_cleaned_ones_are_not_graded(self, score, scored, output, lake, tmp_path):
+    def test_scores_of_other_rows_than_the_cleaned_ones_have_no_grade_and_others_do(
+        self, score, scored, output, lake, tmp_path
+    ):
         wrong = {"a": {**grading.entry_of(uri(output, "b", "scored_transactions"), scored["a"]), "run_id": "x"}}
         report = reports_of(score(tmp_path, keys=["b"], scored=wrong))["b"]
-        assert report["grades"] == []
-        assert "score them again" in report["grading_error"]
+        assert [grade["week"] for grade in report["grades"]] == [3, 4], "those of b"
+        assert report["grading_error"] == (
+            "version 3, 2020-01-01 to 2020-01-07 in a: the scored rows are not those of the cleaned partitions: "
+            "score them again"
+        )
         assert report["counts"]["rows"] == DAYS * ROWS_PER_DAY
 
 

@@ -46,6 +46,10 @@ SCORED, LABELS, FRAUDS = b"S", b"L", b"F"
 ENTRY_FIELDS = ("run_id", "model_version", "weeks", "out_of_time_from", "held_out")
 
 
+class OtherRowsError(ValueError):
+    """The scores of a week are of other rows than the cleaned ones."""
+
+
 class Week(NamedTuple):
     """Rows of one version in a week: the days, and the partitions with the runs that scored them."""
 
@@ -91,8 +95,8 @@ def ungraded_weeks(request: dict[str, Any]) -> list[Week]:
     return weeks
 
 
-def grade_weeks(spark: SparkSession, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Grade the ungraded weeks of all scored partitions.
+def grade_weeks(spark: SparkSession, request: dict[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
+    """Grade the ungraded weeks of all scored partitions; returns the grades, and why a week has none.
 
     Request:
         epoch: first day of the data set.
@@ -111,24 +115,32 @@ def grade_weeks(spark: SparkSession, request: dict[str, Any]) -> list[dict[str, 
     """
     weeks = ungraded_weeks(request)
     if not weeks:
-        return []
+        return [], None
     log.info("grading %d weeks whose labels are known by now", len(weeks))
-    grades = []
+    grades, problems = [], []
     for week, figures in _figures(spark, request, weeks):
+        first, last = (_date(day, request["epoch"]) for day in (week.first_day, week.last_day))
+        if "problem" in figures:
+            problem = "version {}, {} to {} in {}: {}".format(
+                week.version, first, last, ", ".join(sorted(week.scores)), figures["problem"]
+            )
+            log.error("not graded: %s", problem)
+            problems.append(problem)
+            continue
         grade = {
             "week": week.week,
             "model_version": week.version,
-            "first_date": _date(week.first_day, request["epoch"]),
-            "last_date": _date(week.last_day, request["epoch"]),
+            "first_date": first,
+            "last_date": last,
             "scores": week.scores,
             "graded_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "held_out": request["scored"][min(week.scores)]["held_out"],
             "alerts_per_day": request["alerts_per_day"],
             **figures,
         }
-        log.info("version %d, %s to %s: %s", week.version, grade["first_date"], grade["last_date"], _text(grade))
+        log.info("version %d, %s to %s: %s", week.version, first, last, _text(grade))
         grades.append(grade)
-    return grades
+    return grades, problems[0] if problems else None
 
 
 def _text(grade: dict[str, Any]) -> str:
@@ -142,7 +154,7 @@ def _date(day: int, epoch: str) -> str:
 
 
 def _figures(spark: SparkSession, request: dict[str, Any], weeks: list[Week]) -> list[tuple[Week, dict[str, Any]]]:
-    """The weeks with their figures, each computed by one task."""
+    """The weeks with their figures, each computed by one task, or with the ``problem`` of this week alone."""
     delay = request["delay_days"]
     known = [
         (week.first_day - delay - request["compromised_lookback_days"], week.last_day - delay - 1) for week in weeks
@@ -179,7 +191,11 @@ def _figures(spark: SparkSession, request: dict[str, Any], weeks: list[Week]) ->
         for key, block in key_blocks:
             by_week.setdefault(week_of[key], []).append(bytes(block))
         for number, packed in sorted(by_week.items()):
-            yield number, json.dumps(_grade(packed, delay, request["alerts_per_day"]))
+            try:
+                figures = _grade(packed, delay, request["alerts_per_day"])
+            except OtherRowsError as error:
+                figures = {"problem": str(error)}
+            yield number, json.dumps(figures)
 
     used = {key for week in weeks for key in week.scores}
     scored = _read(
@@ -239,7 +255,7 @@ def _blocks_of_weeks(keys: Array, found: Iterable[_Rows]) -> Columns:
 
 
 def _grade(packed: list[bytes], delay_days: int, alerts_per_day: int) -> dict[str, Any]:
-    """Figures of the rows in blocks of all three kinds."""
+    """Figures of the rows in blocks of all three kinds. Raises OtherRowsError."""
     import numpy as np
     import pandas as pd
 
@@ -256,7 +272,7 @@ def _grade(packed: list[bytes], delay_days: int, alerts_per_day: int) -> dict[st
         np.array_equal(scored["_part"], labels["_part"])
         and np.array_equal(scored["transaction_id"], labels["transaction_id"])
     ):
-        raise ValueError("the scored rows are not those of the cleaned partitions: score them again")
+        raise OtherRowsError("the scored rows are not those of the cleaned partitions: score them again")
     customer = np.where(scored["customer_id"] == NO_KEY, np.nan, scored["customer_id"].astype("f8"))
     rows = pd.DataFrame(
         {
