@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from datetime import date, datetime, timedelta, timezone
 from typing import Any
 
@@ -179,7 +180,7 @@ def file(
     key: str,
     days: tuple[int, int] = (0, 29),
     ids: tuple[int, int] | None = None,
-    shared: dict[str, int] | None = None,
+    shared: Mapping[str, int | None] | None = None,
     **changes: Any,
 ) -> CleanedReport:
     """A cleaned file of some days (since 2020-01-01) and ids, which shares so many ids with others."""
@@ -190,7 +191,11 @@ def file(
             "tx_datetime": times_between(first, last),
             "transaction_id": ids_between(*(ids or (1000 * days[0], 1000 * days[1] + 999))),
             "shared_ids": {
-                other: {"version": f"{SCHEMA_VERSION}/{EPOCH}/1-1", "rows": rows, "examples": [*range(min(rows, 3))]}
+                other: {
+                    "version": f"{SCHEMA_VERSION}/{EPOCH}/1-1",
+                    "rows": rows,
+                    "examples": [*range(min(rows or 0, 3))],
+                }
                 for other, rows in (shared or {}).items()
             },
             **changes,
@@ -260,6 +265,9 @@ class TestVerdicts:
         found = verdicts(*not_compared)
         assert found.problems["b"] == {"unique_ids": "its ids overlap those of a, and were not compared"}
         assert found.uncompared == {"b"}, "the next run cleans it again, and compares"
+        found = verdicts(file("a", ids=(0, 100)), file("b", (30, 59), ids=(100, 200), shared={"a": None}))
+        assert found.problems["b"] == {"unique_ids": "its ids overlap those of a, and could not be compared"}
+        assert found.uncompared == {"b"}, "so that an error of the storage that passes stops no file for good"
 
     def test_a_comparison_with_an_older_version_of_a_file_counts_as_none(self):
         older = file("b", (30, 59), ids=(50, 200), shared={"a": 0}, epoch="2018-04-01")

@@ -60,7 +60,7 @@ WITHDRAWN = "it was withdrawn (undo with: ml-platform withdraw --undo KEY)"
 
 
 def files_to_clean_again(cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits) -> set[str]:
-    """Stopped files that another limit `out_of_range` was used for, or whose ids were never compared with others."""
+    """Stopped files that another limit `out_of_range` was used for, or whose ids are not compared with others."""
     verdicts = judge_files(cleaned, features, limits)
     return verdicts.uncompared | {key for key in verdicts.problems if cleaned[key].out_of_range != limits.out_of_range}
 

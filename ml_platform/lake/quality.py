@@ -184,7 +184,8 @@ class Verdicts:
     """The stopped files with the checks that stop them, and warnings about files that are not stopped for these.
 
     Attributes:
-        uncompared: files that overlap another one's ids and were never compared with it: cleaning them does that.
+        uncompared: files whose ids overlap another one's and are not compared with them, or could not be: cleaning the
+            files does that.
     """
 
     problems: dict[str, Problems]
@@ -234,7 +235,7 @@ def judge_files(cleaned: CleanedReports, features: FeaturesReports, limits: Qual
             conflicts[key].setdefault(culprit, {})["time_range"] = text
     for one, other, bulks_overlap in _pairs_with_overlapping_ids(accusers):
         comparison = _comparison_of(accusers[one], accusers[other])
-        if comparison is None and bulks_overlap:
+        if bulks_overlap and (comparison is None or comparison.rows is None):
             uncompared.add(max(one, other))
         is_problem = bulks_overlap and not (comparison and comparison.rows == 0)
         if is_problem or bulks_overlap or (comparison and comparison.rows):
