@@ -30,7 +30,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 _S3_URI = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?")
 #: boto3 takes empty, `.` or `..` parts of a key literally; Hadoop normalizes them.
 _INVALID_KEY_PARTS = {"", ".", ".."}
-_TRACKING_URI = re.compile(r"(?i)(https?|file|sqlite|postgresql|mysql|mssql)(\+\w+)?://")
+_TRACKING_URI = re.compile(r"(?i)(https?|databricks|file|sqlite|postgresql|mysql|mssql)(\+\w+)?://")
 _EMAIL_ADDRESS = re.compile(r"[!-~]+@[A-Za-z0-9.-]+")
 #: Hosts to which secrets may be sent unencrypted.
 LOCALHOST = ("localhost", "127.0.0.1", "::1")
@@ -40,6 +40,22 @@ ALERT_KINDS = ("runs", "checks", "freshness", "champion", "ticks", "clusters")
 
 class SettingsError(Exception):
     """A setting is missing or invalid; the message names the variable and the expected value."""
+
+
+def problems_of(error: ValidationError) -> str:
+    """Problems of values in one line, each with the value's name, without the values."""
+    problems = [(".".join(map(str, problem["loc"])), _in_words(problem)) for problem in error.errors()]
+    return "; ".join(f"{name}: {text}" if name else text for name, text in problems)
+
+
+def _in_words(problem: Any) -> str:
+    """A problem of a value, where pydantic's own words do not say what to do."""
+    if problem["type"] == "missing":
+        is_variable = len(problem["loc"]) == 1
+        return "is required, but not set: see .env.example" if is_variable else "is missing"
+    if problem["type"].startswith("date_"):
+        return "must be a date like 2019-08-22"
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _from_json(value: Any) -> Any:
@@ -569,15 +585,4 @@ def _load(kind: Any) -> Any:
     try:
         return kind()
     except ValidationError as error:
-        problems = [": ".join([*map(str, item["loc"][:1]), _in_words(item)]) for item in error.errors()]
-        raise SettingsError("; ".join(problems)) from None
-
-
-def _in_words(item: Any) -> str:
-    """What is wrong with a variable, where pydantic's own words do not say what to do."""
-    if item["type"] == "missing":
-        inner = item["loc"][1:]  # within a JSON value
-        return f"needs {inner[-1]}" if inner else "is required, but not set: see .env.example"
-    if item["type"].startswith("date_"):
-        return "must be a date like 2019-08-22"
-    return str(item["msg"]).removeprefix("Value error, ")
+        raise SettingsError(problems_of(error)) from None

@@ -9,6 +9,7 @@ import dagster as dg
 import pytest
 from pydantic import ValidationError
 
+from ml_platform.jobs import run_limits
 from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
 from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
 from ml_platform.lake.resource import LakeResource
@@ -84,6 +85,20 @@ def test_the_deployments_file_is_checked_when_it_is_read(
     monkeypatch.setenv("ML_PLATFORM_RUN_CONFIG", str(file))
     with pytest.raises(SettingsError, match=r"ML_PLATFORM_RUN_CONFIG: .*run_config\.yaml: fraud_model: ") as error:
         run_config()
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"max_reject_rate": "high"}, "max_reject_rate: Input should be a valid number"),
+        ({"max_reject_rat": 0.05}, "no limit max_reject_rat; there are max_reject_rate, "),
+        ([0.05], "must be a mapping of limits"),
+    ],
+)
+def test_limits_that_cannot_be_used_are_named(limits: Any, told: str):
+    with pytest.raises(SettingsError, match=r"^ML_PLATFORM_RUN_CONFIG: resources\.limits: ") as error:
+        run_limits({"resources": {"limits": {"config": limits}}})
     assert told in str(error.value)
 
 

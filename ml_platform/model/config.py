@@ -7,7 +7,7 @@ import dagster as dg
 from pydantic import Field, ValidationError, field_validator
 
 from ml_platform.model.promotion import PromotionRule
-from ml_platform.settings import SettingsError, load_settings
+from ml_platform.settings import SettingsError, load_settings, problems_of
 from spark_jobs.train_model import DEFAULTS
 from spark_jobs.training.learners import check_candidates
 
@@ -127,9 +127,5 @@ def problem_of_run_config(run_config: Mapping[str, Any]) -> str | None:
     try:
         FraudModelConfig(**config)
     except ValidationError as error:
-        problems = [
-            (".".join(str(part) for part in problem["loc"]), problem["msg"].removeprefix("Value error, "))
-            for problem in error.errors()
-        ]
-        return "; ".join(f"{name}: {text}" if name else text for name, text in problems)
+        return problems_of(error)
     return None
