@@ -634,7 +634,8 @@ def test_a_file_that_s3_refuses_fails_the_run_and_leaves_no_cluster(
 
 def test_a_run_survives_a_driver_log_that_s3_refuses(platform: Platform, monkeypatch: pytest.MonkeyPatch):
     refuse(monkeypatch, "PutObject", "driver.log")
-    succeed(platform)
+    result = succeed(platform)
+    assert any(line.startswith("the driver log cannot be kept: S3 denies PutObject") for line in result.log)
 
 
 def s3_lake(s3_server: LocalS3, lake: LakeResource, monkeypatch: pytest.MonkeyPatch, bucket: str) -> LakeResource:

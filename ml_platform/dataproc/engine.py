@@ -344,9 +344,11 @@ class DataprocEngine(SparkEngine, ClusterOptions):
                 log.warning(f"cancelling job {name} ({job_id})")
                 with contextlib.suppress(DataprocError):
                     self.api.cancel_job(cluster.id, job_id)
-            with contextlib.suppress(Exception):
+            try:
                 log_chunks.append(_log_new_lines(driver_log, log))
                 call.lake.store.write(call.file("driver.log"), "".join(log_chunks).encode())
+            except Exception as error:  # neither the API nor the storage may hide how the job ended
+                log.warning(f"the driver log cannot be kept: {one_line(str(error)) or type(error).__name__}")
 
     # usage and cost
 
