@@ -115,6 +115,32 @@ def test_a_session_ends_with_its_run_unless_it_is_shared(master: str, within: bo
     assert session.stop.call_count == (before or 1)
 
 
+def test_a_session_that_cannot_be_prepared_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = mock.Mock()
+    session.sparkContext.addPyFile.side_effect = OSError("no space left")
+    monkeypatch.setattr("dagster_pyspark.LazyPySparkResource", lambda **_: mock.Mock(spark_session=session))
+    monkeypatch.setattr("ml_platform.spark.engine.library_archive", lambda: ("library.zip", b""))
+    engine = LocalSparkEngine(master="spark://127.0.0.1:7077")
+    with (
+        engine.yield_for_execution(dg.build_init_resource_context()) as spark,
+        pytest.raises(OSError, match="no space left"),
+    ):
+        spark._session(mock.Mock())
+    session.stop.assert_called_once_with()
+
+
+def test_loggers_are_left_as_they_were() -> None:
+    logger = logging.getLogger("spark_jobs")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with _forward_log(mock.Mock()):
+            assert logger.isEnabledFor(logging.INFO)
+        assert not logger.isEnabledFor(logging.INFO)
+    finally:
+        logger.setLevel(before)
+
+
 def test_the_traceback_of_a_partition_reaches_the_runs_log() -> None:
     log = mock.Mock()
     with _forward_log(log):

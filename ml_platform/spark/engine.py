@@ -177,14 +177,19 @@ class LocalSparkEngine(SparkEngine):
             if self.with_s3:
                 config |= s3a.connector_properties(self.spark_config)
             pyspark = LazyPySparkResource(spark_config={"spark.app.name": "ml_platform", **config})
-            pyspark.spark_session.sparkContext.setLogLevel("ERROR")
-            if self.master.startswith("local"):
-                # PySpark's default is the first python3 in PATH.
-                pyspark.spark_session.sparkContext.pythonExec = sys.executable
-            else:
-                archive = directory / ARCHIVE_NAME
-                archive.write_bytes(build_archive())
-                pyspark.spark_session.sparkContext.addPyFile(str(archive))
+            spark = pyspark.spark_session
+            try:
+                spark.sparkContext.setLogLevel("ERROR")
+                if self.master.startswith("local"):
+                    # PySpark's default is the first python3 in PATH.
+                    spark.sparkContext.pythonExec = sys.executable
+                else:
+                    archive = directory / ARCHIVE_NAME
+                    archive.write_bytes(build_archive())
+                    spark.sparkContext.addPyFile(str(archive))
+            except BaseException:
+                spark.stop()  # nothing else knows of it yet
+                raise
             self._pyspark = pyspark
         return self._pyspark.spark_session
 
@@ -207,4 +212,5 @@ def _forward_log(log: dg.DagsterLogManager) -> Generator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = before
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
