@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping
 from datetime import date, datetime, timedelta, timezone
 from typing import Any
+from unittest import mock
 
 import dagster as dg
 import pytest
@@ -21,7 +22,7 @@ from ml_platform.lake.quality import QualityLimits
 from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.model.config import PromotionConfig
-from ml_platform.model.gate import champion_health, champion_problem, champion_request, train_last_date
+from ml_platform.model.gate import champion_health, champion_problem, champion_request, lost_parts, train_last_date
 from ml_platform_tests.fakes import (
     EPOCH,
     cleaned_report,
@@ -174,6 +175,26 @@ class TestKnownIds:
     def test_rule(self, customers: int, terminals: int, problem: str | None):
         found = quality.many_unknown_ids(typed(unknown_customer=customers, unknown_terminal=terminals), LIMITS)
         assert found is None if problem is None else problem in str(found)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("\nno route"), "its artifacts cannot be checked in file:///nowhere: no route"),
+        (OSError(), "its artifacts cannot be checked in file:///nowhere: OSError"),
+        (FileNotFoundError(), "its artifacts are gone from file:///nowhere"),
+    ],
+)
+def test_artifacts_that_cannot_be_listed(monkeypatch: pytest.MonkeyPatch, error: OSError, told: str):
+    monkeypatch.setattr("mlflow.artifacts.list_artifacts", mock.Mock(side_effect=error))
+    client = mock.Mock(get_model_version_download_uri=lambda *_: "file:///nowhere")
+    assert told in (lost_parts(mock.Mock(client=lambda: client), mock.Mock(version="7")) or "")
+
+
+def test_a_registry_that_cannot_be_asked_is_an_error():
+    client = mock.Mock(get_run=mock.Mock(side_effect=OSError("no route")))
+    with pytest.raises(OSError, match="no route"):
+        lost_parts(mock.Mock(client=lambda: client), mock.Mock(version="7"))
 
 
 def file(

@@ -16,6 +16,7 @@ from ml_platform.model.config import PromotionConfig
 from ml_platform.model.mlflow import MODEL_NAME, NOT_FOUND_CODES, MlflowResource, hide_progress_bars
 from ml_platform.model.packaging import read_model_file
 from ml_platform.model.promotion import DECIDED_BY_FIGURES, Facts
+from ml_platform.operations.messages import one_line
 from spark_jobs.training.learners import LEARNERS, ModelError, Scorer, installed_version, is_newer, matrix_of
 
 if TYPE_CHECKING:
@@ -107,20 +108,22 @@ def lost_parts(mlflow: MlflowResource, version: ModelVersion) -> str | None:
     from mlflow.exceptions import MlflowException
 
     name, way_out = f"version {version.version}", "ml-platform champion rollback, or materialize fraud_model"
+    client = mlflow.client()
     try:
-        run = mlflow.client().get_run(version.run_id)
+        run = client.get_run(version.run_id)
         if run.info.lifecycle_stage == "deleted":
             return f"{name}: its MLflow run {version.run_id} is in the trash: restore it (mlflow runs restore)"
-        uri = mlflow.client().get_model_version_download_uri(version.name, version.version)
-        files = list_artifacts(artifact_uri=uri, tracking_uri=mlflow.tracking_uri)
+        uri = client.get_model_version_download_uri(version.name, version.version)
     except MlflowException as error:
         if error.error_code not in NOT_FOUND_CODES:
             raise
         return f"{name}: its MLflow run {version.run_id} is gone; {way_out}"
+    try:
+        files = list_artifacts(artifact_uri=uri, tracking_uri=mlflow.tracking_uri)
     except FileNotFoundError:
         files = []
     except Exception as error:  # whatever the client of the store raises
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        text = one_line(str(error)) or type(error).__name__
         return f"{name}: its artifacts cannot be checked in {uri}: {text}"
     return None if files else f"{name}: its artifacts are gone from {uri}; {way_out}"
 
