@@ -564,6 +564,10 @@ class TestWebserver:
         assert answer(app, Host="dagster.example") == 400
         assert answer(guarded(any_app, "http://[fd00::1]:3000"), Host="[fd00::1]:3000") == 200
 
+    def test_an_address_in_capitals(self):
+        app = guarded(any_app, "https://Dagster.Example")
+        assert answer(app, Host="127.0.0.1:3000", Origin="https://dagster.example") == 200
+
     def test_dagsters_own_webserver_needs_it(self, tmp_path: Path):
         """When the first of these fails, Dagster looks at the origin itself, and our webserver may go."""
         from dagster._core.workspace.context import WorkspaceProcessContext

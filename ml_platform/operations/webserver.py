@@ -37,7 +37,7 @@ def guard(address: str | None) -> list[Middleware]:
     hosts = Middleware(
         TrustedHostMiddleware, allowed_hosts=[*LOOPBACK_HOSTS, *([host] if host else [])], www_redirect=False
     )
-    return [hosts, Middleware(SameOriginOnly, netloc=url.netloc)]
+    return [hosts, Middleware(SameOriginOnly, netloc=url.netloc.lower())]  # as browsers send it
 
 
 class SameOriginOnly:
