@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -410,13 +411,13 @@ def test_no_process_outlives_its_job(
 
 @pytest.mark.e2e
 def test_dev_cloud_runs_until_it_is_interrupted(tmp_path: Path):
-    command = [sys.executable, "-m", "ml_platform.cli.main", "dev-cloud", "--directory", "cloud"]
-    environment = tmp_path / "cloud" / "environment"
+    command = [sys.executable, "-m", "ml_platform.cli.main", "dev-cloud", "--directory", "a cloud"]
+    environment = tmp_path / "a cloud" / "environment"
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         try:
             wait_for(lambda: environment.exists() and environment.read_text() != "", 120)
             assert stat.S_IMODE(environment.stat().st_mode) == 0o600
-            values = dict(line.split("=", 1) for line in environment.read_text().splitlines())
+            values = dict(word.split("=", 1) for word in shlex.split(environment.read_text()))
             credentials = grpc.ssl_channel_credentials(Path(values["YC_ROOT_CERTIFICATES_FILE"]).read_bytes())
             with grpc.secure_channel(values["YC_API_ENDPOINT"], credentials) as channel:
                 ApiEndpointServiceStub(channel).List(ListApiEndpointsRequest(), timeout=30)
@@ -429,5 +430,5 @@ def test_dev_cloud_runs_until_it_is_interrupted(tmp_path: Path):
                     break
             else:
                 process.kill()
-    assert "set -a; ." in printed
+    assert f"set -a; . '{environment}'; set +a" in printed
     wait_for(lambda: not processes_under(tmp_path))

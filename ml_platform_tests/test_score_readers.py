@@ -63,6 +63,7 @@ def rows_of(key: str) -> list[dict[str, object]]:
 @pytest.fixture
 def lake(lake: LakeResource, monkeypatch: pytest.MonkeyPatch) -> LakeResource:
     """Two scored partitions, one whose scores are being replaced, and one that no champion could score."""
+    lake = LakeResource(raw_uri=lake.raw_uri, lake_uri=f"{lake.lake_uri}/O'Brien", epoch=lake.epoch)
     monkeypatch.setenv("ML_PLATFORM_RAW_URI", lake.raw_uri)
     monkeypatch.setenv("ML_PLATFORM_LAKE_URI", lake.lake_uri)
     for key in (*KEYS, "replaced"):

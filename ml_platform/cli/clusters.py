@@ -119,6 +119,7 @@ def dev_cloud(
     create_seconds: Annotated[float, typer.Option(min=0, help="Time to create a cluster.")] = 10,
 ) -> None:
     """Run a local emulation of the cloud, the Data Proc API and an S3 server, until interrupted."""
+    import shlex
     import time
 
     from ml_platform.dev.cloud import DevCloud
@@ -129,7 +130,7 @@ def dev_cloud(
     ):
         path = cloud.write_environment()
         console.print("The cloud is running. In another shell:\n")
-        say(f"  set -a; . {path}; set +a")
+        say(f"  set -a; . {shlex.quote(str(path))}; set +a")
         console.print("\nThen ml-platform doctor, simulate, process-new-files … use it.")
         if cloud.mock_reason:
             say(f"S3 is only a mock, whose data are lost on Ctrl-C: {cloud.mock_reason}", "yellow")

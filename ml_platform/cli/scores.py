@@ -99,6 +99,6 @@ def scores(
             say(readable_path(lake.partition_uri(SCORED_TABLE, key)))
         return
     for view, table in (("scored_transactions", SCORED_TABLE), ("alerts", ALERTS_TABLE)):
-        files = [f"'{readable_path(lake.partition_uri(table, key))}/*.parquet'" for key in keys]
-        # Keys are letters, digits and ._-, and the lake's URI is the user's own.
+        paths = [readable_path(lake.partition_uri(table, key)).replace("'", "''") for key in keys]
+        files = [f"'{path}/*.parquet'" for path in paths]
         say(f"CREATE OR REPLACE VIEW {view} AS SELECT * FROM read_parquet([{', '.join(files)}]);")  # noqa: S608

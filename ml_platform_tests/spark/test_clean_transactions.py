@@ -509,7 +509,11 @@ def test_rows_far_from_the_bulk_are_named_and_rejected_where_that_is_wanted(clea
 
 
 @pytest.mark.images
-def test_ids_are_compared_where_the_bulks_of_two_files_overlap(cleaner: Cleaner) -> None:
+def test_ids_are_compared_where_the_bulks_of_two_files_overlap(spark: SparkSession, tmp_path: Path) -> None:
+    directory = tmp_path / "raw_file=above"  # like the lake's own directories
+    directory.mkdir()
+    cleaner = Cleaner(spark, directory)
+
     def file(*ids: int) -> bytes:
         return "\n".join(good(transaction_id=str(number)) for number in ids).encode()
 

@@ -55,7 +55,8 @@ def _compare(
     """``rows`` and ``examples`` of each neighbour."""
     from pyspark.sql import functions as F
 
-    key_of_file = F.regexp_extract(F.input_file_name(), "raw_file=([^/]+)/", 1)
+    # The last one in the path: directories above the lake may have such names, too.
+    key_of_file = F.regexp_extract(F.input_file_name(), ".*raw_file=([^/]+)/", 1)
     theirs = _ids(spark, [other["uri"] for other in neighbours.values()], ids).withColumn("key", key_of_file)
     shared = theirs.join(_ids(spark, [uri], ids), "transaction_id")
     rows = {row["key"]: row["count"] for row in shared.groupBy("key").count().collect()}
