@@ -62,7 +62,7 @@ def build_engine(settings: Settings) -> SparkEngine:
 def build_resources(settings: Settings) -> dict[str, dg.ConfigurableResource]:
     """Create the resources; their keys are the same in every deployment."""
     return {
-        "lake": LakeResource(raw_uri=settings.raw_uri, lake_uri=settings.lake_uri, epoch=settings.epoch.isoformat()),
+        "lake": LakeResource.from_settings(settings),
         "spark": build_engine(settings),
         "mlflow": MlflowResource(
             # An EnvVar if set: the URI may contain a password, and Dagster's UI shows plain values.

@@ -91,7 +91,7 @@ def first_line(error: BaseException) -> str:
 def lake_of(settings: Settings) -> LakeResource:
     from ml_platform.lake.resource import LakeResource
 
-    return LakeResource(raw_uri=settings.raw_uri, lake_uri=settings.lake_uri, epoch=settings.epoch.isoformat())
+    return LakeResource.from_settings(settings)
 
 
 def mlflow_of(settings: Settings) -> MlflowResource:

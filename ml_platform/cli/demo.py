@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from ml_platform.cli.context import CommandError, lake_of, mlflow_of, say
@@ -48,6 +47,7 @@ def _results(settings: Settings) -> Iterator[str]:
     """A dozen lines: rows, model, alerts, and the next steps."""
     from ml_platform.lake.reports import CleanedReport, ScoredReport, TrainingReport
     from ml_platform.model.card import quality_in_words
+    from spark_jobs.schema import REPORT_NAME
 
     lake = lake_of(settings)
     counts = [report.counts for report in lake.reports(CleanedReport).values()]
@@ -58,8 +58,8 @@ def _results(settings: Settings) -> Iterator[str]:
     yield f"Rows: {raw:,} raw = {clean:,} clean + {duplicates:,} duplicate + {rejected:,} rejected, with their reasons"
     champion = mlflow_of(settings).champion()
     if champion is not None:
-        directory = f"models/{champion.tags['cutoff']}/{champion.tags['dagster.run_id']}"
-        report = TrainingReport.model_validate(json.loads(lake.store.read(f"{directory}/_report.json")))
+        directory = lake.model_path(champion.tags["cutoff"], champion.tags["dagster.run_id"])
+        report = TrainingReport.model_validate(lake.read_json(f"{directory}/{REPORT_NAME}"))
         yield f"Champion: version {champion.version}, trained up to {report.windows['train'].last_date}"
         yield f"  {quality_in_words(report)}"
     scored = {key: report for key, report in sorted(lake.reports(ScoredReport).items()) if report.outcome == "scored"}

@@ -23,6 +23,7 @@ from ml_platform.lake.reports import (
     UncleanedFile,
 )
 from ml_platform.lake.storage import READ_THREADS, Store, StoredFile, open_store
+from ml_platform.settings import Settings
 from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 
@@ -30,8 +31,12 @@ class SchemaVersionError(Exception):
     """The lake was written by a newer version of the platform; this version must not read or overwrite it."""
 
 
+MODELS_DIRECTORY = "models"
 WITHDRAWN_DIRECTORY = "_withdrawn"
 UNCLEANED_DIRECTORY = "_uncleaned"
+
+#: Average bytes of a raw row: 1.88 billion rows in 112 GiB.
+BYTES_PER_ROW = 64
 
 #: Bytes of text that a compressed byte stands for, in files like the course's.
 TEXT_PER_BYTE = {".gz": 3, ".bz2": 4}
@@ -78,6 +83,11 @@ class LakeResource(dg.ConfigurableResource):
     raw_uri: str = Field(description="Directory or s3://bucket/prefix of the raw files.")
     lake_uri: str = Field(description="Directory or s3://bucket/prefix of the lake.")
     epoch: str = Field(description="First day of the data set, YYYY-MM-DD; tx_time_seconds counts from it.")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> LakeResource:
+        """The lake of a deployment."""
+        return cls(raw_uri=settings.raw_uri, lake_uri=settings.lake_uri, epoch=settings.epoch.isoformat())
 
     @cached_property
     def raw(self) -> Store:
@@ -158,6 +168,10 @@ class LakeResource(dg.ConfigurableResource):
     def partition_uri(self, table: str, key: str) -> str:
         """URI of a partition's directory for Spark."""
         return self.store.spark_uri(self.partition_path(table, key))
+
+    def model_path(self, cutoff: str, run_id: str) -> str:
+        """Name of the directory in the lake of the model that a run trained."""
+        return f"{MODELS_DIRECTORY}/{cutoff}/{run_id}"
 
     def reports(self, kind: type[ReportT]) -> dict[str, ReportT]:
         """Reports of all complete partitions of a table, by key.

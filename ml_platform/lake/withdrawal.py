@@ -11,10 +11,8 @@ from ml_platform.lake.reports import (
     SCORED_TABLE,
     FeaturesReport,
 )
-from ml_platform.lake.resource import WITHDRAWN_DIRECTORY, LakeResource
+from ml_platform.lake.resource import MODELS_DIRECTORY, WITHDRAWN_DIRECTORY, LakeResource
 from spark_jobs.schema import REPORT_NAME
-
-MODELS_DIRECTORY = "models"
 
 
 def withdraw_file(lake: LakeResource, key: str) -> list[str]:

@@ -99,7 +99,7 @@ class Training:
     @cached_property
     def directory(self) -> str:
         """Directory of the model in the lake."""
-        return f"models/{self.cutoff}/{self.context.run.run_id}"
+        return self.lake.model_path(self.cutoff, self.context.run.run_id)
 
     @cached_property
     def champion(self) -> ModelVersion | None:

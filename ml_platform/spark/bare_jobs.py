@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, REJECTED_TABLE
 from spark_jobs import build_features, clean_transactions, train_model
 from spark_jobs.features.registry import MODEL_INPUTS
 
@@ -33,8 +34,8 @@ def clean(spark: SparkSession, raw: Sequence[Path], lake: Path, epoch: date) -> 
         {
             "partition": path.stem,
             "raw": {"uri": f"file://{path}", "size": path.stat().st_size, "fingerprint": RUN_ID},
-            "output_uri": partition_uri(lake, "cleaned_transactions", path.stem),
-            "rejected_uri": partition_uri(lake, "rejected_transactions", path.stem),
+            "output_uri": partition_uri(lake, CLEANED_TABLE, path.stem),
+            "rejected_uri": partition_uri(lake, REJECTED_TABLE, path.stem),
         }
         for path in raw
     ]
@@ -54,12 +55,12 @@ def features(spark: SparkSession, cleaned: Reports, lake: Path) -> Reports:
         items.append(
             {
                 "partition": key,
-                "cleaned_uri": partition_uri(lake, "cleaned_transactions", key),
+                "cleaned_uri": partition_uri(lake, CLEANED_TABLE, key),
                 "tx_datetime_min": cleaned[key]["tx_datetime"]["min"],
-                "history": [partition_uri(lake, "cleaned_transactions", earlier) for earlier in history],
+                "history": [partition_uri(lake, CLEANED_TABLE, earlier) for earlier in history],
                 "cleaned_bytes": sum(cleaned[part]["text_bytes"] for part in (key, *history)),
                 "inputs": {},
-                "output_uri": partition_uri(lake, "transaction_features", key),
+                "output_uri": partition_uri(lake, FEATURES_TABLE, key),
             }
         )
     return _reports(build_features.run(spark, {"run_id": RUN_ID, "partitions": items}))
@@ -67,7 +68,7 @@ def features(spark: SparkSession, cleaned: Reports, lake: Path) -> Reports:
 
 def train(spark: SparkSession, keys: Sequence[str], lake: Path, **settings: Any) -> dict[str, Any]:
     """Train on the features of all `keys`, the last of which is the cut-off; returns the job's report."""
-    uris = [partition_uri(lake, "transaction_features", key) for key in keys]
+    uris = [partition_uri(lake, FEATURES_TABLE, key) for key in keys]
     request = {
         "run_id": RUN_ID,
         "cutoff": keys[-1],
