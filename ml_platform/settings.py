@@ -86,8 +86,8 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 #: In environment variables, lists are comma-separated and mappings are JSON.
 Texts = Annotated[list[str], NoDecode, BeforeValidator(_split_at_commas)]
-Mapping = Annotated[dict[str, str], NoDecode, BeforeValidator(_from_json)]
-Properties = Annotated[Mapping, AfterValidator(_without_secrets)]
+TextMapping = Annotated[dict[str, str], NoDecode, BeforeValidator(_from_json)]
+Properties = Annotated[TextMapping, AfterValidator(_without_secrets)]
 
 
 class Settings(BaseSettings):
@@ -279,7 +279,7 @@ class ClusterSpec(BaseModel):
         max_length=256,
         description="Description of the cluster in the console.",
     )
-    labels: Mapping = Field({}, description="Additional labels of the cluster; the platform's own take precedence.")
+    labels: TextMapping = Field({}, description="Additional labels of the cluster; the platform's own take precedence.")
 
     image_version: str = Field("2.0", description="Version of the cluster's image.")
     services: Texts = Field(["YARN", "SPARK", "HDFS", "MAPREDUCE"], description="Hadoop services of the cluster.")

@@ -25,7 +25,7 @@ SHARE_OF_SPARK_JOB = 0.85
 MIN_SHARE = 0.05
 
 #: Larger shuffle records are blocks (see blocks.py) with an unknown number of rows.
-MAX_ROW_BYTES = 4096
+MAX_SHUFFLED_ROW_BYTES = 4096
 
 
 class Progress:
@@ -126,7 +126,7 @@ class Progress:
             if stage.submissionTime().isDefined():
                 seconds = time.time() - stage.submissionTime().get().getTime() / 1000
                 records = stage.inputRecords()
-                if stage.shuffleReadBytes() < MAX_ROW_BYTES * stage.shuffleReadRecords():
+                if stage.shuffleReadBytes() < MAX_SHUFFLED_ROW_BYTES * stage.shuffleReadRecords():
                     records += stage.shuffleReadRecords()
                 elif not records and self._tallies is not None:
                     records = sum(tally["rows"] for tally in list(self._tallies.value))
