@@ -22,7 +22,7 @@ from benchmarks.common import (
     write_results,
 )
 from benchmarks.features import HOT_SHARE, HOT_TERMINALS, large_simulation, with_hot_terminals
-from ml_platform.dataproc.sizing import BYTES_PER_ROW
+from ml_platform.lake.resource import BYTES_PER_ROW
 from ml_platform.spark.bare_jobs import clean
 from spark_jobs import runtime
 from spark_jobs.build_features import feature_files

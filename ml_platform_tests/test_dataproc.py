@@ -27,11 +27,11 @@ import pytest
 from ml_platform.dataproc.api import cluster_name
 from ml_platform.dataproc.engine import CLUSTER_ID_TAG, CLUSTER_NAME_TAG, JOB_PROPERTIES
 from ml_platform.dataproc.orphans import delete_orphans, is_expired
-from ml_platform.dataproc.sizing import BYTES_PER_ROW, expected_seconds
+from ml_platform.dataproc.sizing import expected_seconds
 from ml_platform.dev.cloud.fake_dataproc import FakeDataproc, JobScript, Outcome, Quotas
 from ml_platform.dev.cloud.s3_server import LocalS3
 from ml_platform.lake.reports import CleanedReport
-from ml_platform.lake.resource import LakeResource
+from ml_platform.lake.resource import BYTES_PER_ROW, LakeResource
 from ml_platform.lake.storage import LocalStore, StorageError
 from ml_platform.operations.changes import UNDELETED_CLUSTER_TAG
 from ml_platform.operations.dead_runs import PROCESS_TAG

@@ -31,12 +31,12 @@ def test_the_fewest_nodes_that_reach_the_target_are_chosen():
     sizing = choose_nodes("build_features", rows, cores=4, least=1, most=32, target_s=300)
     work = FEATURES * rows / 1e6
     assert work / (4 * sizing.nodes) <= 300 < work / (4 * (sizing.nodes - 1))
-    assert sizing.seconds == pytest.approx(FIXED_S + work / (4 * sizing.nodes))
+    assert f"expected to take {FIXED_S + work / (4 * sizing.nodes):,.0f} s" in sizing.reason
 
 
 def test_cleaning_allows_for_the_features_and_scores_that_follow():
     one = choose_nodes("clean_transactions", 10**8, cores=1, least=1, most=1, target_s=1)
-    assert one.seconds == pytest.approx(FIXED_S + 100 * (CLEAN + 3 * FEATURES + SCORES))
+    assert f"expected to take {FIXED_S + 100 * (CLEAN + 3 * FEATURES + SCORES):,.0f} s" in one.reason
 
 
 def test_more_cores_need_fewer_nodes():

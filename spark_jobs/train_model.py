@@ -213,7 +213,7 @@ def _train(
     with clock.phase("fit"):
         fit = _fit(best["learner"], best["params"], windows["train"], per_day, settings, settings["max_train_rows"])
         fit = fit._replace(threads=settings["fit_threads"], with_profile=True)
-        (fitted,) = fits.fit_all(frame, settings["features"], [fit], settings["seed"], library_name)
+        (fitted,) = fits.fit_all(frame, settings["features"], [fit], library_name)
         model_uri = f"{output}/{MODEL_FILE}"
         files.write(model_uri, fitted.model.encode())
     log.info("fitted %s with %s on %d rows", best["learner"], best["params"], fitted.rows)
@@ -368,7 +368,7 @@ def search(
     begin, end = PHASES["search"]
     fitted_share = begin + 0.8 * (end - begin)
     progress.enter(f"search: {len(tasks)} fits", begin, fitted_share)
-    fitted = fits.fit_all(frame, settings["features"], [fit for _, _, fit in tasks], settings["seed"], library_name)
+    fitted = fits.fit_all(frame, settings["features"], [fit for _, _, fit in tasks], library_name)
     progress.enter(f"search: validating {len(tasks)} fits", fitted_share, end)
     models = [(one.model, fold["validation"]) for one, (_, fold, _) in zip(fitted, tasks)]
     precisions = fits.validate(frame, models, library_name)

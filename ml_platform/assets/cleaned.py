@@ -14,7 +14,6 @@ from ml_platform.assets.outcomes import (
     split_verdicts,
     table_schema,
 )
-from ml_platform.dataproc.sizing import BYTES_PER_ROW
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.quality import QualityLimits, judge_files
 from ml_platform.lake.reports import (
@@ -27,11 +26,11 @@ from ml_platform.lake.reports import (
     UncleanedFile,
     instant_text,
 )
-from ml_platform.lake.resource import LakeResource, RawFile
+from ml_platform.lake.resource import BYTES_PER_ROW, LakeResource, RawFile
 from ml_platform.lake.storage import readable_path
 from ml_platform.model.config import check_run_config
 from ml_platform.spark.engine import SparkEngine
-from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, REJECT_RULES, SCHEMA_VERSION
+from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, KEY_COLUMNS, REJECT_RULES, SCHEMA_VERSION
 
 #: Counts that are shown even if they are 0.
 ROW_COUNTS = ("raw_rows", "clean_rows", "duplicate_rows", "rejected_rows")
@@ -81,7 +80,7 @@ def is_cleaned(report: CleanedReport | None, raw: RawFile, epoch: str) -> bool:
     metadata={
         "dagster/column_schema": table_schema(
             CLEANED_COLUMNS,
-            never_null=[name for name, *_ in CLEANED_COLUMNS if name not in ("customer_id", "terminal_id")],
+            never_null=[name for name, *_ in CLEANED_COLUMNS if name not in KEY_COLUMNS],
         )
     },
     description=with_links(

@@ -38,7 +38,7 @@ from ml_platform.model.config import FraudModelConfig, check_run_config, run_con
 from ml_platform.model.live import drift_summary, grades_summary, log_grades, scoring_request
 from ml_platform.model.mlflow import MlflowResource
 from ml_platform.spark.engine import SparkEngine
-from spark_jobs.schema import ALERT_COLUMNS, SCORED_COLUMNS
+from spark_jobs.schema import ALERT_COLUMNS, KEY_COLUMNS, SCORED_COLUMNS
 from spark_jobs.scoring.grading import ENTRY_FIELDS, entry_of
 from spark_jobs.train_model import DEFAULTS
 
@@ -91,7 +91,7 @@ def causes_to_score(
     metadata={
         "dagster/column_schema": table_schema(
             SCORED_COLUMNS,
-            never_null=[name for name, *_ in SCORED_COLUMNS if name not in ("customer_id", "terminal_id")],
+            never_null=[name for name, *_ in SCORED_COLUMNS if name not in KEY_COLUMNS],
         )
     },
     description=with_links(

@@ -48,7 +48,7 @@ def list_clusters(as_json: AsJson = False) -> None:
     rows: list[dict[str, str | None]] = []
     with dagster_instance(settings) as instance:
         for cluster in clusters:
-            reason = orphan_reason(instance, cluster) or None
+            reason = orphan_reason(instance, cluster)
             created = datetime.fromtimestamp(cluster.created_at, timezone.utc)
             verdict = plain(f"orphaned: {reason}", "red") if reason else plain("in use", "green")
             run_id = cluster.labels.get("dagster-run-id", "")

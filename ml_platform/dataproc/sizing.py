@@ -10,9 +10,6 @@ from spark_jobs.train_model import DEFAULTS
 
 MAX_TRAIN_ROWS: int = DEFAULTS["max_train_rows"]
 
-#: Average bytes of a raw row: 1.88 billion rows in 112 GiB.
-BYTES_PER_ROW = 64
-
 #: Core-seconds per million input rows of each job, history included (see docs/scaling.md). For training, this covers
 #: reading, scoring and evaluating; fitting a model is a single task.
 CORE_SECONDS_PER_MILLION_ROWS = {
@@ -43,10 +40,9 @@ ROWS_WITH_HISTORY = 3
 
 @dataclass(frozen=True)
 class Sizing:
-    """Chosen number of nodes, expected seconds of work on them, and the reason."""
+    """Chosen number of nodes and the reason."""
 
     nodes: int
-    seconds: float
     reason: str
 
 
@@ -91,7 +87,7 @@ def choose_nodes(job: str, rows: int, *, cores: int, least: int, most: int, targ
         f"{nodes} nodes of {cores} cores (of {least} to {most}): {rows:,} rows are {work:,.0f} core-seconds of work, "
         f"expected to take {seconds:,.0f} s; the target is {target_s:,.0f} s"
     )
-    return Sizing(nodes, seconds, reason)
+    return Sizing(nodes, reason)
 
 
 def cores_of(preset: str) -> int | None:

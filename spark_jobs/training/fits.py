@@ -110,10 +110,8 @@ def input_columns(features: Iterable[str]) -> list[Column]:
     return [F.expr(f"coalesce(CAST({name} AS FLOAT), float('NaN')) AS {name}") for name in names]
 
 
-def fit_all(
-    rows: DataFrame, features: Sequence[str], fits: Sequence[Fit], seed: int, library_name: str | None
-) -> list[Fitted]:
-    """Do the `fits`, one task each, on `rows` of ``transaction_features`` sampled with `seed`.
+def fit_all(rows: DataFrame, features: Sequence[str], fits: Sequence[Fit], library_name: str | None) -> list[Fitted]:
+    """Do the `fits`, one task each, on `rows` of ``transaction_features`` sampled with their seed, the same for all.
 
     Raises the error of a failed task, e.g. for an input that is not a number.
     """
@@ -123,6 +121,7 @@ def fit_all(
     keys = blocks.partition_keys(len(fits))
     numbers = {int(key): number for number, key in enumerate(keys)}
     fits = list(fits)
+    (seed,) = {fit.seed for fit in fits}
     first, last = min(fit.window[0] for fit in fits), max(fit.window[1] for fit in fits)
     genuine, frauds = max(fit.sample.genuine for fit in fits), max(fit.sample.frauds for fit in fits)
 
