@@ -118,7 +118,7 @@ def measure(
             scores = read_test_scores(LocalStore(str(output)), "test_scores")
             columns = (scores[column].to_numpy() for column in ("tx_fraud", "score", "customer_id"))
             decision = decide(PromotionRule(), Scores(*columns), Facts())
-            metrics = evaluate(scores)
+            metrics = evaluate(scores, "score", 100)
             figures = {
                 "model": name,
                 "train_end": train_end.isoformat(),

@@ -170,7 +170,7 @@ def feature_checks(
 
     yield check_partitions(context, check, problem_of)
     if bad := {key: problem for key in context.partition_keys if (problem := problem_of(key))}:
-        raise dg.Failure(f"{printable(listed(bad))}", allow_retries=False)
+        raise dg.Failure(printable(listed(bad)), allow_retries=False)
 
 
 #: Where a warning about distributions is explained.

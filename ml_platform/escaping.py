@@ -21,6 +21,12 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def shorten_list(names: Sequence[str]) -> str:
+    """Join names with commas, showing at most five of them."""
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return printable(", ".join(names[:5])) + rest
+
+
 def markdown(text: str) -> str:
     """Escape `text` as Markdown that shows it literally on one line: no links, images or HTML.
 

@@ -13,8 +13,8 @@ from typing import Any
 import dagster as dg
 
 from ml_platform.assets.cleaned import files_to_clean_again, is_cleaned
-from ml_platform.assets.outcomes import shorten_list
 from ml_platform.assets.raw import raw_file_observation
+from ml_platform.escaping import shorten_list
 from ml_platform.jobs import process_new_files, run_limits
 from ml_platform.lake.partitions import contiguous_ranges, is_partition_key, keys_of_run, range_tags, raw_files
 from ml_platform.lake.quality import QualityLimits, judge_files, problem_of_features

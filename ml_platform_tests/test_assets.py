@@ -27,6 +27,7 @@ from ml_platform.assets.features import (
 )
 from ml_platform.assets.model import FraudModelConfig, training_partitions
 from ml_platform.assets.raw import raw_transactions
+from ml_platform.lake.quality import Verdicts
 from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, REJECTED_TABLE, CleanedReport, FeaturesReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.withdrawal import allow_again, withdraw_file
@@ -58,6 +59,7 @@ from spark_jobs.schema import REPORT_NAME, SCHEMA_VERSION
 
 CLEANED_KEY, FEATURES_KEY, MODEL = "cleaned_transactions", "transaction_features", "fraud_model"
 CANDIDATE = {"learner": "logistic_regression", "grid": {"C": [0.5], "max_iter": [10, 20]}}
+NONE_STOPPED = Verdicts({})
 
 
 class Bench:
@@ -91,7 +93,7 @@ class Bench:
     def put_features(self, *keys: str) -> None:
         """Mark features of cleaned files as built, as the files are now."""
         cleaned = self.lake.reports(CleanedReport)
-        inputs = expected_inputs(cleaned)
+        inputs = expected_inputs(cleaned, NONE_STOPPED)
         for key in keys:
             report = features_report(cleaned[key].model_dump(), inputs[key])
             put_report(self.lake, FEATURES_TABLE, key, report)
@@ -292,7 +294,7 @@ class TestTime:
 
     @staticmethod
     def features(cleaned: dict[str, CleanedReport]) -> dict[str, FeaturesReport]:
-        inputs = expected_inputs(cleaned)
+        inputs = expected_inputs(cleaned, NONE_STOPPED)
         return {
             key: FeaturesReport.model_validate(features_report(cleaned_report(key, raw_spec(0)), inputs[key]))
             for key in cleaned
@@ -332,22 +334,22 @@ class TestTime:
 
     def test_inputs_change_with_what_the_features_depend_on(self):
         cleaned = self.cleaned(a=0, b=1)
-        inputs = expected_inputs(cleaned)
+        inputs = expected_inputs(cleaned, NONE_STOPPED)
         assert list(inputs["b"].history) == ["a"]
         assert inputs["a"].history == {}
         for name, value in (("schema_version", 99), ("epoch", "2018-04-01"), ("raw", "2")):
-            changed = expected_inputs(self.changed(cleaned, "a", name, value))
+            changed = expected_inputs(self.changed(cleaned, "a", name, value), NONE_STOPPED)
             assert changed["a"] != inputs["a"]
             assert changed["b"] != inputs["b"]
-        assert expected_inputs(self.cleaned(a=0, b=1, far=9))["b"] == inputs["b"]
+        assert expected_inputs(self.cleaned(a=0, b=1, far=9), NONE_STOPPED)["b"] == inputs["b"]
 
     def test_features_of_changed_inputs_are_stale(self):
         cleaned = self.cleaned(a=0, b=1, c=2)
-        inputs, features = expected_inputs(cleaned), self.features(cleaned)
+        inputs, features = expected_inputs(cleaned, NONE_STOPPED), self.features(cleaned)
         assert stale_features(features, inputs) == []
         other = features["b"].model_copy(update={"features": ["tx_amount"]})
         assert stale_features({**features, "b": other}, inputs) == ["b"]
-        late = expected_inputs(cleaned | self.cleaned(late=1))
+        late = expected_inputs(cleaned | self.cleaned(late=1), NONE_STOPPED)
         assert stale_features(features, late) == ["c"]
         assert stale_features({**features, "gone": features["a"]}, inputs) == []
 
@@ -404,7 +406,7 @@ class TestFeatures:
             "tx_datetime_min": "2020-03-31T00:00:00Z",
             "history": [f"{uri}x", f"{uri}y"],
             "cleaned_bytes": sum(files[key].size for key in "wxy"),
-            "inputs": expected_inputs(bench.lake.reports(CleanedReport))["w"].model_dump(),
+            "inputs": expected_inputs(bench.lake.reports(CleanedReport), NONE_STOPPED)["w"].model_dump(),
             "output_uri": f"file://{bench.lake.lake_uri}/{FEATURES_TABLE}/raw_file=w",
         }
         metadata = bench.recorded(FEATURES_KEY)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 
 from ml_platform.assets.features import expected_inputs
-from ml_platform.assets.outcomes import shorten_list
+from ml_platform.escaping import shorten_list
 from ml_platform.lake import quality
 from ml_platform.lake.partitions import keys_of_run, range_tags
 from ml_platform.lake.quality import QualityLimits
@@ -399,7 +399,7 @@ class Checks:
         keys = [f"file-{number}" for number in range(3)]
         instance.add_dynamic_partitions("raw_files", keys)
         cleaned = {key: report(number) for number, key in enumerate(keys)}
-        inputs = expected_inputs(cleaned_reports(*cleaned.values()))
+        inputs = expected_inputs(cleaned_reports(*cleaned.values()), quality.Verdicts({}))
         for key in keys:
             put_report(lake, CLEANED_TABLE, key, cleaned[key])
             put_report(lake, FEATURES_TABLE, key, features_report(cleaned[key], inputs[key]))

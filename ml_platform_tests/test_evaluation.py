@@ -86,7 +86,7 @@ class TestMetrics:
         rows = scores.to_dict("records")
         alerts = alerts_of(rows, budget)
         caught = sum(row["tx_fraud"] for row in alerts)
-        metrics = evaluate(scores, alerts_per_day=budget)
+        metrics = evaluate(scores, "score", budget)
         assert metrics["precision_at_budget"] == pytest.approx(caught / len(alerts))
         assert metrics["recall_at_budget"] == pytest.approx(caught / scores["tx_fraud"].sum())
         assert (metrics["rows"], metrics["frauds"]) == (len(rows), scores["tx_fraud"].sum())
@@ -95,10 +95,10 @@ class TestMetrics:
         from sklearn.metrics import average_precision_score, roc_auc_score
 
         scores = random_week(7)
-        metrics = evaluate(scores)
+        metrics = evaluate(scores, "score", 100)
         assert metrics["average_precision"] == average_precision_score(scores["tx_fraud"], scores["score"])
         assert metrics["roc_auc"] == roc_auc_score(scores["tx_fraud"], scores["score"])
-        alike = evaluate(frame([1, 0, 0, 0] * 5, [0.3] * 20))
+        alike = evaluate(frame([1, 0, 0, 0] * 5, [0.3] * 20), "score", 100)
         assert (alike["average_precision"], alike["roc_auc"]) == (0.25, 0.5)
 
     @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ class TestMetrics:
         [([0, 0], {"average_precision", "roc_auc", "recall_at_budget"}), ([1, 1], {"average_precision", "roc_auc"})],
     )
     def test_metrics_that_one_class_leaves_undefined(self, labels: list[int], undefined: set[str]):
-        metrics = evaluate(frame(labels, [0.1, 0.2]), alerts_per_day=1)
+        metrics = evaluate(frame(labels, [0.1, 0.2]), "score", 1)
         assert {name for name, value in metrics.items() if value is None} == undefined
 
     def test_the_order_of_the_rows_does_not_matter(self):
         scores = random_week(4)
         shuffled = scores.sample(frac=1, random_state=1)
-        assert evaluate(shuffled, alerts_per_day=15) == evaluate(scores, alerts_per_day=15)
+        assert evaluate(shuffled, "score", 15) == evaluate(scores, "score", 15)
 
 
 def handbook_card_precision(rows: list[Row], k: int) -> float:
@@ -163,7 +163,7 @@ class TestCurves:
     def test_points_are_scikit_learns_in_even_steps(self, scores: pd.DataFrame):
         from sklearn.metrics import precision_recall_curve, roc_curve
 
-        tables = evaluation_tables(scores)
+        tables = evaluation_tables(scores, 100)
         x, y, _ = roc_curve(scores["tx_fraud"], scores["score"], drop_intermediate=False)
         roc = [(point["false_positive_rate"], point["true_positive_rate"]) for point in tables["roc"]]
         assert set(roc) <= set(zip(x.tolist(), y.tolist(), strict=True))
@@ -181,15 +181,15 @@ class TestCurves:
         assert longest_step([point[0] for point in curve]) < longest_step(recall) + 0.006
 
     def test_histogram_counts_every_row_once(self, scores: pd.DataFrame):
-        bins = evaluation_tables(scores)["score_histogram"]
+        bins = evaluation_tables(scores, 100)["score_histogram"]
         assert [bin["lower"] for bin in bins] == pytest.approx([i / 20 for i in range(20)])
         assert sum(bin["genuine"] for bin in bins) == (scores["tx_fraud"] == 0).sum()
         assert sum(bin["frauds"] for bin in bins) == scores["tx_fraud"].sum()
-        ends = evaluation_tables(frame([0, 1, 1], [0.0, 0.5, 1.0]))["score_histogram"]
+        ends = evaluation_tables(frame([0, 1, 1], [0.0, 0.5, 1.0]), 100)["score_histogram"]
         assert (ends[0]["genuine"], ends[10]["frauds"], ends[19]["frauds"]) == (1, 1, 1)
 
     def test_calibration_bins_are_of_equal_rows(self, scores: pd.DataFrame):
-        bins = evaluation_tables(scores)["calibration"]
+        bins = evaluation_tables(scores, 100)["calibration"]
         rest = sorted(zip(scores["score"], scores["tx_fraud"], strict=True))
         for bin in bins:
             inside, rest = rest[: bin["rows"]], rest[bin["rows"] :]
@@ -201,7 +201,7 @@ class TestCurves:
             assert [bin["rows"] for bin in bins] == pytest.approx([150] * 10, abs=8)
 
     def test_one_class_has_no_curves(self):
-        tables = evaluation_tables(frame([0, 0, 0], [0.0, 0.5, 1.0]))
+        tables = evaluation_tables(frame([0, 0, 0], [0.0, 0.5, 1.0]), 100)
         assert tables["roc"] == tables["precision_recall"] == tables["per_scenario"] == []
         assert tables["calibration"] == [
             {"mean_score": score, "fraud_share": 0.0, "rows": 1} for score in (0.0, 0.5, 1.0)
@@ -215,7 +215,7 @@ class TestTables:
         assert [day["date"] for day in table] == [f"2020-03-0{number}" for number in range(1, 6)]
         assert [day["rows"] for day in table] == [120, 120, 120, 120, 3]
         for entry, (_, rows) in zip(table, scores.groupby("day"), strict=True):
-            alone = evaluate(rows, alerts_per_day=20)
+            alone = evaluate(rows, "score", 20)
             for name in ("frauds", "average_precision", "roc_auc", "precision_at_budget", "recall_at_budget"):
                 assert entry[name] == alone[name]
         day = [row for row in scores.to_dict("records") if row["day"] == 18_322]
@@ -250,7 +250,7 @@ class TestTables:
         assert table[-1]["recall"] == table[-1]["amount_share"] == 1
 
     def test_budgets_without_frauds(self):
-        entry = evaluation_tables(frame([0], [0.5]))["thresholds"][0]
+        entry = evaluation_tables(frame([0], [0.5]), 100)["thresholds"][0]
         assert (entry["precision"], entry["precision_lower"], entry["amount_caught"]) == (0.0, 0.0, 0.0)
         assert entry["precision_upper"] == pytest.approx(0.793450685622763)  # z^2 / (1 + z^2)
         for name in ("recall", "amount_share"):

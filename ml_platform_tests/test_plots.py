@@ -226,7 +226,7 @@ def test_pictures_are_small_and_the_same_each_time(report: dict[str, Any], pictu
 def test_a_panel_without_data_is_left_out(report: dict[str, Any]):
     too_little = {"outcome": "too_little_data", "reason": "20 days", "windows": {}}
     assert plots.draw_figures(too_little) == {}
-    assert plots.markdown_summary(too_little, {}) == "No model: 20 days\n"
+    assert plots.markdown_summary(too_little, {}, limit=100_000) == "No model: 20 days\n"
     # One class: neither curves nor ranking metrics.
     tables = report["tables"] | {"roc": [], "precision_recall": [], "per_scenario": []}
     none = dict.fromkeys(
@@ -241,7 +241,7 @@ def test_a_panel_without_data_is_left_out(report: dict[str, Any]):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         png_of(figures["overview"])
-    assert "| ROC AUC |  |  |  |" in plots.markdown_summary(one_class, {})
+    assert "| ROC AUC |  |  |  |" in plots.markdown_summary(one_class, {}, limit=100_000)
     assert plots.build_figures(report | {"tables": {}, "feature_importances": {"a": 0.0}}, {}).keys() == {
         "overview",
         "grid",
@@ -303,7 +303,7 @@ def test_texts_from_data_are_drawn_literally(report: dict[str, Any]):
     ],
 )
 def test_texts_from_data_stay_plain_text(report: dict[str, Any], text: str):
-    summary = plots.markdown_summary(hostile(report, [text]) | {"tables": {}}, {})
+    summary = plots.markdown_summary(hostile(report, [text]) | {"tables": {}}, {}, limit=100_000)
     tokens = [token for token in rendered(summary) if token.type not in ("inline", "text", "code_inline")]
     assert {token.tag for token in tokens} == {"p", "table", "thead", "tbody", "tr", "th", "td"}
     plain = " ".join(token.content for token in rendered(summary) if token.type == "text").replace("\u200b", "")

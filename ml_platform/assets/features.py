@@ -15,13 +15,12 @@ from ml_platform.assets.outcomes import (
     OWNERS,
     record_outcomes,
     record_partitions,
-    shorten_list,
     split_verdicts,
     table_schema,
 )
-from ml_platform.escaping import printable
+from ml_platform.escaping import printable, shorten_list
 from ml_platform.lake.partitions import raw_files
-from ml_platform.lake.quality import ADVICE, NONE_STOPPED, QualityLimits, Verdicts, judge_files, problem_of_features
+from ml_platform.lake.quality import ADVICE, QualityLimits, Verdicts, judge_files, problem_of_features
 from ml_platform.lake.reports import (
     CLEANED_TABLE,
     FEATURES_TABLE,
@@ -85,7 +84,7 @@ def history_of(cleaned: CleanedReports) -> dict[str, list[str]]:
     return history
 
 
-def expected_inputs(cleaned: CleanedReports, verdicts: Verdicts = NONE_STOPPED) -> dict[str, FeatureInputs]:
+def expected_inputs(cleaned: CleanedReports, verdicts: Verdicts) -> dict[str, FeatureInputs]:
     """Input versions that each partition's features should be built from; features with other inputs are stale.
 
     Files that `unique_ids` stops are no history, because their rows would count twice.

@@ -21,10 +21,9 @@ from ml_platform.assets.outcomes import (
     materialize_only,
     record_partitions,
     rounded,
-    shorten_list,
 )
 from ml_platform.assets.scores import scored_transactions
-from ml_platform.escaping import printable
+from ml_platform.escaping import printable, shorten_list
 from ml_platform.lake.partitions import raw_files
 from ml_platform.lake.quality import QualityLimits, judge_files, problem_of_features
 from ml_platform.lake.reports import (

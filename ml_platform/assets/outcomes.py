@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from ml_platform.escaping import markdown, printable
+from ml_platform.escaping import markdown, printable, shorten_list
 from ml_platform.lake.partitions import PARTITIONS_TAG, partitions_tags, raw_files
 from ml_platform.lake.reports import ReportT
 
@@ -189,9 +189,3 @@ def check_partitions(
 def rounded(value: float | int | None) -> float | int | None:
     """A figure as people read it: four decimals."""
     return round(value, 4) if isinstance(value, float) else value
-
-
-def shorten_list(keys: Sequence[str]) -> str:
-    """Join partition keys with commas, naming at most five of them."""
-    rest = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return printable(", ".join(keys[:5])) + rest

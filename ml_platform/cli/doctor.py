@@ -163,7 +163,7 @@ def _directory_advice(needed: str, variable: str) -> Generator[None]:
 
 @_directory_advice("readable", "ML_PLATFORM_RAW_URI")
 def _check_raw_files(settings: Settings) -> str:
-    from ml_platform.assets.outcomes import shorten_list
+    from ml_platform.escaping import shorten_list
 
     lake = lake_of(settings)
     files, ignored = lake.list_raw_files()

@@ -105,7 +105,7 @@ def _bulk_of_partition(lake: LakeResource, key: str, rows: int) -> Bulk | None:
             continue
         file = io.BytesIO(lake.store.read(f"{directory}/{stored.name}"))
         columns = ["transaction_id", "tx_datetime"]
-        table = parquet.read_table(file, columns=columns, coerce_int96_timestamp_unit="us").sort_by("transaction_id")
+        table = parquet.read_table(file, columns=columns).sort_by("transaction_id")
         instants = table["tx_datetime"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
         ids = table["transaction_id"].to_numpy()
         if part := tails(ids, instants // 1_000_000, rows * OUTSIDE_PER_MILLE // 1000 + EXAMPLES + 1):

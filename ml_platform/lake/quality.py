@@ -210,9 +210,6 @@ class Verdicts:
         return {key: reason for key in keys if (reason := self.reason(key))}
 
 
-NONE_STOPPED = Verdicts({})
-
-
 def judge_files(cleaned: CleanedReports, features: FeaturesReports, limits: QualityLimits) -> Verdicts:
     """Decide which files are stopped.
 

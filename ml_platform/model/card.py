@@ -24,7 +24,7 @@ so it cannot detect a new terminal's first frauds. Scores are calibrated as long
 
 
 def model_card(
-    report: TrainingReport, decision: Decision, rows_by_partition: Mapping[str, int], alerts_per_day: int = 100
+    report: TrainingReport, decision: Decision, rows_by_partition: Mapping[str, int], alerts_per_day: int
 ) -> str:
     """Model card as Markdown: data, windows, learner, metrics with intervals, promotion decision, limits.
 

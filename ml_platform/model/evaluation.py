@@ -45,13 +45,8 @@ def read_test_scores(store: Store, name: str) -> pd.DataFrame:
     from pyarrow import parquet
 
     parts = sorted(part.name for part in store.list_directory(name) if part.name.startswith("part-"))
+    table = pa.concat_tables([parquet.read_table(io.BytesIO(store.read(f"{name}/{part}"))) for part in parts])
     # Microseconds cover the years 1 to 9999; pandas' nanoseconds do not.
-    table = pa.concat_tables(
-        [
-            parquet.read_table(io.BytesIO(store.read(f"{name}/{part}")), coerce_int96_timestamp_unit="us")
-            for part in parts
-        ]
-    )
     instant = table["tx_datetime"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
     frame = table.drop_columns("tx_datetime").append_column("microseconds", instant).to_pandas()
     frame["customer_id"] = frame["customer_id"].astype("float64")
@@ -59,7 +54,7 @@ def read_test_scores(store: Store, name: str) -> pd.DataFrame:
     return frame.sort_values("transaction_id", ignore_index=True)
 
 
-def evaluation_tables(scores: pd.DataFrame, alerts_per_day: int = 100) -> dict[str, Table]:
+def evaluation_tables(scores: pd.DataFrame, alerts_per_day: int) -> dict[str, Table]:
     """Compute the report's tables for the column ``score``, each a list of flat dicts.
 
     ``roc`` (``false_positive_rate``, ``true_positive_rate``) and ``precision_recall`` (``recall``, ``precision``): at

@@ -91,7 +91,7 @@ def build_figures(report: Report, intervals: Intervals) -> dict[str, Figure]:
 
 
 def markdown_summary(
-    report: Report, pngs: Mapping[str, bytes], *, intervals: Intervals | None = None, limit: int = 100_000
+    report: Report, pngs: Mapping[str, bytes], *, intervals: Intervals | None = None, limit: int
 ) -> str:
     """Summarize a training report as Markdown, for the metadata of a Dagster asset.
 

@@ -22,7 +22,7 @@ CARDS_PER_DAY = 100
 CONFIDENCE = 0.95
 
 
-def evaluate(scores: pd.DataFrame, score: str = "score", alerts_per_day: int = 100) -> dict[str, Any]:
+def evaluate(scores: pd.DataFrame, score: str, alerts_per_day: int) -> dict[str, Any]:
     """Compute the metrics of one score column.
 
     ``average_precision`` and ``roc_auc`` are scikit-learn's; ``card_precision_at_100``: see `card_precision`;
