@@ -1,4 +1,4 @@
-"""Commands for raw files and the lake: simulate, sync, process-new-files, summary, migrate."""
+"""Commands for raw files and the lake: simulate, sync, process-new-files, rejects, withdraw, summary, migrate."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def process_new_files(
 
 
 def _is_interrupt(event: dg.DagsterEvent) -> bool:
-    """Dagster makes a failure of the step of Ctrl-C and SIGTERM."""
+    """Dagster reports Ctrl-C and SIGTERM as a failure of the step."""
     error = event.step_failure_data.error if event.is_step_failure else None
     return error is not None and error.cls_name == "DagsterExecutionInterruptedError"
 
@@ -166,6 +166,7 @@ def _is_interrupt(event: dg.DagsterEvent) -> bool:
 def rejects(key: Partition) -> None:
     """Count a partition's rejected rows by rule, with an example line for each rule."""
     from ml_platform.lake.reports import REJECTED_TABLE, CleanedReport
+    from ml_platform.lake.storage import readable_path
     from spark_jobs.schema import REJECT_RULES
 
     settings = load_settings()
@@ -184,8 +185,8 @@ def rejects(key: Partition) -> None:
     if not rejected:  # then there is no file of them either
         say(f"none of the {rows:,} rows was rejected")
         return
-    uri = lake.partition_uri(REJECTED_TABLE, key)
-    say(f"{rejected:,} of {rows:,} rows are rejected; all of them, with reasons: {uri}")
+    path = readable_path(lake.partition_uri(REJECTED_TABLE, key))
+    say(f"{rejected:,} of {rows:,} rows are rejected; all of them, with reasons: {path}")
 
 
 def withdraw(
