@@ -663,7 +663,7 @@ class TestSensor:
         assert tick(found) == "nothing to report"  # it failed before the first tick
         run_id = fail(instance, **{"dagster/partition": "2019-08-22"})
         all_is_well.execute_in_process(instance=instance)
-        assert tick(found) == "webhook: 1 failed runs reported"
+        assert tick(found) == "webhook: 1 failed run reported"
         assert tick(found) == "nothing to report"
         ((_, _, body),) = hook.posts
         (run,) = json.loads(body)["runs"]
@@ -728,13 +728,13 @@ class TestSensor:
             tick(found)
             hook.status = 503
             fail(instance)
-            assert tick(found).startswith("email: 1 failed runs reported; webhook: the webhook answers 503")
+            assert tick(found).startswith("email: 1 failed run reported; webhook: the webhook answers 503")
             for _ in range(2):
                 with pytest.raises(AlertError):
                     tick(found)
             assert len(mailbox.letters) == 1
             hook.status, hook.posts = 200, []
-            assert tick(found) == "webhook: 1 failed runs reported"
+            assert tick(found) == "webhook: 1 failed run reported"
             assert (len(mailbox.letters), len(hook.posts)) == (1, 1)
 
     def test_an_unexpected_error_of_one_destination_does_not_stop_the_other(
@@ -748,7 +748,7 @@ class TestSensor:
             raise KeyError(PASSWORD)
 
         monkeypatch.setattr(destinations.Email, "send", surprise)
-        assert tick(found) == "webhook: 1 failed runs reported; email: KeyError"
+        assert tick(found) == "webhook: 1 failed run reported; email: KeyError"
         with pytest.raises(AlertError) as caught:
             tick(found)
         assert PASSWORD not in str(caught.value)
@@ -760,7 +760,7 @@ class TestSensor:
         monkeypatch.setattr(messages, "MAX_ENTRIES", 2)
         ids = [fail(instance) for _ in range(3)]
         assert ticked() == "webhook: 2 failed runs reported"
-        assert ticked() == "webhook: 1 failed runs reported"
+        assert ticked() == "webhook: 1 failed run reported"
         assert [run["run_id"] for *_, body in hook.posts for run in json.loads(body)["runs"]] == ids
 
     def test_a_deleted_run_is_left_out(self, hook: Hook, ticked: Ticks, instance: dg.DagsterInstance):
@@ -775,7 +775,7 @@ class TestSensor:
         tick.cursor = cursor
         tick(found)
         fail(instance)
-        assert tick(found) == "webhook: 1 failed runs reported"
+        assert tick(found) == "webhook: 1 failed run reported"
 
     def test_a_tick_without_destinations_says_what_to_set(self, tick: Ticks, instance: dg.DagsterInstance):
         fail(instance)

@@ -52,7 +52,7 @@ def delete_orphans(instance: dg.DagsterInstance, engine: DataprocEngine, get_log
 
     Raises:
         DataprocError: the API does not answer.
-        UndeletedClusters: some deletions were refused; the others were requested. Alerts tell each of these clusters.
+        UndeletedClusters: some deletions were refused; the others were requested. Alerts report each of these clusters.
     """
     engine.api.retry_for_s = RETRY_FOR_S
     for run_id in fail_dead_runs(instance):

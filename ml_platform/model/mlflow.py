@@ -182,7 +182,7 @@ class MlflowResource(dg.ConfigurableResource):
     ) -> None:
         """Move the alias ``champion`` to a version, and set tags that record when and why.
 
-        `record` gets an event if the champion changed, and must store it in Dagster: alerts tell it from there.
+        `record` gets an event if the champion changed, and must store it in Dagster: alerts report it from there.
         """
         previous = self.champion()
         # Some stores return the version number as an integer.

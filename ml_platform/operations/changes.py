@@ -22,7 +22,7 @@ from ml_platform.lake.partitions import PARTITION_TAG, RANGE_END_TAG, RANGE_STAR
 from ml_platform.operations.messages import MAX_LISTED, Change, FailedRun, Message, instant, limited, one_line
 from ml_platform.settings import ALERT_KINDS
 
-#: Name of the sensor that sends alerts. Its own failed ticks are not told: they say that a destination is down.
+#: Name of the sensor that sends alerts. Its own failed ticks are not reported: they mean that a destination is down.
 SENSOR_NAME = "report_failed_runs"
 
 #: The asset whose observations record moves of the alias champion.
@@ -35,13 +35,13 @@ UNDELETED_CLUSTER_TAG = "ml_platform/undeleted_cluster"
 MAX_STEPS = 10
 
 #: Maximum number of bad states that a position remembers. Beyond it the oldest are forgotten: their recovery is not
-#: told, and if they are still bad when they are evaluated again, they are told again.
+#: reported, and if they are still bad when they are evaluated again, they are reported again.
 MAX_BAD = 200
 
 #: Events of one type, and ticks of one sensor, that are read at a time.
 PAGE = 100
 
-#: A tick may end so long after its start; older ones are not read again.
+#: A tick may end this long after its start; older ones are not read again.
 TICK_DURATION_S = 10 * 60
 TICK_WINDOW_S = 60 * 60
 
@@ -83,9 +83,9 @@ class Position:
 
     Attributes:
         event: id of the last event that was read.
-        others_from: up to this event only failed runs are told (positions of earlier versions know nothing else).
-        bad: levels of what was last told as bad, by hashed name.
-        ticks_from: start of ticks that are not told before this time.
+        others_from: up to this event only failed runs are reported (positions of earlier versions know nothing else).
+        bad: levels of what was last reported as bad, by hashed name.
+        ticks_from: ticks that started before this time are not reported.
         ticks: (id, start) of the last tick that was read, by hashed name, of sensors that failed.
     """
 
@@ -162,7 +162,7 @@ class ChangeReader:
         self._ticks = cache(self._read_ticks)
 
     def read(self, position: Position) -> Message:
-        """The next message for a destination, empty if there is nothing to tell. Moves its position."""
+        """The next message for a destination, empty if there is nothing to report. Moves its position."""
         message = Message()
         for record in self._new_events(position):
             self._add_event(record, position, message)
@@ -218,22 +218,22 @@ class ChangeReader:
     def _add_run(
         self, entry: dg.EventLogEntry, position: Position, message: Message, *, only_failures: bool = False
     ) -> None:
-        """Tell a run that has ended, if it failed, and what its checks say. Deleted runs are skipped."""
+        """Report a run that has ended, if it failed, and what its checks say. Deleted runs are skipped."""
         run = self._instance.get_run_by_id(entry.run_id)
         is_failure = entry.dagster_event_type == dg.DagsterEventType.RUN_FAILURE
-        tell_run, tell_checks = is_failure and "runs" in self._kinds, "checks" in self._kinds and not only_failures
-        if run is None or not (tell_run or tell_checks or "clusters" in self._kinds):
+        report_run, report_checks = is_failure and "runs" in self._kinds, "checks" in self._kinds and not only_failures
+        if run is None or not (report_run or report_checks or "clusters" in self._kinds):
             return
-        results = self._check_results(run.run_id) if tell_run or tell_checks else {}
-        steps = failed_steps(self._instance, run.run_id) if tell_run else []
+        results = self._check_results(run.run_id) if report_run or report_checks else {}
+        steps = failed_steps(self._instance, run.run_id) if report_run else []
         stopped = {
             key: result
             for key, result in results.items()
             if key[1] is not None and result.level == ERROR and result.step in dict(steps)
         }
-        if tell_run:
+        if report_run:
             message.runs.append(_failed_run(entry, run, steps, stopped, self._run_url(run.run_id)))
-        if tell_checks:
+        if report_checks:
             # A failed run lists what stopped it: this is known then, and no further change.
             for key in stopped:
                 position.set(_check_id(*key), ERROR)
@@ -275,7 +275,7 @@ class ChangeReader:
         return [*self._instance.get_ticks(origin, selector, after=after, limit=PAGE, statuses=statuses)]
 
     def _add_ticks(self, position: Position, message: Message) -> None:
-        """Tell sensors and schedules that fail or work again.
+        """Report sensors and schedules that fail or work again.
 
         Of more than `PAGE` ticks of a sensor since the last message, the newest count.
         """
@@ -439,7 +439,7 @@ def _champion_change(observation: dg.AssetObservation, at: str) -> Change:
 
 
 def _add_cluster(problem: str, position: Position, message: Message, at: str, url: str | None = None) -> None:
-    """Tell a cluster that cannot be deleted, given as "name (id): error", once."""
+    """Report a cluster that cannot be deleted, given as "name (id): error", once."""
     cluster, _, error = one_line(problem).partition(": ")
     if position.set(_hashed("clusters", cluster), ERROR) is not None:
         lines = [error, "it may cost money; see ml-platform clusters list"]

@@ -40,7 +40,7 @@ class FailedRun:
 
 @dataclass(frozen=True)
 class Change:
-    """Anything but a failed run that an alert tells: `title` says what changed, `lines` say more.
+    """Anything but a failed run that an alert reports: `title` says what changed, `lines` say more.
 
     `state` is ``bad``, ``good`` (again), or ``new`` for changes that are neither.
     """
@@ -87,10 +87,8 @@ class Message:
     @property
     def summary(self) -> str:
         """What was reported, for the reason of a tick."""
-        counts = [f"{len(self.runs)} failed runs"] * bool(self.runs) + [f"{len(self.changes)} changes"] * bool(
-            self.changes
-        )
-        return f"{' and '.join(counts)} reported"
+        counts = ((len(self.runs), "failed run"), (len(self.changes), "change"))
+        return f"{' and '.join(_count(number, noun) for number, noun in counts if number)} reported"
 
 
 def one_line(text: str) -> str:
