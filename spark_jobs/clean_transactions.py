@@ -2,8 +2,8 @@
 
 Each file is read once. Lines are parsed in numpy, 100,000 at a time, and shuffled in blocks by ``transaction_id``,
 which brings duplicates together; after deduplication, rows are sorted and written. Real files have few rejected lines,
-so the tasks send them to the driver, which writes them. The file is read a second time only if rejected lines are many
-or long, or if valid rows with the same id differ.
+so the tasks send them to the driver, which writes them. The file is read again only if rejected lines are many or long,
+if valid rows with the same id differ, or if rows lie outside `out_of_range`.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def write_rejected(
         return rejects.samples_of(complete)
     rejected = rejects.reread(lines, parser, tally).repartition(1 + tally["rejected"] // 1000000)
     rejected.write.mode("overwrite").parquet(uri)
-    # There are few rows and reasons; Spark's default are 200 tasks.
+    # There are few rows and reasons; Spark's default is 200 tasks.
     runtime.set_shuffle_partitions(spark, 0)
     written = spark.read.schema(ddl(REJECTED_COLUMNS)).parquet(runtime.literal_path(uri))
     sample = F.min(F.expr(f"left(raw_line, {rejects.SAMPLE_LENGTH})"))

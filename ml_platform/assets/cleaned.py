@@ -123,7 +123,7 @@ def cleaned_transactions(
         and key not in again
     }
     wanted = [key for key in keys if key not in failed and key not in current]
-    context.log.info(f"{len(wanted)} files to clean, {len(current)} already clean, {len(failed)} not found")
+    context.log.info(f"{len(wanted)} files to clean, {len(current)} already clean, {len(failed)} left out")
     cleaned: CleanedReports = {}
     refused: dict[str, str] = {}
     if wanted:

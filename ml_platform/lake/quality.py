@@ -156,13 +156,13 @@ def _date_of(key: str) -> datetime | None:
         return None
 
 
-#: A file that shares days with another one stands if it is so many times denser there: the other has odd rows alone.
+#: A file that shares days with another one wins if it is this many times denser there: the other has only odd rows.
 MANY_TIMES = 5
 
 #: How to go on with a stopped file.
 ADVICE = (
-    "Correct the file, or change a limit (out_of_range rejects odd rows alone), or take the file as it is: materialize "
-    "transaction_features with accept: true"
+    "Correct the file, or change a limit (out_of_range rejects only the odd rows), or take the file as it is: "
+    "materialize transaction_features with accept: true"
 )
 
 #: Checks of a file by itself. `time_range` and `unique_ids` also compare files.

@@ -402,7 +402,7 @@ class TrainingReport(_Report):
 class UncleanedFile(BaseModel):
     """A raw file that a run could not clean; deleted once one can.
 
-    `refused` are those that no other try can clean: their run has to wait for another file or another version.
+    A refused file fails however often it is tried, until the file or the platform's version changes.
     """
 
     model_config = ConfigDict(frozen=True)

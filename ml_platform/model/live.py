@@ -57,7 +57,7 @@ def log_grades(mlflow: MlflowResource, new: Sequence[Grade], every: Sequence[Gra
     for number in sorted({grade.model_version for grade in new}):
         version = mlflow.version(str(number))
         if version is None:
-            log.warning(f"version {number} is gone from MLflow: its grades are in the lake alone")
+            log.warning(f"version {number} is gone from MLflow: its grades are only in the lake")
             continue
         of_version = [grade for grade in every if grade.model_version == number]
         mlflow.log_steps(

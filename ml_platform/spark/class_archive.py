@@ -1,6 +1,6 @@
 """Builds the class-data archive with which `ml_platform.spark.session` starts Spark: ``make classes``.
 
-The jobs run once on a small simulated data set, and Java archives the classes that they load.
+All jobs but score_transactions run once on a small simulated data set, and Java archives the classes that they load.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def record(archive: Path) -> None:
 
 
 def run_jobs(spark: SparkSession, work: Path) -> None:
-    """Run each job once: clean, build features, train. Raises RuntimeError if a job fails."""
+    """Run the jobs once, without scoring: clean, build features, train. Raises RuntimeError if a job fails."""
     simulation = Simulation(start=EPOCH, customers=100, terminals=100)
     raw = [work / simulation.file_name(index) for index in range(2)]
     for index, path in enumerate(raw):
