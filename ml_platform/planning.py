@@ -15,13 +15,13 @@ import dagster as dg
 from ml_platform.assets.cleaned import files_to_clean_again, is_cleaned
 from ml_platform.assets.raw import raw_file_observation
 from ml_platform.escaping import shorten_list
-from ml_platform.jobs import process_new_files, run_limits
+from ml_platform.jobs import process_new_files
 from ml_platform.lake.partitions import contiguous_ranges, is_partition_key, keys_of_run, range_tags, raw_files
 from ml_platform.lake.quality import QualityLimits, judge_files, problem_of_features
 from ml_platform.lake.reports import CleanedReport, CleanedReports, FeaturesReport, FeaturesReports
 from ml_platform.lake.resource import LakeResource, RawFile
-from ml_platform.model.config import run_config
 from ml_platform.operations.dead_runs import fail_dead_runs
+from ml_platform.run_config import run_config, run_limits
 
 #: Number of most recent finished runs searched for unfinished work.
 RUN_HISTORY_LIMIT = 200

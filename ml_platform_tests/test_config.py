@@ -9,11 +9,11 @@ import dagster as dg
 import pytest
 from pydantic import ValidationError
 
-from ml_platform.jobs import run_limits
 from ml_platform.lake.reports import CLEANED_TABLE as CLEANED
 from ml_platform.lake.reports import FEATURES_TABLE as FEATURES
 from ml_platform.lake.resource import LakeResource
-from ml_platform.model.config import FraudModelConfig, problem_of_run_config, run_config
+from ml_platform.model.config import FraudModelConfig
+from ml_platform.run_config import problem_of_run_config, run_config, run_limits
 from ml_platform.settings import SettingsError
 from ml_platform_tests.fakes import definitions, put_cleaned, put_raw, raw_spec, requests_of, run_assets
 from spark_jobs.train_model import DEFAULTS

@@ -130,7 +130,7 @@ def test_runs_log_in_the_format_that_is_set(tmp_path: Path, log_format: str, is_
     code = """
 import dagster as dg
 from ml_platform.definitions import defs
-from ml_platform.model.config import run_config
+from ml_platform.run_config import run_config
 from ml_platform.lake.partitions import range_tags
 with dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}}) as instance:
     instance.add_dynamic_partitions("raw_files", ["a", "b"])

@@ -29,8 +29,8 @@ from ml_platform.lake.partitions import PARTITION_TAG, keys_of_run, range_tags
 from ml_platform.lake.reports import CLEANED_TABLE, CleanedReport
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import StoredFile
-from ml_platform.model.config import run_config
 from ml_platform.planning import plan_runs, run_requests, sort_partitions
+from ml_platform.run_config import run_config
 from ml_platform.sensors import new_raw_files, process_new_files_daily
 from ml_platform.settings import SettingsError
 from ml_platform_tests.fakes import cleaned_report, put_cleaned, put_raw, raw_spec

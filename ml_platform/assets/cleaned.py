@@ -28,7 +28,7 @@ from ml_platform.lake.reports import (
 )
 from ml_platform.lake.resource import BYTES_PER_ROW, LakeResource, RawFile
 from ml_platform.lake.storage import readable_path
-from ml_platform.model.config import check_run_config
+from ml_platform.run_config import check_run_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import CLEANED_COLUMNS, FIX_RULES, KEY_COLUMNS, REJECT_RULES, SCHEMA_VERSION
 

@@ -34,7 +34,7 @@ from ml_platform.lake.reports import (
 )
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import readable_path
-from ml_platform.model.config import check_run_config
+from ml_platform.run_config import check_run_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.features.registry import FEATURE_COLUMNS, HISTORY_DAYS, LABEL_DELAY_DAYS, MODEL_INPUTS
 from spark_jobs.schema import CLEANED_COLUMNS, KEY_COLUMNS

@@ -34,9 +34,10 @@ from ml_platform.lake.reports import (
 )
 from ml_platform.lake.resource import LakeResource
 from ml_platform.lake.storage import readable_path
-from ml_platform.model.config import FraudModelConfig, check_run_config, run_config, training_config
+from ml_platform.model.config import FraudModelConfig
 from ml_platform.model.live import drift_summary, grades_summary, log_grades, scoring_request
 from ml_platform.model.mlflow import MlflowResource
+from ml_platform.run_config import check_run_config, run_config, training_config
 from ml_platform.spark.engine import SparkEngine
 from spark_jobs.schema import ALERT_COLUMNS, KEY_COLUMNS, SCORED_COLUMNS
 from spark_jobs.scoring.grading import ENTRY_FIELDS, entry_of

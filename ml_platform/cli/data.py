@@ -247,10 +247,9 @@ def summary(as_json: AsJson = False) -> None:
 
 def _partitions(lake: LakeResource, files: Mapping[str, RawFile]) -> list[dict[str, Any]]:
     """All partitions with their row counts, state, the reason of the state, and number of alerts."""
-    from ml_platform.jobs import run_limits
     from ml_platform.lake.quality import judge_files
     from ml_platform.lake.reports import CleanedReport, FeaturesReport, ScoredReport
-    from ml_platform.model.config import run_config
+    from ml_platform.run_config import run_config, run_limits
 
     cleaned, features = lake.reports(CleanedReport), lake.reports(FeaturesReport)
     scored, withdrawn, uncleaned = lake.reports(ScoredReport), set(lake.withdrawn()), lake.uncleaned()
