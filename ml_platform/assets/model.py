@@ -1,6 +1,7 @@
 """Asset ``fraud_model``: trains, evaluates and registers one model per run."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -136,11 +137,7 @@ def fraud_model(
                 }
                 last_date = time_ranges(cleaned)[cutoff].p99_9.date()
                 training = Training(context, config, lake, spark, mlflow, run, cutoff, last_date, partitions)
-                if config.train_each:
-                    with run.start_run(run_name=cutoff, nested=True):
-                        run.set_tags(tags)
-                        results[cutoff] = training.execute()
-                else:
+                with run.start_run(run_name=cutoff, nested=True, tags=tags) if config.train_each else nullcontext():
                     results[cutoff] = training.execute()
                 metadata[cutoff] = _metadata(training, results[cutoff]) | {"left_out": dg.MetadataValue.json(missing)}
     for key in keys:
