@@ -188,6 +188,7 @@ class FakeEngine(SparkEngine):
     champion_skill: float | None = Field(2.0, description="The same of the champion; None: its very scores.")
     champion_error: str = Field("", description="Why the champion cannot score: a newer library wrote it.")
     live_average_precision: float = Field(0.7, description="Of each week that it grades.")
+    grading_error: str | None = Field(None, description="Why a week has no grade.")
     reload_difference: float = Field(0.0, description="Between the scores of a model and of the same loaded back.")
 
     def _execute(self, call: JobCall) -> dict[str, Any]:
@@ -247,6 +248,7 @@ class FakeEngine(SparkEngine):
             if item is request["partitions"][-1]:
                 weeks = grading.ungraded_weeks({**request["grading"], "epoch": request["epoch"], "scored": entries})
                 report["grades"] = [self._grade(week, model["held_out"]) for week in weeks]
+                report["grading_error"] = self.grading_error
             return report
 
         return self._verdicts(request, score)

@@ -306,6 +306,11 @@ class TestGrades:
         assert check(result, "live_quality").passed
         assert check(result, "champion_health").passed
 
+    def test_a_week_without_a_grade_hides_no_bad_one(self, in_service: Platform):
+        engine = FakeEngine(live_average_precision=BAD, grading_error="week 5: other rows")
+        described = check(in_service.run(*WITHOUT_MODEL, first=1, engine=engine), "live_quality").description
+        assert "week 5: other rows; version 1, " in described
+
     def test_the_interval_decides(self):
         held_out = {"average_precision": 0.8, "lower": 0.75, "upper": 0.85}
         grade = Grade.model_validate(FakeEngine()._grade(grading.Week(1, 1, 7, 13, {}), held_out))
