@@ -687,7 +687,7 @@ class TestWithdrawAndRejects:
         assert code == 0
         rows = [re.split(r"\s*│\s*", line)[1:4] for line in out.splitlines() if "│" in line]
         assert rows == [["malformed_row", "100", "[bold]garbage"], ["invalid_amount", "1", "1,-1"]]
-        path = f"{lake.lake_uri}/rejected_transactions/raw_file=2019-08-22"
+        path = f"{Path(lake.lake_uri).absolute()}/rejected_transactions/raw_file=2019-08-22"
         assert out.endswith(f"101 of 20,000 rows are rejected; all of them, with reasons: {path}\n")
         clean = cleaned_report("2019-08-24", raw_spec(0))
         lake.write_json("cleaned_transactions/raw_file=2019-08-24/_report.json", clean)
