@@ -1,7 +1,7 @@
 """Runs the Spark jobs on local directories in an existing session, without Dagster, MLflow or an engine.
 
 Used by the benchmarks and the class archive. Nothing is skipped, and outputs are laid out as in the lake. Paths are
-absolute.
+absolute. The image makes its class archive before it has the rest of the platform, so nothing of that is imported here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ml_platform.lake.reports import CLEANED_TABLE, FEATURES_TABLE, REJECTED_TABLE
 from spark_jobs import build_features, clean_transactions, train_model
 from spark_jobs.features.registry import MODEL_INPUTS
 
@@ -34,8 +33,8 @@ def clean(spark: SparkSession, raw: Sequence[Path], lake: Path, epoch: date) -> 
         {
             "partition": path.stem,
             "raw": {"uri": f"file://{path}", "size": path.stat().st_size, "fingerprint": RUN_ID},
-            "output_uri": partition_uri(lake, CLEANED_TABLE, path.stem),
-            "rejected_uri": partition_uri(lake, REJECTED_TABLE, path.stem),
+            "output_uri": partition_uri(lake, "cleaned_transactions", path.stem),
+            "rejected_uri": partition_uri(lake, "rejected_transactions", path.stem),
         }
         for path in raw
     ]
@@ -55,12 +54,12 @@ def features(spark: SparkSession, cleaned: Reports, lake: Path) -> Reports:
         items.append(
             {
                 "partition": key,
-                "cleaned_uri": partition_uri(lake, CLEANED_TABLE, key),
+                "cleaned_uri": partition_uri(lake, "cleaned_transactions", key),
                 "tx_datetime_min": cleaned[key]["tx_datetime"]["min"],
-                "history": [partition_uri(lake, CLEANED_TABLE, earlier) for earlier in history],
+                "history": [partition_uri(lake, "cleaned_transactions", earlier) for earlier in history],
                 "cleaned_bytes": sum(cleaned[part]["text_bytes"] for part in (key, *history)),
                 "inputs": {},
-                "output_uri": partition_uri(lake, FEATURES_TABLE, key),
+                "output_uri": partition_uri(lake, "transaction_features", key),
             }
         )
     return _reports(build_features.run(spark, {"run_id": RUN_ID, "partitions": items}))
@@ -68,7 +67,7 @@ def features(spark: SparkSession, cleaned: Reports, lake: Path) -> Reports:
 
 def train(spark: SparkSession, keys: Sequence[str], lake: Path, **settings: Any) -> dict[str, Any]:
     """Train on the features of all `keys`, the last of which is the cut-off; returns the job's report."""
-    uris = [partition_uri(lake, FEATURES_TABLE, key) for key in keys]
+    uris = [partition_uri(lake, "transaction_features", key) for key in keys]
     request = {
         "run_id": RUN_ID,
         "cutoff": keys[-1],
