@@ -96,8 +96,8 @@ def plan_runs(instance: dg.DagsterInstance, lake: LakeResource) -> Plan:
         (withdrawn, "withdrawn"),
         (
             unrecoverable,
-            "partitions of an older version left out because their raw files are gone (restore these files; "
-            "ml-platform migrate --dry-run lists them)",
+            "left out because they are of an older version and their raw files are gone (restore these; ml-platform "
+            "migrate --dry-run lists them)",
         ),
         ([f"{name!r} ({why})" for name, why in ignored.items()], "ignored"),
     ):

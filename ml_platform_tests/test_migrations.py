@@ -156,8 +156,8 @@ class TestOlder:
         put_cleaned(lake, "b", schema_version=NEWER)
         result = tick(instance, lake)
         assert ranges(result) == []
-        assert "1 partitions of an older version left out because their raw files are gone" in str(result.skip_reason)
-        assert "(restore these files; ml-platform migrate --dry-run lists them): a" in str(result.skip_reason)
+        assert "1 left out because they are of an older version and their raw files are gone" in str(result.skip_reason)
+        assert "(restore these; ml-platform migrate --dry-run lists them): a" in str(result.skip_reason)
 
 
 class TestMigrate:
