@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a scrape waits for all sources, which are read at the same time; prometheus.yaml gives it 30.
+#: Seconds that a scrape waits for all sources, which are read at the same time. prometheus.yaml allows it 30.
 SOURCES_TIMEOUT_S = 25.0
 
 #: Seconds of retries of a call of the cloud's API.

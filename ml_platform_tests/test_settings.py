@@ -303,7 +303,10 @@ def test_an_unusable_value_of_the_cluster_is_named(yandex: pytest.MonkeyPatch, v
         ({"DATAPROC_MAX_LIFETIME_S": "1800"}, "DATAPROC_MAX_LIFETIME_S must be above DATAPROC_CREATE_TIMEOUT_S"),
         ({"YC_FOLDER_ID": ""}, r"^YC_FOLDER_ID: is required, but not set: see \.env\.example$"),
         ({"YC_SUBNET_ID": ""}, "^YC_SUBNET_ID: "),
-        ({"DATAPROC_INITIALIZATION_ACTIONS": '[{"args": []}]'}, r"^DATAPROC_INITIALIZATION_ACTIONS\.0\.uri: is miss"),
+        (
+            {"DATAPROC_INITIALIZATION_ACTIONS": '[{"args": []}]'},
+            r"^DATAPROC_INITIALIZATION_ACTIONS\.0\.uri: is missing$",
+        ),
         ({"YC_SERVICE_ACCOUNT_ID": ""}, "^YC_SERVICE_ACCOUNT_ID: "),
     ],
 )

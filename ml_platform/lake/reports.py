@@ -309,7 +309,7 @@ class ScoredReport(PartitionReport):
     drift: dict[str, Any]
     #: Grades made by this run, for weeks of any partition.
     grades: list[Grade]
-    #: Why grading failed; None if it did not.
+    #: Why a week could not be graded; None if all could.
     grading_error: str | None
 
 
